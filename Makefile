@@ -1,0 +1,101 @@
+# Every target works in a clean clone on a Debian that has Rust and make; tests/install.sh brings the rest.
+# ARGS goes to the program or the test runner: make test ARGS=weight_zero
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+
+CARGO ?= cargo
+ARGS ?=
+
+# Tests that load the whole machine or break its network: one at a time. The same names as group `heavy` of
+# .config/nextest.toml, for machines without nextest.
+HEAVY := real_programs:: soak:: faults::
+NEXTEST := $(CARGO) nextest
+SCRIPTS := .ci/run tests/install.sh
+
+.PHONY: help
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+.PHONY: run
+run: ## Build a release and run the demo (installs redis-server if it can)
+	@tests/install.sh run
+	$(CARGO) build --locked --release
+	target/release/statera demo $(ARGS)
+
+.PHONY: build
+build: ## Build target/release/statera
+	@tests/install.sh build
+	$(CARGO) build --locked --release
+
+.PHONY: test
+test: ## Install what tests need, then run all tests
+	@tests/install.sh test
+	@$(MAKE) doctest PROFILE=default
+	@$(MAKE) scenarios PROFILE=default
+
+.PHONY: test-long
+test-long: ## All tests and those that take minutes to hours (STATERA_LONG=1)
+	@tests/install.sh test
+	@STATERA_LONG=1 $(MAKE) scenarios PROFILE=long
+
+# nextest runs no doctests. They come first, so that the run ends on the summary of the tests proper.
+.PHONY: doctest
+doctest:
+	$(CARGO) test --locked --doc
+
+.PHONY: scenarios
+scenarios:
+	@if $(NEXTEST) --version >/dev/null 2>&1; then \
+		set -x; $(NEXTEST) run --locked --profile $(PROFILE) $(ARGS); \
+	elif [ -n "$(ARGS)" ]; then \
+		set -x; $(CARGO) test --locked --lib --bins --test '*' $(ARGS) -- --test-threads=1; \
+	else \
+		set -x; \
+		$(CARGO) test --locked --lib --bins --test '*' -- --test-threads=1 $(HEAVY); \
+		$(CARGO) test --locked --lib --bins --test '*' -- --test-threads=4 $(HEAVY:%=--skip=%); \
+	fi
+
+.PHONY: lint
+lint: fmt-check clippy doc shellcheck ## Check format, lints, docs and scripts
+
+.PHONY: fmt
+fmt: ## Format the code
+	$(CARGO) fmt --all
+
+.PHONY: fmt-check
+fmt-check:
+	$(CARGO) fmt --all --check
+
+.PHONY: clippy
+clippy:
+	$(CARGO) clippy --locked --all-targets -- -D warnings
+
+# Private items too: most of this crate's documentation is for whoever changes it.
+.PHONY: doc
+doc: ## Build the docs; warnings fail
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
+
+.PHONY: shellcheck
+shellcheck:
+	@tests/install.sh lint
+	shellcheck $(SCRIPTS)
+
+# Advisories are left out: they need a database fetched from outside the package registry, and a new advisory would turn a
+# commit red that did not change. Run `cargo deny check advisories` by hand where there is a network.
+.PHONY: deny
+deny: ## Check licences, duplicates and sources of dependencies (installs cargo-deny)
+	@tests/install.sh build
+	@$(CARGO) deny --version >/dev/null 2>&1 || $(CARGO) install --locked cargo-deny --version '^0.20'
+	$(CARGO) deny --locked check licenses bans sources
+
+.PHONY: bench
+bench: ## Run the benchmarks (ARGS=pick for one)
+	@tests/install.sh test
+	$(CARGO) bench --locked --benches $(ARGS:%=-- %)
+
+.PHONY: clean
+clean: ## Remove what was built
+	$(CARGO) clean
