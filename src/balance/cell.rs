@@ -1,0 +1,137 @@
+//! The snapshot cell: where the control plane leaves the newest snapshot and the data plane finds it.
+//!
+//! Readers never wait. Beside the snapshot stands the moment when it was last known to equal its source, since that
+//! moves on while the snapshot stays the same.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use arc_swap::{ArcSwap, Guard};
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use super::Table;
+use super::backend::Registry;
+use super::snapshot::{Origin, Snapshot};
+
+const NEVER: u64 = u64::MAX;
+
+/// One pool's newest snapshot.
+#[derive(Debug)]
+pub struct Cell {
+    newest: ArcSwap<Snapshot>,
+    /// What the newest snapshot was made from, to make it again when a backend changes. Only publishers lock it.
+    table: Mutex<Table>,
+    registry: Registry,
+    published: Notify,
+    /// Milliseconds from `epoch` to the last confirmation, or [`NEVER`].
+    confirmed: AtomicU64,
+    epoch: Instant,
+}
+
+impl Cell {
+    /// Begins with the table of config.yaml, not confirmed by anyone.
+    #[must_use]
+    pub fn new(configured: Table, workers: usize) -> Self {
+        let registry = Registry::new(workers);
+        let first = Snapshot::new(1, Origin::Configured, &configured, &registry);
+        Self {
+            newest: ArcSwap::from_pointee(first),
+            table: Mutex::new(configured),
+            registry,
+            published: Notify::new(),
+            confirmed: AtomicU64::new(NEVER),
+            epoch: Instant::now(),
+        }
+    }
+
+    /// The newest snapshot. Not for keeping across an `.await`: a guard that waits slows every other reader.
+    #[inline]
+    pub fn load(&self) -> Guard<Arc<Snapshot>> {
+        self.newest.load()
+    }
+
+    /// The pool's backends.
+    #[must_use]
+    pub fn registry(&self) -> &Registry {
+        &self.registry
+    }
+
+    /// Publishes what Redis holds, and notes that it was confirmed now. Returns true if that made a new snapshot: an
+    /// unchanged table makes none.
+    pub fn publish(&self, table: Table) -> bool {
+        let mut current = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        let newest = self.newest.load();
+        let changed = newest.origin != Origin::Redis || *current != table;
+        if changed {
+            let next = Snapshot::new(newest.version + 1, Origin::Redis, &table, &self.registry);
+            self.newest.store(Arc::new(next));
+            *current = table;
+            self.published.notify_one();
+        }
+        self.confirm();
+        changed
+    }
+
+    /// Waits for a new table; one that came since the last call is not missed. For one waiter. Cancel safe.
+    pub async fn published(&self) {
+        self.published.notified().await;
+    }
+
+    /// Makes the snapshot again from the same table, because a backend changed.
+    pub fn refresh(&self) {
+        let current = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        let newest = self.newest.load();
+        let next = Snapshot::new(newest.version + 1, newest.origin, &current, &self.registry);
+        self.newest.store(Arc::new(next));
+    }
+
+    /// Notes that the newest snapshot is known, now, to be what Redis wants.
+    pub fn confirm(&self) {
+        let millis = u64::try_from(self.epoch.elapsed().as_millis()).unwrap_or(NEVER - 1);
+        self.confirmed.store(millis, Relaxed);
+    }
+
+    /// How long ago the newest snapshot was last known to be what Redis wants. `None`: it never was.
+    #[must_use]
+    pub fn age(&self) -> Option<Duration> {
+        match self.confirmed.load(Relaxed) {
+            NEVER => None,
+            millis => Some(self.epoch.elapsed().saturating_sub(Duration::from_millis(millis))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Weight;
+    use super::*;
+
+    fn table(weight: f64) -> Table {
+        Table::new(vec![("10.0.0.1:80".parse().expect("an address"), Weight::new(weight).expect("a weight"))])
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_unchanged_table_confirms_without_a_new_snapshot() {
+        let cell = Cell::new(table(1.0), 1);
+        assert_eq!(cell.age(), None);
+        assert!(cell.publish(table(1.0)), "the origin changes from the file to redis");
+        let version = cell.load().version;
+        tokio::time::advance(Duration::from_secs(7)).await;
+        assert_eq!(cell.age(), Some(Duration::from_secs(7)));
+        assert!(!cell.publish(table(1.0)));
+        assert_eq!((cell.load().version, cell.age()), (version, Some(Duration::ZERO)));
+        assert!(cell.publish(table(2.0)));
+        assert_eq!(cell.load().version, version + 1);
+    }
+
+    #[test]
+    fn a_backend_is_the_same_object_in_every_snapshot() {
+        let cell = Cell::new(table(1.0), 1);
+        let first = Arc::clone(&cell.load().members()[0].backend);
+        cell.publish(table(5.0));
+        cell.refresh();
+        assert!(Arc::ptr_eq(&first, &cell.load().members()[0].backend));
+    }
+}

@@ -1,0 +1,158 @@
+//! Weights as stretches of the line from 0 to 2⁶⁴: a point on the line names a backend.
+//!
+//! A lookup costs the same at 10 and at 10,000 backends: the guide table (Chen and Asau, 1974) says where to begin from
+//! the point's top bits, and as it has as many cells as there are backends, on average less than one step is left.
+//! An alias table would be as fast, but it scatters a backend over the line, and the even spread of `sequence.rs` needs
+//! each backend to be one stretch.
+
+/// The lookup table of one set of weights. Built once, then only read.
+#[derive(Debug, Default)]
+pub(crate) struct Shares {
+    /// Where each stretch ends (exclusive); the last is `u64::MAX`.
+    ends: Box<[u64]>,
+    /// For each cell of `2^shift` points, the first stretch that ends beyond the cell's start.
+    guide: Box<[u32]>,
+    shift: u32,
+}
+
+/// Beyond this many candidates a binary search is cheaper than a walk.
+const WALK_MAX: usize = 8;
+
+impl Shares {
+    /// `weights` are finite and > 0; there are at most `u32::MAX` of them.
+    pub(crate) fn new(weights: &[f64]) -> Self {
+        if weights.is_empty() {
+            return Self::default();
+        }
+        // Dividing by the largest first keeps a sum of huge weights finite.
+        let largest = weights.iter().copied().fold(0.0, f64::max);
+        let total: f64 = weights.iter().map(|weight| weight / largest).sum();
+        let mut sum = 0.0;
+        let mut ends: Box<[u64]> = weights
+            .iter()
+            .map(|weight| {
+                sum += weight / largest;
+                // The cast saturates, so rounding cannot wrap around.
+                (sum / total * 2f64.powi(64)) as u64
+            })
+            .collect();
+        if let Some(last) = ends.last_mut() {
+            *last = u64::MAX;
+        }
+
+        let cells = weights.len().next_power_of_two().max(2);
+        let shift = 64 - cells.trailing_zeros();
+        let mut stretch = 0;
+        let guide = (0..cells as u64)
+            .map(|cell| {
+                while ends[stretch] <= cell << shift {
+                    stretch += 1;
+                }
+                stretch as u32
+            })
+            .collect();
+        Self { ends, guide, shift }
+    }
+
+    /// The stretch that holds `point`; `None` if there are no stretches.
+    #[inline]
+    pub(crate) fn at(&self, point: u64) -> Option<usize> {
+        let cell = (point >> self.shift) as usize;
+        let mut stretch = *self.guide.get(cell)? as usize;
+        let last = match self.guide.get(cell + 1) {
+            Some(&next) => next as usize,
+            None => self.ends.len() - 1,
+        };
+        if last - stretch > WALK_MAX {
+            let within = &self.ends[stretch..last];
+            return Some(stretch + within.partition_point(|&end| end <= point));
+        }
+        while stretch < last && self.ends[stretch] <= point {
+            stretch += 1;
+        }
+        Some(stretch)
+    }
+
+    /// The stretch that `point` names once the stretches for which `excluded` holds are cut out and the rest is
+    /// stretched to fill the line. Walks all stretches: for retries.
+    pub(crate) fn at_excluding(&self, point: u64, excluded: impl Fn(usize) -> bool) -> Option<usize> {
+        let width = |i: usize| u128::from(self.ends[i] - if i == 0 { 0 } else { self.ends[i - 1] });
+        let open = || (0..self.ends.len()).filter(|&i| width(i) > 0 && !excluded(i));
+        let total: u128 = open().map(width).sum();
+        let mut target = (u128::from(point) * total) >> 64;
+        for i in open() {
+            if target < width(i) {
+                return Some(i);
+            }
+            target -= width(i);
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn by_definition(shares: &Shares, point: u64) -> usize {
+        shares.ends.iter().position(|&end| point < end).unwrap_or(shares.ends.len() - 1)
+    }
+
+    fn weights() -> impl Strategy<Value = Vec<f64>> {
+        let weight = prop_oneof![0.001..1000.0, Just(1.0), Just(5e-324), Just(1e308), 1e-9..1e9];
+        prop::collection::vec(weight, 1..200)
+    }
+
+    proptest! {
+        #[test]
+        fn the_guide_table_agrees_with_the_definition(weights in weights(), points in prop::collection::vec(any::<u64>(), 50)) {
+            let shares = Shares::new(&weights);
+            for point in points.into_iter().chain([0, 1, u64::MAX]).chain(shares.ends.iter().copied()) {
+                prop_assert_eq!(shares.at(point), Some(by_definition(&shares, point)), "point {}", point);
+            }
+        }
+
+        #[test]
+        fn each_stretch_is_as_wide_as_its_share(weights in prop::collection::vec(0.001..1000.0, 1..200)) {
+            let shares = Shares::new(&weights);
+            let total: f64 = weights.iter().sum();
+            let mut start = 0;
+            for (weight, &end) in weights.iter().zip(&shares.ends) {
+                prop_assert!(((end - start) as f64 / 2f64.powi(64) - weight / total).abs() < 1e-12);
+                start = end;
+            }
+        }
+
+        #[test]
+        fn what_is_excluded_is_never_named_and_the_rest_keeps_its_proportions(
+            weights in prop::collection::vec(0.5..100.0, 2..20), out in 0usize..20, point in any::<u64>()
+        ) {
+            let out = out % weights.len();
+            let shares = Shares::new(&weights);
+            let named = shares.at_excluding(point, |i| i == out);
+            prop_assert!(named.is_some() && named != Some(out));
+            // The same point on a line made without the excluded weight names the same backend, but for rounding at
+            // the borders.
+            let rest: Vec<f64> = (0..weights.len()).filter(|&i| i != out).map(|i| weights[i]).collect();
+            let alone = Shares::new(&rest);
+            let back = |i: usize| if i < out { i } else { i + 1 };
+            let near_border = alone.ends.iter().any(|&end| end.abs_diff(point) < 1 << 16);
+            prop_assert!(near_border || named == alone.at(point).map(back));
+        }
+    }
+
+    #[test]
+    fn nothing_is_named_where_nothing_is_left() {
+        assert_eq!(Shares::new(&[]).at(0), None);
+        assert_eq!(Shares::new(&[]).at_excluding(0, |_| false), None);
+        assert_eq!(Shares::new(&[1.0, 2.0]).at_excluding(7, |_| true), None);
+    }
+
+    #[test]
+    fn a_weight_too_small_for_a_single_point_is_never_named() {
+        let shares = Shares::new(&[1.0, 1e-300, 1.0]);
+        assert_eq!((shares.at(0), shares.at(1 << 63), shares.at(u64::MAX)), (Some(0), Some(2), Some(2)));
+        assert_eq!(shares.at_excluding(0, |i| i != 1), None);
+    }
+}

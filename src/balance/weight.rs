@@ -1,0 +1,64 @@
+//! What an operator wrote beside a backend, once it is known to be possible.
+
+use std::fmt;
+
+/// A finite number ≥ 0. A backend's share of new sessions is its weight ÷ the sum of the pool's weights.
+///
+/// Zero means: no new sessions, existing ones are kept.
+#[derive(Clone, Copy, Debug, PartialEq, PartialOrd)]
+pub struct Weight(f64);
+
+/// A number that cannot be a weight.
+#[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
+#[error("{0} is not a weight: a finite number of at least 0 is needed")]
+pub struct InvalidWeight(pub f64);
+
+impl Weight {
+    /// No new sessions.
+    pub const ZERO: Self = Self(0.0);
+
+    /// # Errors
+    /// Negative, infinite and not-a-number are refused.
+    pub fn new(value: f64) -> Result<Self, InvalidWeight> {
+        if value.is_finite() && value >= 0.0 {
+            // `-0.0 >= 0.0` holds; adding 0.0 turns it into the one zero that prints as "0".
+            Ok(Self(value + 0.0))
+        } else {
+            Err(InvalidWeight(value))
+        }
+    }
+
+    /// The plain number.
+    #[must_use]
+    pub fn get(self) -> f64 {
+        self.0
+    }
+
+    /// True when this weight asks for no new sessions.
+    #[must_use]
+    pub fn is_zero(self) -> bool {
+        self.0 == 0.0
+    }
+}
+
+impl fmt::Display for Weight {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_finite_numbers_from_zero_up_are_weights() {
+        for good in [0.0, -0.0, 0.5, 5e-324, 1e308] {
+            assert_eq!(Weight::new(good).map(Weight::get), Ok(good.abs()));
+        }
+        for bad in [-1.0, f64::INFINITY, f64::NEG_INFINITY, f64::NAN] {
+            assert!(Weight::new(bad).is_err(), "{bad} was taken");
+        }
+        assert_eq!(Weight::new(-0.0).expect("zero is a weight").to_string(), "0");
+    }
+}

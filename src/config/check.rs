@@ -1,0 +1,161 @@
+//! Turns what was written into a [`Config`] that can run, or says everything that is wrong with it.
+//!
+//! Each section has its file below `check/`; this one puts them together. Refuses to guess: what is not understood is an
+//! error. Which keys there are, and their defaults, is CONTRACT.md's business.
+
+mod listeners;
+mod pools;
+mod process;
+mod redis;
+mod redis_url;
+mod secret_file;
+
+use std::fmt;
+use std::num::{NonZeroU32, NonZeroUsize};
+use std::path::{Path, PathBuf};
+
+pub use super::decode::Problem;
+use super::decode::{Field, Keys, Problems, Section, escaped};
+use super::file::{ConfigFile, Unreadable, environment};
+use super::{Config, Redis};
+
+const ROOT: Keys = Keys {
+    now: &["workers", "redis", "lua_pick", "listeners", "pools", "admin", "log", "shutdown"],
+    later: &["state_dir"],
+};
+const NAME_MAX_BYTES: usize = 64;
+
+/// Every problem of a config, at least one. Displays one a line.
+#[derive(Clone, Debug)]
+pub struct InvalidConfig {
+    /// In the order of the file; the first 50.
+    pub problems: Vec<Problem>,
+    /// Problems beyond those.
+    pub more: usize,
+}
+
+impl fmt::Display for InvalidConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (position, problem) in self.problems.iter().enumerate() {
+            let line_break = if position == 0 { "" } else { "\n" };
+            write!(f, "{line_break}{problem}")?;
+        }
+        if self.more > 0 {
+            write!(f, "\nand {} more: correct these first", self.more)?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for InvalidConfig {}
+
+/// There is no config to run with.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// No YAML document could be had.
+    #[error(transparent)]
+    Unreadable(#[from] Unreadable),
+    /// It was read, and cannot run.
+    #[error("{}:\n{problems}", .path.as_ref().map_or("config".into(), |path| escaped(&path.to_string_lossy(), 4096)))]
+    Invalid {
+        /// The file; `None` for a text.
+        path: Option<PathBuf>,
+        /// What is wrong with it.
+        problems: InvalidConfig,
+    },
+}
+
+impl Config {
+    /// Reads and checks a file, with `${NAME}` from this process's environment.
+    ///
+    /// # Errors
+    /// `Unreadable` where there is no YAML document; otherwise `Invalid` with every problem at once.
+    pub fn load(path: &Path) -> Result<Self, LoadError> {
+        let file = ConfigFile::read(path)?;
+        check(file, &process_environment)
+            .map_err(|problems| LoadError::Invalid { path: Some(path.to_owned()), problems })
+    }
+
+    /// The same for a text.
+    ///
+    /// # Errors
+    /// As [`Config::load`].
+    pub fn from_yaml(text: &str) -> Result<Self, LoadError> {
+        Self::from_yaml_with(text, &process_environment)
+    }
+
+    /// The same with the variables that `environment` knows.
+    ///
+    /// # Errors
+    /// As [`Config::load`].
+    pub fn from_yaml_with(
+        text: &str,
+        environment: &dyn Fn(&str) -> Option<String>,
+    ) -> Result<Self, LoadError> {
+        let file = ConfigFile::parse(text)?;
+        check(file, environment).map_err(|problems| LoadError::Invalid { path: None, problems })
+    }
+}
+
+fn process_environment(name: &str) -> Option<String> {
+    std::env::var(name).ok()
+}
+
+fn check(
+    mut file: ConfigFile,
+    environment: &dyn Fn(&str) -> Option<String>,
+) -> Result<Config, InvalidConfig> {
+    let problems = Problems::default();
+    environment::fill_in(&mut file.root, environment, &problems);
+    let config = config(&Section::open(Field::root(&file.root, &problems), ROOT));
+    if problems.is_empty() {
+        return Ok(config);
+    }
+    let (problems, more) = problems.finish(&file);
+    Err(InvalidConfig { problems, more })
+}
+
+fn config(root: &Section<'_>) -> Config {
+    let redis: Option<Redis> = root.has("redis").then(|| redis::redis(&root.section("redis", redis::REDIS)));
+    let listeners = listeners::listeners(root);
+    let pools = pools::pools(root, redis.is_some());
+    Config {
+        workers: process::workers(root),
+        lua_pick: redis::lua_pick(&root.section("lua_pick", redis::LUA_PICK)),
+        admin: root.has("admin").then(|| listeners.admin(&root.section("admin", listeners::ADMIN))).flatten(),
+        log: process::log(&root.section("log", process::LOG)),
+        shutdown: process::shutdown(&root.section("shutdown", process::SHUTDOWN)),
+        listeners: listeners.listeners,
+        redis,
+        pools,
+    }
+}
+
+/// Opens a required section whose keys are names, and checks those: they become metric labels and parts of paths.
+fn named_section<'a>(root: &Section<'a>, key: &str, missing: &str) -> Option<Section<'a>> {
+    if !root.has(key) {
+        root.whole().miss(key, format!("it is missing: {missing}"));
+        return None;
+    }
+    let section = Section::open_named(root.field(key)?);
+    if section.is_empty() && section.whole().is_map() {
+        section.whole().refuse_unshown(format!("it is empty: {missing}"));
+    }
+    for (name, field) in section.entries() {
+        let is_valid = |byte: u8| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte);
+        if name.is_empty() || name.len() > NAME_MAX_BYTES || !name.bytes().all(is_valid) {
+            field.refuse_unshown("a name has 1 to 64 letters, digits, _ . or -: rename it");
+        }
+    }
+    Some(section)
+}
+
+/// For numbers that were read with a range that begins above zero.
+fn non_zero_usize(value: u64) -> NonZeroUsize {
+    usize::try_from(value).ok().and_then(NonZeroUsize::new).unwrap_or(NonZeroUsize::MIN)
+}
+
+/// For numbers that were read with a range that begins above zero and ends below 2^32.
+fn non_zero_u32(value: u64) -> NonZeroU32 {
+    u32::try_from(value).ok().and_then(NonZeroU32::new).unwrap_or(NonZeroU32::MIN)
+}

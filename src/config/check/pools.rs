@@ -1,0 +1,128 @@
+//! `pools`: what serves a listener, and how it is reached.
+
+use std::time::Duration;
+
+use super::{named_section, non_zero_u32};
+use crate::balance::{BackendId, Balance, Weight};
+use crate::config::decode::{Field, Keys, Section};
+use crate::config::{Connect, Keepalive, Pool};
+
+const POOL: Keys = Keys {
+    now: &[
+        "weights_key",
+        "backends",
+        "balance",
+        "connect",
+        "idle_timeout",
+        "half_close_timeout",
+        "keepalive",
+    ],
+    later: &[
+        "max_session_duration",
+        "max_connections",
+        "queue",
+        "health_check",
+        "outlier",
+        "fail_open_percent",
+        "slow_start",
+        "drain",
+        "send_proxy",
+        "source",
+        "tcp_congestion",
+    ],
+};
+const CONNECT: Keys = Keys { now: &["timeout", "attempts", "deadline"], later: &[] };
+const KEEPALIVE: Keys = Keys { now: &["idle", "interval", "probes"], later: &[] };
+
+const ATTEMPTS_MAX: u64 = 100;
+/// Linux refuses more: MAX_TCP_KEEPIDLE and MAX_TCP_KEEPINTVL in include/net/tcp.h.
+const KEEPALIVE_MAX: Duration = Duration::from_secs(32_767);
+/// MAX_TCP_KEEPCNT, in the same file.
+const PROBES_MAX: u64 = 127;
+const WEIGHTS_KEY_MAX_BYTES: usize = 1024;
+
+pub(super) fn pools(root: &Section<'_>, has_redis: bool) -> Vec<Pool> {
+    let Some(section) = named_section(root, "pools", "write at least one pool") else { return Vec::new() };
+    section.entries().map(|(name, field)| pool(name, &Section::open(field, POOL), has_redis)).collect()
+}
+
+fn pool(name: &str, section: &Section<'_>, has_redis: bool) -> Pool {
+    let balances =
+        [("weighted_random", Balance::WeightedRandom), ("weighted_round_robin", Balance::WeightedRoundRobin)];
+    let later = ["least_conn", "source_hash"];
+    Pool {
+        name: name.into(),
+        weights_key: weights_key(name, section),
+        backends: backends(section, has_redis),
+        balance: section.choice("balance", &balances, &later, Balance::WeightedRandom),
+        connect: connect(&section.section("connect", CONNECT)),
+        idle_timeout: section.limit("idle_timeout", Duration::from_secs(60 * 60)),
+        half_close_timeout: section.interval("half_close_timeout", Duration::from_secs(30)),
+        keepalive: keepalive(&section.section("keepalive", KEEPALIVE)),
+    }
+}
+
+/// Redis takes any bytes; control characters would reach every log that names the key.
+fn weights_key(name: &str, section: &Section<'_>) -> String {
+    let default = || format!("statera:{{{name}}}:weights");
+    let Some(field) = section.field("weights_key") else { return default() };
+    let Some(text) = field.text() else { return default() };
+    if text.is_empty() || text.len() > WEIGHTS_KEY_MAX_BYTES || text.chars().any(char::is_control) {
+        field.refuse("a Redis key of 1 to 1024 bytes without control characters is needed");
+    }
+    text.to_owned()
+}
+
+/// All weights 0 is a config that can run: it refuses every session until Redis says otherwise.
+fn backends(section: &Section<'_>, has_redis: bool) -> Vec<(BackendId, Weight)> {
+    if !section.has("backends") && !has_redis && section.whole().is_map() {
+        section.whole().miss("backends", "it is missing: without redis a pool needs at least one backend");
+    }
+    let Some(field) = section.field("backends") else { return Vec::new() };
+    let backends = Section::open_named(field);
+    if backends.is_empty() && backends.whole().is_map() && !has_redis {
+        backends.whole().refuse_unshown("it is empty: without redis a pool needs at least one backend");
+    }
+    let read = backends.entries().filter_map(|(address, field)| {
+        let backend = backend(address, &field);
+        let weight = weight(&field);
+        Some((backend?, weight?))
+    });
+    read.collect()
+}
+
+/// The path shows the address already, so the message does not repeat it.
+fn backend(address: &str, field: &Field<'_>) -> Option<BackendId> {
+    address.parse().inspect_err(|reason| field.refuse_unshown(format!("{reason}"))).ok()
+}
+
+fn weight(field: &Field<'_>) -> Option<Weight> {
+    let number = field.number()?;
+    let weight = Weight::new(number);
+    weight.inspect_err(|_| field.refuse("a weight is a finite number of at least 0")).ok()
+}
+
+fn connect(section: &Section<'_>) -> Connect {
+    Connect {
+        timeout: section.interval("timeout", Duration::from_secs(1)),
+        attempts: non_zero_u32(section.integer("attempts", 1..=ATTEMPTS_MAX, 3)),
+        deadline: section.interval("deadline", Duration::from_secs(3)),
+    }
+}
+
+fn keepalive(section: &Section<'_>) -> Keepalive {
+    Keepalive {
+        idle: whole_seconds(section, "idle", Duration::from_secs(60)),
+        interval: whole_seconds(section, "interval", Duration::from_secs(10)),
+        probes: non_zero_u32(section.integer("probes", 1..=PROBES_MAX, 6)),
+    }
+}
+
+/// The kernel counts these in seconds; rounding in silence would be a surprise.
+fn whole_seconds(section: &Section<'_>, key: &str, default: Duration) -> Duration {
+    let value = section.interval(key, default);
+    if value.subsec_nanos() != 0 || value > KEEPALIVE_MAX {
+        section.field(key).inspect(|field| field.refuse("whole seconds from 1s to 32767s are needed"));
+    }
+    value
+}

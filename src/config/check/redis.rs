@@ -1,0 +1,130 @@
+//! `redis` and `lua_pick`.
+
+use std::time::Duration;
+
+use super::redis_url::{self, RedisUrl};
+use super::{non_zero_usize, secret_file};
+use crate::config::decode::{Keys, Section};
+use crate::config::{LuaPick, OnEmpty, Redis, RedisAddress, Secret, Watch};
+
+pub(super) const REDIS: Keys = Keys {
+    now: &[
+        "url",
+        "username",
+        "password",
+        "password_file",
+        "watch",
+        "manage_notifications",
+        "heartbeat_interval",
+        "resync_interval",
+        "poll_interval",
+        "connect_timeout",
+        "response_timeout",
+        "max_stale",
+        "on_empty",
+    ],
+    later: &["sentinel", "cluster", "tls"],
+};
+pub(super) const LUA_PICK: Keys = Keys { now: &["enabled", "timeout", "max_in_flight"], later: &[] };
+
+const SECOND: Duration = Duration::from_secs(1);
+/// Each waiting session holds a place in the queue of one connection.
+const IN_FLIGHT_MAX: u64 = 65_536;
+
+pub(super) fn redis(section: &Section<'_>) -> Redis {
+    let RedisUrl { address, database, username, password } = url(section);
+    let watches = [("auto", Watch::Auto), ("notifications", Watch::Notifications), ("poll", Watch::Poll)];
+    let meanings = [("keep_last", OnEmpty::KeepLast), ("refuse", OnEmpty::Refuse)];
+    let redis = Redis {
+        address,
+        database,
+        username: username_beside(section, username),
+        password: password_beside(section, password),
+        watch: section.choice("watch", &watches, &["tracking"], Watch::Auto),
+        manage_notifications: section.flag("manage_notifications", false),
+        heartbeat_interval: section.interval("heartbeat_interval", SECOND),
+        resync_interval: section.interval("resync_interval", Duration::from_secs(15)),
+        poll_interval: section.interval("poll_interval", SECOND),
+        connect_timeout: section.interval("connect_timeout", SECOND),
+        response_timeout: section.interval("response_timeout", SECOND),
+        max_stale: section.interval("max_stale", Duration::from_secs(5)),
+        on_empty: section.choice("on_empty", &meanings, &[], OnEmpty::KeepLast),
+    };
+    check_max_stale(section, &redis);
+    redis
+}
+
+fn url(section: &Section<'_>) -> RedisUrl {
+    let default = || RedisUrl {
+        address: RedisAddress::Tcp { host: "127.0.0.1".to_owned(), port: 6379 },
+        database: 0,
+        username: None,
+        password: None,
+    };
+    let Some(field) = section.field("url") else { return default() };
+    let Some(text) = field.secret() else { return default() };
+    redis_url::parse(text).unwrap_or_else(|cure| {
+        field.refuse_unshown(format!("{}: {cure}", redis_url::shown(text)));
+        default()
+    })
+}
+
+/// An empty text is what `${REDIS_USER:-}` leaves behind, and means that there is none.
+fn username_beside(section: &Section<'_>, from_url: Option<String>) -> Option<String> {
+    let Some(field) = section.field("username") else { return from_url };
+    let username = field.text().filter(|text| !text.is_empty()).map(str::to_owned);
+    if username.is_some() && from_url.is_some() {
+        field.refuse("url names a user, too: keep one of them");
+    }
+    username.or(from_url)
+}
+
+fn password_beside(section: &Section<'_>, from_url: Option<Secret>) -> Option<Secret> {
+    let field = section.field("password");
+    let written = field.as_ref().and_then(|field| field.secret()).filter(|text| !text.is_empty());
+    let file = section.field("password_file");
+    let at = field.filter(|_| written.is_some()).or_else(|| file.clone());
+    if usize::from(written.is_some()) + usize::from(file.is_some()) + usize::from(from_url.is_some()) > 1
+        && let Some(at) = at
+    {
+        at.refuse_unshown("there is more than one of password, password_file and the one in url: keep one");
+        return None;
+    }
+    match (written, file) {
+        (Some(text), _) => Some(Secret::new(text.to_owned())),
+        (None, Some(file)) => secret_file::read(&file),
+        (None, None) => from_url,
+    }
+}
+
+/// A healthy snapshot is confirmed once per beat, so it would go stale between two of them.
+fn check_max_stale(section: &Section<'_>, redis: &Redis) {
+    let (key, interval) = match redis.watch {
+        Watch::Poll => ("poll_interval", redis.poll_interval),
+        Watch::Auto | Watch::Notifications => ("heartbeat_interval", redis.heartbeat_interval),
+    };
+    if redis.max_stale > interval {
+        return;
+    }
+    let message = format!("{} is not longer than {key}: write at least twice that", shown(redis.max_stale));
+    match section.field("max_stale").or_else(|| section.field(key)) {
+        Some(field) if field.path().ends_with("max_stale") => {
+            field.refuse_unshown(format!("{message}, {}", shown(interval * 2)))
+        }
+        Some(field) => field
+            .refuse(format_args!("redis.max_stale ({}) must be longer: raise it", shown(redis.max_stale))),
+        None => {}
+    }
+}
+
+fn shown(duration: Duration) -> humantime::FormattedDuration {
+    humantime::format_duration(duration)
+}
+
+pub(super) fn lua_pick(section: &Section<'_>) -> LuaPick {
+    LuaPick {
+        enabled: section.flag("enabled", true),
+        timeout: section.interval("timeout", Duration::from_millis(50)),
+        max_in_flight: non_zero_usize(section.integer("max_in_flight", 1..=IN_FLIGHT_MAX, 64)),
+    }
+}

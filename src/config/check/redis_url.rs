@@ -1,0 +1,187 @@
+//! `redis.url`: `redis://[user[:password]@]host[:port][/db]` or `unix:///path[?db=N]`.
+//!
+//! The URL may hold a password, so no message shows more of it than [`shown`] lets through.
+
+use std::path::PathBuf;
+
+use crate::balance::Address;
+use crate::config::decode::escaped;
+use crate::config::{RedisAddress, Secret};
+
+const PORT: u16 = 6379;
+/// `sun_path` holds 108 bytes, the last of them the terminating zero.
+const UNIX_PATH_MAX_BYTES: usize = 107;
+const SHOWN_MAX_CHARS: usize = 60;
+
+#[derive(Debug, PartialEq)]
+pub(super) struct RedisUrl {
+    pub(super) address: RedisAddress,
+    pub(super) database: u32,
+    pub(super) username: Option<String>,
+    pub(super) password: Option<Secret>,
+}
+
+/// The error is a cure, without the value.
+pub(super) fn parse(url: &str) -> Result<RedisUrl, &'static str> {
+    if url.starts_with("rediss://") {
+        return Err("TLS is not supported yet: write redis://");
+    }
+    if let Some(rest) = url.strip_prefix("unix://") {
+        return parse_unix(rest);
+    }
+    let Some(rest) = url.strip_prefix("redis://") else {
+        return Err("write it like redis://127.0.0.1:6379/0 or unix:///run/redis.sock");
+    };
+    if rest.contains(['?', '#']) {
+        return Err("nothing may follow the database: options are keys beside url");
+    }
+    // From the right: a password that was not percent-encoded may hold an @.
+    let (credentials, rest) =
+        rest.rsplit_once('@').map_or((None, rest), |(before, after)| (Some(before), after));
+    let (authority, database) = rest.split_once('/').unwrap_or((rest, ""));
+    let (username, password) = match credentials.map(|text| text.split_once(':').unwrap_or((text, ""))) {
+        Some((username, password)) => (decoded(username)?, decoded(password)?),
+        None => (String::new(), String::new()),
+    };
+    Ok(RedisUrl {
+        address: parse_authority(authority)?,
+        database: parse_database(database)?,
+        username: Some(username).filter(|text| !text.is_empty()),
+        password: Some(password).filter(|text| !text.is_empty()).map(Secret::new),
+    })
+}
+
+fn parse_unix(rest: &str) -> Result<RedisUrl, &'static str> {
+    let (path, query) = rest.split_once('?').unwrap_or((rest, "db="));
+    if !path.starts_with('/') || path.len() > UNIX_PATH_MAX_BYTES || path.chars().any(char::is_control) {
+        return Err("the socket needs an absolute path of at most 107 bytes, like unix:///run/redis.sock");
+    }
+    let database = query.strip_prefix("db=").ok_or("only ?db=N may follow the path")?;
+    let address = RedisAddress::Unix(PathBuf::from(path));
+    Ok(RedisUrl { address, database: parse_database(database)?, username: None, password: None })
+}
+
+/// Backends have the same rules for hosts, apart from the port that may be left out here.
+fn parse_authority(authority: &str) -> Result<RedisAddress, &'static str> {
+    let cure = "the host is missing or wrong: write it like redis://127.0.0.1:6379/0 or redis://[::1]:6379/0";
+    let has_port = authority.rsplit_once(':').is_some_and(|(_, port)| !port.ends_with(']'));
+    let with_port = if has_port { authority.to_owned() } else { format!("{authority}:{PORT}") };
+    match with_port.parse::<Address>() {
+        Ok(Address::Socket(address)) => {
+            Ok(RedisAddress::Tcp { host: address.ip().to_string(), port: address.port() })
+        }
+        Ok(Address::Name { host, port }) => Ok(RedisAddress::Tcp { host: host.to_string(), port }),
+        Ok(Address::Unix(_)) | Err(_) => Err(cure),
+    }
+}
+
+fn parse_database(text: &str) -> Result<u32, &'static str> {
+    if text.is_empty() {
+        return Ok(0);
+    }
+    let digits = text.bytes().all(|byte| byte.is_ascii_digit());
+    text.parse().ok().filter(|_| digits).ok_or("the database after the last / is a number, like /0")
+}
+
+fn decoded(text: &str) -> Result<String, &'static str> {
+    let cure = "a % in user or password is written %25, an @ %40, a : %3A, a / %2F";
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.bytes();
+    while let Some(byte) = rest.next() {
+        if byte != b'%' {
+            bytes.push(byte);
+            continue;
+        }
+        let mut digit = || rest.next().and_then(|byte| char::from(byte).to_digit(16));
+        let (Some(high), Some(low)) = (digit(), digit()) else { return Err(cure) };
+        bytes.push(u8::try_from(high * 16 + low).map_err(|_| cure)?);
+    }
+    String::from_utf8(bytes).map_err(|_| cure)
+}
+
+/// As much of a URL as may be shown: nothing before an @, nothing after a ?. A text without a scheme may be a password
+/// that slipped into the wrong key.
+pub(super) fn shown(url: &str) -> String {
+    let Some((scheme, rest)) = url.split_once("://") else { return "…".to_owned() };
+    let rest = rest.split_once('?').map_or(rest, |(before, _)| before);
+    let shown = match rest.rsplit_once('@') {
+        Some((_, host)) => format!("{scheme}://…@{host}"),
+        None => format!("{scheme}://{rest}"),
+    };
+    // A ? inside an unencoded password cuts the @ off with it.
+    let hides_credentials = url.contains('@') && !shown.contains('@');
+    escaped(if hides_credentials { "…" } else { &shown }, SHOWN_MAX_CHARS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn tcp(host: &str, port: u16) -> RedisAddress {
+        RedisAddress::Tcp { host: host.into(), port }
+    }
+
+    #[test]
+    fn urls_say_where_redis_is() {
+        for (url, address, database) in [
+            ("redis://127.0.0.1:6379/0", tcp("127.0.0.1", 6379), 0),
+            ("redis://cache.internal", tcp("cache.internal", 6379), 0),
+            ("redis://[::1]:7000/15", tcp("::1", 7000), 15),
+            ("redis://[::1]/2", tcp("::1", 6379), 2),
+            ("redis://h:1/", tcp("h", 1), 0),
+            ("unix:///run/redis.sock", RedisAddress::Unix("/run/redis.sock".into()), 0),
+            ("unix:///run/redis.sock?db=3", RedisAddress::Unix("/run/redis.sock".into()), 3),
+        ] {
+            let expected = RedisUrl { address, database, username: None, password: None };
+            assert_eq!(parse(url), Ok(expected), "{url}");
+        }
+    }
+
+    #[test]
+    fn urls_may_hold_user_and_password() {
+        for (url, username, password) in [
+            ("redis://u:p@h", Some("u"), Some("p")),
+            ("redis://:p@h", None, Some("p")),
+            ("redis://u@h", Some("u"), None),
+            ("redis://u:p%40%3a%25@h", Some("u"), Some("p@:%")),
+            ("redis://u:p@q@h", Some("u"), Some("p@q")),
+        ] {
+            let parsed = parse(url).unwrap();
+            let found = (parsed.username.as_deref(), parsed.password.as_ref().map(Secret::expose));
+            assert_eq!(found, (username, password), "{url}");
+            assert_eq!(parsed.address, tcp("h", 6379));
+        }
+    }
+
+    #[test]
+    fn what_is_no_redis_url_is_refused_and_shown_without_its_password() {
+        for (url, expected) in [
+            ("", "…"),
+            ("geheim", "…"),
+            ("http://h", "http://h"),
+            ("redis://", "redis://"),
+            ("redis://u:geheim@", "redis://…@"),
+            ("redis://u:geheim@h:0", "redis://…@h:0"),
+            ("redis://u:geheim%@h", "redis://…@h"),
+            ("redis://u:geheim?@h", "…"),
+            ("redis://h/-1", "redis://h/-1"),
+            ("redis://h/4294967296", "redis://h/4294967296"),
+            ("redis://h/0?password=geheim", "redis://h/0"),
+            ("unix://relative", "unix://relative"),
+            ("unix:///a?password=geheim", "unix:///a"),
+            ("rediss://u:geheim@h", "rediss://…@h"),
+        ] {
+            assert!(parse(url).is_err(), "{url} was taken");
+            assert_eq!(shown(url), expected, "{url}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_url_makes_the_reader_panic(url in "(redis|unix)://[a-z0-9:@/?%\\[\\]é]{0,40}|.{0,40}") {
+            let _ = parse(&url);
+            prop_assert!(!shown(&url).chars().any(char::is_control));
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! Takes values out of the tree and collects every problem on the way, so that one run shows all of them.
+//!
+//! A reader that finds a wrong value reports it and answers the default: the caller goes on looking for more problems, and
+//! nothing runs, because [`Problems::finish`] then refuses the whole. Knows kinds of values, not keys: those are in
+//! `check.rs`. Values are shown shortened and with control characters escaped; secrets are never shown.
+
+mod section;
+mod value;
+
+pub(super) use section::{Keys, Section};
+
+use std::cell::{Cell, RefCell};
+use std::fmt;
+
+use super::file::{ConfigFile, Node, Place};
+
+/// More are counted, not listed: each costs one more parse for its line, and nobody reads on.
+const PROBLEMS_SHOWN: usize = 50;
+/// More are counted, not kept. Above `PROBLEMS_SHOWN`, so that the first ones of the file are among those kept.
+const PROBLEMS_KEPT: usize = 1000;
+/// What may be parsed again to find lines: all 50 for a file of 400 kB, the first 20 for the largest, in a second or two.
+const REPARSED_MAX_BYTES: usize = 20 * 1024 * 1024;
+const VALUE_MAX_CHARS: usize = 60;
+
+/// One thing that is wrong with a config. Displays as `path: value: cure (line N)`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// Like `pools.web.connect.attempts` or `listeners.web.bind[1]`.
+    pub path: String,
+    /// Counted from 1; `None` where the key is missing from the top level, and late in very large files.
+    pub line: Option<usize>,
+    /// The value, if it may be shown, and the cure.
+    pub message: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.path, self.message)?;
+        self.line.map_or(Ok(()), |line| write!(f, " (line {line})"))
+    }
+}
+
+/// Collects problems while the tree is read.
+#[derive(Default)]
+pub(super) struct Problems {
+    found: RefCell<Vec<Found>>,
+    uncounted: Cell<usize>,
+}
+
+struct Found {
+    path: String,
+    place: Place,
+    message: Message,
+}
+
+enum Message {
+    Plain(String),
+    /// A duplicate key: names the line of the first one, too.
+    Twice {
+        first: Place,
+    },
+}
+
+impl Problems {
+    /// Reports `message` (value and cure) for `path`.
+    pub(super) fn add(&self, path: String, place: Place, message: impl Into<String>) {
+        self.push(Found { path, place, message: Message::Plain(message.into()) });
+    }
+
+    fn push(&self, found: Found) {
+        let mut kept = self.found.borrow_mut();
+        if kept.len() < PROBLEMS_KEPT {
+            kept.push(found);
+        } else {
+            self.uncounted.set(self.uncounted.get() + 1);
+        }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.found.borrow().is_empty()
+    }
+
+    /// The first problems in the order of the file, with their lines, and how many there are beyond them.
+    pub(super) fn finish(self, file: &ConfigFile) -> (Vec<Problem>, usize) {
+        let mut found = self.found.into_inner();
+        found.sort_by(|a, b| a.place.cmp(&b.place));
+        let more = found.len().saturating_sub(PROBLEMS_SHOWN) + self.uncounted.get();
+        found.truncate(PROBLEMS_SHOWN);
+        let mut lookups = REPARSED_MAX_BYTES / file.len().max(1);
+        let mut line_of = |place: &Place| {
+            lookups = lookups.checked_sub(1)?;
+            file.line_of(place)
+        };
+        let located = found.into_iter().map(|Found { path, place, message }| {
+            let line = line_of(&place);
+            let message = match message {
+                Message::Plain(text) => text,
+                Message::Twice { first } => match line_of(&first) {
+                    Some(line) => format!("written twice, first on line {line}: keep one of them"),
+                    None => "written twice: keep one of them".to_owned(),
+                },
+            };
+            Problem { path, line, message }
+        });
+        (located.collect(), more)
+    }
+}
+
+/// One value and where it stands.
+#[derive(Clone)]
+pub(super) struct Field<'a> {
+    node: &'a Node,
+    path: String,
+    place: Place,
+    problems: &'a Problems,
+}
+
+impl<'a> Field<'a> {
+    /// The top of the tree.
+    pub(super) fn root(node: &'a Node, problems: &'a Problems) -> Self {
+        Self { node, path: String::new(), place: Place::new(), problems }
+    }
+
+    /// As it stands in messages.
+    pub(super) fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// Reports this value with its cure.
+    pub(super) fn refuse(&self, cure: impl fmt::Display) {
+        self.refuse_unshown(format!("{}: {cure}", self.shown()));
+    }
+
+    /// Reports without showing the value: for secrets, and for what is missing.
+    pub(super) fn refuse_unshown(&self, message: impl Into<String>) {
+        self.problems.add(self.path.clone(), self.place.clone(), message);
+    }
+
+    /// Reports that `key` is missing below this value.
+    pub(super) fn miss(&self, key: &str, cure: impl Into<String>) {
+        self.problems.add(path_of_key(&self.path, key), self.place.clone(), cure);
+    }
+
+    fn shown(&self) -> String {
+        match self.node {
+            Node::Null | Node::Broken => "nothing".to_owned(),
+            Node::Bool(value) => value.to_string(),
+            Node::Integer(value) => value.to_string(),
+            Node::Float(value) => value.to_string(),
+            Node::Text(text) if text.is_empty() => "\"\"".to_owned(),
+            // A URL with credentials, wherever it slipped to.
+            Node::Text(text) if text.contains("://") && text.contains('@') => "…".to_owned(),
+            Node::Text(text) => escaped(text, VALUE_MAX_CHARS),
+            Node::List(_) => "a list".to_owned(),
+            Node::Map(_) => "a map".to_owned(),
+        }
+    }
+
+    fn item(&self, position: usize, node: &'a Node) -> Self {
+        self.child(path_of_item(&self.path, position), position, node)
+    }
+
+    fn entry(&self, position: usize, key: &str, node: &'a Node) -> Self {
+        self.child(path_of_key(&self.path, key), position, node)
+    }
+
+    fn child(&self, path: String, position: usize, node: &'a Node) -> Self {
+        let mut place = self.place.clone();
+        place.push(position);
+        Self { node, path, place, problems: self.problems }
+    }
+}
+
+pub(super) fn path_of_item(parent: &str, position: usize) -> String {
+    format!("{parent}[{position}]")
+}
+
+/// Keys that would make the path ambiguous, such as addresses, stand in brackets and quotes.
+pub(super) fn path_of_key(parent: &str, key: &str) -> String {
+    let is_plain = !key.is_empty() && key.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b));
+    if !is_plain || key.len() > VALUE_MAX_CHARS {
+        return format!("{parent}[\"{}\"]", escaped(key, VALUE_MAX_CHARS));
+    }
+    if parent.is_empty() { key.to_owned() } else { format!("{parent}.{key}") }
+}
+
+/// `text` as it may go to a terminal or a log: at most `max_chars` of it, and nothing in it that moves a cursor or turns
+/// the reading direction.
+pub(super) fn escaped(text: &str, max_chars: usize) -> String {
+    let mut shown = String::new();
+    for (count, character) in text.chars().enumerate() {
+        if count == max_chars {
+            shown.push('…');
+            break;
+        }
+        match character {
+            '"' | '\'' | '\\' => shown.push(character),
+            other => shown.extend(other.escape_debug()),
+        }
+    }
+    shown
+}

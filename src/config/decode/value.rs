@@ -1,0 +1,263 @@
+//! Reads one value: a number, a text, a duration, one of a few words.
+//!
+//! A text is taken wherever it reads as what is wanted: `attempts: ${ATTEMPTS}` is a text after filling in. The reverse
+//! does not hold: a number where a text is wanted needs quotes, because YAML would read `0x10` or `1_000` its own way.
+
+use std::fmt::Display;
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+use super::{Field, Node, Section};
+
+/// Far beyond any use, far below what overflows `Instant + Duration`.
+const DURATION_MAX: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
+impl<'a> Field<'a> {
+    /// A text, perhaps empty.
+    pub(in crate::config) fn text(&self) -> Option<&'a str> {
+        self.text_or(|| self.refuse("a text is needed: put it in quotes"))
+    }
+
+    /// A text that is not shown, perhaps empty.
+    pub(in crate::config) fn secret(&self) -> Option<&'a str> {
+        self.text_or(|| self.refuse_unshown("a text is needed: put it in quotes"))
+    }
+
+    fn text_or(&self, refuse: impl FnOnce()) -> Option<&'a str> {
+        match self.node {
+            Node::Text(text) => Some(text),
+            Node::Broken => None,
+            _ => {
+                refuse();
+                None
+            }
+        }
+    }
+
+    /// Is it this very text?
+    pub(in crate::config) fn is_text(&self, text: &str) -> bool {
+        matches!(self.node, Node::Text(found) if found == text)
+    }
+
+    /// Is it a text with `part` in it?
+    pub(in crate::config) fn text_contains(&self, part: &str) -> bool {
+        matches!(self.node, Node::Text(found) if found.contains(part))
+    }
+
+    /// Is it a whole number, in range or not?
+    pub(in crate::config) fn reads_as_integer(&self) -> bool {
+        match self.node {
+            Node::Integer(_) => true,
+            Node::Text(text) => !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()),
+            _ => false,
+        }
+    }
+
+    /// A whole number in `range`.
+    pub(in crate::config) fn integer(&self, range: &RangeInclusive<u64>) -> Option<u64> {
+        let value = match self.node {
+            Node::Integer(value) => u64::try_from(*value).ok(),
+            Node::Text(text) if text.bytes().all(|byte| byte.is_ascii_digit()) => text.parse().ok(),
+            Node::Broken => return None,
+            _ => None,
+        };
+        if let Some(value) = value.filter(|value| range.contains(value)) {
+            return Some(value);
+        }
+        let (least, most) = (range.start(), range.end());
+        match (value, self.node) {
+            (Some(value), _) if value < *least => self.refuse(format_args!("at least {least} is needed")),
+            (Some(_), _) => self.refuse(format_args!("at most {most} is possible")),
+            (None, Node::Integer(value)) if *value < 0 => {
+                self.refuse(format_args!("at least {least} is needed"));
+            }
+            _ => self.refuse(format_args!("a whole number from {least} to {most} is needed")),
+        }
+        None
+    }
+
+    /// Any number, also an impossible one such as `.inf`.
+    pub(in crate::config) fn number(&self) -> Option<f64> {
+        let value = match self.node {
+            // Weights are floats in Redis, too.
+            Node::Integer(value) => Some(*value as f64),
+            Node::Float(value) => Some(*value),
+            Node::Text(text) => text.parse().ok(),
+            Node::Broken => return None,
+            _ => None,
+        };
+        if value.is_none() {
+            self.refuse("a number is needed");
+        }
+        value
+    }
+
+    /// `true` or `false`.
+    pub(in crate::config) fn flag(&self) -> Option<bool> {
+        match self.node {
+            Node::Bool(value) => return Some(*value),
+            Node::Text(text) if text == "true" => return Some(true),
+            Node::Text(text) if text == "false" => return Some(false),
+            Node::Broken => {}
+            _ => self.refuse("true or false is needed"),
+        }
+        None
+    }
+
+    /// `150ms`, `5s`, `1h`; at least `least`.
+    pub(in crate::config) fn duration(&self, least: Duration) -> Option<Duration> {
+        let text = match self.node {
+            Node::Text(text) => text,
+            Node::Broken => return None,
+            Node::Integer(value) if *value >= 0 => {
+                self.refuse(format_args!("a duration needs its unit: write {value}s or {value}ms"));
+                return None;
+            }
+            _ => {
+                self.refuse("a duration is needed, like 150ms, 5s or 1h");
+                return None;
+            }
+        };
+        match parse_duration(text) {
+            Err(cure) => self.refuse(cure),
+            Ok(value) if value < least => {
+                self.refuse(format_args!("at least {} is needed", humantime::format_duration(least)));
+            }
+            Ok(value) if value > DURATION_MAX => self.refuse("at most 365 days are possible"),
+            Ok(value) => return Some(value),
+        }
+        None
+    }
+
+    /// One of a few words. `later` holds those of the contract that no code knows yet.
+    pub(in crate::config) fn choice<T: Copy>(&self, choices: &[(&str, T)], later: &[&str]) -> Option<T> {
+        let words = || choices.iter().map(|(word, _)| *word).collect::<Vec<_>>().join(" or ");
+        let text = match self.node {
+            Node::Text(text) => text.as_str(),
+            Node::Broken => return None,
+            _ => "",
+        };
+        if let Some((_, value)) = choices.iter().find(|(word, _)| *word == text) {
+            return Some(*value);
+        }
+        if later.contains(&text) {
+            self.refuse(format_args!("not supported yet: write {}", words()));
+        } else {
+            self.refuse(format_args!("write {}", words()));
+        }
+        None
+    }
+
+    /// One value, or a list of them.
+    pub(in crate::config) fn one_or_many(&self) -> Vec<Self> {
+        match self.node {
+            Node::List(items) => {
+                items.iter().enumerate().map(|(position, item)| self.item(position, item)).collect()
+            }
+            _ => vec![self.clone()],
+        }
+    }
+
+    /// What `FromStr` takes.
+    pub(in crate::config) fn parsed<T: std::str::FromStr>(&self, cure: impl Display) -> Option<T> {
+        let parsed = self.text_or(|| self.refuse(&cure))?.parse();
+        parsed.inspect_err(|_| self.refuse(&cure)).ok()
+    }
+}
+
+/// Readers for a key that may be left out.
+impl Section<'_> {
+    /// `true` or `false`.
+    pub(in crate::config) fn flag(&self, key: &str, default: bool) -> bool {
+        self.field(key).and_then(|field| field.flag()).unwrap_or(default)
+    }
+
+    /// A whole number in `range`.
+    pub(in crate::config) fn integer(&self, key: &str, range: RangeInclusive<u64>, default: u64) -> u64 {
+        self.field(key).and_then(|field| field.integer(&range)).unwrap_or(default)
+    }
+
+    /// More than zero.
+    pub(in crate::config) fn interval(&self, key: &str, default: Duration) -> Duration {
+        self.field(key).and_then(|field| field.duration(Duration::from_millis(1))).unwrap_or(default)
+    }
+
+    /// Zero is a duration, too.
+    pub(in crate::config) fn duration(&self, key: &str, default: Duration) -> Duration {
+        self.field(key).and_then(|field| field.duration(Duration::ZERO)).unwrap_or(default)
+    }
+
+    /// `0s` is off.
+    pub(in crate::config) fn limit(&self, key: &str, default: Duration) -> Option<Duration> {
+        Some(self.duration(key, default)).filter(|limit| !limit.is_zero())
+    }
+
+    /// One of a few words.
+    pub(in crate::config) fn choice<T: Copy>(
+        &self,
+        key: &str,
+        choices: &[(&str, T)],
+        later: &[&str],
+        default: T,
+    ) -> T {
+        self.field(key).and_then(|field| field.choice(choices, later)).unwrap_or(default)
+    }
+}
+
+fn parse_duration(text: &str) -> Result<Duration, &'static str> {
+    // humantime reads `5M` as five months; whoever writes it here means minutes, or made a mistake.
+    if text.contains('M') {
+        return Err("write minutes as m, like 5m");
+    }
+    if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.') {
+        return Err("a duration needs its unit: write it like 150ms, 5s or 1h");
+    }
+    humantime::parse_duration(text).map_err(|_| "a duration is needed, like 150ms, 5s or 1h")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn durations_read_as_people_write_them() {
+        for (text, millis) in [
+            ("0s", 0),
+            ("150ms", 150),
+            ("5s", 5_000),
+            ("1.5s", 1_500),
+            ("2m", 120_000),
+            ("1h", 3_600_000),
+            ("1h 30m", 5_400_000),
+            ("365d", 31_536_000_000),
+        ] {
+            assert_eq!(parse_duration(text), Ok(Duration::from_millis(millis)), "{text}");
+        }
+        for text in [
+            "",
+            " ",
+            "s",
+            "-5s",
+            "5",
+            "0",
+            "5.",
+            ".5s",
+            "1,5s",
+            "5x",
+            "5M",
+            "5s!",
+            "99999999999999999999s",
+            "∞",
+        ] {
+            assert!(parse_duration(text).is_err(), "{text} was taken");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_makes_the_duration_reader_panic(text in ".{0,40}|[0-9.smhdy ]{0,40}") {
+            let _ = parse_duration(&text);
+        }
+    }
+}

@@ -1,0 +1,50 @@
+//! Walks down a YAML document to one place and fails there, because the error is what tells the line.
+//!
+//! Builds nothing. `ConfigFile::line_of` reads the error.
+
+use std::fmt;
+
+use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
+
+/// Walks down to a place and fails there. It never succeeds.
+pub(super) struct Follow<'p>(pub(super) &'p [usize]);
+
+impl<'de> DeserializeSeed<'de> for Follow<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Follow<'_> {
+    type Value = ();
+
+    // Every other visit, and so the end of the way, takes serde's default: the error that is wanted.
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("another place")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<(), A::Error> {
+        let Some((&position, rest)) = self.0.split_first() else { return Err(A::Error::custom("here")) };
+        for _ in 0..position {
+            items.next_element::<IgnoredAny>()?;
+        }
+        items.next_element_seed(Follow(rest))?;
+        Err(A::Error::custom("no such item"))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<(), A::Error> {
+        let Some((&position, rest)) = self.0.split_first() else { return Err(A::Error::custom("here")) };
+        for _ in 0..position {
+            entries.next_entry::<IgnoredAny, IgnoredAny>()?;
+        }
+        if rest.is_empty() {
+            entries.next_key_seed(Follow(rest))?;
+        } else {
+            entries.next_key::<IgnoredAny>()?;
+            entries.next_value_seed(Follow(rest))?;
+        }
+        Err(A::Error::custom("no such key"))
+    }
+}

@@ -1,0 +1,256 @@
+//! What Statera is told to do, once it is known to be possible.
+//!
+//! Three steps, each in its own file: [`file`] reads what was written into a tree that still knows every key, [`check`]
+//! turns the tree into a [`Config`] and collects *every* problem on the way, with its path, line, value and cure.
+//! A [`Config`] can run: nothing behind it validates again. The keys are CONTRACT's; each default is the one that a
+//! careful operator would choose.
+
+mod check;
+mod decode;
+mod file;
+
+pub use check::{InvalidConfig, LoadError, Problem};
+pub use file::Unreadable;
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::num::{NonZeroU32, NonZeroUsize};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::balance::{BackendId, Balance, Weight};
+
+/// A whole configuration that can run.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Data-plane threads.
+    pub workers: NonZeroUsize,
+    /// Where the weights come from; `None` runs the pools on their own `backends` alone.
+    pub redis: Option<Redis>,
+    /// How Redis may be asked to pick when a snapshot cannot be trusted.
+    pub lua_pick: LuaPick,
+    /// In the order of the file; names and addresses are unique.
+    pub listeners: Vec<Listener>,
+    /// In the order of the file; names are unique.
+    pub pools: Vec<Pool>,
+    /// Where metrics and probes are served; `None` serves none.
+    pub admin: Option<Admin>,
+    /// What is logged, and how.
+    pub log: Log,
+    /// How the process ends.
+    pub shutdown: Shutdown,
+}
+
+/// The `redis` section: one server, and how hard to watch it.
+#[derive(Clone, Debug)]
+pub struct Redis {
+    /// Where the server is.
+    pub address: RedisAddress,
+    /// The database number, from the URL's path.
+    pub database: u32,
+    /// An ACL user; `None` is the default user.
+    pub username: Option<String>,
+    /// `None` sends no AUTH.
+    pub password: Option<Secret>,
+    /// How changes are noticed.
+    pub watch: Watch,
+    /// May `CONFIG SET notify-keyspace-events` be sent, to add flags.
+    pub manage_notifications: bool,
+    /// Between two pings on the watching connection.
+    pub heartbeat_interval: Duration,
+    /// Between two full reads that no notification asked for; jittered by 10 %.
+    pub resync_interval: Duration,
+    /// Between two reads where changes are noticed by polling.
+    pub poll_interval: Duration,
+    /// For TCP, AUTH and HELLO together.
+    pub connect_timeout: Duration,
+    /// For each command.
+    pub response_timeout: Duration,
+    /// A snapshot not confirmed for longer is stale.
+    pub max_stale: Duration,
+    /// What an emptied or vanished table means.
+    pub on_empty: OnEmpty,
+}
+
+/// Where a Redis server listens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RedisAddress {
+    /// `redis://host:port`
+    Tcp {
+        /// A name or an address, without brackets.
+        host: String,
+        /// 6379 where the URL names none.
+        port: u16,
+    },
+    /// `unix:///path`
+    Unix(PathBuf),
+}
+
+impl fmt::Display for RedisAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp { host, port } if host.contains(':') => write!(f, "redis://[{host}]:{port}"),
+            Self::Tcp { host, port } => write!(f, "redis://{host}:{port}"),
+            Self::Unix(path) => write!(f, "unix://{}", path.display()),
+        }
+    }
+}
+
+/// A text that is never printed.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    /// Wraps `text`.
+    #[must_use]
+    pub fn new(text: String) -> Self {
+        Self(text)
+    }
+
+    /// The text itself, for the one place that sends or compares it.
+    #[must_use]
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secret(…)")
+    }
+}
+
+/// How a change in Redis is noticed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Watch {
+    /// Notifications where the server is known to send them, else polling.
+    Auto,
+    /// Notifications, even where the server's settings cannot be read.
+    Notifications,
+    /// A read every `poll_interval`.
+    Poll,
+}
+
+/// What an emptied or vanished table means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnEmpty {
+    /// Go on with the last table, and say so.
+    KeepLast,
+    /// Refuse sessions until the table has members again.
+    Refuse,
+}
+
+/// The `lua_pick` section.
+#[derive(Clone, Debug)]
+pub struct LuaPick {
+    /// `false`: Redis is never asked to pick.
+    pub enabled: bool,
+    /// How long a session may wait for the answer.
+    pub timeout: Duration,
+    /// Sessions that may wait at once; more go straight to the next source.
+    pub max_in_flight: NonZeroUsize,
+}
+
+/// One entry of `listeners`.
+#[derive(Clone, Debug)]
+pub struct Listener {
+    /// The key it stands under.
+    pub name: Arc<str>,
+    /// At least one; port 0 takes a free one.
+    pub bind: Vec<SocketAddr>,
+    /// The name of a pool that exists.
+    pub pool: Arc<str>,
+}
+
+/// One entry of `pools`.
+#[derive(Clone, Debug)]
+pub struct Pool {
+    /// The key it stands under.
+    pub name: Arc<str>,
+    /// The sorted set in Redis.
+    pub weights_key: String,
+    /// Used until Redis has answered; each backend once.
+    pub backends: Vec<(BackendId, Weight)>,
+    /// How a backend is chosen.
+    pub balance: Balance,
+    /// How a backend is reached.
+    pub connect: Connect,
+    /// A session that moves no byte for this long is closed; `None`: never.
+    pub idle_timeout: Option<Duration>,
+    /// The same, once one side has closed its half.
+    pub half_close_timeout: Duration,
+    /// TCP keepalive on both sides.
+    pub keepalive: Keepalive,
+}
+
+/// How a backend is reached: `pools.*.connect`.
+#[derive(Clone, Copy, Debug)]
+pub struct Connect {
+    /// For one attempt.
+    pub timeout: Duration,
+    /// Backends tried for one session.
+    pub attempts: NonZeroU32,
+    /// For all attempts together.
+    pub deadline: Duration,
+}
+
+/// TCP keepalive: `pools.*.keepalive`.
+#[derive(Clone, Copy, Debug)]
+pub struct Keepalive {
+    /// Silence before the first probe; whole seconds, at least 1.
+    pub idle: Duration,
+    /// Between probes; whole seconds, at least 1.
+    pub interval: Duration,
+    /// Unanswered probes before the connection counts as dead.
+    pub probes: NonZeroU32,
+}
+
+/// The `admin` section.
+#[derive(Clone, Debug)]
+pub struct Admin {
+    /// Loopback, unless there is a token.
+    pub bind: SocketAddr,
+    /// Asked for as `Authorization: Bearer …` on every path but `/livez` and `/readyz`.
+    pub token: Option<Secret>,
+}
+
+/// The `log` section.
+#[derive(Clone, Copy, Debug)]
+pub struct Log {
+    /// The least severe level that is written.
+    pub level: tracing::Level,
+    /// The shape of a line.
+    pub format: LogFormat,
+    /// One line per session.
+    pub access: bool,
+    /// Where lines go.
+    pub output: LogOutput,
+}
+
+/// The shape of a log line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    /// One JSON object a line.
+    Json,
+    /// For people.
+    Text,
+}
+
+/// Where log lines go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogOutput {
+    /// Standard output.
+    Stdout,
+    /// Standard error.
+    Stderr,
+}
+
+/// The `shutdown` section.
+#[derive(Clone, Copy, Debug)]
+pub struct Shutdown {
+    /// Not ready, but still accepting, for this long.
+    pub delay: Duration,
+    /// Then sessions may finish for this long.
+    pub timeout: Duration,
+}
