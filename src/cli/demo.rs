@@ -1,0 +1,281 @@
+//! `statera demo`: everything on one screen. Three tiny backends, a private Redis if one can be had, the proxy in front,
+//! clients that keep connecting, and the share of each backend as it changes.
+
+use std::io::{IsTerminal as _, Write as _};
+use std::net::{SocketAddr, TcpListener};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context as _, anyhow};
+use clap::Args;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio::runtime::Builder;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
+
+use crate::config::Config;
+use crate::proxy::{self, Running};
+
+const NAMES: [&str; 3] = ["alpha", "beta", "gamma"];
+const KEY: &str = "servers";
+const SESSIONS_PER_SECOND: u32 = 200;
+const BAR_CELLS: f64 = 40.0;
+
+/// Options of `statera demo`.
+#[derive(Args, Debug)]
+pub(super) struct DemoArguments {
+    /// End after so many seconds; without it, Ctrl-C ends the demo.
+    #[arg(long, value_name = "N")]
+    seconds: Option<u64>,
+    /// Do without Redis, even if it is installed.
+    #[arg(long)]
+    no_redis: bool,
+}
+
+/// Runs the demo.
+pub(super) fn demo(arguments: &DemoArguments) -> anyhow::Result<()> {
+    let runtime = Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(show(arguments))
+}
+
+async fn show(arguments: &DemoArguments) -> anyhow::Result<()> {
+    let mut tasks = JoinSet::new();
+    let mut backends = Vec::new();
+    for name in NAMES {
+        let listener =
+            tokio::net::TcpListener::bind("127.0.0.1:0").await.context("no free port for a backend")?;
+        backends.push(listener.local_addr()?);
+        tasks.spawn(greet(name, listener));
+    }
+    let redis = if arguments.no_redis { None } else { PrivateRedis::start(&backends).await? };
+    let config = Config::from_yaml(&yaml(&backends, redis.as_ref())).map_err(|error| anyhow!("{error}"))?;
+    let running = proxy::start(&config, None)?;
+    let entry = running.addresses[0].1[0];
+    tasks.spawn(connect_again_and_again(entry));
+
+    print!("{}", introduction(entry, &running, &backends, redis.as_ref()));
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let end = async {
+        match arguments.seconds {
+            Some(seconds) => sleep(Duration::from_secs(seconds)).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        result = watch_shares(&running, &backends) => result,
+        () = end => Ok(()),
+        _ = terminate.recv() => Ok(()),
+        _ = interrupt.recv() => Ok(()),
+    }
+}
+
+/// A backend: says who it is, and closes.
+async fn greet(name: &'static str, listener: tokio::net::TcpListener) {
+    loop {
+        match listener.accept().await {
+            Ok((mut client, _)) => {
+                // The client may be gone; the next one is as welcome.
+                let _ = client.write_all(format!("hello from {name}\n").as_bytes()).await;
+            }
+            Err(_) => sleep(Duration::from_millis(50)).await,
+        }
+    }
+}
+
+async fn connect_again_and_again(entry: SocketAddr) {
+    let mut ticks = interval(Duration::from_secs(1) / SESSIONS_PER_SECOND);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        let session = async {
+            let mut stream = TcpStream::connect(entry).await?;
+            let mut greeting = Vec::new();
+            stream.read_to_end(&mut greeting).await
+        };
+        // A session that is refused (all weights 0) shows in the shares.
+        let _ = timeout(Duration::from_secs(1), session).await;
+    }
+}
+
+fn yaml(backends: &[SocketAddr], redis: Option<&PrivateRedis>) -> String {
+    let redis = redis
+        .map(|redis| format!("redis: {{url: \"redis://127.0.0.1:{}/0\"}}\n", redis.port))
+        .unwrap_or_default();
+    let weights: Vec<String> = backends.iter().map(|backend| format!("\"{backend}\": 100")).collect();
+    format!(
+        "{redis}listeners: {{demo: {{bind: \"127.0.0.1:0\", pool: demo}}}}\n\
+         pools: {{demo: {{weights_key: {KEY}, balance: weighted_round_robin, backends: {{{}}}}}}}\n\
+         admin: {{bind: \"127.0.0.1:0\"}}\nworkers: 2\nlog: {{access: false}}\n",
+        weights.join(", ")
+    )
+}
+
+fn introduction(
+    entry: SocketAddr,
+    running: &Running,
+    backends: &[SocketAddr],
+    redis: Option<&PrivateRedis>,
+) -> String {
+    let metrics = running.admin.map(|admin| format!("http://{admin}/metrics")).unwrap_or_default();
+    let [alpha, beta, gamma] = [backends[0], backends[1], backends[2]];
+    let head = format!(
+        "Statera listens on {entry}; {SESSIONS_PER_SECOND} clients a second connect to it. Ctrl-C ends everything.\n\n\
+         Try, in another terminal:\n"
+    );
+    let tries = match redis {
+        Some(PrivateRedis { port, .. }) => [
+            (format!("redis-cli -p {port} ZADD {KEY} 300 {alpha}"), "three times the share for alpha"),
+            (format!("redis-cli -p {port} ZADD {KEY} 0 {beta}"), "drain beta: no new sessions"),
+            (format!("redis-cli -p {port} ZREM {KEY} {gamma}"), "take gamma out"),
+        ],
+        None => [
+            (format!("nc {} {}", entry.ip(), entry.port()), "be a client yourself"),
+            (format!("curl -s {metrics}"), "what the proxy counts"),
+            (
+                "apt-get install redis-server".to_owned(),
+                "then run the demo again, to change the weights live",
+            ),
+        ],
+    };
+    let width = tries.iter().map(|(command, _)| command.len()).max().unwrap_or_default();
+    let lines: String = tries
+        .iter()
+        .enumerate()
+        .map(|(n, (command, effect))| format!("  {}  {command:width$}   # {effect}\n", n + 1))
+        .collect();
+    let without = if redis.is_some() {
+        ""
+    } else {
+        "No redis-server found: the weights are those of the config alone.\n"
+    };
+    format!("{head}{lines}\n{without}metrics: {metrics}\n\n")
+}
+
+/// Prints the shares of the last second, again and again: in place on a terminal, else one line a second.
+async fn watch_shares(running: &Running, backends: &[SocketAddr]) -> anyhow::Result<()> {
+    let in_place = std::io::stdout().is_terminal();
+    let pace = if in_place { Duration::from_millis(200) } else { Duration::from_secs(1) };
+    // One entry for each look of the last second.
+    let mut history = std::collections::VecDeque::new();
+    let mut drawn = false;
+    loop {
+        history.push_back((Instant::now(), counts(running, backends)));
+        while history.len() > 1 && history[0].0.elapsed() > Duration::from_millis(1100) {
+            history.pop_front();
+        }
+        let (before, now) = (&history[0].1, &history[history.len() - 1].1);
+        let sessions: Vec<u64> =
+            now.iter().zip(before).map(|(now, before)| now.saturating_sub(*before)).collect();
+        let text = if in_place {
+            let up = if drawn { format!("\x1b[{}A\x1b[J", backends.len() + 1) } else { String::new() };
+            format!("{up}{}", table(running, backends, &sessions))
+        } else {
+            line(backends, &sessions)
+        };
+        let mut screen = std::io::stdout().lock();
+        screen.write_all(text.as_bytes()).and_then(|()| screen.flush()).context("the screen is gone")?;
+        drop(screen);
+        drawn = true;
+        sleep(pace).await;
+    }
+}
+
+fn counts(running: &Running, backends: &[SocketAddr]) -> Vec<u64> {
+    let living = running.observed.pools[0].cell.registry().living();
+    let count = |address: &SocketAddr| {
+        let text = address.to_string();
+        living.iter().find(|b| b.id().as_str() == text).map_or(0, |b| b.counters.sum(|c| &c.connections))
+    };
+    backends.iter().map(count).collect()
+}
+
+fn weight(running: &Running, backend: SocketAddr) -> String {
+    let snapshot = running.observed.pools[0].cell.load();
+    let text = backend.to_string();
+    let member = snapshot.members().iter().find(|member| member.backend.id().as_str() == text);
+    member.map_or_else(|| "-".to_owned(), |member| member.weight.to_string())
+}
+
+fn table(running: &Running, backends: &[SocketAddr], sessions: &[u64]) -> String {
+    let total = sessions.iter().sum::<u64>();
+    let mut text = format!(
+        "{:8} {:18} {:>8}  share of the last second's {total} sessions\n",
+        "backend", "address", "weight"
+    );
+    for ((name, backend), count) in NAMES.iter().zip(backends).zip(sessions) {
+        let share = share(*count, total);
+        let bar = "█".repeat((share / 100.0 * BAR_CELLS).round() as usize);
+        let (address, weight) = (backend.to_string(), weight(running, *backend));
+        text += &format!("{name:8} {address:18} {weight:>8}  {share:5.1} %  {bar}\n");
+    }
+    text
+}
+
+fn line(backends: &[SocketAddr], sessions: &[u64]) -> String {
+    let total = sessions.iter().sum();
+    let shares: Vec<String> = NAMES
+        .iter()
+        .zip(backends)
+        .zip(sessions)
+        .map(|((name, _), count)| format!("{name} {:.1} %", share(*count, total)))
+        .collect();
+    format!("{} of {total} sessions\n", shares.join("  "))
+}
+
+fn share(count: u64, total: u64) -> f64 {
+    if total == 0 { 0.0 } else { count as f64 * 100.0 / total as f64 }
+}
+
+/// A redis-server of the demo's own, ended with it.
+struct PrivateRedis {
+    server: Child,
+    port: u16,
+}
+
+impl PrivateRedis {
+    /// `None`: there is no redis-server on this machine.
+    async fn start(backends: &[SocketAddr]) -> anyhow::Result<Option<Self>> {
+        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        let spawned = Command::new("redis-server")
+            .args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"])
+            .args(["--notify-keyspace-events", "KA", "--dir", "/"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn();
+        let server = match spawned {
+            Ok(server) => server,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error).context("cannot start redis-server"),
+        };
+        let redis = Self { server, port };
+        let client = redis::Client::open(("127.0.0.1", port))?;
+        let ready = async {
+            loop {
+                if let Ok(connection) = client.get_multiplexed_async_connection().await {
+                    return connection;
+                }
+                sleep(Duration::from_millis(20)).await;
+            }
+        };
+        let mut connection =
+            timeout(Duration::from_secs(5), ready).await.context("redis-server does not answer")?;
+        let mut command = redis::cmd("ZADD");
+        command.arg(KEY);
+        for backend in backends {
+            command.arg(100).arg(backend.to_string());
+        }
+        command.query_async::<()>(&mut connection).await.context("cannot write the first weights")?;
+        Ok(Some(redis))
+    }
+}
+
+impl Drop for PrivateRedis {
+    fn drop(&mut self) {
+        // It may have ended by itself; its pid is ours until it is waited for.
+        let _ = self.server.kill();
+        let _ = self.server.wait();
+    }
+}

@@ -1,0 +1,87 @@
+//! What a person types. One file a command; each returns the process's exit code.
+
+mod check;
+mod demo;
+mod run;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::Config;
+
+/// Exit codes that scripts rely on.
+const FAILED: u8 = 1;
+const INVALID: u8 = 2;
+
+/// A layer-4 TCP load balancer whose weights are kept live in Redis.
+#[derive(Debug, Parser)]
+#[command(name = "statera", version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the proxy. TERM or INT drains and exits, a second one exits now.
+    Run(ConfigArgument),
+    /// Say everything that is wrong with a config, or that it can run.
+    Check(ConfigArgument),
+    /// Show it at work: three tiny backends, a private Redis, live shares.
+    Demo(demo::DemoArguments),
+    /// Print the version.
+    Version,
+}
+
+#[derive(Args, Debug)]
+struct ConfigArgument {
+    /// The config file.
+    #[arg(short, long, value_name = "FILE", default_value = "config.yaml")]
+    config: PathBuf,
+}
+
+/// Runs the program with the process's arguments.
+#[must_use]
+pub fn main() -> ExitCode {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            // Help and version are answers, not errors, and clap knows which; a closed terminal is no reason to fail.
+            let _ = error.print();
+            return ExitCode::from(if error.use_stderr() { INVALID } else { 0 });
+        }
+    };
+    match arguments.command {
+        Command::Run(argument) => with_config(&argument.config, run::run),
+        Command::Check(argument) => {
+            with_config(&argument.config, |config| check::check(&argument.config, config))
+        }
+        Command::Demo(arguments) => report(demo::demo(&arguments)),
+        Command::Version => {
+            println!("statera {}", env!("CARGO_PKG_VERSION"));
+            ExitCode::SUCCESS
+        }
+    }
+}
+
+fn with_config(path: &Path, command: impl FnOnce(&Config) -> anyhow::Result<()>) -> ExitCode {
+    match Config::load(path) {
+        Ok(config) => report(command(&config)),
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::from(INVALID)
+        }
+    }
+}
+
+fn report(result: anyhow::Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("statera: {error:#}");
+            ExitCode::from(FAILED)
+        }
+    }
+}

@@ -1,0 +1,19 @@
+//! Statera: a layer-4 TCP load balancer whose weights are kept live in Redis.
+//!
+//! Two planes that meet in few places, as ARCHITECTURE.md tells:
+//! - The data plane accepts ([`listen`]), finds a backend ([`session`], [`balance`]) and copies bytes ([`relay`]), on
+//!   threads that share nothing and wait for nothing but their sockets ([`runtime::worker`]).
+//! - The control plane follows [`redis`], resolves names ([`runtime::resolve`]), and shows what happens ([`telemetry`]).
+//!
+//! [`proxy`] puts them together, [`config`] says how, [`cli`] is what a person types.
+
+pub mod balance;
+pub mod cli;
+pub mod config;
+pub mod listen;
+pub mod proxy;
+pub mod redis;
+pub mod relay;
+pub mod runtime;
+pub mod session;
+pub mod telemetry;

@@ -1,0 +1,104 @@
+//! Accepts connections from one listening socket until the drain begins, and then loses none that the kernel took.
+//!
+//! It hands each connection on and knows nothing of what becomes of it.
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tokio::net::{TcpListener, TcpStream};
+use tokio::time::{Instant, sleep, timeout_at};
+use tracing::{info, warn};
+
+use super::socket::{exhausted, ignore_new_handshakes};
+use crate::runtime::drain::Drain;
+use crate::telemetry::counters::ListenerCounters;
+
+/// Without a descriptor the next accept fails too, and the connection stays queued, so the socket stays readable: a
+/// loop without a pause would eat the core that could free descriptors.
+const EXHAUSTED_PAUSE: Duration = Duration::from_millis(50);
+/// One line an outage, not one a pause.
+const EXHAUSTED_LOG_INTERVAL: Duration = Duration::from_secs(10);
+/// After so many connections the sessions of this worker get their turn, however long the queue.
+const BATCH: u32 = 64;
+/// How long a handshake that was under way when the drain began may take: a round trip around the world.
+const HANDSHAKE_TIME: Duration = Duration::from_millis(300);
+
+/// Accepts until `drain` begins; then until all that the kernel took is accepted, and closes the socket.
+///
+/// # Cancel safety
+/// Dropping the future closes the socket; connections that it had not accepted are reset by the kernel.
+pub async fn run(
+    listener: TcpListener,
+    name: &str,
+    counters: &ListenerCounters,
+    drain: &Drain,
+    on_connection: impl Fn(TcpStream, SocketAddr),
+) {
+    let mut exhausted_since: Option<Instant> = None;
+    let mut draining = std::pin::pin!(drain.started());
+    let mut accepted = 0u32;
+    loop {
+        let result = tokio::select! {
+            biased;
+            () = &mut draining => break,
+            result = listener.accept() => result,
+        };
+        match result {
+            Ok((stream, client)) => {
+                if let Some(since) = exhausted_since.take() {
+                    info!(listener = name, outage = ?since.elapsed(), "accepting again");
+                }
+                on_connection(stream, client);
+                accepted = accepted.wrapping_add(1);
+                if accepted.is_multiple_of(BATCH) {
+                    tokio::task::yield_now().await;
+                }
+            }
+            Err(error) if exhausted(&error) => {
+                counters.accept_exhausted.add(1);
+                let now = Instant::now();
+                if exhausted_since.is_none_or(|since| now - since >= EXHAUSTED_LOG_INTERVAL) {
+                    warn!(listener = name, %error, "cannot accept: raise `ulimit -n` (LimitNOFILE) or memory");
+                    exhausted_since = Some(now);
+                }
+                tokio::select! {
+                    biased;
+                    () = &mut draining => break,
+                    () = sleep(EXHAUSTED_PAUSE) => {}
+                }
+            }
+            Err(error) => {
+                // The client went away before we came (ECONNABORTED), or a signal: the next one is as good as any.
+                counters.accept_failed.add(1);
+                tracing::debug!(listener = name, %error, "a connection was gone before it was accepted");
+            }
+        }
+    }
+    accept_the_rest(&listener, name, counters, &on_connection).await;
+}
+
+async fn accept_the_rest(
+    listener: &TcpListener,
+    name: &str,
+    counters: &ListenerCounters,
+    on_connection: &impl Fn(TcpStream, SocketAddr),
+) {
+    if let Err(error) = ignore_new_handshakes(listener) {
+        warn!(listener = name, %error, "handshakes that complete while the listener closes will be reset");
+    }
+    let end = Instant::now() + HANDSHAKE_TIME;
+    while let Ok(result) = timeout_at(end, listener.accept()).await {
+        match result {
+            Ok((stream, client)) => on_connection(stream, client),
+            Err(error) => {
+                count(counters, &error);
+                sleep(Duration::from_millis(1)).await;
+            }
+        }
+    }
+}
+
+fn count(counters: &ListenerCounters, error: &io::Error) {
+    if exhausted(error) { counters.accept_exhausted.add(1) } else { counters.accept_failed.add(1) }
+}

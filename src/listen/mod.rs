@@ -1,0 +1,4 @@
+//! Listening sockets and the accept loop. What becomes of a connection is `session`'s business.
+
+pub mod accept;
+pub mod socket;

@@ -1,0 +1,367 @@
+//! The composition root: makes the parts, hands each its end of what they share, starts the two planes and ends them.
+//!
+//! The only place that knows all parts. What they share is listed in ARCHITECTURE.md: the snapshot cells, the Lua-pick
+//! channel, the drain and the counters.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use tokio::runtime::Builder;
+use tokio::sync::{oneshot, watch};
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+use tracing::{error, info, warn};
+
+use crate::balance::Table;
+use crate::balance::lua_pick::{self as picking, LuaRequests};
+use crate::balance::pool::{Pool, Sync};
+use crate::config::{Config, Shutdown};
+use crate::listen::socket::{self, BindError};
+use crate::redis::status::TableStatus;
+use crate::redis::{self, Followed};
+use crate::runtime::drain::{self, DrainControl, Phase};
+use crate::runtime::resolve;
+use crate::runtime::worker::{self, Door, Shared};
+use crate::session::{Listener, Settings};
+use crate::telemetry::admin::{self, AdminBindError, AdminState};
+use crate::telemetry::counters::{PerWorker, WorkerId};
+use crate::telemetry::log_sink::LogSink;
+use crate::telemetry::prometheus::Observed;
+
+/// How long accepting waits for Redis's first answer and for the first names. Clients that connect meanwhile wait in
+/// the kernel's queue.
+const FIRST_LOOK: Duration = Duration::from_secs(1);
+
+/// The proxy cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// A listener's address is taken, forbidden or not ours.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// The same of the admin server's.
+    #[error(transparent)]
+    AdminBind(#[from] AdminBindError),
+    /// No thread, no descriptor.
+    #[error("the system gives no thread or descriptor: {0}")]
+    System(#[from] io::Error),
+}
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Summary {
+    /// Sessions that were cut because `shutdown.timeout` passed or a second signal came.
+    pub cut: u64,
+}
+
+/// How to stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Stop {
+    NotYet,
+    Drain,
+    Now,
+}
+
+/// A proxy that runs. Dropped, it is stopped at once.
+#[derive(Debug)]
+pub struct Running {
+    /// Each listener's name and the addresses it really has (a port 0 is replaced).
+    pub addresses: Vec<(Arc<str>, Vec<SocketAddr>)>,
+    /// The admin server's.
+    pub admin: Option<SocketAddr>,
+    /// What is counted.
+    pub observed: Observed,
+    stop: watch::Sender<Stop>,
+    control: Option<JoinHandle<Summary>>,
+}
+
+/// Starts a proxy: returns when it accepts, at most a little over a second from now, whether Redis answers or not.
+///
+/// Session lines go to `log` if `config.log.access` is on; other log lines go to whatever `tracing` subscriber the
+/// process has.
+///
+/// # Errors
+/// Nothing is left behind.
+pub fn start(config: &Config, log: Option<LogSink>) -> Result<Running, StartError> {
+    let (drain_control, drain) = drain::channel();
+    let workers = config.workers.get();
+    let (picker, lua_requests) = match (&config.redis, config.lua_pick.enabled) {
+        (Some(_), true) => {
+            let (picker, requests) =
+                picking::channel(config.lua_pick.max_in_flight.get(), config.lua_pick.timeout);
+            (Some(picker), Some(requests))
+        }
+        _ => (None, None),
+    };
+    let make_pool = |(index, pool): (usize, &crate::config::Pool)| {
+        let sync =
+            config.redis.as_ref().map(|redis| Sync { max_stale: redis.max_stale, lua: picker.clone() });
+        let table = Table::new(pool.backends.clone());
+        Arc::new(Pool::new(Arc::clone(&pool.name), index, pool.balance, table, sync, workers))
+    };
+    let pools: Vec<Arc<Pool>> = config.pools.iter().enumerate().map(make_pool).collect();
+
+    let mut doors: Vec<Vec<Door>> = (0..workers).map(|_| Vec::new()).collect();
+    let mut addresses = Vec::new();
+    let mut listeners = Vec::new();
+    for listener in &config.listeners {
+        let (pool, settings) = config
+            .pools
+            .iter()
+            .zip(&pools)
+            .find(|(settings, _)| settings.name == listener.pool)
+            .map(|(settings, pool)| (Arc::clone(pool), settings))
+            .expect("the config was checked: every listener's pool exists");
+        let shared = Arc::new(Listener {
+            name: Arc::clone(&listener.name),
+            pool: Arc::clone(&listener.pool),
+            counters: PerWorker::new(workers),
+        });
+        let mut bound = Vec::new();
+        for address in &listener.bind {
+            let sockets = socket::bind(&listener.name, *address, settings.keepalive, workers)?;
+            bound.extend(sockets.first().map(TcpListener::local_addr).transpose()?);
+            for (doors, socket) in doors.iter_mut().zip(sockets) {
+                let (listener, pool) = (Arc::clone(&shared), Arc::clone(&pool));
+                doors.push(Door { socket, listener, pool, settings: Settings::from(settings) });
+            }
+        }
+        addresses.push((Arc::clone(&listener.name), bound));
+        listeners.push(shared);
+    }
+    let admin_socket = config.admin.as_ref().map(admin::bind).transpose()?;
+    let admin_address = admin_socket.as_ref().map(TcpListener::local_addr).transpose()?;
+
+    let sessions = Arc::new(PerWorker::new(workers));
+    let observed = Observed {
+        listeners,
+        pools,
+        sessions: Arc::clone(&sessions),
+        redis: config.redis.as_ref().map(|_| Arc::default()),
+        tables: config.pools.iter().map(|_| TableStatus::default()).collect(),
+        log: log.clone(),
+    };
+    let access_log = log.filter(|_| config.log.access).map(|sink| (config.log.format, sink));
+    let control = Control {
+        config: config.clone(),
+        observed: observed.clone(),
+        admin_socket,
+        lua_requests,
+        doors,
+        shared: Shared { access_log, sessions, drain },
+        drain: drain_control,
+    };
+    let (stop, stops) = watch::channel(Stop::NotYet);
+    let (started, has_started) = sync_channel(1);
+    let thread =
+        thread::Builder::new().name("statera-control".into()).spawn(move || control.run(started, stops))?;
+    let running = Running { addresses, admin: admin_address, observed, stop, control: Some(thread) };
+    has_started.recv().unwrap_or_else(|_| Err(io::Error::other("the control thread died")))?;
+    Ok(running)
+}
+
+impl Running {
+    /// Begins the drain: not ready, then not accepting, then sessions have `shutdown.timeout` to finish.
+    pub fn drain(&self) {
+        self.request(Stop::Drain);
+    }
+
+    /// Cuts all sessions and ends.
+    pub fn stop_now(&self) {
+        self.request(Stop::Now);
+    }
+
+    fn request(&self, stop: Stop) {
+        self.stop.send_if_modified(|current| {
+            let more = stop > *current;
+            *current = stop.max(*current);
+            more
+        });
+    }
+
+    /// Blocks until the proxy has ended.
+    pub fn join(mut self) -> Summary {
+        self.join_control()
+    }
+
+    /// True once nothing runs any more.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.control.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
+    fn join_control(&mut self) -> Summary {
+        match self.control.take().map(JoinHandle::join) {
+            Some(Ok(summary)) => summary,
+            Some(Err(_)) => {
+                error!("the control thread died");
+                Summary::default()
+            }
+            None => Summary::default(),
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.stop_now();
+        self.join_control();
+    }
+}
+
+/// All that the control thread owns.
+struct Control {
+    config: Config,
+    observed: Observed,
+    admin_socket: Option<TcpListener>,
+    lua_requests: Option<LuaRequests>,
+    doors: Vec<Vec<Door>>,
+    shared: Shared,
+    drain: DrainControl,
+}
+
+impl Control {
+    fn run(self, started: SyncSender<io::Result<()>>, stops: watch::Receiver<Stop>) -> Summary {
+        let runtime = match Builder::new_current_thread().enable_all().build() {
+            Ok(runtime) => runtime,
+            Err(error) => {
+                drop(started.send(Err(error)));
+                return Summary::default();
+            }
+        };
+        let summary = runtime.block_on(self.serve(started, stops));
+        // A resolver that hangs in the system's library must not hold back the end.
+        runtime.shutdown_background();
+        summary
+    }
+
+    async fn serve(
+        mut self,
+        started: SyncSender<io::Result<()>>,
+        mut stops: watch::Receiver<Stop>,
+    ) -> Summary {
+        let mut tasks = JoinSet::new();
+        self.begin(&mut tasks).await;
+        let workers: io::Result<Vec<_>> = self
+            .doors
+            .drain(..)
+            .enumerate()
+            .map(|(id, doors)| worker::spawn(WorkerId(id), doors, self.shared.clone()))
+            .collect();
+        let workers = match workers {
+            Ok(workers) => workers,
+            Err(error) => {
+                drop(started.send(Err(error)));
+                self.drain.advance(Phase::Closing);
+                return Summary::default();
+            }
+        };
+        self.drain.advance(Phase::Serving);
+        drop(started.send(Ok(())));
+        let cut = end(&self.drain, self.config.shutdown, workers, &mut stops).await;
+        Summary { cut }
+    }
+
+    /// Starts the tasks of the control plane, and waits for the first names and for Redis's first answer.
+    async fn begin(&mut self, tasks: &mut JoinSet<()>) {
+        if let Some(socket) = self.admin_socket.take() {
+            let token = self.config.admin.as_ref().and_then(|admin| admin.token.clone());
+            let state =
+                AdminState { observed: self.observed.clone(), drain: self.shared.drain.clone(), token };
+            tasks.spawn(admin::serve(socket, Arc::new(state)));
+        }
+        let (first_try_over, over) = oneshot::channel::<()>();
+        self.follow_redis(tasks, first_try_over);
+        let first_look = async {
+            // The sender is dropped where there is no Redis: nothing to wait for.
+            let _ = over.await;
+            for pool in &self.observed.pools {
+                resolve::once(pool).await;
+            }
+        };
+        if timeout(FIRST_LOOK, first_look).await.is_err() {
+            warn!("redis or a name server is slow to answer: starting without");
+        }
+        for pool in &self.observed.pools {
+            let pool = Arc::clone(pool);
+            tasks.spawn(async move { resolve::run(&pool).await });
+        }
+    }
+
+    fn follow_redis(&mut self, tasks: &mut JoinSet<()>, first_try_over: oneshot::Sender<()>) {
+        let (Some(settings), Some(status)) = (self.config.redis.clone(), self.observed.redis.clone()) else {
+            return;
+        };
+        let followed: Arc<[Followed]> = self
+            .observed
+            .pools
+            .iter()
+            .zip(&self.config.pools)
+            .map(|(pool, settings)| Followed { pool: Arc::clone(pool), key: settings.weights_key.clone() })
+            .collect();
+        if let Some(requests) = self.lua_requests.take() {
+            let (settings, limits, followed) =
+                (settings.clone(), self.config.lua_pick.clone(), Arc::clone(&followed));
+            tasks.spawn(async move { redis::lua_pick::run(&settings, &limits, &followed, requests).await });
+        }
+        let tables = Arc::clone(&self.observed.tables);
+        tasks.spawn(async move {
+            // Nobody waits any more once the start has gone on without Redis.
+            let first_try_over = || first_try_over.send(()).unwrap_or_default();
+            redis::watch::run(&settings, &followed, &status, &tables, first_try_over).await;
+        });
+    }
+}
+
+/// Waits until the proxy is told to stop, and leads it through the phases. Returns how many sessions were cut.
+async fn end(
+    drain: &DrainControl,
+    shutdown: Shutdown,
+    workers: Vec<JoinHandle<u64>>,
+    stops: &mut watch::Receiver<Stop>,
+) -> u64 {
+    // Joined on threads of their own, so that the control plane goes on meanwhile.
+    let mut joins: JoinSet<_> = JoinSet::new();
+    for worker in workers {
+        joins.spawn_blocking(move || worker.join());
+    }
+    let mut now = stops.clone();
+    let mut told_now = std::pin::pin!(async move {
+        // The sender's end is the end of everything.
+        let _ = now.wait_for(|stop| *stop == Stop::Now).await;
+    });
+
+    let _ = stops.wait_for(|stop| *stop >= Stop::Drain).await;
+    drain.advance(Phase::Leaving);
+    if !shutdown.delay.is_zero() {
+        info!(delay = ?shutdown.delay, "leaving: not ready, still accepting");
+        tokio::select! {
+            () = sleep(shutdown.delay) => {}
+            () = &mut told_now => {}
+        }
+    }
+    drain.advance(Phase::Draining);
+    info!(timeout = ?shutdown.timeout, "draining: not accepting, sessions may finish");
+    let finished = async {
+        let mut cut = 0;
+        while let Some(ended) = joins.join_next().await {
+            match ended {
+                Ok(Ok(left)) => cut += left,
+                _ => error!("a worker died"),
+            }
+        }
+        cut
+    };
+    let mut finished = std::pin::pin!(finished);
+    tokio::select! {
+        biased;
+        cut = &mut finished => return cut,
+        () = sleep(shutdown.timeout) => {}
+        () = &mut told_now => {}
+    }
+    drain.advance(Phase::Closing);
+    finished.await
+}

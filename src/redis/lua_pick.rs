@@ -1,0 +1,180 @@
+//! The far end of the Lua-pick channel: lets Redis pick, on a connection of its own, so that no pick waits behind a
+//! table that is being read.
+//!
+//! It answers only while Redis does. The first pick that is not answered in time closes the door for all sessions at
+//! once, and it opens again when a new connection has proved itself.
+
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+
+use redis::aio::MultiplexedConnection;
+use redis::{RedisError, Script, Value};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tracing::{debug, warn};
+
+use super::decode::{decode_member, number, printable};
+use super::{Followed, connection};
+use crate::balance::lua_pick::{LuaRequest, LuaRequests};
+use crate::balance::{BackendId, Weight};
+use crate::config::{LuaPick, Redis};
+use crate::runtime::backoff::Backoff;
+
+const SCRIPT: &str = include_str!("pick.lua");
+/// Read whole, a set of this size blocks Redis for some 0.4 ms.
+const LARGEST_WHOLE: usize = 500;
+/// Of a larger one only the heaviest: some 0.1 ms.
+const HEAVIEST: usize = 100;
+/// Members with impossible names that the script cannot tell from good ones are excluded, and it is asked again.
+const MOST_QUESTIONS: usize = 4;
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+
+/// Answers `requests` until all pickers are gone, or until it is dropped.
+pub async fn run(settings: &Redis, limits: &LuaPick, followed: &[Followed], mut requests: LuaRequests) {
+    let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+    loop {
+        match open(settings).await {
+            Ok(session) => {
+                backoff.reset();
+                requests.answering.store(true, Relaxed);
+                let result = serve(session, settings, limits, followed, &mut requests).await;
+                requests.answering.store(false, Relaxed);
+                match result {
+                    Ok(()) => return,
+                    Err(error) => debug!(%error, "redis does not pick any more"),
+                }
+            }
+            Err(error) => debug!(%error, "redis cannot be asked to pick"),
+        }
+        // Sessions that asked before the door was closed are told now, not when Redis is back.
+        while requests.queue.try_recv().is_ok() {}
+        sleep(backoff.pause()).await;
+    }
+}
+
+/// A connection on which the script was loaded.
+#[derive(Clone)]
+struct Session {
+    connection: MultiplexedConnection,
+    sha: String,
+    /// EVALSHA_RO, which a user without writing rights may call, or EVALSHA where there is none (before Redis 7).
+    command: &'static str,
+}
+
+async fn open(settings: &Redis) -> Result<Session, RedisError> {
+    let connection = connection::open(settings, |_| {}).await?;
+    let sha = Script::new(SCRIPT).get_hash().to_owned();
+    let mut session = Session { connection, sha, command: "EVALSHA_RO" };
+    session.load().await?;
+    // A question about a key that does not exist tells whether the command does.
+    if let Err(error) = session.ask("statera:probe", 0.0, &[]).await {
+        if !error.to_string().contains("unknown command") {
+            // Not allowed to look at that key: the command itself exists.
+            if error.code() == Some("NOPERM") {
+                return Ok(session);
+            }
+            return Err(error);
+        }
+        session.command = "EVALSHA";
+    }
+    Ok(session)
+}
+
+impl Session {
+    async fn load(&mut self) -> Result<(), RedisError> {
+        redis::cmd("SCRIPT").arg("LOAD").arg(SCRIPT).query_async(&mut self.connection).await
+    }
+
+    async fn ask(&mut self, key: &str, point: f64, tried: &[Vec<u8>]) -> Result<Value, RedisError> {
+        let mut command = redis::cmd(self.command);
+        // 17 digits carry every double.
+        command
+            .arg(&self.sha)
+            .arg(1)
+            .arg(key)
+            .arg(format!("{point:.17}"))
+            .arg(fastrand::u32(1..=2_147_483_646));
+        command.arg(LARGEST_WHOLE).arg(HEAVIEST).arg(tried);
+        match command.query_async(&mut self.connection).await {
+            // The server was restarted, or its scripts were flushed.
+            Err(error) if error.code() == Some("NOSCRIPT") => {
+                self.load().await?;
+                command.query_async(&mut self.connection).await
+            }
+            result => result,
+        }
+    }
+
+    /// `Ok(None)`: there is nothing to pick.
+    async fn pick(
+        &mut self,
+        key: &str,
+        request: &LuaRequest,
+    ) -> Result<Option<(BackendId, Weight)>, RedisError> {
+        let mut tried: Vec<Vec<u8>> =
+            request.tried.iter().map(|id| id.as_str().as_bytes().to_vec()).collect();
+        for _ in 0..MOST_QUESTIONS {
+            let Value::Array(answer) = self.ask(key, request.point, &tried).await? else { return Ok(None) };
+            let Ok([Value::BulkString(member), score]) = <[Value; 2]>::try_from(answer) else {
+                return Ok(None);
+            };
+            let Ok(score) = number(&score) else { return Ok(None) };
+            match decode_member(&member, score) {
+                Ok(picked) => return Ok(Some(picked)),
+                Err(reason) => {
+                    debug!(key, member = printable(&member), %reason, "redis picked what is no backend");
+                    tried.push(member);
+                }
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// Ends with an error when Redis does not answer in time, and with `Ok` when nobody can ask any more.
+async fn serve(
+    mut session: Session,
+    settings: &Redis,
+    limits: &LuaPick,
+    followed: &[Followed],
+    requests: &mut LuaRequests,
+) -> Result<(), RedisError> {
+    let mut picks: JoinSet<Result<(), RedisError>> = JoinSet::new();
+    let mut heartbeat = Instant::now() + settings.heartbeat_interval;
+    loop {
+        tokio::select! {
+            biased;
+            Some(done) = picks.join_next() => match done {
+                Ok(Err(error)) => return Err(error),
+                // A panic would be a defect of ours; its session was told "no" by the drop of its request.
+                Err(error) => warn!(%error, "a lua pick died"),
+                Ok(Ok(())) => {}
+            },
+            () = sleep_until(heartbeat) => {
+                connection::hello(&mut session.connection).await?;
+                heartbeat = Instant::now() + settings.heartbeat_interval;
+            }
+            request = requests.queue.recv() => {
+                let Some(request) = request else { return Ok(()) };
+                if !request.answer.is_closed() {
+                    let Followed { pool, key } = followed[request.pool].clone();
+                    let (mut session, limit) = (session.clone(), limits.timeout);
+                    picks.spawn(async move {
+                        let picked = match timeout(limit, session.pick(&key, &request)).await {
+                            Ok(Ok(picked)) => picked,
+                            // The key is of another type, or not for us: the connection is sound.
+                            Ok(Err(error)) if connection::is_refusal(&error) => None,
+                            Ok(Err(error)) => return Err(error),
+                            Err(_) => return Err(RedisError::from(std::io::Error::from(std::io::ErrorKind::TimedOut))),
+                        };
+                        let answer = picked.map(|(id, weight)| (pool.cell.registry().get_or_create(&id), weight));
+                        // The session may have given up meanwhile.
+                        drop(request.answer.send(answer));
+                        Ok(())
+                    });
+                }
+            }
+        }
+    }
+}

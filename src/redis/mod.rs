@@ -1,0 +1,26 @@
+//! Keeps the pools' tables equal to Redis, and lets Redis pick when a snapshot cannot be trusted.
+//!
+//! Two connections, each with a supervisor of its own that reconnects for ever: [`watch`] hears of changes, reads whole
+//! tables (`sync`) and publishes them; [`lua_pick`] runs the script. Nothing here is ever waited for by the data plane,
+//! which this module knows only by `balance`'s plain types. Statera never writes to a weights key.
+
+mod connection;
+mod decode;
+mod flags;
+pub mod lua_pick;
+pub mod status;
+mod sync;
+pub mod watch;
+
+use std::sync::Arc;
+
+use crate::balance::pool::Pool;
+
+/// A pool and the key that its weights stand under.
+#[derive(Clone, Debug)]
+pub struct Followed {
+    /// Where tables are published.
+    pub pool: Arc<Pool>,
+    /// A sorted set.
+    pub key: String,
+}

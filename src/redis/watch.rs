@@ -1,0 +1,285 @@
+//! Hears of changes in Redis, for as long as the process lives, over one connection after the other.
+//!
+//! On each connection: subscribe, wait for the confirmations, *then* read, so that no change falls between. After that
+//! a heartbeat proves that the connection still delivers, and a full read every `resync_interval` mends what no
+//! notification told of (FLUSHALL and SWAPDB tell nobody).
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::Duration;
+
+use redis::aio::MultiplexedConnection;
+use redis::{ErrorKind, PushInfo, PushKind, RedisError, Value};
+use tokio::time::{Instant, sleep, sleep_until};
+use tracing::{info, warn};
+
+use super::connection::{self, Server};
+use super::status::{RedisStatus, TableStatus, WatchMode};
+use super::sync::{Changes, Syncer, changed};
+use super::{Followed, flags};
+use crate::config::{Redis, Watch};
+use crate::runtime::backoff::{Backoff, jittered};
+
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// Between two tries at a server that loads its data.
+const NOT_READY_PAUSE: Duration = Duration::from_millis(100);
+
+/// Follows the tables of `followed` until it is dropped. `first_try_over` is called when the first connection has read
+/// them all, or failed.
+pub async fn run(
+    settings: &Redis,
+    followed: &[Followed],
+    status: &Arc<RedisStatus>,
+    tables: &[TableStatus],
+    first_try_over: impl FnOnce(),
+) {
+    let mut first_try_over = Some(first_try_over);
+    let mut syncer = Syncer::new(followed, settings.on_empty, status, tables);
+    let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+    let mut last_error: Option<String> = None;
+    let mut connections = 0u64;
+    let mut warned = Warned::default();
+    loop {
+        let watch = Connection { settings, followed, status };
+        let error = match watch.open().await {
+            Ok(opened) => {
+                backoff.reset();
+                if connections > 0 {
+                    status.reconnects.add(1);
+                }
+                connections += 1;
+                let error = watch.follow(opened, &mut syncer, &mut warned, &mut first_try_over).await;
+                warn!(
+                    redis = %settings.address, %error,
+                    "redis lost, picking from the last snapshots: it is tried again until it works"
+                );
+                last_error = Some(error.to_string());
+                error
+            }
+            Err(error) => error,
+        };
+        status.set_mode(WatchMode::None);
+        if let Some(over) = first_try_over.take() {
+            over();
+        }
+        // Once for each new reason, not once for each try.
+        let text = error.to_string();
+        if last_error.as_ref() != Some(&text) {
+            let cure = connection::cure(&error);
+            warn!(redis = %settings.address, error = text, cure, "cannot watch redis");
+            last_error = Some(text);
+        }
+        sleep(backoff.pause()).await;
+    }
+}
+
+/// What was warned of, so that a reconnect does not repeat it.
+#[derive(Debug, Default)]
+struct Warned {
+    polling: bool,
+}
+
+struct Connection<'a> {
+    settings: &'a Redis,
+    followed: &'a [Followed],
+    status: &'a Arc<RedisStatus>,
+}
+
+/// A connection that answers.
+struct Opened {
+    connection: MultiplexedConnection,
+    changes: Arc<Changes>,
+    lost: Arc<AtomicBool>,
+    server: Server,
+}
+
+impl Connection<'_> {
+    async fn open(&self) -> Result<Opened, RedisError> {
+        let changes = Arc::new(Changes::new(self.followed, self.settings.database));
+        let lost = Arc::new(AtomicBool::new(false));
+        let on_push = {
+            let (changes, lost, status) = (Arc::clone(&changes), Arc::clone(&lost), Arc::clone(self.status));
+            move |push: PushInfo| match (push.kind, push.data.first()) {
+                (PushKind::Message, Some(Value::BulkString(channel))) if changes.notice(channel) => {
+                    status.notifications.add(1);
+                }
+                (PushKind::Disconnection, _) => {
+                    lost.store(true, Relaxed);
+                    changes.noticed.notify_one();
+                }
+                _ => {}
+            }
+        };
+        let mut connection = connection::open(self.settings, on_push).await?;
+        let server = connection::hello(&mut connection).await?;
+        Ok(Opened { connection, changes, lost, server })
+    }
+
+    /// Follows until the connection is of no use any more; says why.
+    async fn follow(
+        &self,
+        opened: Opened,
+        syncer: &mut Syncer<'_>,
+        warned: &mut Warned,
+        first_try_over: &mut Option<impl FnOnce()>,
+    ) -> RedisError {
+        match self.follow_on(opened, syncer, warned, first_try_over).await {
+            Ok(never) => match never {},
+            Err(error) => error,
+        }
+    }
+
+    async fn follow_on(
+        &self,
+        opened: Opened,
+        syncer: &mut Syncer<'_>,
+        warned: &mut Warned,
+        first_try_over: &mut Option<impl FnOnce()>,
+    ) -> Result<std::convert::Infallible, RedisError> {
+        let Opened { mut connection, changes, lost, server } = opened;
+        let mut mode = self.choose_mode(&mut connection, warned).await?;
+        // Even where the server is not known to send events, subscribing costs nothing and may help.
+        for channel in changes.channels() {
+            self.subscribe(&mut connection, channel, mode).await?;
+        }
+        self.status.set_mode(mode);
+        info!(redis = %self.settings.address, version = server.version, role = server.role, watch = mode.name(), "connected to redis");
+
+        changes.notice_all();
+        let mut heartbeat = Instant::now() + self.settings.heartbeat_interval;
+        let mut resync = Instant::now() + jittered(self.settings.resync_interval);
+        let mut poll = Instant::now() + self.settings.poll_interval;
+        loop {
+            let rest_ends = match syncer.read_changed(&mut connection, &changes).await {
+                Ok(next) => next,
+                Err(error) if connection::is_not_ready(&error) => {
+                    sleep(NOT_READY_PAUSE).await;
+                    connection::hello(&mut connection).await.or_else(|e| {
+                        if connection::is_not_ready(&e) { Ok(Server::default()) } else { Err(e) }
+                    })?;
+                    changes.notice_all();
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
+            if rest_ends.is_none()
+                && let Some(over) = first_try_over.take()
+            {
+                over();
+            }
+            if lost.load(Relaxed) {
+                return Err(RedisError::from((ErrorKind::Io, "the connection was closed")));
+            }
+            // Changes come last: a flood of them must not keep the clocks from their turn.
+            tokio::select! {
+                biased;
+                () = sleep_until(heartbeat) => {
+                    connection::hello(&mut connection).await?;
+                    if mode == WatchMode::Notifications {
+                        syncer.confirm(&changes);
+                    }
+                    heartbeat = Instant::now() + self.settings.heartbeat_interval;
+                }
+                () = sleep_until(poll), if mode == WatchMode::Poll => {
+                    changes.notice_all();
+                    poll = Instant::now() + self.settings.poll_interval;
+                }
+                () = sleep_until(resync) => {
+                    // The flags may have been changed by someone else meanwhile.
+                    let now = self.choose_mode(&mut connection, warned).await?;
+                    if now != mode {
+                        info!(watch = now.name(), "changes are noticed in another way now");
+                        (mode, poll) = (now, Instant::now());
+                        self.status.set_mode(mode);
+                    }
+                    changes.notice_all();
+                    resync = Instant::now() + jittered(self.settings.resync_interval);
+                }
+                () = changed(&changes, rest_ends) => {}
+            }
+        }
+    }
+
+    /// Subscribes and waits for the confirmation. A refusal matters only where notifications are relied on.
+    async fn subscribe(
+        &self,
+        connection: &mut MultiplexedConnection,
+        channel: &[u8],
+        mode: WatchMode,
+    ) -> Result<(), RedisError> {
+        match connection.subscribe(channel).await {
+            Err(error) if mode == WatchMode::Poll && connection::is_refusal(&error) => Ok(()),
+            result => result,
+        }
+    }
+
+    /// Finds out how changes can be noticed, and switches notifications on where that is allowed.
+    async fn choose_mode(
+        &self,
+        connection: &mut MultiplexedConnection,
+        warned: &mut Warned,
+    ) -> Result<WatchMode, RedisError> {
+        match self.settings.watch {
+            Watch::Poll => return Ok(WatchMode::Poll),
+            Watch::Notifications | Watch::Auto => {}
+        }
+        let reason = match self.missing_flags(connection).await {
+            Ok(missing) if missing.is_empty() => None,
+            Ok(missing) => Some(format!(
+                "notify-keyspace-events lacks \"{missing}\": CONFIG SET it, or set redis.manage_notifications: true"
+            )),
+            Err(error) if connection::is_refusal(&error) && self.settings.watch == Watch::Notifications => {
+                None
+            }
+            Err(error) if connection::is_refusal(&error) => Some(format!(
+                "the server does not show its notify-keyspace-events ({error}): if they are on, set redis.watch: \
+                 notifications"
+            )),
+            Err(error) => return Err(error),
+        };
+        let Some(reason) = reason else {
+            warned.polling = false;
+            return Ok(WatchMode::Notifications);
+        };
+        if !std::mem::replace(&mut warned.polling, true) {
+            warn!(reason, poll_interval = ?self.settings.poll_interval, "no notifications from redis, polling");
+        }
+        Ok(WatchMode::Poll)
+    }
+
+    /// What the server lacks of the events that are needed, after adding it where that is allowed.
+    async fn missing_flags(&self, connection: &mut MultiplexedConnection) -> Result<String, RedisError> {
+        let missing = flags::missing(&read_flags(connection).await?);
+        if missing.is_empty() || !self.settings.manage_notifications {
+            return Ok(missing);
+        }
+        let all = read_flags(connection).await? + &missing;
+        let set: Result<Value, RedisError> = redis::cmd("CONFIG")
+            .arg("SET")
+            .arg("notify-keyspace-events")
+            .arg(&all)
+            .query_async(connection)
+            .await;
+        match set {
+            Ok(_) => info!(flags = all, "switched keyspace notifications on"),
+            Err(error) if connection::is_refusal(&error) => {
+                warn!(%error, "redis refused to switch keyspace notifications on");
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(flags::missing(&read_flags(connection).await?))
+    }
+}
+
+async fn read_flags(connection: &mut MultiplexedConnection) -> Result<String, RedisError> {
+    let (_, flags): (String, String) = redis::cmd("CONFIG")
+        .arg("GET")
+        .arg("notify-keyspace-events")
+        .query_async::<Vec<(String, String)>>(connection)
+        .await?
+        .into_iter()
+        .next()
+        .unwrap_or_default();
+    Ok(flags)
+}

@@ -1,0 +1,210 @@
+//! Copies bytes both ways between a client and a backend until both have ended, one fails, or neither speaks.
+//!
+//! It knows nothing of pools or weights: two [`Stream`]s, their [`Limits`], the worker's buffer and a [`Meter`].
+//! Half-close, reset, silence and shutdown mean the same on every path; `tests/relay.rs` holds the paths to that.
+
+mod direction;
+mod idle;
+mod stream;
+
+pub use stream::Stream;
+
+use std::cell::RefCell;
+use std::future::poll_fn;
+use std::pin::pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use tokio::time::sleep;
+
+use self::direction::{Broken, Direction};
+use self::idle::Idle;
+use crate::telemetry::counters::Counter;
+
+/// The worker's buffer: one for all its sessions, borrowed only while bytes move.
+pub type Buffer = RefCell<Box<[u8]>>;
+
+/// Large enough to empty a default receive buffer in two reads, small enough to stay in a core's second-level cache.
+const BUFFER_BYTES: usize = 64 * 1024;
+
+/// Makes a worker's buffer.
+#[must_use]
+pub fn buffer() -> Buffer {
+    RefCell::new(vec![0; BUFFER_BYTES].into())
+}
+
+/// How long a session may be silent.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// While both halves are open; `None`: for ever.
+    pub idle: Option<Duration>,
+    /// Once one half is closed.
+    pub half_closed: Duration,
+}
+
+/// Where the bytes of one session are counted.
+#[derive(Debug)]
+pub struct Meter<'a> {
+    /// Of all sessions of the backend on this worker: taken by the backend.
+    pub sent: &'a Counter,
+    /// The same: taken by the clients.
+    pub received: &'a Counter,
+    /// Of this session: taken by the backend.
+    pub to_backend: &'a mut u64,
+    /// Of this session: taken by the client.
+    pub to_client: &'a mut u64,
+}
+
+/// A side of a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// Who connected to us.
+    Client,
+    /// Whom we connected to.
+    Backend,
+}
+
+/// How a session's relay ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// Both sides closed their half, and every byte was passed on.
+    Finished,
+    /// A side reset its connection, or it broke.
+    Reset(Side),
+    /// No byte moved for `idle`.
+    IdleTimeout,
+    /// One half was closed, and this side, whose turn it was, stayed silent for `half_closed`.
+    HalfCloseTimeout(Side),
+}
+
+/// Relays until the session is over. The streams are closed by their drop: cleanly if no byte was lost, else by a reset.
+///
+/// # Cancel safety
+/// Dropping the future and the streams resets both connections.
+pub async fn relay(
+    client: &mut Stream,
+    backend: &mut Stream,
+    limits: Limits,
+    buffer: &Buffer,
+    mut meter: Meter<'_>,
+) -> Ended {
+    let timer = pin!(sleep(limits.idle.unwrap_or(limits.half_closed)));
+    let mut pair = Pair {
+        client,
+        backend,
+        to_backend: Direction::default(),
+        to_client: Direction::default(),
+        broken: None,
+    };
+    let mut idle = Idle::new(timer);
+    let ended = poll_fn(|cx| {
+        let progress = *meter.to_backend + *meter.to_client;
+        let was_open = pair.is_open();
+        if let Poll::Ready(ended) = pair.poll(cx, &mut buffer.borrow_mut(), &mut meter) {
+            return Poll::Ready(ended);
+        }
+        let is_open = pair.is_open();
+        if *meter.to_backend + *meter.to_client != progress || is_open != was_open {
+            idle.touch();
+        }
+        let limit = if is_open { limits.idle } else { Some(limits.half_closed) };
+        ready!(idle.poll_expired(cx, limit));
+        Poll::Ready(if is_open { Ended::IdleTimeout } else { Ended::HalfCloseTimeout(pair.awaited()) })
+    })
+    .await;
+
+    let timed_out = !matches!(ended, Ended::Finished | Ended::Reset(_));
+    if ended == Ended::Finished || (timed_out && !pair.holds_bytes()) {
+        pair.client.finish();
+        pair.backend.finish();
+    }
+    ended
+}
+
+/// Both directions of a session.
+struct Pair<'a> {
+    client: &'a mut Stream,
+    backend: &'a mut Stream,
+    to_backend: Direction,
+    to_client: Direction,
+    /// A side that refused our bytes. What it sent before is still passed on.
+    broken: Option<Side>,
+}
+
+impl Pair<'_> {
+    fn poll(&mut self, cx: &mut Context<'_>, buffer: &mut [u8], meter: &mut Meter<'_>) -> Poll<Ended> {
+        let to_backend = self.poll_towards(Side::Backend, cx, buffer, |bytes| {
+            *meter.to_backend += bytes;
+            meter.sent.add(bytes);
+        });
+        if let Some(ended) = to_backend {
+            return Poll::Ready(ended);
+        }
+        let to_client = self.poll_towards(Side::Client, cx, buffer, |bytes| {
+            *meter.to_client += bytes;
+            meter.received.add(bytes);
+        });
+        if let Some(ended) = to_client {
+            return Poll::Ready(ended);
+        }
+        if self.to_backend.is_done() && self.to_client.is_done() {
+            Poll::Ready(self.broken.map_or(Ended::Finished, Ended::Reset))
+        } else {
+            Poll::Pending
+        }
+    }
+
+    /// Moves what can be moved to `target_side`, and closes that half when its source has ended. `Some`: the session is
+    /// over.
+    fn poll_towards(
+        &mut self,
+        target_side: Side,
+        cx: &mut Context<'_>,
+        buffer: &mut [u8],
+        moved: impl FnMut(u64),
+    ) -> Option<Ended> {
+        let (direction, opposite, source, source_side, target) = match target_side {
+            Side::Backend => {
+                (&mut self.to_backend, &self.to_client, &mut *self.client, Side::Client, &mut *self.backend)
+            }
+            Side::Client => {
+                (&mut self.to_client, &self.to_backend, &mut *self.backend, Side::Backend, &mut *self.client)
+            }
+        };
+        if direction.is_done() {
+            return None;
+        }
+        match direction.poll_move(cx, source, target, buffer, moved) {
+            Poll::Pending => {}
+            Poll::Ready(Err(Broken::Source)) => return Some(Ended::Reset(source_side)),
+            Poll::Ready(Err(Broken::Target)) => {
+                // What the target sent before it went away still waits in its socket: the other direction fetches it.
+                direction.abandon();
+                self.broken = Some(target_side);
+            }
+            // Where both have ended, closing says the same and costs one system call less.
+            Poll::Ready(Ok(())) if opposite.is_done() => {}
+            Poll::Ready(Ok(())) => {
+                if let Poll::Ready(Err(_)) = target.poll_shutdown(cx) {
+                    self.broken = Some(target_side);
+                }
+            }
+        }
+        None
+    }
+
+    /// Both halves are open.
+    fn is_open(&self) -> bool {
+        !self.to_backend.is_done() && !self.to_client.is_done()
+    }
+
+    /// Bytes were read that the other side has not taken.
+    fn holds_bytes(&self) -> bool {
+        self.to_backend.holds_bytes() || self.to_client.holds_bytes()
+    }
+
+    /// Whose bytes a half-closed session still waits for.
+    fn awaited(&self) -> Side {
+        if self.to_backend.is_done() { Side::Backend } else { Side::Client }
+    }
+}

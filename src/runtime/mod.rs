@@ -1,0 +1,6 @@
+//! Threads, phases and pauses: what both planes run on.
+
+pub mod backoff;
+pub mod drain;
+pub mod resolve;
+pub mod worker;

@@ -1,0 +1,129 @@
+//! A data-plane thread: its own runtime, its own listening sockets, its own sessions.
+
+use std::io;
+use std::net::TcpListener as StdListener;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
+use std::thread::{self, JoinHandle};
+
+use tokio::net::TcpListener;
+use tokio::runtime::{Builder, LocalOptions, LocalRuntime};
+use tokio::task::spawn_local;
+
+use super::drain::Drain;
+use crate::balance::pool::Pool;
+use crate::config::LogFormat;
+use crate::listen::accept;
+use crate::session::{self, Context, Listener, SessionCounters, Settings, Worker};
+use crate::telemetry::access_log::AccessLog;
+use crate::telemetry::counters::{PerWorker, WorkerId};
+use crate::telemetry::log_sink::LogSink;
+
+/// One socket that a worker accepts from.
+#[derive(Debug)]
+pub struct Door {
+    /// Bound and listening.
+    pub socket: StdListener,
+    /// Whose it is.
+    pub listener: Arc<Listener>,
+    /// Where its sessions go.
+    pub pool: Arc<Pool>,
+    /// How they are served.
+    pub settings: Settings,
+}
+
+/// What a worker needs beside its sockets.
+#[derive(Clone, Debug)]
+pub struct Shared {
+    /// Where sessions are logged; `None`: nowhere.
+    pub access_log: Option<(LogFormat, LogSink)>,
+    /// How sessions ended.
+    pub sessions: Arc<PerWorker<SessionCounters>>,
+    /// When to end.
+    pub drain: Drain,
+}
+
+/// Starts the thread. It ends when the drain has begun and no session is left, or when sessions are cut; it returns
+/// how many were.
+///
+/// # Errors
+/// No thread, or no epoll descriptor.
+pub fn spawn(id: WorkerId, doors: Vec<Door>, shared: Shared) -> io::Result<JoinHandle<u64>> {
+    let (started, has_started) = sync_channel(1);
+    let thread = thread::Builder::new().name(format!("statera-{}", id.0)).spawn(move || {
+        // Made on the thread that drives it: it cannot be sent there.
+        match Builder::new_current_thread().enable_io().enable_time().build_local(LocalOptions::default()) {
+            Ok(runtime) => {
+                // `spawn` waits for this.
+                let _ = started.send(Ok(()));
+                run(runtime, id, doors, &shared)
+            }
+            Err(error) => {
+                let _ = started.send(Err(error));
+                0
+            }
+        }
+    })?;
+    has_started.recv().map_err(|_| io::Error::other("the worker died"))??;
+    Ok(thread)
+}
+
+fn run(runtime: LocalRuntime, id: WorkerId, doors: Vec<Door>, shared: &Shared) -> u64 {
+    let access_log = shared.access_log.as_ref().map(|(format, sink)| AccessLog::new(*format, sink.clone()));
+    let worker = Rc::new(Worker::new(id, access_log, Arc::clone(&shared.sessions)));
+    let cut = runtime.block_on(serve(&worker, doors, &shared.drain));
+    // Sessions that are left end here: their futures are dropped, which resets and reports them.
+    drop(runtime);
+    if let Some(log) = &worker.access_log {
+        log.hand_over();
+    }
+    cut
+}
+
+/// Returns the number of sessions that are left.
+async fn serve(worker: &Rc<Worker>, doors: Vec<Door>, drain: &Drain) -> u64 {
+    if worker.access_log.is_some() {
+        let worker = Rc::clone(worker);
+        spawn_local(async move {
+            if let Some(log) = &worker.access_log {
+                log.run().await;
+            }
+        });
+    }
+    let accepting: Vec<_> = doors
+        .into_iter()
+        .map(|door| spawn_local(accept_at(door, Rc::clone(worker), drain.clone())))
+        .collect();
+    let finished = async {
+        for task in accepting {
+            if let Err(error) = task.await {
+                tracing::error!(%error, "an accept loop died");
+            }
+        }
+        worker.idle().await;
+    };
+    tokio::select! {
+        biased;
+        () = finished => {}
+        () = drain.closing() => {}
+    }
+    worker.active()
+}
+
+async fn accept_at(door: Door, worker: Rc<Worker>, drain: Drain) {
+    let Door { socket, listener, pool, settings } = door;
+    let counters = Arc::clone(&listener);
+    let socket = match TcpListener::from_std(socket) {
+        Ok(socket) => socket,
+        Err(error) => {
+            return tracing::error!(listener = %listener.name, %error, "cannot watch a listening socket");
+        }
+    };
+    let context = Rc::new(Context { worker, listener, pool, settings });
+    let id = context.worker.id;
+    accept::run(socket, &counters.name, counters.counters.of(id), &drain, |stream, client| {
+        spawn_local(session::serve(stream, client, Rc::clone(&context)));
+    })
+    .await;
+}

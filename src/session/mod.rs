@@ -1,0 +1,84 @@
+//! The life of a session: a client was accepted, a backend is found for it, bytes are relayed both ways, and what
+//! became of it is reported.
+
+mod connect;
+mod report;
+mod worker;
+
+pub use report::{CloseReason, SessionCounters};
+pub use worker::Worker;
+
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use tokio::net::TcpStream;
+
+use self::report::Report;
+use crate::balance::pool::Pool;
+use crate::config::{self, Keepalive};
+use crate::relay::{self, Limits, Stream};
+use crate::telemetry::counters::{ListenerCounters, PerWorker};
+
+/// All that the sessions of one listener have in common on one worker.
+#[derive(Debug)]
+pub struct Context {
+    /// The thread they live on.
+    pub worker: Rc<Worker>,
+    /// Where they came in.
+    pub listener: Arc<Listener>,
+    /// Where they go.
+    pub pool: Arc<Pool>,
+    /// How they are served.
+    pub settings: Settings,
+}
+
+/// A listener, as far as its sessions are concerned.
+#[derive(Debug)]
+pub struct Listener {
+    /// The key it stands under in config.yaml.
+    pub name: Arc<str>,
+    /// The pool's name.
+    pub pool: Arc<str>,
+    /// What the workers count of it.
+    pub counters: PerWorker<ListenerCounters>,
+}
+
+/// A session's settings: the same from its start to its end.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    /// How a backend is reached.
+    pub connect: config::Connect,
+    /// How long it may be silent.
+    pub limits: Limits,
+    /// Of the connection to the backend; the client's has inherited its own from the listening socket.
+    pub keepalive: Keepalive,
+}
+
+impl From<&config::Pool> for Settings {
+    fn from(pool: &config::Pool) -> Self {
+        Self {
+            connect: pool.connect,
+            limits: Limits { idle: pool.idle_timeout, half_closed: pool.half_close_timeout },
+            keepalive: pool.keepalive,
+        }
+    }
+}
+
+/// Serves one client from accept to close.
+///
+/// # Cancel safety
+/// Dropping the future resets both connections and reports the session as cut by the shutdown.
+pub async fn serve(client: TcpStream, address: SocketAddr, context: Rc<Context>) {
+    let mut report = Report::open(Rc::clone(&context), address);
+    let mut client = Stream::from(client);
+
+    let mut backend = match connect::connect(&context, &mut report).await {
+        Ok(backend) => backend,
+        Err(reason) => return report.close(reason),
+    };
+
+    let (limits, buffer) = (context.settings.limits, &context.worker.buffer);
+    let ended = relay::relay(&mut client, &mut backend, limits, buffer, report.meter()).await;
+    report.close(CloseReason::Relayed(ended));
+}

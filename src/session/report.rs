@@ -1,0 +1,214 @@
+//! What became of a session: counted and logged when the report is dropped, so that no path forgets it.
+
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::time::{Duration, SystemTime};
+
+use tokio::time::Instant;
+
+use super::Context;
+use crate::balance::pool::Pick;
+use crate::relay::{Ended, Meter, Side};
+use crate::telemetry::access_log::{AccessLine, millis};
+use crate::telemetry::counters::Counter;
+
+/// Why a session ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CloseReason {
+    /// The relay ran, and ended like this.
+    Relayed(Ended),
+    /// No backend had any weight, or none was left to try.
+    NoBackend,
+    /// The last backend tried refused, or could not be reached.
+    ConnectFailed,
+    /// The last backend tried did not answer in time, or the deadline for all attempts passed.
+    ConnectTimeout,
+    /// We had no local port or descriptor left.
+    Exhausted,
+    /// Cut, because the process ends.
+    Shutdown,
+}
+
+impl CloseReason {
+    /// All that can be counted.
+    pub const ALL: [Self; 11] = [
+        Self::Relayed(Ended::Finished),
+        Self::Relayed(Ended::Reset(Side::Client)),
+        Self::Relayed(Ended::Reset(Side::Backend)),
+        Self::Relayed(Ended::IdleTimeout),
+        Self::Relayed(Ended::HalfCloseTimeout(Side::Client)),
+        Self::Relayed(Ended::HalfCloseTimeout(Side::Backend)),
+        Self::NoBackend,
+        Self::ConnectFailed,
+        Self::ConnectTimeout,
+        Self::Exhausted,
+        Self::Shutdown,
+    ];
+
+    /// The metric's label and the access log's `close_reason`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        self.describe().1
+    }
+
+    /// HAProxy's two letters: who ended it (C client, S server, P proxy, R resources, K killed, lower case for a
+    /// timeout) and when (C connecting, D relaying).
+    #[must_use]
+    pub fn term(self) -> &'static str {
+        self.describe().2
+    }
+
+    /// The place in [`CloseReason::ALL`], the name, the two letters.
+    fn describe(self) -> (usize, &'static str, &'static str) {
+        match self {
+            Self::Relayed(Ended::Finished) => (0, "finished", "--"),
+            Self::Relayed(Ended::Reset(Side::Client)) => (1, "client_reset", "CD"),
+            Self::Relayed(Ended::Reset(Side::Backend)) => (2, "backend_reset", "SD"),
+            Self::Relayed(Ended::IdleTimeout) => (3, "idle_timeout", "cD"),
+            Self::Relayed(Ended::HalfCloseTimeout(Side::Client)) => (4, "client_half_close_timeout", "cD"),
+            Self::Relayed(Ended::HalfCloseTimeout(Side::Backend)) => (5, "backend_half_close_timeout", "sD"),
+            Self::NoBackend => (6, "no_backend", "SC"),
+            Self::ConnectFailed => (7, "connect_failed", "SC"),
+            Self::ConnectTimeout => (8, "connect_timeout", "sC"),
+            Self::Exhausted => (9, "exhausted", "RC"),
+            Self::Shutdown => (10, "shutdown", "KD"),
+        }
+    }
+}
+
+/// What one worker counts of all its sessions.
+#[derive(Debug, Default)]
+pub struct SessionCounters {
+    closed: [Counter; CloseReason::ALL.len()],
+}
+
+impl SessionCounters {
+    /// Sessions that ended for `reason`.
+    #[must_use]
+    pub fn closed(&self, reason: CloseReason) -> &Counter {
+        &self.closed[reason.describe().0]
+    }
+}
+
+/// One session's report, open as long as the session.
+pub(super) struct Report {
+    context: Rc<Context>,
+    client: SocketAddr,
+    accepted: Instant,
+    /// The backend that was tried last.
+    pick: Option<Pick>,
+    connected: bool,
+    pub(super) retries: u32,
+    pub(super) queue_time: Duration,
+    pub(super) connect_time: Duration,
+    bytes_in: u64,
+    bytes_out: u64,
+    /// Stays [`CloseReason::Shutdown`] if the session is dropped in the middle.
+    reason: CloseReason,
+}
+
+impl Report {
+    pub(super) fn open(context: Rc<Context>, client: SocketAddr) -> Self {
+        context.worker.session_opened();
+        context.listener.counters.of(context.worker.id).connections.add(1);
+        Self {
+            context,
+            client,
+            accepted: Instant::now(),
+            pick: None,
+            connected: false,
+            retries: 0,
+            queue_time: Duration::ZERO,
+            connect_time: Duration::ZERO,
+            bytes_in: 0,
+            bytes_out: 0,
+            reason: CloseReason::Shutdown,
+        }
+    }
+
+    /// `pick` is tried now.
+    pub(super) fn picked(&mut self, pick: Pick) {
+        let pool = self.context.pool.counters.of(self.context.worker.id);
+        pool.picks[pick.source as usize].add(1);
+        self.pick = Some(pick);
+    }
+
+    /// The backend that was picked last took the session.
+    pub(super) fn connected(&mut self, attempt: Duration) {
+        if let Some(pick) = &self.pick {
+            let backend = pick.backend.counters.of(self.context.worker.id);
+            backend.connections.add(1);
+            backend.connect_duration.observe(attempt);
+            self.connected = true;
+        }
+    }
+
+    /// Where the relay counts; what it counted stays here, even if the session is cut.
+    pub(super) fn meter(&mut self) -> Meter<'_> {
+        let pick = self.pick.as_ref().expect("only a session that reached a backend is relayed");
+        let backend = pick.backend.counters.of(self.context.worker.id);
+        Meter {
+            sent: &backend.bytes_sent,
+            received: &backend.bytes_received,
+            to_backend: &mut self.bytes_in,
+            to_client: &mut self.bytes_out,
+        }
+    }
+
+    pub(super) fn close(&mut self, reason: CloseReason) {
+        self.reason = reason;
+    }
+}
+
+impl Drop for Report {
+    fn drop(&mut self) {
+        let worker = &self.context.worker;
+        let duration = self.accepted.elapsed();
+        worker.sessions.of(worker.id).closed(self.reason).add(1);
+        self.context.listener.counters.of(worker.id).closed.add(1);
+        if self.reason == CloseReason::NoBackend {
+            self.context.pool.counters.of(worker.id).no_backend.add(1);
+        }
+        if let (true, Some(pick)) = (self.connected, &self.pick) {
+            let backend = pick.backend.counters.of(worker.id);
+            backend.closed.add(1);
+            backend.session_duration.observe(duration);
+        }
+        if let Some(log) = &worker.access_log {
+            log.write(&AccessLine {
+                time: SystemTime::now() - duration,
+                listener: &self.context.listener.name,
+                client: self.client,
+                pool: &self.context.pool.name,
+                backend: self.pick.as_ref().map(|pick| pick.backend.id().as_str()),
+                source: self.pick.as_ref().map(|pick| pick.source.name()),
+                weight: self.pick.as_ref().map(|pick| pick.weight.get()),
+                retries: self.retries,
+                queue_ms: millis(self.queue_time),
+                connect_ms: millis(self.connect_time),
+                duration_ms: millis(duration),
+                bytes_in: self.bytes_in,
+                bytes_out: self.bytes_out,
+                close_reason: self.reason.name(),
+                term: self.reason.term(),
+            });
+        }
+        worker.session_closed();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_reason_has_a_counter_and_a_name_of_its_own() {
+        let mut names: Vec<_> = CloseReason::ALL.map(CloseReason::name).to_vec();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), CloseReason::ALL.len());
+        for (place, reason) in CloseReason::ALL.into_iter().enumerate() {
+            assert_eq!(reason.describe().0, place);
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! What all sessions of one data-plane thread share: owned by the thread, never locked.
+
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::time::Instant;
+use tracing::warn;
+
+use super::report::SessionCounters;
+use crate::relay::{self, Buffer};
+use crate::telemetry::access_log::AccessLog;
+use crate::telemetry::counters::{PerWorker, WorkerId};
+
+/// One line an outage, not one a session.
+const EXHAUSTED_LOG_INTERVAL: Duration = Duration::from_secs(10);
+
+/// One thread's own things.
+#[derive(Debug)]
+pub struct Worker {
+    /// Which thread.
+    pub id: WorkerId,
+    /// Bytes pass through it on their way.
+    pub buffer: Buffer,
+    /// `None`: sessions are not logged.
+    pub access_log: Option<AccessLog>,
+    /// How sessions ended.
+    pub sessions: Arc<PerWorker<SessionCounters>>,
+    rng: RefCell<fastrand::Rng>,
+    active: Cell<u64>,
+    became_idle: Notify,
+    exhausted_logged: Cell<Option<Instant>>,
+}
+
+impl Worker {
+    /// Without sessions.
+    #[must_use]
+    pub fn new(
+        id: WorkerId,
+        access_log: Option<AccessLog>,
+        sessions: Arc<PerWorker<SessionCounters>>,
+    ) -> Self {
+        Self {
+            id,
+            access_log,
+            sessions,
+            buffer: relay::buffer(),
+            rng: RefCell::new(fastrand::Rng::new()),
+            active: Cell::new(0),
+            became_idle: Notify::new(),
+            exhausted_logged: Cell::new(None),
+        }
+    }
+
+    /// Sessions that have not ended.
+    #[must_use]
+    pub fn active(&self) -> u64 {
+        self.active.get()
+    }
+
+    /// Waits until no session is left. Cancel safe.
+    pub async fn idle(&self) {
+        while self.active.get() > 0 {
+            self.became_idle.notified().await;
+        }
+    }
+
+    pub(super) fn session_opened(&self) {
+        self.active.set(self.active.get() + 1);
+    }
+
+    pub(super) fn session_closed(&self) {
+        self.active.set(self.active.get() - 1);
+        if self.active.get() == 0 {
+            self.became_idle.notify_one();
+        }
+    }
+
+    pub(super) fn random(&self) -> u64 {
+        self.rng.borrow_mut().u64(..)
+    }
+
+    pub(super) fn warn_exhausted(&self, error: &io::Error) {
+        let now = Instant::now();
+        if self.exhausted_logged.get().is_none_or(|logged| now - logged >= EXHAUSTED_LOG_INTERVAL) {
+            self.exhausted_logged.set(Some(now));
+            warn!(
+                %error,
+                "no local port or descriptor left for a backend connection: raise `ulimit -n` (LimitNOFILE), widen \
+                 net.ipv4.ip_local_port_range or add backends"
+            );
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! The admin server: probes and metrics over HTTP, for people and for the programs that watch over a proxy.
+//!
+//! It runs on the control plane and is bounded: so many connections, so long for a request. `/livez` and `/readyz` ask
+//! for no token, since a prober has none.
+
+use std::io;
+use std::net::TcpListener as StdListener;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::{Request, State};
+use axum::http::{StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+use tokio::time::{sleep, timeout};
+use tracing::{debug, warn};
+
+use super::prometheus::{self, Observed};
+use crate::config::{Admin, Secret};
+use crate::runtime::drain::{Drain, Phase};
+
+const MOST_CONNECTIONS: usize = 64;
+const HEADER_TIME: Duration = Duration::from_secs(5);
+/// A scraper that keeps its connection open reconnects after this.
+const CONNECTION_TIME: Duration = Duration::from_secs(300);
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// What the answers are made from.
+#[derive(Debug)]
+pub struct AdminState {
+    /// What is counted.
+    pub observed: Observed,
+    /// Whether traffic is still wanted.
+    pub drain: Drain,
+    /// Asked for where it is set.
+    pub token: Option<Secret>,
+}
+
+/// The address cannot be listened on.
+#[derive(Debug, thiserror::Error)]
+#[error("admin.bind: {address}: {source}: stop what listens there, or bind elsewhere")]
+pub struct AdminBindError {
+    address: std::net::SocketAddr,
+    source: io::Error,
+}
+
+/// Binds the admin address.
+///
+/// # Errors
+/// The address is taken or not ours.
+pub fn bind(admin: &Admin) -> Result<StdListener, AdminBindError> {
+    let bound = StdListener::bind(admin.bind).and_then(|listener| {
+        listener.set_nonblocking(true)?;
+        Ok(listener)
+    });
+    bound.map_err(|source| AdminBindError { address: admin.bind, source })
+}
+
+/// Serves until it is dropped.
+pub async fn serve(listener: StdListener, state: Arc<AdminState>) {
+    let listener = match TcpListener::from_std(listener) {
+        Ok(listener) => listener,
+        Err(error) => return warn!(%error, "the admin server cannot start"),
+    };
+    let guarded = Router::new()
+        .route("/metrics", get(metrics))
+        .route_layer(middleware::from_fn_with_state(Arc::clone(&state), require_token));
+    let open = Router::new().route("/livez", get(|| async { "live\n" })).route("/readyz", get(readyz));
+    let service = TowerToHyperService::new(open.merge(guarded).with_state(state));
+    let places = Arc::new(Semaphore::new(MOST_CONNECTIONS));
+    loop {
+        let place = Arc::clone(&places).acquire_owned().await.expect("the semaphore is never closed");
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                debug!(%error, "the admin server cannot accept");
+                sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let service = service.clone();
+        tokio::spawn(async move {
+            let connection = http1::Builder::new()
+                .timer(TokioTimer::new())
+                .header_read_timeout(HEADER_TIME)
+                .serve_connection(TokioIo::new(stream), service);
+            if let Ok(Err(error)) = timeout(CONNECTION_TIME, connection).await {
+                debug!(%error, "an admin connection failed");
+            }
+            drop(place);
+        });
+    }
+}
+
+/// Ready from the first accept to the drain: until then the admin server runs, but every pool's first read of Redis
+/// has not ended yet.
+async fn readyz(State(state): State<Arc<AdminState>>) -> Response {
+    match state.drain.phase() {
+        Phase::Serving => (StatusCode::OK, "ready\n"),
+        Phase::Starting => (StatusCode::SERVICE_UNAVAILABLE, "starting\n"),
+        Phase::Leaving | Phase::Draining | Phase::Closing => (StatusCode::SERVICE_UNAVAILABLE, "draining\n"),
+    }
+    .into_response()
+}
+
+async fn metrics(State(state): State<Arc<AdminState>>) -> Response {
+    // Ten thousand backends are a long text: made here, it would hold back the watch over Redis.
+    match tokio::task::spawn_blocking(move || prometheus::encode(&state.observed)).await {
+        Ok(text) => ([(header::CONTENT_TYPE, prometheus::CONTENT_TYPE)], text).into_response(),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+    }
+}
+
+async fn require_token(State(state): State<Arc<AdminState>>, request: Request, next: Next) -> Response {
+    let given = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+    let allowed = match &state.token {
+        None => true,
+        Some(token) => given.and_then(|v| v.strip_prefix("Bearer ")).is_some_and(|t| same(t, token.expose())),
+    };
+    if allowed {
+        return next.run(request).await;
+    }
+    let challenge = [(header::WWW_AUTHENTICATE, "Bearer")];
+    (StatusCode::UNAUTHORIZED, challenge, "send the token of admin.token_file as `Authorization: Bearer …`\n")
+        .into_response()
+}
+
+/// Takes as long for a near miss as for a far one, so that a token cannot be guessed letter by letter.
+fn same(given: &str, token: &str) -> bool {
+    let differs = given.bytes().zip(token.bytes()).fold(0, |differs, (a, b)| differs | (a ^ b));
+    given.len() == token.len() && std::hint::black_box(differs) == 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::same;
+
+    #[test]
+    fn only_the_whole_token_is_the_token() {
+        assert!(same("secret", "secret"));
+        for wrong in ["", "secre", "secrets", "Secret", "secreu"] {
+            assert!(!same(wrong, "secret"), "{wrong}");
+        }
+    }
+}

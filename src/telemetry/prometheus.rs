@@ -1,0 +1,321 @@
+//! Writes the metrics, in the names of the contract, when someone asks for them.
+//!
+//! Sums over the workers here so that they need not. Labels come from the config and from backends' names, never from
+//! clients. A backend's series go when nobody holds the backend any more.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, NoLabelSet};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::registry::Registry;
+
+use super::counters::{BUCKET_BOUNDS_SECONDS, BackendCounters, Counter, Histogram, HistogramTotal};
+use super::log_sink::LogSink;
+use crate::balance::backend::Backend;
+use crate::balance::pool::{Pool, Source};
+use crate::redis::status::{RedisStatus, TableStatus, WatchMode};
+use crate::session::{CloseReason, Listener, SessionCounters};
+use crate::telemetry::counters::PerWorker;
+
+/// The content type of [`encode`]'s text.
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// Everything that is counted.
+#[derive(Clone, Debug)]
+pub struct Observed {
+    /// In the order of the config.
+    pub listeners: Vec<Arc<Listener>>,
+    /// In the order of the config.
+    pub pools: Vec<Arc<Pool>>,
+    /// How sessions ended.
+    pub sessions: Arc<PerWorker<SessionCounters>>,
+    /// `None`: no Redis is configured.
+    pub redis: Option<Arc<RedisStatus>>,
+    /// One for each pool.
+    pub tables: Arc<[TableStatus]>,
+    /// Where log lines go.
+    pub log: Option<LogSink>,
+}
+
+/// All metrics as text. Costs some 10 µs a backend: not for the thread that watches Redis.
+#[must_use]
+pub fn encode(observed: &Observed) -> String {
+    let mut registry = Registry::default();
+    registry.register_collector(Box::new(observed.clone()));
+    let mut text = String::new();
+    prometheus_client::encoding::text::encode(&mut text, &registry)
+        .expect("writing to a String does not fail");
+    text
+}
+
+/// One backend of one pool, with what the newest snapshot says of it.
+struct Row {
+    pool: Arc<str>,
+    backend: Arc<Backend>,
+    weight: f64,
+    effective_weight: f64,
+}
+
+impl Row {
+    fn labels(&self) -> [(&str, &str); 2] {
+        [("pool", &self.pool), ("backend", self.backend.id().as_str())]
+    }
+
+    fn sum(&self, counter: impl Fn(&BackendCounters) -> &Counter) -> u64 {
+        self.backend.counters.sum(counter)
+    }
+}
+
+impl Observed {
+    fn rows(&self) -> Vec<Row> {
+        let rows = |pool: &Arc<Pool>| {
+            let snapshot = pool.cell.load();
+            let weights: std::collections::HashMap<_, _> = snapshot
+                .members()
+                .iter()
+                .map(|m| (m.backend.id().clone(), (m.weight.get(), m.effective_weight.get())))
+                .collect();
+            let name = Arc::clone(&pool.name);
+            pool.cell.registry().living().into_iter().map(move |backend| {
+                let (weight, effective_weight) = weights.get(backend.id()).copied().unwrap_or_default();
+                Row { pool: Arc::clone(&name), backend, weight, effective_weight }
+            })
+        };
+        self.pools.iter().flat_map(rows).collect()
+    }
+
+    fn encode_listeners(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let by_listener = |value: fn(&Listener) -> u64| {
+            self.listeners.iter().map(move |l| ([("listener", l.name.to_string())], value(l)))
+        };
+        counters(
+            encoder,
+            "statera_listener_connections",
+            "Connections accepted",
+            by_listener(|l| l.counters.sum(|c| &c.connections)),
+        )?;
+        gauges(
+            encoder,
+            "statera_listener_connections_active",
+            "Sessions that have not ended",
+            by_listener(|l| {
+                // Closed first: a session that opens in between may be missed, but none is counted below zero.
+                let closed = l.counters.sum(|c| &c.closed);
+                l.counters.sum(|c| &c.connections).saturating_sub(closed)
+            })
+            .map(|(labels, value)| (labels, value as f64)),
+        )?;
+        let rejected = self.listeners.iter().flat_map(|l| {
+            let row =
+                |reason, count| ([("listener", l.name.to_string()), ("reason", String::from(reason))], count);
+            [
+                row("exhausted", l.counters.sum(|c| &c.accept_exhausted)),
+                row("accept_failed", l.counters.sum(|c| &c.accept_failed)),
+                row("no_backend", self.sum_no_backend(l)),
+            ]
+        });
+        counters(
+            encoder,
+            "statera_listener_rejected",
+            "Connections that could not be accepted, or found no backend; exhausted: tries to accept without a free descriptor",
+            rejected,
+        )
+    }
+
+    /// Sessions of the listener's pool that found no backend; pools and listeners are one to one for most people, and
+    /// the pool's number is what matters.
+    fn sum_no_backend(&self, listener: &Listener) -> u64 {
+        self.pools.iter().filter(|p| p.name == listener.pool).map(|p| p.counters.sum(|c| &c.no_backend)).sum()
+    }
+
+    fn encode_backends(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let rows = self.rows();
+        let mut count = |name: &str, help: &str, value: fn(&BackendCounters) -> &Counter| {
+            counters(encoder, name, help, rows.iter().map(|row| (row.labels(), row.sum(value))))
+        };
+        count("statera_backend_connections", "Sessions that reached the backend", |c| &c.connections)?;
+        count("statera_backend_connect_failures", "Attempts to connect that failed", |c| {
+            &c.connect_failures
+        })?;
+        count("statera_backend_retries", "Sessions that went on to another backend", |c| &c.retries)?;
+        count("statera_backend_bytes_received", "Bytes that came from the backend", |c| &c.bytes_received)?;
+        count("statera_backend_bytes_sent", "Bytes that went to the backend", |c| &c.bytes_sent)?;
+
+        let mut gauge = |name: &str, help: &str, value: fn(&Row) -> f64| {
+            gauges(encoder, name, help, rows.iter().map(|row| (row.labels(), value(row))))
+        };
+        gauge("statera_backend_connections_active", "Sessions on the backend", |row| {
+            let closed = row.sum(|c| &c.closed);
+            row.sum(|c| &c.connections).saturating_sub(closed) as f64
+        })?;
+        gauge(
+            "statera_backend_up",
+            "1 if sessions can be sent there, 0 if its name does not resolve",
+            |row| f64::from(u8::from(row.backend.is_reachable())),
+        )?;
+        gauge("statera_backend_weight", "What is written in Redis or in the config", |row| row.weight)?;
+        gauge("statera_backend_effective_weight", "What picks use", |row| row.effective_weight)?;
+
+        let mut histogram = |name: &str, help: &str, value: fn(&BackendCounters) -> &Histogram| {
+            let totals = rows.iter().map(|row| {
+                let mut total = HistogramTotal::default();
+                row.backend.counters.iter().for_each(|c| value(c).add_to(&mut total));
+                (row.labels(), total)
+            });
+            histograms(encoder, name, help, totals)
+        };
+        histogram("statera_backend_connect_duration_seconds", "Successful attempts to connect", |c| {
+            &c.connect_duration
+        })?;
+        histogram("statera_backend_session_duration_seconds", "Sessions from accept to close", |c| {
+            &c.session_duration
+        })
+    }
+
+    fn encode_pools(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let picks = self.pools.iter().flat_map(|pool| {
+            Source::ALL.map(|source| {
+                let labels = [("pool", pool.name.to_string()), ("source", source.name().to_owned())];
+                (labels, pool.counters.sum(|c| &c.picks[source as usize]))
+            })
+        });
+        counters(encoder, "statera_picks", "Backends named, by who named them", picks)?;
+        let by_pool = |value: fn(&Pool) -> Option<f64>| {
+            self.pools.iter().filter_map(move |pool| Some(([("pool", pool.name.to_string())], value(pool)?)))
+        };
+        gauges(
+            encoder,
+            "statera_snapshot_version",
+            "Counts the snapshots since the start",
+            by_pool(|pool| Some(pool.cell.load().version as f64)),
+        )?;
+        gauges(
+            encoder,
+            "statera_snapshot_age_seconds",
+            "Since the snapshot was last known to equal Redis",
+            by_pool(|pool| pool.cell.age().map(|age| age.as_secs_f64())),
+        )
+    }
+
+    fn encode_redis(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let Some(redis) = &self.redis else { return Ok(()) };
+        let none: [(&str, &str); 0] = [];
+        let connected = f64::from(u8::from(redis.is_connected()));
+        gauges(
+            encoder,
+            "statera_redis_connected",
+            "1 while the watching connection is up",
+            [(none, connected)],
+        )?;
+        let modes =
+            WatchMode::ALL.map(|mode| ([("mode", mode.name())], f64::from(u8::from(redis.mode() == mode))));
+        gauges(encoder, "statera_redis_watch_mode", "1 for the way in which changes are noticed now", modes)?;
+        for (name, help, counter) in [
+            ("statera_redis_notifications", "Keyspace events received", &redis.notifications),
+            ("statera_redis_resyncs", "Whole tables read", &redis.resyncs),
+            ("statera_redis_reconnects", "Watching connections made after the first", &redis.reconnects),
+        ] {
+            counters(encoder, name, help, [(none, counter.get())])?;
+        }
+        let tables = || {
+            self.pools
+                .iter()
+                .zip(self.tables.iter())
+                .map(|(pool, table)| ([("pool", pool.name.to_string())], table))
+        };
+        gauges(
+            encoder,
+            "statera_table_rejected_members",
+            "Members of the table that are left out",
+            tables().map(|(labels, table)| (labels, table.rejected_members.load(Relaxed) as f64)),
+        )?;
+        counters(
+            encoder,
+            "statera_table_failed_reads",
+            "Reads of the table that Redis refused, or that gave no table",
+            tables().map(|(labels, table)| (labels, table.failed_reads.get())),
+        )?;
+        let mut propagation = HistogramTotal::default();
+        redis.propagation.add_to(&mut propagation);
+        histograms(
+            encoder,
+            "statera_weight_propagation_seconds",
+            "From the arrival of a notification to the swap that all workers see",
+            [(none, propagation)],
+        )
+    }
+}
+
+impl Collector for Observed {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        self.encode_listeners(&mut encoder)?;
+        self.encode_backends(&mut encoder)?;
+        self.encode_pools(&mut encoder)?;
+        self.encode_redis(&mut encoder)?;
+        let closed = CloseReason::ALL.map(|reason| {
+            ([("reason", reason.name())], self.sessions.sum(|sessions| sessions.closed(reason)))
+        });
+        counters(&mut encoder, "statera_sessions_closed", "Sessions that ended, by why", closed)?;
+        if let Some(log) = &self.log {
+            let none: [(&str, &str); 0] = [];
+            let help = "Batches of log lines that were lost because the output did not keep up";
+            counters(&mut encoder, "statera_log_dropped", help, [(none, log.dropped())])?;
+        }
+        let build = [("version", env!("CARGO_PKG_VERSION"))];
+        gauges(&mut encoder, "statera_build_info", "What runs", [(build, 1.0)])
+    }
+}
+
+fn counters<L: EncodeLabelSet>(
+    encoder: &mut DescriptorEncoder<'_>,
+    name: &str,
+    help: &str,
+    samples: impl IntoIterator<Item = (L, u64)>,
+) -> fmt::Result {
+    let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+    for (labels, value) in samples {
+        metric.encode_family(&labels)?.encode_counter::<NoLabelSet, _, u64>(&value, None)?;
+    }
+    Ok(())
+}
+
+fn gauges<L: EncodeLabelSet>(
+    encoder: &mut DescriptorEncoder<'_>,
+    name: &str,
+    help: &str,
+    samples: impl IntoIterator<Item = (L, f64)>,
+) -> fmt::Result {
+    let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+    for (labels, value) in samples {
+        metric.encode_family(&labels)?.encode_gauge(&value)?;
+    }
+    Ok(())
+}
+
+/// Histograms without an observation are left out: 10,000 backends that nobody uses need no 400,000 lines.
+fn histograms<L: EncodeLabelSet>(
+    encoder: &mut DescriptorEncoder<'_>,
+    name: &str,
+    help: &str,
+    samples: impl IntoIterator<Item = (L, HistogramTotal)>,
+) -> fmt::Result {
+    let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
+    for (labels, total) in samples {
+        let count = total.buckets.iter().sum();
+        if count == 0 {
+            continue;
+        }
+        let bounds = BUCKET_BOUNDS_SECONDS.into_iter().chain([f64::MAX]);
+        let buckets: Vec<(f64, u64)> = bounds.zip(total.buckets).collect();
+        metric.encode_family(&labels)?.encode_histogram::<NoLabelSet>(
+            total.sum_seconds,
+            count,
+            &buckets,
+            None,
+        )?;
+    }
+    Ok(())
+}

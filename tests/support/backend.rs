@@ -1,0 +1,109 @@
+//! Backends that do what a scenario says.
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::task::JoinHandle;
+
+/// A TCP server on a free port of 127.0.0.1; it ends when dropped.
+pub struct Backend {
+    pub address: SocketAddr,
+    accepted: Arc<AtomicU64>,
+    task: JoinHandle<()>,
+}
+
+impl Backend {
+    /// Serves each connection by `script`.
+    pub async fn start<F>(script: impl Fn(TcpStream) -> F + Send + 'static) -> Self
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        Self::start_at("127.0.0.1:0".parse().expect("an address"), script).await
+    }
+
+    /// The same at a given address.
+    pub async fn start_at<F>(address: SocketAddr, script: impl Fn(TcpStream) -> F + Send + 'static) -> Self
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let listener = TcpListener::bind(address).await.expect("a free port");
+        let address = listener.local_addr().expect("bound");
+        let accepted = Arc::new(AtomicU64::new(0));
+        let count = Arc::clone(&accepted);
+        let task = tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                count.fetch_add(1, Relaxed);
+                tokio::spawn(script(stream));
+            }
+        });
+        Self { address, accepted, task }
+    }
+
+    /// Sends back what it gets, until the client ends its half.
+    pub async fn echo() -> Self {
+        Self::start(|mut stream| async move {
+            let (mut reader, mut writer) = stream.split();
+            // A client that resets is a scenario's business.
+            let _ = tokio::io::copy(&mut reader, &mut writer).await;
+        })
+        .await
+    }
+
+    /// Says `name`, and closes.
+    pub async fn named(name: &'static str) -> Self {
+        Self::start(move |mut stream| async move {
+            let _ = stream.write_all(name.as_bytes()).await;
+        })
+        .await
+    }
+
+    /// Reads everything, then says how many bytes that were, and closes.
+    pub async fn counting() -> Self {
+        Self::start(|mut stream| async move {
+            let mut all = Vec::new();
+            if let Ok(count) = stream.read_to_end(&mut all).await {
+                let _ = stream.write_all(count.to_string().as_bytes()).await;
+            }
+        })
+        .await
+    }
+
+    /// Connections so far.
+    pub fn accepted(&self) -> u64 {
+        self.accepted.load(Relaxed)
+    }
+}
+
+impl Drop for Backend {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// An address of this machine where nothing listens, kept from others while the socket lives.
+pub fn dead_address() -> (TcpSocket, SocketAddr) {
+    let socket = TcpSocket::new_v4().expect("a descriptor");
+    socket.bind("127.0.0.1:0".parse().expect("an address")).expect("a free port");
+    let address = socket.local_addr().expect("bound");
+    (socket, address)
+}
+
+/// A server that does not answer the handshake: its accept queue is full and stays so while the guard lives.
+pub async fn silent_address() -> (impl Sized, SocketAddr) {
+    let socket = TcpSocket::new_v4().expect("a descriptor");
+    socket.bind("127.0.0.1:0".parse().expect("an address")).expect("a free port");
+    let listener = socket.listen(1).expect("listens");
+    let address = listener.local_addr().expect("bound");
+    let mut queued = Vec::new();
+    while let Ok(connected) =
+        tokio::time::timeout(std::time::Duration::from_millis(300), TcpStream::connect(address)).await
+    {
+        queued.push(connected.expect("it listens"));
+        assert!(queued.len() < 100, "the queue never fills");
+    }
+    ((listener, queued), address)
+}

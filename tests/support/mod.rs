@@ -1,0 +1,41 @@
+//! What scenarios are made of: a real redis-server ([`Redis`]), scripted backends ([`Backend`]), the proxy in this
+//! process ([`Proxy`]) or as a program ([`Program`]), clients, and [`eventually`].
+
+mod backend;
+mod client;
+mod program;
+mod proxy;
+mod redis_server;
+
+pub use backend::{Backend, dead_address, silent_address};
+pub use client::{echo, greeting};
+pub use program::{Program, require};
+pub use proxy::Proxy;
+pub use redis_server::Redis;
+
+use std::future::Future;
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+
+/// How long anything that must happen may take on a noisy machine.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Waits until `condition` holds; panics with `what` when it does not within [`PATIENCE`].
+pub async fn eventually<F: Future<Output = bool>>(what: &str, mut condition: impl FnMut() -> F) {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition().await {
+        assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
+        sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// A seed to print, taken from STATERA_SEED where a failed run is to be replayed.
+pub fn seed() -> u64 {
+    let seed = std::env::var("STATERA_SEED")
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .unwrap_or_else(|| fastrand::u64(..));
+    println!("STATERA_SEED={seed}");
+    seed
+}

@@ -1,0 +1,96 @@
+//! The `statera` program, and whatever other programs a scenario runs.
+
+use std::io::Read as _;
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+use tokio::time::Instant;
+
+use super::PATIENCE;
+
+/// Fails with the cure where a program that a scenario needs is missing.
+pub fn require(program: &str, package: &str) {
+    let found = std::env::var_os("PATH")
+        .is_some_and(|path| std::env::split_paths(&path).any(|folder| folder.join(program).is_file()));
+    assert!(found, "{program} is missing: install it by `make test`, or `apt-get install {package}`");
+}
+
+/// A started `statera`, with a config file of its own. Killed by its own pid when dropped.
+pub struct Program {
+    child: Child,
+    folder: TempDir,
+}
+
+impl Program {
+    /// `statera run` with this config; its log goes to a file.
+    pub fn run(yaml: &str) -> Self {
+        Self::run_by(Command::new(Self::path()), yaml)
+    }
+
+    /// The program under test.
+    pub fn path() -> &'static str {
+        env!("CARGO_BIN_EXE_statera")
+    }
+
+    /// The same, started through `launcher` (`prlimit …`, `setpriv …`), whose last argument is the program.
+    pub fn run_by(mut launcher: Command, yaml: &str) -> Self {
+        let folder = TempDir::new().expect("a folder");
+        let config = folder.path().join("config.yaml");
+        std::fs::write(&config, yaml).expect("a file");
+        let log = std::fs::File::create(folder.path().join("log")).expect("a file");
+        let child = launcher
+            .args(["run", "-c"])
+            .arg(&config)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().expect("a descriptor"))
+            .stderr(log)
+            .spawn()
+            .expect("the program starts");
+        Self { child, folder }
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Everything it has written to standard output and standard error.
+    pub fn log(&self) -> String {
+        let mut text = String::new();
+        let file = std::fs::File::open(self.folder.path().join("log"));
+        file.and_then(|mut file| file.read_to_string(&mut text)).expect("a log");
+        text
+    }
+
+    /// The folder that its config lies in.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        let pid = Pid::from_raw(self.child.id().try_into().expect("a pid")).expect("not zero");
+        kill_process(pid, signal).expect("it runs");
+    }
+
+    /// Waits for its end.
+    pub fn wait(&mut self) -> ExitStatus {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.try_wait().expect("it is ours") {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "it does not end:\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        // It may have ended; its pid is ours until it is waited for.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

@@ -1,0 +1,86 @@
+//! The proxy in this process, on free ports.
+
+use std::io::Write;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+
+use statera::config::Config;
+use statera::proxy::{self, Running};
+use statera::telemetry::log_sink::LogSink;
+use statera::telemetry::prometheus;
+
+/// A running proxy, its session lines, its metrics. Stopped when dropped.
+pub struct Proxy {
+    pub running: Running,
+    lines: Arc<Mutex<Vec<u8>>>,
+    sink: LogSink,
+}
+
+struct Memory(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Memory {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().expect("nobody panics with it").extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Proxy {
+    /// One listener and one pool, both called `web`. `top` are lines at the top level (`redis: {…}`), `pool` those of
+    /// the pool, in flow style: `backends: {"127.0.0.1:1": 1}, balance: weighted_round_robin`.
+    pub fn web(top: &str, pool: &str) -> Self {
+        Self::start(&format!(
+            "workers: 2\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\npools: {{web: {{{pool}}}}}\n{top}\n"
+        ))
+    }
+
+    pub fn start(yaml: &str) -> Self {
+        let config = Config::from_yaml(yaml).unwrap_or_else(|error| panic!("{error}\n{yaml}"));
+        let lines = Arc::new(Mutex::new(Vec::new()));
+        let sink = LogSink::start(Box::new(Memory(Arc::clone(&lines)))).expect("a thread");
+        let running = proxy::start(&config, Some(sink.clone())).expect("it starts");
+        Self { running, lines, sink }
+    }
+
+    /// Of the first listener.
+    pub fn address(&self) -> SocketAddr {
+        self.running.addresses[0].1[0]
+    }
+
+    /// Session lines so far. A line may come up to 50 ms after its session's end.
+    pub fn access_lines(&self) -> Vec<serde_json::Value> {
+        self.sink.flush(super::PATIENCE);
+        let lines = self.lines.lock().expect("nobody panics with it");
+        let text = String::from_utf8(lines.clone()).expect("lines are text");
+        text.lines()
+            .map(|line| serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}")))
+            .collect()
+    }
+
+    /// A metric's value, by its whole name with labels as printed: `statera_picks_total{pool="web",source="lua"}`.
+    /// `None` where it is not there.
+    pub fn metric(&self, series: &str) -> Option<f64> {
+        let text = prometheus::encode(&self.running.observed);
+        let value =
+            text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' ').map(str::to_owned));
+        value.map(|value| value.parse().unwrap_or_else(|e| panic!("{series}: {value}: {e}")))
+    }
+
+    /// Sessions that picks named a backend for, by `source`.
+    pub fn picks(&self, source: &str) -> f64 {
+        self.metric(&format!("statera_picks_total{{pool=\"web\",source=\"{source}\"}}")).unwrap_or_default()
+    }
+
+    /// The weights of the newest snapshot, by backend.
+    pub fn weights(&self) -> Vec<(String, f64)> {
+        let snapshot = self.running.observed.pools[0].cell.load();
+        let mut weights: Vec<_> =
+            snapshot.members().iter().map(|m| (m.backend.id().to_string(), m.weight.get())).collect();
+        weights.sort_by(|a, b| a.0.cmp(&b.0));
+        weights
+    }
+}

@@ -1,0 +1,132 @@
+//! A real redis-server on a free port, in a folder of its own.
+
+use std::net::TcpListener;
+use std::process::{Child, Command, Stdio};
+
+use redis::Value;
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+
+use super::{Backend, eventually, require};
+
+/// A redis-server; killed by its own pid when dropped.
+pub struct Redis {
+    server: Option<Child>,
+    pub port: u16,
+    arguments: Vec<String>,
+    folder: TempDir,
+}
+
+impl Redis {
+    /// With notifications on.
+    pub async fn start() -> Self {
+        Self::start_with(&["--notify-keyspace-events", "KA"]).await
+    }
+
+    /// With other arguments, and Redis's own default for the rest: notifications off.
+    pub async fn start_with(arguments: &[&str]) -> Self {
+        let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port").port();
+        let arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
+        let mut redis = Self { server: None, port, arguments, folder: TempDir::new().expect("a folder") };
+        redis.launch().await;
+        redis
+    }
+
+    /// Starts the server again on its port, after [`Redis::kill`]. Its data is gone: nothing is saved.
+    pub async fn launch(&mut self) {
+        assert!(self.server.is_none(), "it runs");
+        require("redis-server", "redis-server");
+        let server = Command::new("redis-server")
+            .args([
+                "--port",
+                &self.port.to_string(),
+                "--bind",
+                "127.0.0.1",
+                "--save",
+                "",
+                "--appendonly",
+                "no",
+            ])
+            .arg("--dir")
+            .arg(self.folder.path())
+            .args(&self.arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("redis-server starts");
+        self.server = Some(server);
+        let client = self.client();
+        eventually("redis-server answers", || async {
+            match client.get_multiplexed_async_connection().await {
+                Ok(mut connection) => match redis::cmd("PING").query_async::<Value>(&mut connection).await {
+                    Ok(_) => true,
+                    // It asks for a password: it answers.
+                    Err(error) => error.code() == Some("NOAUTH"),
+                },
+                Err(_) => false,
+            }
+        })
+        .await;
+    }
+
+    /// For the `redis` section of a config.
+    pub fn url(&self) -> String {
+        format!("redis://127.0.0.1:{}/0", self.port)
+    }
+
+    /// A client of the scenario's own.
+    pub fn client(&self) -> redis::Client {
+        redis::Client::open(("127.0.0.1", self.port)).expect("an address")
+    }
+
+    /// Runs one command, split at its spaces.
+    pub async fn run(&self, command: &str) -> Value {
+        let mut words = command.split(' ');
+        let mut cmd = redis::cmd(words.next().expect("a command"));
+        for word in words {
+            cmd.arg(word);
+        }
+        let mut connection = self.client().get_multiplexed_async_connection().await.expect("it runs");
+        cmd.query_async(&mut connection).await.unwrap_or_else(|error| panic!("{command}: {error}"))
+    }
+
+    /// Makes these the whole table at the key `servers`, in one transaction.
+    pub async fn set_weights<'a>(&self, weights: impl IntoIterator<Item = (&'a Backend, f64)>) {
+        let mut pipe = redis::pipe();
+        pipe.atomic().del("servers").ignore();
+        for (backend, weight) in weights {
+            pipe.cmd("ZADD").arg("servers").arg(weight).arg(backend.address.to_string()).ignore();
+        }
+        let mut connection = self.client().get_multiplexed_async_connection().await.expect("it runs");
+        pipe.query_async::<()>(&mut connection).await.expect("the weights are written");
+    }
+
+    fn pid(&self) -> Pid {
+        let id = self.server.as_ref().expect("it runs").id();
+        Pid::from_raw(id.try_into().expect("a pid")).expect("not zero")
+    }
+
+    /// SIGSTOP: connections stay open, nothing is answered.
+    pub fn freeze(&self) {
+        kill_process(self.pid(), Signal::STOP).expect("it runs");
+    }
+
+    /// SIGCONT.
+    pub fn thaw(&self) {
+        kill_process(self.pid(), Signal::CONT).expect("it runs");
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self) {
+        if let Some(mut server) = self.server.take() {
+            server.kill().expect("it runs");
+            server.wait().expect("it ends");
+        }
+    }
+}
+
+impl Drop for Redis {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
