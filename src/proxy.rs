@@ -115,11 +115,8 @@ pub fn start(config: &Config, log: Option<LogSink>) -> Result<Running, StartErro
             .find(|(settings, _)| settings.name == listener.pool)
             .map(|(settings, pool)| (Arc::clone(pool), settings))
             .expect("the config was checked: every listener's pool exists");
-        let shared = Arc::new(Listener {
-            name: Arc::clone(&listener.name),
-            pool: Arc::clone(&listener.pool),
-            counters: PerWorker::new(workers),
-        });
+        let shared =
+            Arc::new(Listener { name: Arc::clone(&listener.name), counters: PerWorker::new(workers) });
         let mut bound = Vec::new();
         for address in &listener.bind {
             let sockets = socket::bind(&listener.name, *address, settings.keepalive, workers)?;

@@ -3,11 +3,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::time::Instant;
+
 use super::backend::Backend;
 use super::cell::Cell;
 use super::lua_pick::LuaPicker;
 use super::sequence::Sequence;
-use super::snapshot::{Member, Origin};
+use super::snapshot::Origin;
 use super::{BackendId, Balance, Table, Weight};
 use crate::telemetry::counters::{Counter, PerWorker};
 
@@ -45,8 +47,6 @@ impl Source {
 pub struct PoolCounters {
     /// Backends named, by [`Source`].
     pub picks: [Counter; 4],
-    /// Sessions that found no backend to try.
-    pub no_backend: Counter,
 }
 
 /// A backend for a session.
@@ -107,26 +107,25 @@ impl Pool {
         }
     }
 
-    /// A backend that is not in `tried`; `random` is uniform over all of `u64`. A fresh snapshot is asked first; where it is missing, stale or has none left,
-    /// Redis; then the last snapshot however old, which at the start is the configured one. `None`: there is none.
+    /// A backend that is not in `tried`; `random` is uniform over all of `u64`. A fresh snapshot is asked first; where
+    /// it is missing, stale or has none left, Redis; then the last snapshot however old, which at the start is the
+    /// configured one. `None`: there is none.
     ///
     /// A fresh snapshot without any weight is an answer too ("no new sessions"), so nobody else is asked then.
     ///
     /// # Cost
-    /// No allocation and no lock while the snapshot is fresh. Otherwise at most `lua_pick.timeout`.
-    pub async fn pick(&self, tried: &[BackendId], random: u64) -> Option<Pick> {
+    /// No allocation, no lock and no look at the clock while the snapshot is fresh. Otherwise at most
+    /// `lua_pick.timeout`.
+    pub async fn pick(&self, tried: &[BackendId], random: u64, now: Instant) -> Option<Pick> {
         let point = match self.balance {
             Balance::WeightedRandom => random,
             Balance::WeightedRoundRobin => self.sequence.next(),
         };
-        let from_cell = || {
-            let snapshot = self.cell.load();
-            snapshot.pick(point, tried).map(|member| self.chosen(member, snapshot.origin))
-        };
-        let Some(sync) = &self.sync else { return from_cell() };
+        let Some(sync) = &self.sync else { return self.pick_from_cell(point, tried, true) };
 
-        if self.is_fresh(sync) {
-            let pick = from_cell();
+        let fresh = self.cell.age_at(now).is_some_and(|age| age <= sync.max_stale);
+        if fresh {
+            let pick = self.pick_from_cell(point, tried, true);
             if pick.is_some() || tried.is_empty() {
                 return pick;
             }
@@ -136,20 +135,18 @@ impl Pool {
         {
             return Some(Pick { backend, weight, source: Source::Lua });
         }
-        from_cell()
+        self.pick_from_cell(point, tried, fresh)
     }
 
-    fn is_fresh(&self, sync: &Sync) -> bool {
-        self.cell.age().is_some_and(|age| age <= sync.max_stale)
-    }
-
-    fn chosen(&self, member: &Member, origin: Origin) -> Pick {
-        let source = match (origin, &self.sync) {
+    fn pick_from_cell(&self, point: u64, tried: &[BackendId], fresh: bool) -> Option<Pick> {
+        let snapshot = self.cell.load();
+        let member = snapshot.pick(point, tried)?;
+        let source = match (snapshot.origin, fresh) {
             (Origin::Configured, _) => Source::Configured,
-            (Origin::Redis, Some(sync)) if !self.is_fresh(sync) => Source::Stale,
-            (Origin::Redis, _) => Source::Snapshot,
+            (Origin::Redis, true) => Source::Snapshot,
+            (Origin::Redis, false) => Source::Stale,
         };
-        Pick { backend: Arc::clone(&member.backend), weight: member.weight, source }
+        Some(Pick { backend: Arc::clone(&member.backend), weight: member.weight, source })
     }
 }
 
@@ -174,7 +171,7 @@ mod tests {
     }
 
     async fn pick(pool: &Pool, tried: &[BackendId]) -> Option<(String, Source)> {
-        let pick = pool.pick(tried, 7).await?;
+        let pick = pool.pick(tried, 7, Instant::now()).await?;
         Some((pick.backend.id().to_string(), pick.source))
     }
 

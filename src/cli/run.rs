@@ -4,6 +4,7 @@ use std::io::{self, Write};
 use std::time::Duration;
 
 use anyhow::Context as _;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::runtime::Builder;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::sleep;
@@ -30,6 +31,7 @@ pub(super) fn run(config: &Config) -> anyhow::Result<()> {
 }
 
 fn serve(config: &Config, sink: LogSink) -> anyhow::Result<()> {
+    raise_descriptor_limit();
     let runtime = Builder::new_current_thread().enable_all().build().context("cannot watch for signals")?;
     // Before anything runs: a signal that comes while the proxy starts must not be lost.
     let signals = runtime.block_on(async { Signals::new() }).context("cannot watch for signals")?;
@@ -44,6 +46,17 @@ fn serve(config: &Config, sink: LogSink) -> anyhow::Result<()> {
     let summary = running.join();
     info!(cut = summary.cut, "stopped");
     Ok(())
+}
+
+/// A session takes two descriptors, and the usual soft limit of 1,024 is made for programs that use `select`. The hard
+/// limit is what the administrator allows.
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current != limit.maximum
+        && let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit })
+    {
+        warn!(%error, limit = ?limit.current, "cannot raise the limit of descriptors");
+    }
 }
 
 /// Sends the process's log to `sink`.

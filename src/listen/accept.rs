@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{Instant, sleep, timeout_at};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::socket::{exhausted, ignore_new_handshakes};
 use crate::runtime::drain::Drain;
@@ -19,6 +19,9 @@ use crate::telemetry::counters::ListenerCounters;
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(50);
 /// One line an outage, not one a pause.
 const EXHAUSTED_LOG_INTERVAL: Duration = Duration::from_secs(10);
+/// A listening socket that only ever fails is broken, and asking it again at once would eat the core. Single failures
+/// are a client's, and anyone may cause as many as he likes: they must not slow down the others.
+const FAILURES_BEFORE_PAUSE: u32 = 100;
 /// After so many connections the sessions of this worker get their turn, however long the queue.
 const BATCH: u32 = 64;
 /// How long a handshake that was under way when the drain began may take: a round trip around the world.
@@ -38,6 +41,7 @@ pub async fn run(
     let mut exhausted_since: Option<Instant> = None;
     let mut draining = std::pin::pin!(drain.started());
     let mut accepted = 0u32;
+    let mut failures = 0u32;
     loop {
         let result = tokio::select! {
             biased;
@@ -49,6 +53,7 @@ pub async fn run(
                 if let Some(since) = exhausted_since.take() {
                     info!(listener = name, outage = ?since.elapsed(), "accepting again");
                 }
+                failures = 0;
                 on_connection(stream, client);
                 accepted = accepted.wrapping_add(1);
                 if accepted.is_multiple_of(BATCH) {
@@ -71,7 +76,12 @@ pub async fn run(
             Err(error) => {
                 // The client went away before we came (ECONNABORTED), or a signal: the next one is as good as any.
                 counters.accept_failed.add(1);
-                tracing::debug!(listener = name, %error, "a connection was gone before it was accepted");
+                debug!(listener = name, %error, "a connection was gone before it was accepted");
+                failures += 1;
+                if failures.is_multiple_of(FAILURES_BEFORE_PAUSE) {
+                    warn!(listener = name, %error, failures, "accept keeps failing");
+                    sleep(EXHAUSTED_PAUSE).await;
+                }
             }
         }
     }

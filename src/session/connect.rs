@@ -51,7 +51,7 @@ pub(super) async fn connect(context: &Context, report: &mut Report) -> Result<St
 
     for attempt in 0..settings.attempts.get() {
         let asked = Instant::now();
-        let pick = context.pool.pick(&tried, context.worker.random()).await;
+        let pick = context.pool.pick(&tried, context.worker.random(), asked).await;
         report.queue_time += asked.elapsed();
         let Some(pick) = pick else { break };
         let backend = pick.backend.clone();

@@ -38,8 +38,6 @@ pub struct Context {
 pub struct Listener {
     /// The key it stands under in config.yaml.
     pub name: Arc<str>,
-    /// The pool's name.
-    pub pool: Arc<str>,
     /// What the workers count of it.
     pub counters: PerWorker<ListenerCounters>,
 }
@@ -65,14 +63,17 @@ impl From<&config::Pool> for Settings {
     }
 }
 
-/// Serves one client from accept to close.
+/// Serves one client from accept to close. The session counts as open from the call, not from the first poll: a worker
+/// that is about to end waits for it.
 ///
 /// # Cancel safety
 /// Dropping the future resets both connections and reports the session as cut by the shutdown.
-pub async fn serve(client: TcpStream, address: SocketAddr, context: Rc<Context>) {
-    let mut report = Report::open(Rc::clone(&context), address);
-    let mut client = Stream::from(client);
+pub fn serve(client: TcpStream, address: SocketAddr, context: Rc<Context>) -> impl Future<Output = ()> {
+    let report = Report::open(Rc::clone(&context), address);
+    live(Stream::from(client), report, context)
+}
 
+async fn live(mut client: Stream, mut report: Report, context: Rc<Context>) {
     let mut backend = match connect::connect(&context, &mut report).await {
         Ok(backend) => backend,
         Err(reason) => return report.close(reason),

@@ -165,9 +165,10 @@ impl Drop for Report {
         let worker = &self.context.worker;
         let duration = self.accepted.elapsed();
         worker.sessions.of(worker.id).closed(self.reason).add(1);
-        self.context.listener.counters.of(worker.id).closed.add(1);
+        let listener = self.context.listener.counters.of(worker.id);
+        listener.closed.add(1);
         if self.reason == CloseReason::NoBackend {
-            self.context.pool.counters.of(worker.id).no_backend.add(1);
+            listener.no_backend.add(1);
         }
         if let (true, Some(pick)) = (self.connected, &self.pick) {
             let backend = pick.backend.counters.of(worker.id);

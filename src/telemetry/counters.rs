@@ -131,6 +131,8 @@ pub struct ListenerCounters {
     pub accept_exhausted: Counter,
     /// `accept` failed otherwise.
     pub accept_failed: Counter,
+    /// Sessions that found no backend to try.
+    pub no_backend: Counter,
 }
 
 #[cfg(test)]

@@ -114,7 +114,7 @@ impl Observed {
             [
                 row("exhausted", l.counters.sum(|c| &c.accept_exhausted)),
                 row("accept_failed", l.counters.sum(|c| &c.accept_failed)),
-                row("no_backend", self.sum_no_backend(l)),
+                row("no_backend", l.counters.sum(|c| &c.no_backend)),
             ]
         });
         counters(
@@ -123,12 +123,6 @@ impl Observed {
             "Connections that could not be accepted, or found no backend; exhausted: tries to accept without a free descriptor",
             rejected,
         )
-    }
-
-    /// Sessions of the listener's pool that found no backend; pools and listeners are one to one for most people, and
-    /// the pool's number is what matters.
-    fn sum_no_backend(&self, listener: &Listener) -> u64 {
-        self.pools.iter().filter(|p| p.name == listener.pool).map(|p| p.counters.sum(|c| &c.no_backend)).sum()
     }
 
     fn encode_backends(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
