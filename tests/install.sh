@@ -32,6 +32,9 @@ present() {
         # Debian's interpreter by its path: another python3 earlier on the PATH does not see Debian's modules.
         python3) [ -x /usr/bin/python3 ] ;;
         python3-redis) /usr/bin/python3 -c 'import redis' ;;
+        python3-prometheus-client) /usr/bin/python3 -c 'import prometheus_client' ;;
+        util-linux) command -v setpriv && command -v unshare ;;
+        bsdutils) command -v script ;;
         *) command -v "$1" ;;
     esac >/dev/null 2>&1
 }
@@ -125,7 +128,7 @@ case ${1:-} in
         ;;
     test)
         require "${linker[@]}" redis-server redis-tools nginx wrk iperf3 nftables iproute2 procps strace \
-            python3 python3-redis curl
+            python3 python3-redis python3-prometheus-client curl util-linux bsdutils
         ;;
     lint) require "${linker[@]}" shellcheck ;;
     build) require "${linker[@]}" ;;

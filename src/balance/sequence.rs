@@ -84,6 +84,31 @@ mod tests {
     }
 
     #[test]
+    fn workers_that_pick_at_once_share_one_spread() {
+        let weights = [5.0, 3.0, 1.0, 0.5];
+        let (shares, sequence) = (Shares::new(&weights), Sequence::new(fastrand::u64(..)));
+        let picks_of_a_worker = || {
+            let mut counts = [0u32; 4];
+            (0..25_000).for_each(|_| counts[shares.at(sequence.next()).expect("there are weights")] += 1);
+            counts
+        };
+        let counts = std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..4).map(|_| scope.spawn(picks_of_a_worker)).collect();
+            workers.into_iter().map(|worker| worker.join().expect("no panic")).fold(
+                [0; 4],
+                |mut sum, counts| {
+                    sum.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
+                    sum
+                },
+            )
+        });
+        for (count, weight) in counts.iter().zip(weights) {
+            let stray = (f64::from(*count) - 100_000.0 * weight / 9.5).abs();
+            assert!(stray <= 6.0, "strayed {stray}: {counts:?}");
+        }
+    }
+
+    #[test]
     fn the_classic_table_five_one_one_is_spread_not_bunched() {
         let shares = Shares::new(&[5.0, 1.0, 1.0]);
         let sequence = Sequence::new(0);

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use super::say;
 use crate::config::Config;
 
 /// Says what the config would run.
@@ -10,11 +11,10 @@ pub(super) fn check(path: &Path, config: &Config) -> anyhow::Result<()> {
         Some(redis) => format!("weights from {}", redis.address),
         None => "weights from this file alone".to_owned(),
     };
-    println!(
-        "{}: valid: {} listeners, {} pools, {redis}",
+    say(&format!(
+        "{}: valid: {} listeners, {} pools, {redis}\n",
         path.display(),
         config.listeners.len(),
         config.pools.len()
-    );
-    Ok(())
+    ))
 }

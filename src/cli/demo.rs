@@ -1,7 +1,7 @@
 //! `statera demo`: everything on one screen. Three tiny backends, a private Redis if one can be had, the proxy in front,
 //! clients that keep connecting, and the share of each backend as it changes.
 
-use std::io::{IsTerminal as _, Write as _};
+use std::io::IsTerminal as _;
 use std::net::{SocketAddr, TcpListener};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -15,6 +15,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 
+use super::say;
 use crate::config::Config;
 use crate::proxy::{self, Running};
 
@@ -41,6 +42,16 @@ pub(super) fn demo(arguments: &DemoArguments) -> anyhow::Result<()> {
 }
 
 async fn show(arguments: &DemoArguments) -> anyhow::Result<()> {
+    // Before anything is started: a signal's own effect would leave the redis-server behind.
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    tokio::select! {
+        result = perform(arguments) => result,
+        _ = terminate.recv() => Ok(()),
+        _ = interrupt.recv() => Ok(()),
+    }
+}
+
+async fn perform(arguments: &DemoArguments) -> anyhow::Result<()> {
     let mut tasks = JoinSet::new();
     let mut backends = Vec::new();
     for name in NAMES {
@@ -55,8 +66,7 @@ async fn show(arguments: &DemoArguments) -> anyhow::Result<()> {
     let entry = running.addresses[0].1[0];
     tasks.spawn(connect_again_and_again(entry));
 
-    print!("{}", introduction(entry, &running, &backends, redis.as_ref()));
-    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    say(&introduction(entry, &running, &backends, redis.as_ref()))?;
     let end = async {
         match arguments.seconds {
             Some(seconds) => sleep(Duration::from_secs(seconds)).await,
@@ -66,8 +76,6 @@ async fn show(arguments: &DemoArguments) -> anyhow::Result<()> {
     tokio::select! {
         result = watch_shares(&running, &backends) => result,
         () = end => Ok(()),
-        _ = terminate.recv() => Ok(()),
-        _ = interrupt.recv() => Ok(()),
     }
 }
 
@@ -174,9 +182,7 @@ async fn watch_shares(running: &Running, backends: &[SocketAddr]) -> anyhow::Res
         } else {
             line(backends, &sessions)
         };
-        let mut screen = std::io::stdout().lock();
-        screen.write_all(text.as_bytes()).and_then(|()| screen.flush()).context("the screen is gone")?;
-        drop(screen);
+        say(&text)?;
         drawn = true;
         sleep(pace).await;
     }

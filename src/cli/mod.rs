@@ -4,9 +4,11 @@ mod check;
 mod demo;
 mod run;
 
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::Config;
@@ -59,10 +61,7 @@ pub fn main() -> ExitCode {
             with_config(&argument.config, |config| check::check(&argument.config, config))
         }
         Command::Demo(arguments) => report(demo::demo(&arguments)),
-        Command::Version => {
-            println!("statera {}", env!("CARGO_PKG_VERSION"));
-            ExitCode::SUCCESS
-        }
+        Command::Version => report(say(concat!("statera ", env!("CARGO_PKG_VERSION"), "\n"))),
     }
 }
 
@@ -74,6 +73,12 @@ fn with_config(path: &Path, command: impl FnOnce(&Config) -> anyhow::Result<()>)
             ExitCode::from(INVALID)
         }
     }
+}
+
+/// Prints an answer. Unlike `println!`, it does not panic when the reader has gone (`statera … | head -1`).
+fn say(text: &str) -> anyhow::Result<()> {
+    let mut output = io::stdout().lock();
+    output.write_all(text.as_bytes()).and_then(|()| output.flush()).context("cannot write the answer")
 }
 
 fn report(result: anyhow::Result<()>) -> ExitCode {

@@ -1,11 +1,14 @@
 //! The admin server: probes and metrics over HTTP, for people and for the programs that watch over a proxy.
 //!
-//! It runs on the control plane and is bounded: so many connections, so long for a request. `/livez` and `/readyz` ask
-//! for no token, since a prober has none.
+//! It runs on the control plane and is bounded: so many connections, so long for a request. Where there are too many, the
+//! oldest idle one makes room: a prober that comes now is worth more than a connection that was left open. `/livez` and `/readyz`
+//! ask for no token, since a prober has none.
 
+use std::collections::VecDeque;
 use std::io;
 use std::net::TcpListener as StdListener;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use axum::Router;
@@ -15,10 +18,11 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use hyper::server::conn::http1;
+use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::{AbortHandle, yield_now};
 use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 
@@ -26,7 +30,7 @@ use super::prometheus::{self, Observed};
 use crate::config::{Admin, Secret};
 use crate::runtime::drain::{Drain, Phase};
 
-const MOST_CONNECTIONS: usize = 64;
+const MOST_CONNECTIONS: usize = 256;
 const HEADER_TIME: Duration = Duration::from_secs(5);
 /// A scraper that keeps its connection open reconnects after this.
 const CONNECTION_TIME: Duration = Duration::from_secs(300);
@@ -74,9 +78,8 @@ pub async fn serve(listener: StdListener, state: Arc<AdminState>) {
         .route_layer(middleware::from_fn_with_state(Arc::clone(&state), require_token));
     let open = Router::new().route("/livez", get(|| async { "live\n" })).route("/readyz", get(readyz));
     let service = TowerToHyperService::new(open.merge(guarded).with_state(state));
-    let places = Arc::new(Semaphore::new(MOST_CONNECTIONS));
+    let mut connections: VecDeque<Connection> = VecDeque::new();
     loop {
-        let place = Arc::clone(&places).acquire_owned().await.expect("the semaphore is never closed");
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
             Err(error) => {
@@ -85,8 +88,45 @@ pub async fn serve(listener: StdListener, state: Arc<AdminState>) {
                 continue;
             }
         };
-        let service = service.clone();
-        tokio::spawn(async move {
+        make_room(&mut connections);
+        connections.push_back(Connection::serve(stream, service.clone()));
+        // It may have sent its request already.
+        yield_now().await;
+    }
+}
+
+/// Cuts the oldest connection that has no request under way, or the oldest, where there are too many.
+fn make_room(connections: &mut VecDeque<Connection>) {
+    connections.retain(|connection| !connection.task.is_finished());
+    if connections.len() >= MOST_CONNECTIONS {
+        let idle = connections.iter().position(|connection| !connection.answering.load(Relaxed));
+        if let Some(connection) = connections.remove(idle.unwrap_or(0)) {
+            connection.task.abort();
+        }
+    }
+}
+
+/// A connection that is served by a task of its own.
+struct Connection {
+    task: AbortHandle,
+    /// A request is under way.
+    answering: Arc<AtomicBool>,
+}
+
+impl Connection {
+    fn serve(stream: TcpStream, service: TowerToHyperService<Router>) -> Self {
+        let answering = Arc::new(AtomicBool::new(false));
+        let mark = Arc::clone(&answering);
+        let service = service_fn(move |request| {
+            let (mark, answer) = (Arc::clone(&mark), service.call(request));
+            mark.store(true, Relaxed);
+            async move {
+                let answer = answer.await;
+                mark.store(false, Relaxed);
+                answer
+            }
+        });
+        let task = tokio::spawn(async move {
             let connection = http1::Builder::new()
                 .timer(TokioTimer::new())
                 .header_read_timeout(HEADER_TIME)
@@ -94,8 +134,8 @@ pub async fn serve(listener: StdListener, state: Arc<AdminState>) {
             if let Ok(Err(error)) = timeout(CONNECTION_TIME, connection).await {
                 debug!(%error, "an admin connection failed");
             }
-            drop(place);
         });
+        Self { task: task.abort_handle(), answering }
     }
 }
 

@@ -263,6 +263,11 @@ impl Collector for Observed {
     }
 }
 
+/// False for `[_; 0]`. The encoder would print an empty family as `name{} 1`, where people look for `name 1`.
+const fn has_labels<L>() -> bool {
+    size_of::<L>() > 0
+}
+
 fn counters<L: EncodeLabelSet>(
     encoder: &mut DescriptorEncoder<'_>,
     name: &str,
@@ -271,7 +276,11 @@ fn counters<L: EncodeLabelSet>(
 ) -> fmt::Result {
     let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
     for (labels, value) in samples {
-        metric.encode_family(&labels)?.encode_counter::<NoLabelSet, _, u64>(&value, None)?;
+        if has_labels::<L>() {
+            metric.encode_family(&labels)?.encode_counter::<NoLabelSet, _, u64>(&value, None)?;
+        } else {
+            metric.encode_counter::<NoLabelSet, _, u64>(&value, None)?;
+        }
     }
     Ok(())
 }
@@ -284,7 +293,11 @@ fn gauges<L: EncodeLabelSet>(
 ) -> fmt::Result {
     let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
     for (labels, value) in samples {
-        metric.encode_family(&labels)?.encode_gauge(&value)?;
+        if has_labels::<L>() {
+            metric.encode_family(&labels)?.encode_gauge(&value)?;
+        } else {
+            metric.encode_gauge(&value)?;
+        }
     }
     Ok(())
 }
@@ -302,7 +315,7 @@ fn histograms<L: EncodeLabelSet>(
         if count == 0 {
             continue;
         }
-        let bounds = BUCKET_BOUNDS_SECONDS.into_iter().chain([f64::MAX]);
+        let bounds = BUCKET_BOUNDS_SECONDS.into_iter().chain([f64::INFINITY]);
         let buckets: Vec<(f64, u64)> = bounds.zip(total.buckets).collect();
         metric.encode_family(&labels)?.encode_histogram::<NoLabelSet>(
             total.sum_seconds,

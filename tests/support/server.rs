@@ -1,0 +1,99 @@
+//! Other people's programs: servers that run beside a scenario, clients that run to their end.
+
+use std::fs::File;
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+use tokio::time::{Instant, sleep, timeout};
+
+use super::PATIENCE;
+
+/// A program that runs until it is dropped. Ended by its own pid: by TERM, and by KILL if that does not help.
+pub struct Server {
+    child: Child,
+    folder: TempDir,
+}
+
+impl Server {
+    /// `prepare` gets a folder of the server's own. Its output goes to a file there.
+    pub fn start(prepare: impl FnOnce(&Path) -> Command) -> Self {
+        let folder = TempDir::new().expect("a folder");
+        let mut command = prepare(folder.path());
+        let output = File::create(folder.path().join("output")).expect("a file");
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(output.try_clone().expect("a descriptor"))
+            .stderr(output)
+            .spawn()
+            .unwrap_or_else(|error| panic!("{command:?}: {error}"));
+        Self { child, folder }
+    }
+
+    /// Standard output and standard error so far.
+    pub fn output(&self) -> String {
+        let bytes = std::fs::read(self.folder.path().join("output")).expect("a file");
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        let pid = Pid::from_raw(self.child.id().try_into().expect("a pid")).expect("not zero");
+        kill_process(pid, signal).expect("it runs");
+    }
+
+    /// Waits for its end: its exit code, `None` if a signal ended it.
+    pub async fn wait(&mut self) -> Option<i32> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.try_wait().expect("it is ours") {
+                return status.code();
+            }
+            assert!(Instant::now() < deadline, "it does not end:\n{}", self.output());
+            sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    fn ends_within(&mut self, limit: Duration) -> bool {
+        let pause = Duration::from_millis(10);
+        for _ in 0..limit.as_millis() / pause.as_millis() {
+            if !matches!(self.child.try_wait(), Ok(None)) {
+                return true;
+            }
+            std::thread::sleep(pause);
+        }
+        false
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if matches!(self.child.try_wait(), Ok(None)) {
+            // TERM first: nginx ends its workers only then.
+            self.signal(Signal::TERM);
+            if !self.ends_within(Duration::from_secs(2)) {
+                let _ = self.child.kill();
+            }
+        }
+        let _ = self.child.wait();
+    }
+}
+
+/// Runs a program to its end, which must come within [`PATIENCE`].
+pub async fn output(command: Command) -> Output {
+    let text = format!("{command:?}");
+    let mut command = tokio::process::Command::from(command);
+    let ended = timeout(PATIENCE, command.stdin(Stdio::null()).kill_on_drop(true).output()).await;
+    ended.unwrap_or_else(|_| panic!("{text} does not end")).unwrap_or_else(|error| panic!("{text}: {error}"))
+}
+
+/// A port of 127.0.0.1 that nobody has, for a program that cannot take port 0.
+pub fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a free port").port()
+}
