@@ -11,13 +11,13 @@ ARGS ?=
 
 # Tests that load the whole machine or break its network: one at a time. The same names as group `heavy` of
 # .config/nextest.toml, for machines without nextest.
-HEAVY := real_programs:: soak:: faults::
+HEAVY := real_programs:: soak:: faults:: storm::
 NEXTEST := $(CARGO) nextest
 SCRIPTS := .ci/run tests/install.sh
 
 .PHONY: help
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 .PHONY: run
 run: ## Build a release and run the demo (installs redis-server if it can)
@@ -92,9 +92,20 @@ deny: ## Check licences, duplicates and sources of dependencies (installs cargo-
 	$(CARGO) deny --locked check licenses bans sources
 
 .PHONY: bench
-bench: ## Run the benchmarks (ARGS=pick for one)
+bench: ## Statera beside HAProxy, nginx and Envoy, half an hour (ARGS="--only bulk --peers nginx"; benches/README.md)
+	@tests/install.sh bench
+	$(CARGO) bench --locked --bench peers -- $(ARGS)
+
+.PHONY: bench-quick
+bench-quick: ## The same in short: under three minutes once it is built
+	@tests/install.sh bench
+	$(CARGO) bench --locked --bench peers -- --quick $(ARGS)
+
+.PHONY: bench-micro
+bench-micro: ## What a pick and a weight change cost (ARGS=snapshot for some)
 	@tests/install.sh test
-	$(CARGO) bench --locked --benches $(ARGS:%=-- %)
+	$(CARGO) bench --locked --bench pick $(ARGS:%=-- %)
+	$(CARGO) bench --locked --bench propagation
 
 .PHONY: clean
 clean: ## Remove what was built

@@ -24,7 +24,7 @@ use crate::listen::socket::{self, BindError};
 use crate::redis::status::TableStatus;
 use crate::redis::{self, Followed};
 use crate::runtime::drain::{self, DrainControl, Phase};
-use crate::runtime::resolve;
+use crate::runtime::resolve::Names;
 use crate::runtime::worker::{self, Door, Shared};
 use crate::session::{Listener, Settings};
 use crate::telemetry::admin::{self, AdminBindError, AdminState};
@@ -272,19 +272,19 @@ impl Control {
         }
         let (first_try_over, over) = oneshot::channel::<()>();
         self.follow_redis(tasks, first_try_over);
+        let mut names: Vec<Names> = self.observed.pools.iter().cloned().map(Names::new).collect();
         let first_look = async {
             // The sender is dropped where there is no Redis: nothing to wait for.
             let _ = over.await;
-            for pool in &self.observed.pools {
-                resolve::once(pool).await;
+            for names in &mut names {
+                names.resolve_all().await;
             }
         };
         if timeout(FIRST_LOOK, first_look).await.is_err() {
             warn!("redis or a name server is slow to answer: starting without");
         }
-        for pool in &self.observed.pools {
-            let pool = Arc::clone(pool);
-            tasks.spawn(async move { resolve::run(&pool).await });
+        for names in names {
+            tasks.spawn(names.run());
         }
     }
 
@@ -297,7 +297,11 @@ impl Control {
             .pools
             .iter()
             .zip(&self.config.pools)
-            .map(|(pool, settings)| Followed { pool: Arc::clone(pool), key: settings.weights_key.clone() })
+            .map(|(pool, settings)| Followed {
+                pool: Arc::clone(&pool.name),
+                cell: Arc::clone(&pool.cell),
+                key: settings.weights_key.clone(),
+            })
             .collect();
         if let Some(requests) = self.lua_requests.take() {
             let (settings, limits, followed) =
@@ -325,11 +329,15 @@ async fn end(
     for worker in workers {
         joins.spawn_blocking(move || worker.join());
     }
-    let mut now = stops.clone();
-    let mut told_now = std::pin::pin!(async move {
-        // The sender's end is the end of everything.
-        let _ = now.wait_for(|stop| *stop == Stop::Now).await;
-    });
+    let now = stops.clone();
+    // A future for each wait: one that has ended must not be asked again.
+    let told_now = || {
+        let mut now = now.clone();
+        async move {
+            // The sender's end is the end of everything.
+            let _ = now.wait_for(|stop| *stop == Stop::Now).await;
+        }
+    };
 
     let _ = stops.wait_for(|stop| *stop >= Stop::Drain).await;
     drain.advance(Phase::Leaving);
@@ -337,7 +345,7 @@ async fn end(
         info!(delay = ?shutdown.delay, "leaving: not ready, still accepting");
         tokio::select! {
             () = sleep(shutdown.delay) => {}
-            () = &mut told_now => {}
+            () = told_now() => {}
         }
     }
     drain.advance(Phase::Draining);
@@ -357,7 +365,7 @@ async fn end(
         biased;
         cut = &mut finished => return cut,
         () = sleep(shutdown.timeout) => {}
-        () = &mut told_now => {}
+        () = told_now() => {}
     }
     drain.advance(Phase::Closing);
     finished.await

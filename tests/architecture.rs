@@ -31,7 +31,7 @@ const ARROWS: [(&str, &[&str]); 10] = [
             "balance::Weight",
             "balance::lua_pick::LuaRequest",
             "balance::lua_pick::LuaRequests",
-            "balance::pool::Pool",
+            "balance::cell::Cell",
             "config",
             "runtime::backoff",
             "telemetry::counters",

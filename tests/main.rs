@@ -2,6 +2,19 @@
 //!
 //! One binary, so that it links once. `support` starts what a scenario needs on free ports and ends it by its own pid.
 
+mod admin;
+mod architecture;
 mod basics;
+mod cli;
 mod config;
+mod failover;
+mod faults;
+mod listen;
+mod lua_pick;
+mod names;
+mod real_programs;
+mod redis_sync;
+mod relay;
+mod shutdown;
+mod storm;
 mod support;

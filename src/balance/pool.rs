@@ -66,7 +66,7 @@ pub struct Pool {
     /// The key it stands under in config.yaml.
     pub name: Arc<str>,
     /// Its newest snapshot.
-    pub cell: Cell,
+    pub cell: Arc<Cell>,
     /// What the workers count of it.
     pub counters: PerWorker<PoolCounters>,
     /// Its place in the configuration.
@@ -101,7 +101,7 @@ impl Pool {
             index,
             balance,
             sync,
-            cell: Cell::new(configured, workers),
+            cell: Arc::new(Cell::new(configured, workers)),
             counters: PerWorker::new(workers),
             sequence: Sequence::new(fastrand::u64(..)),
         }

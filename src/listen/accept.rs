@@ -39,6 +39,8 @@ pub async fn run(
     on_connection: impl Fn(TcpStream, SocketAddr),
 ) {
     let mut exhausted_since: Option<Instant> = None;
+    // Kept through short recoveries: with one descriptor coming and going, each accept ends an outage and begins one.
+    let mut warned: Option<Instant> = None;
     let mut draining = std::pin::pin!(drain.started());
     let mut accepted = 0u32;
     let mut failures = 0u32;
@@ -50,7 +52,9 @@ pub async fn run(
         };
         match result {
             Ok((stream, client)) => {
-                if let Some(since) = exhausted_since.take() {
+                if let Some(since) = exhausted_since.take()
+                    && warned.is_some_and(|warned| warned >= since)
+                {
                     info!(listener = name, outage = ?since.elapsed(), "accepting again");
                 }
                 failures = 0;
@@ -63,9 +67,10 @@ pub async fn run(
             Err(error) if exhausted(&error) => {
                 counters.accept_exhausted.add(1);
                 let now = Instant::now();
-                if exhausted_since.is_none_or(|since| now - since >= EXHAUSTED_LOG_INTERVAL) {
+                exhausted_since.get_or_insert(now);
+                if warned.is_none_or(|warned| now - warned >= EXHAUSTED_LOG_INTERVAL) {
                     warn!(listener = name, %error, "cannot accept: raise `ulimit -n` (LimitNOFILE) or memory");
-                    exhausted_since = Some(now);
+                    warned = Some(now);
                 }
                 tokio::select! {
                     biased;

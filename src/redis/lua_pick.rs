@@ -27,6 +27,8 @@ const LARGEST_WHOLE: usize = 500;
 const HEAVIEST: usize = 100;
 /// Members with impossible names that the script cannot tell from good ones are excluded, and it is asked again.
 const MOST_QUESTIONS: usize = 4;
+/// What a user without writing rights may call.
+const READ_ONLY: &str = "EVALSHA_RO";
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
@@ -34,11 +36,10 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 pub async fn run(settings: &Redis, limits: &LuaPick, followed: &[Followed], mut requests: LuaRequests) {
     let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
     loop {
-        match open(settings).await {
+        match open(settings, followed).await {
             Ok(session) => {
-                backoff.reset();
                 requests.answering.store(true, Relaxed);
-                let result = serve(session, settings, limits, followed, &mut requests).await;
+                let result = serve(session, settings, limits, followed, &mut requests, &mut backoff).await;
                 requests.answering.store(false, Relaxed);
                 match result {
                     Ok(()) => return,
@@ -58,26 +59,26 @@ pub async fn run(settings: &Redis, limits: &LuaPick, followed: &[Followed], mut 
 struct Session {
     connection: MultiplexedConnection,
     sha: String,
-    /// EVALSHA_RO, which a user without writing rights may call, or EVALSHA where there is none (before Redis 7).
+    /// [`READ_ONLY`], or EVALSHA where there is none (before Redis 7).
     command: &'static str,
 }
 
-async fn open(settings: &Redis) -> Result<Session, RedisError> {
+async fn open(settings: &Redis, followed: &[Followed]) -> Result<Session, RedisError> {
     let connection = connection::open(settings, |_| {}).await?;
     let sha = Script::new(SCRIPT).get_hash().to_owned();
-    let mut session = Session { connection, sha, command: "EVALSHA_RO" };
+    let mut session = Session { connection, sha, command: READ_ONLY };
     session.load().await?;
-    // A question about a key that does not exist tells whether the command does.
-    if let Err(error) = session.ask("statera:probe", 0.0, &[]).await {
-        if !error.to_string().contains("unknown command") {
-            // Not allowed to look at that key: the command itself exists.
-            if error.code() == Some("NOPERM") {
-                return Ok(session);
-            }
-            return Err(error);
+    // A first question tells which of the two this server knows and this user may call.
+    let key = followed.first().map_or("", |followed| &followed.key);
+    for command in [READ_ONLY, "EVALSHA"] {
+        session.command = command;
+        match session.ask(key, 0.0, &[]).await {
+            Err(error) if connection::is_refusal(&error) => {}
+            answer => return answer.map(|_| session),
         }
-        session.command = "EVALSHA";
     }
+    // Both refused: it may be the key, and that may be granted later.
+    session.command = READ_ONLY;
     Ok(session)
 }
 
@@ -134,33 +135,36 @@ impl Session {
 
 /// Ends with an error when Redis does not answer in time, and with `Ok` when nobody can ask any more.
 async fn serve(
-    mut session: Session,
+    session: Session,
     settings: &Redis,
     limits: &LuaPick,
     followed: &[Followed],
     requests: &mut LuaRequests,
+    backoff: &mut Backoff,
 ) -> Result<(), RedisError> {
-    let mut picks: JoinSet<Result<(), RedisError>> = JoinSet::new();
+    let mut answers: JoinSet<Result<(), RedisError>> = JoinSet::new();
     let mut heartbeat = Instant::now() + settings.heartbeat_interval;
     loop {
         tokio::select! {
             biased;
-            Some(done) = picks.join_next() => match done {
+            Some(done) = answers.join_next() => match done {
+                // In time, so the next trouble is a new one. A server that only takes connections does not get here.
+                Ok(Ok(())) => backoff.reset(),
                 Ok(Err(error)) => return Err(error),
                 // A panic would be a defect of ours; its session was told "no" by the drop of its request.
                 Err(error) => warn!(%error, "a lua pick died"),
-                Ok(Ok(())) => {}
             },
             () = sleep_until(heartbeat) => {
-                connection::hello(&mut session.connection).await?;
+                let mut connection = session.connection.clone();
+                answers.spawn(async move { connection::hello(&mut connection).await.map(drop) });
                 heartbeat = Instant::now() + settings.heartbeat_interval;
             }
             request = requests.queue.recv() => {
                 let Some(request) = request else { return Ok(()) };
                 if !request.answer.is_closed() {
-                    let Followed { pool, key } = followed[request.pool].clone();
+                    let Followed { cell, key, .. } = followed[request.pool].clone();
                     let (mut session, limit) = (session.clone(), limits.timeout);
-                    picks.spawn(async move {
+                    answers.spawn(async move {
                         let picked = match timeout(limit, session.pick(&key, &request)).await {
                             Ok(Ok(picked)) => picked,
                             // The key is of another type, or not for us: the connection is sound.
@@ -168,7 +172,7 @@ async fn serve(
                             Ok(Err(error)) => return Err(error),
                             Err(_) => return Err(RedisError::from(std::io::Error::from(std::io::ErrorKind::TimedOut))),
                         };
-                        let answer = picked.map(|(id, weight)| (pool.cell.registry().get_or_create(&id), weight));
+                        let answer = picked.map(|(id, weight)| (cell.registry().get_or_create(&id), weight));
                         // The session may have given up meanwhile.
                         drop(request.answer.send(answer));
                         Ok(())

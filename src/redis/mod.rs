@@ -14,13 +14,15 @@ pub mod watch;
 
 use std::sync::Arc;
 
-use crate::balance::pool::Pool;
+use crate::balance::cell::Cell;
 
-/// A pool and the key that its weights stand under.
+/// A key that a pool's weights stand under, and where its tables are published.
 #[derive(Clone, Debug)]
 pub struct Followed {
-    /// Where tables are published.
-    pub pool: Arc<Pool>,
+    /// The pool's name.
+    pub pool: Arc<str>,
+    /// Its snapshot cell.
+    pub cell: Arc<Cell>,
     /// A sorted set.
     pub key: String,
 }

@@ -32,8 +32,9 @@ local list
 if size <= whole then
     list = redis.call('ZRANGE', key, 0, -1, 'WITHSCORES')
 else
-    list = redis.call('ZRANGE', key, -heaviest, -1, 'WITHSCORES')
+    list = redis.call('ZRANGE', key, '(+inf', '(0', 'BYSCORE', 'REV', 'LIMIT', 0, heaviest, 'WITHSCORES')
 end
+if #list == 0 then return false end
 
 -- Dividing by the largest weight keeps the sum of huge weights finite.
 local weights, largest, total = {}, 0, 0
@@ -58,22 +59,23 @@ local function from_list(target)
     return last and { list[last], list[last + 1] }
 end
 
-if size <= whole then return from_list(point * total) end
+-- A list that is not full holds every member that has a weight.
+if size <= whole or #list < 2 * heaviest then return from_list(point * total) end
 
--- A large set is not read whole: that would block Redis for a millisecond per thousand members. All members outside the
--- list weigh at most as much as its lightest, so each gets that much room, and one that is hit is taken with the
--- probability of its weight ÷ that room: the same distribution, at the price of some misses.
-local rest = size - #list / 2
-local room = tonumber(list[2])
-if not room or room == math.huge then return false end
+-- A large set is not read whole: that would block Redis for a millisecond per thousand members. No member outside the
+-- list weighs more than the lightest in it, so each rank of the set gets that much room, and what is hit there is taken
+-- with the probability of its weight ÷ that room, unless the list has it already: the same distribution, for some misses.
+local room = tonumber(list[#list])
 if largest == 0 then largest = room end
-room = math.max(room / largest, 0)
+room = room / largest
+local listed = {}
+for i = 1, #list, 2 do listed[list[i]] = true end
 for _ = 1, 64 do
-    local target = point * (total + rest * room)
-    if target < total or room == 0 then return from_list(target) end
-    local rank = math.min(math.floor((target - total) / room), rest - 1)
+    local target = point * (total + size * room)
+    if target < total then return from_list(target) end
+    local rank = math.min(math.floor((target - total) / room), size - 1)
     local hit = redis.call('ZRANGE', key, rank, rank, 'WITHSCORES')
-    if hit[1] and uniform() * room < weight(hit[1], hit[2]) / largest then return hit end
+    if hit[1] and not listed[hit[1]] and uniform() * room < weight(hit[1], hit[2]) / largest then return hit end
     point = uniform()
 end
 return false

@@ -72,6 +72,4 @@ pub struct TableStatus {
     pub rejected_members: AtomicU64,
     /// Reads that failed or were refused.
     pub failed_reads: Counter,
-    /// The first read has ended, one way or another.
-    pub was_read: AtomicBool,
 }

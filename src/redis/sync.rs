@@ -27,6 +27,8 @@ const MAX_MEMBERS: usize = 100_000;
 /// more than a twentieth of its time.
 const REST_PER_MEMBER: Duration = Duration::from_micros(10);
 const LONGEST_REST: Duration = Duration::from_millis(100);
+/// Between two tries at a key that cannot be read.
+const REST_AFTER_REFUSAL: Duration = Duration::from_secs(1);
 
 /// Which keys may have changed, set from the connection's reader.
 #[derive(Debug)]
@@ -145,9 +147,21 @@ impl<'a> Syncer<'a> {
             }
             // Taken before the read: a change that comes during it is a new one.
             let Some(since) = changes.take(place) else { continue };
-            let members = self.read(connection, place, since).await?;
-            let rest = (REST_PER_MEMBER * u32::try_from(members).unwrap_or(u32::MAX)).min(LONGEST_REST);
-            self.states[place].rest_until = Some(now + rest);
+            let rest = match self.read(connection, place, since).await? {
+                Some(members) => {
+                    (REST_PER_MEMBER * u32::try_from(members).unwrap_or(u32::MAX)).min(LONGEST_REST)
+                }
+                None => {
+                    // A right that is granted, or a script that ends, is announced by no event.
+                    changes.mark(std::iter::once(place));
+                    REST_AFTER_REFUSAL
+                }
+            };
+            let rest_until = now + rest;
+            self.states[place].rest_until = Some(rest_until);
+            if changes.is_marked(place) {
+                next = Some(next.map_or(rest_until, |other| other.min(rest_until)));
+            }
         }
         Ok(next)
     }
@@ -157,19 +171,19 @@ impl<'a> Syncer<'a> {
     pub(super) fn confirm(&self, changes: &Changes) {
         for (place, (state, followed)) in self.states.iter().zip(self.followed).enumerate() {
             if state.in_step && !changes.is_marked(place) {
-                followed.pool.cell.confirm();
+                followed.cell.confirm();
             }
         }
     }
 
-    /// Returns the number of members that Redis sent.
+    /// Returns the number of members that Redis sent; `None`: it refused, or what it sent is no table.
     async fn read(
         &mut self,
         connection: &mut MultiplexedConnection,
         place: usize,
         since: Instant,
-    ) -> Result<usize, RedisError> {
-        let Followed { pool, key } = &self.followed[place];
+    ) -> Result<Option<usize>, RedisError> {
+        let Followed { pool, key, .. } = &self.followed[place];
         let answer: Result<Value, RedisError> = redis::cmd("ZRANGE")
             .arg(key)
             .arg(0)
@@ -198,29 +212,31 @@ impl<'a> Syncer<'a> {
             Ok(decoded)
         });
         match read {
-            Ok(decoded) => self.take(place, decoded, since),
+            Ok(decoded) => {
+                self.take(place, decoded, since);
+                Ok(Some(members))
+            }
             Err(reason) => {
                 self.tables[place].failed_reads.add(1);
                 self.states[place].in_step = false;
                 if self.says(place, Some(Said::Refused(reason.clone()))) {
-                    error!(pool = %pool.name, key, reason, "cannot read the weights, keeping the last table");
+                    error!(pool = %pool, key, reason, "cannot read the weights, keeping the last table");
                 }
+                Ok(None)
             }
         }
-        self.tables[place].was_read.store(true, Relaxed);
-        Ok(members)
     }
 
     fn take(&mut self, place: usize, decoded: Decoded, since: Instant) {
-        let Followed { pool, key } = &self.followed[place];
+        let Followed { pool, cell, key } = &self.followed[place];
         let Decoded { table, rejected } = decoded;
         self.tables[place].rejected_members.store(rejected.len() as u64, Relaxed);
         if self.states[place].rejected != rejected {
             for Rejected { member, reason } in rejected.iter().take(10) {
-                warn!(pool = %pool.name, key, member, %reason, "a member is left out");
+                warn!(pool = %pool, key, member, %reason, "a member is left out");
             }
             if rejected.len() > 10 {
-                warn!(pool = %pool.name, key, count = rejected.len() - 10, "more members are left out");
+                warn!(pool = %pool, key, count = rejected.len() - 10, "more members are left out");
             }
             self.states[place].rejected = rejected;
         }
@@ -229,33 +245,33 @@ impl<'a> Syncer<'a> {
             return self.take_empty(place, table);
         }
         if self.says(place, None) {
-            info!(pool = %pool.name, key, "the table can be read again");
+            info!(pool = %pool, key, "the table can be read again");
         }
         let backends = table.members().len();
-        if pool.cell.publish(table) {
+        if cell.publish(table) {
             self.status.propagation.observe(since.elapsed());
-            debug!(pool = %pool.name, key, backends, version = pool.cell.load().version, "new weights");
+            debug!(pool = %pool, key, backends, version = cell.load().version, "new weights");
         }
     }
 
     fn take_empty(&mut self, place: usize, empty: Table) {
-        let Followed { pool, key } = &self.followed[place];
+        let Followed { pool, cell, key } = &self.followed[place];
         let news = self.says(place, Some(Said::Empty));
         match self.on_empty {
             OnEmpty::KeepLast => {
-                pool.cell.confirm();
+                cell.confirm();
                 if news {
-                    let origin = pool.cell.load().origin;
+                    let origin = cell.load().origin;
                     warn!(
-                        pool = %pool.name, key, last = ?origin,
+                        pool = %pool, key, last = ?origin,
                         "redis holds no weights, going on with the last table: ZADD members, or set redis.on_empty: refuse"
                     );
                 }
             }
             OnEmpty::Refuse => {
-                pool.cell.publish(empty);
+                cell.publish(empty);
                 if news {
-                    error!(pool = %pool.name, key, "redis holds no weights, refusing sessions (redis.on_empty)");
+                    error!(pool = %pool, key, "redis holds no weights, refusing sessions (redis.on_empty)");
                 }
             }
         }

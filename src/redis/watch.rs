@@ -44,17 +44,23 @@ pub async fn run(
         let watch = Connection { settings, followed, status };
         let error = match watch.open().await {
             Ok(opened) => {
-                backoff.reset();
                 if connections > 0 {
                     status.reconnects.add(1);
                 }
                 connections += 1;
+                let begun = Instant::now();
                 let error = watch.follow(opened, &mut syncer, &mut warned, &mut first_try_over).await;
-                warn!(
-                    redis = %settings.address, %error,
-                    "redis lost, picking from the last snapshots: it is tried again until it works"
-                );
-                last_error = Some(error.to_string());
+                // A server that takes connections and drops them at once is not asked twenty times a second.
+                if begun.elapsed() > LONGEST_PAUSE {
+                    backoff.reset();
+                }
+                if status.is_connected() {
+                    warn!(
+                        redis = %settings.address, %error,
+                        "redis lost, picking from the last snapshots: it is tried again until it works"
+                    );
+                    last_error = Some(error.to_string());
+                }
                 error
             }
             Err(error) => error,
@@ -138,11 +144,8 @@ impl Connection<'_> {
         first_try_over: &mut Option<impl FnOnce()>,
     ) -> Result<std::convert::Infallible, RedisError> {
         let Opened { mut connection, changes, lost, server } = opened;
-        let mut mode = self.choose_mode(&mut connection, warned).await?;
-        // Even where the server is not known to send events, subscribing costs nothing and may help.
-        for channel in changes.channels() {
-            self.subscribe(&mut connection, channel, mode).await?;
-        }
+        let mut refused = subscribe(&mut connection, &changes).await?;
+        let mut mode = self.choose_mode(&mut connection, refused.as_ref(), warned).await?;
         self.status.set_mode(mode);
         info!(redis = %self.settings.address, version = server.version, role = server.role, watch = mode.name(), "connected to redis");
 
@@ -186,8 +189,11 @@ impl Connection<'_> {
                     poll = Instant::now() + self.settings.poll_interval;
                 }
                 () = sleep_until(resync) => {
-                    // The flags may have been changed by someone else meanwhile.
-                    let now = self.choose_mode(&mut connection, warned).await?;
+                    // The flags, or what this user may do, may have been changed by someone else meanwhile.
+                    if refused.is_some() {
+                        refused = subscribe(&mut connection, &changes).await?;
+                    }
+                    let now = self.choose_mode(&mut connection, refused.as_ref(), warned).await?;
                     if now != mode {
                         info!(watch = now.name(), "changes are noticed in another way now");
                         (mode, poll) = (now, Instant::now());
@@ -201,28 +207,22 @@ impl Connection<'_> {
         }
     }
 
-    /// Subscribes and waits for the confirmation. A refusal matters only where notifications are relied on.
-    async fn subscribe(
-        &self,
-        connection: &mut MultiplexedConnection,
-        channel: &[u8],
-        mode: WatchMode,
-    ) -> Result<(), RedisError> {
-        match connection.subscribe(channel).await {
-            Err(error) if mode == WatchMode::Poll && connection::is_refusal(&error) => Ok(()),
-            result => result,
-        }
-    }
-
     /// Finds out how changes can be noticed, and switches notifications on where that is allowed.
+    /// `refused` says why there is no subscription.
     async fn choose_mode(
         &self,
         connection: &mut MultiplexedConnection,
+        refused: Option<&RedisError>,
         warned: &mut Warned,
     ) -> Result<WatchMode, RedisError> {
-        match self.settings.watch {
-            Watch::Poll => return Ok(WatchMode::Poll),
-            Watch::Notifications | Watch::Auto => {}
+        match (self.settings.watch, refused) {
+            (Watch::Poll, _) => return Ok(WatchMode::Poll),
+            (Watch::Notifications, Some(error)) => return Err(error.clone()),
+            (Watch::Auto, Some(error)) => {
+                let reason = format!("redis refuses to subscribe ({error}): grant the ACL user the channels");
+                return Ok(self.poll(&reason, warned));
+            }
+            (Watch::Notifications | Watch::Auto, None) => {}
         }
         let reason = match self.missing_flags(connection).await {
             Ok(missing) if missing.is_empty() => None,
@@ -242,10 +242,14 @@ impl Connection<'_> {
             warned.polling = false;
             return Ok(WatchMode::Notifications);
         };
+        Ok(self.poll(&reason, warned))
+    }
+
+    fn poll(&self, reason: &str, warned: &mut Warned) -> WatchMode {
         if !std::mem::replace(&mut warned.polling, true) {
             warn!(reason, poll_interval = ?self.settings.poll_interval, "no notifications from redis, polling");
         }
-        Ok(WatchMode::Poll)
+        WatchMode::Poll
     }
 
     /// What the server lacks of the events that are needed, after adding it where that is allowed.
@@ -270,6 +274,21 @@ impl Connection<'_> {
         }
         Ok(flags::missing(&read_flags(connection).await?))
     }
+}
+
+/// Subscribes to all channels and waits for the confirmations; even where the server is not known to send events, that
+/// costs nothing and may help. Returns the refusal where this user may not.
+async fn subscribe(
+    connection: &mut MultiplexedConnection,
+    changes: &Changes,
+) -> Result<Option<RedisError>, RedisError> {
+    for channel in changes.channels() {
+        match connection.subscribe(channel).await {
+            Err(error) if connection::is_refusal(&error) => return Ok(Some(error)),
+            result => result?,
+        }
+    }
+    Ok(None)
 }
 
 async fn read_flags(connection: &mut MultiplexedConnection) -> Result<String, RedisError> {

@@ -78,6 +78,7 @@ pub enum Ended {
 }
 
 /// Relays until the session is over. The streams are closed by their drop: cleanly if no byte was lost, else by a reset.
+/// Before a reset, what was written has up to `limits.half_closed` to arrive.
 ///
 /// # Cancel safety
 /// Dropping the future and the streams resets both connections.
@@ -113,6 +114,15 @@ pub async fn relay(
     })
     .await;
 
+    match ended {
+        Ended::Reset(Side::Client) if *meter.to_backend > 0 => {
+            pair.backend.delivered(limits.half_closed).await
+        }
+        Ended::Reset(Side::Backend) if *meter.to_client > 0 => {
+            pair.client.delivered(limits.half_closed).await
+        }
+        _ => {}
+    }
     let timed_out = !matches!(ended, Ended::Finished | Ended::Reset(_));
     if ended == Ended::Finished || (timed_out && !pair.holds_bytes()) {
         pair.client.finish();

@@ -3,9 +3,16 @@
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
+use tokio::time::{Instant, sleep};
+
+/// Between two looks at a socket whose bytes are under way.
+const LONGEST_LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// A connected socket.
 ///
@@ -62,10 +69,38 @@ impl Stream {
         }
     }
 
+    /// Waits until the peer's kernel has what was written, at most `limit`: a reset discards what is still under way,
+    /// and with it the end of an answer that said why.
+    ///
+    /// # Cancel safety
+    /// It only looks.
+    pub(super) async fn delivered(&self, limit: Duration) {
+        let Socket::Tcp(socket) = &self.socket else { return };
+        // The kernel says how much is under way only by an unsafe call. So the buffer, which nobody fills any more, is
+        // made so small that the socket counts as writable only when nothing is unsent and at most two packets of a
+        // few bytes are not acknowledged. An acknowledgement wakes nobody then: it is looked for.
+        let watched = SockRef::from(socket);
+        if watched.set_tcp_notsent_lowat(1).and(watched.set_send_buffer_size(0)).is_err() {
+            return;
+        }
+        let deadline = Instant::now() + limit;
+        let mut pause = Duration::from_millis(1);
+        while is_writable(socket).is_ok_and(|writable| !writable) && Instant::now() < deadline {
+            sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_LOOK_INTERVAL);
+        }
+    }
+
     /// From now on a drop closes cleanly.
     pub fn finish(&mut self) {
         self.finished = true;
     }
+}
+
+/// True as well where the connection is gone.
+fn is_writable(socket: &TcpStream) -> rustix::io::Result<bool> {
+    let mut watched = [PollFd::new(socket, PollFlags::OUT)];
+    Ok(poll(&mut watched, Some(&Timespec::default()))? > 0)
 }
 
 impl Drop for Stream {

@@ -25,21 +25,36 @@ const LOOKUP_TIMEOUT: Duration = Duration::from_secs(6);
 /// Each runs on a thread of its own.
 const LOOKUPS_AT_ONCE: usize = 8;
 
-/// Resolves the names of one pool, again and again. Never ends.
-pub async fn run(pool: &Pool) {
-    let mut failing = HashMap::new();
-    loop {
-        resolve(pool, true, &mut failing).await;
-        let next_round = Instant::now() + jittered(INTERVAL);
-        while timeout_at(next_round, pool.cell.published()).await.is_ok() {
-            resolve(pool, false, &mut failing).await;
-        }
-    }
+/// The names of one pool.
+#[derive(Debug)]
+pub struct Names {
+    pool: Arc<Pool>,
+    /// Those that do not resolve, and why: each is logged once for each new reason, not once for each look.
+    failing: HashMap<Arc<str>, String>,
 }
 
-/// Resolves the names of one pool once, for a start.
-pub async fn once(pool: &Pool) {
-    resolve(pool, true, &mut HashMap::new()).await;
+impl Names {
+    /// Not looked at yet.
+    #[must_use]
+    pub fn new(pool: Arc<Pool>) -> Self {
+        Self { pool, failing: HashMap::new() }
+    }
+
+    /// Resolves them once, for a start. Cancel safe.
+    pub async fn resolve_all(&mut self) {
+        resolve(&self.pool, true, &mut self.failing).await;
+    }
+
+    /// Resolves them again and again. Never ends.
+    pub async fn run(mut self) {
+        loop {
+            self.resolve_all().await;
+            let next_round = Instant::now() + jittered(INTERVAL);
+            while timeout_at(next_round, self.pool.cell.published()).await.is_ok() {
+                resolve(&self.pool, false, &mut self.failing).await;
+            }
+        }
+    }
 }
 
 /// Resolves all names of a pool, or only the new ones, and refreshes its snapshot if that made a backend reachable.
@@ -72,7 +87,6 @@ async fn resolve(pool: &Pool, all: bool, failing: &mut HashMap<Arc<str>, String>
                 became_reachable |= backend.set_resolved(addresses);
             }
             Err(error) => {
-                // Once for each new reason, not once for each look.
                 if failing.insert(Arc::clone(&name), error.clone()).as_ref() != Some(&error) {
                     let kept = backend.is_reachable();
                     warn!(

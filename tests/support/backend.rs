@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::AsyncWriteExt as _;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::task::JoinHandle;
 
@@ -57,17 +57,6 @@ impl Backend {
     pub async fn named(name: &'static str) -> Self {
         Self::start(move |mut stream| async move {
             let _ = stream.write_all(name.as_bytes()).await;
-        })
-        .await
-    }
-
-    /// Reads everything, then says how many bytes that were, and closes.
-    pub async fn counting() -> Self {
-        Self::start(|mut stream| async move {
-            let mut all = Vec::new();
-            if let Ok(count) = stream.read_to_end(&mut all).await {
-                let _ = stream.write_all(count.to_string().as_bytes()).await;
-            }
         })
         .await
     }

@@ -3,15 +3,28 @@
 
 mod backend;
 mod client;
+mod http;
+mod link;
+mod namespace;
+mod pair;
 mod program;
+mod program_log;
 mod proxy;
 mod redis_server;
+mod server;
+mod traffic;
 
 pub use backend::{Backend, dead_address, silent_address};
 pub use client::{echo, greeting};
+pub use http::{Answer, ask, get, sum_of};
+pub use link::{Link, Passing};
+pub use namespace::in_own_network;
+pub use pair::{Kind, Pair, Pattern, Peer, soon};
 pub use program::{Program, require};
 pub use proxy::Proxy;
 pub use redis_server::Redis;
+pub use server::{Server, free_port, output};
+pub use traffic::{Outcome, Traffic};
 
 use std::future::Future;
 use std::time::Duration;

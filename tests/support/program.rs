@@ -1,7 +1,8 @@
 //! The `statera` program, and whatever other programs a scenario runs.
 
 use std::io::Read as _;
-use std::path::Path;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
@@ -9,13 +10,18 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use tokio::time::Instant;
 
-use super::PATIENCE;
+use super::{PATIENCE, eventually};
 
-/// Fails with the cure where a program that a scenario needs is missing.
-pub fn require(program: &str, package: &str) {
-    let found = std::env::var_os("PATH")
-        .is_some_and(|path| std::env::split_paths(&path).any(|folder| folder.join(program).is_file()));
-    assert!(found, "{program} is missing: install it by `make test`, or `apt-get install {package}`");
+/// Where a program is that a scenario needs; fails with the cure where it is missing.
+pub fn require(program: &str, package: &str) -> PathBuf {
+    // Debian keeps nginx, nft and ip in sbin, which the PATH of a plain user lacks.
+    let sbin = ["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from);
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found =
+        std::env::split_paths(&path).chain(sbin).map(|folder| folder.join(program)).find(|p| p.is_file());
+    found.unwrap_or_else(|| {
+        panic!("{program} is missing: install it by `make test`, or `apt-get install {package}`")
+    })
 }
 
 /// A started `statera`, with a config file of its own. Killed by its own pid when dropped.
@@ -62,6 +68,17 @@ impl Program {
         let file = std::fs::File::open(self.folder.path().join("log"));
         file.and_then(|mut file| file.read_to_string(&mut text)).expect("a log");
         text
+    }
+
+    /// The address of its only listener, once it accepts. Needs JSON lines in the log.
+    pub async fn address(&self) -> SocketAddr {
+        let address = || {
+            let log = self.log();
+            let line = log.lines().find(|line| line.contains("\"accepting\""))?;
+            line.split_once("\"addresses\":\"[")?.1.split_once(']')?.0.parse().ok()
+        };
+        eventually("the program accepts", || async { address().is_some() }).await;
+        address().expect("it was there")
     }
 
     /// The folder that its config lies in.

@@ -7,7 +7,7 @@ use redis::Value;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-use super::{Backend, eventually, require};
+use super::{Backend, PATIENCE, eventually, require};
 
 /// A redis-server; killed by its own pid when dropped.
 pub struct Redis {
@@ -74,20 +74,34 @@ impl Redis {
         format!("redis://127.0.0.1:{}/0", self.port)
     }
 
-    /// A client of the scenario's own.
+    /// A client of the scenario's own, with the password of `--requirepass` where there is one.
     pub fn client(&self) -> redis::Client {
-        redis::Client::open(("127.0.0.1", self.port)).expect("an address")
+        let password = self.arguments.iter().skip_while(|argument| *argument != "--requirepass").nth(1);
+        let password = password.map(|password| format!(":{password}@")).unwrap_or_default();
+        redis::Client::open(format!("redis://{password}127.0.0.1:{}/", self.port)).expect("an address")
+    }
+
+    /// A connection of the scenario's own, with a busy machine's patience.
+    pub async fn connection(&self) -> redis::aio::MultiplexedConnection {
+        let patient = redis::AsyncConnectionConfig::new()
+            .set_connection_timeout(Some(PATIENCE))
+            .set_response_timeout(Some(PATIENCE));
+        self.client().get_multiplexed_async_connection_with_config(&patient).await.expect("it runs")
     }
 
     /// Runs one command, split at its spaces.
     pub async fn run(&self, command: &str) -> Value {
-        let mut words = command.split(' ');
-        let mut cmd = redis::cmd(words.next().expect("a command"));
+        self.run_words(&command.split(' ').collect::<Vec<_>>()).await
+    }
+
+    /// Runs one command whose words may hold anything.
+    pub async fn run_words<W: redis::ToRedisArgs + std::fmt::Debug>(&self, words: &[W]) -> Value {
+        let mut command = redis::Cmd::new();
         for word in words {
-            cmd.arg(word);
+            command.arg(word);
         }
-        let mut connection = self.client().get_multiplexed_async_connection().await.expect("it runs");
-        cmd.query_async(&mut connection).await.unwrap_or_else(|error| panic!("{command}: {error}"))
+        let mut connection = self.connection().await;
+        command.query_async(&mut connection).await.unwrap_or_else(|error| panic!("{words:?}: {error}"))
     }
 
     /// Makes these the whole table at the key `servers`, in one transaction.
@@ -97,7 +111,7 @@ impl Redis {
         for (backend, weight) in weights {
             pipe.cmd("ZADD").arg("servers").arg(weight).arg(backend.address.to_string()).ignore();
         }
-        let mut connection = self.client().get_multiplexed_async_connection().await.expect("it runs");
+        let mut connection = self.connection().await;
         pipe.query_async::<()>(&mut connection).await.expect("the weights are written");
     }
 

@@ -1,0 +1,260 @@
+//! A session finds a backend that works, within its bounds: timeouts, attempts, the deadline, and whose fault it was.
+
+use std::io::ErrorKind;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpSocket, TcpStream};
+use tokio::time::Instant;
+
+use crate::support::{
+    Backend, Proxy, dead_address, echo, eventually, greeting, in_own_network, silent_address, soon,
+};
+
+/// The `backends` of a pool: each at weight 1.
+fn backends(addresses: &[SocketAddr]) -> String {
+    let members: Vec<_> = addresses.iter().map(|address| format!("\"{address}\": 1")).collect();
+    format!("backends: {{{}}}", members.join(", "))
+}
+
+fn backend_metric(proxy: &Proxy, name: &str, backend: SocketAddr) -> f64 {
+    let series = format!("statera_backend_{name}{{pool=\"web\",backend=\"{backend}\"}}");
+    proxy.metric(&series).unwrap_or_else(|| panic!("{series} is not there"))
+}
+
+/// The session lines, once there are `count`.
+async fn lines(proxy: &Proxy, count: usize) -> Vec<serde_json::Value> {
+    eventually("all sessions are logged", || async { proxy.access_lines().len() >= count }).await;
+    let lines = proxy.access_lines();
+    assert_eq!(lines.len(), count);
+    lines
+}
+
+#[tokio::test]
+async fn sessions_pass_over_backends_that_refuse() {
+    let (dead, alive) = ([dead_address(), dead_address(), dead_address()], Backend::named("alive").await);
+    let addresses = [dead[0].1, alive.address, dead[1].1, dead[2].1];
+    let pool = format!("{}, connect: {{attempts: 4}}", backends(&addresses));
+    let proxy = Proxy::web("", &pool);
+    for _ in 0..60 {
+        assert_eq!(greeting(proxy.address()).await.expect("an answer"), "alive");
+    }
+    let lines = lines(&proxy, 60).await;
+    assert!(lines.iter().all(|line| line["close_reason"] == "finished"));
+    assert!(lines.iter().all(|line| line["backend"] == alive.address.to_string()));
+    let retries: u64 = lines.iter().map(|line| line["retries"].as_u64().expect("a number")).sum();
+    // Three of four first picks fail: all sixty right at once has a probability of 4⁻⁶⁰.
+    assert!(retries > 0);
+    for name in ["connect_failures_total", "retries_total"] {
+        let counted: f64 = dead.iter().map(|(_, address)| backend_metric(&proxy, name, *address)).sum();
+        assert_eq!(counted, retries as f64, "{name}");
+        assert_eq!(backend_metric(&proxy, name, alive.address), 0.0, "{name}");
+    }
+    assert_eq!(backend_metric(&proxy, "connections_total", alive.address), 60.0);
+}
+
+#[tokio::test]
+async fn sessions_pass_over_a_backend_that_does_not_answer() {
+    let ((_guard, silent), alive) = (silent_address().await, Backend::named("alive").await);
+    let pool = "connect: {timeout: 100ms, attempts: 2, deadline: 20s}";
+    let proxy = Proxy::web("", &format!("{}, {pool}", backends(&[silent, alive.address])));
+    for _ in 0..20 {
+        assert_eq!(greeting(proxy.address()).await.expect("an answer"), "alive");
+    }
+    let lines = lines(&proxy, 20).await;
+    let waited = lines.iter().filter(|line| line["retries"] == 1);
+    assert!(waited.clone().all(|line| line["connect_ms"].as_f64().expect("a number") >= 100.0));
+    assert_eq!(waited.count() as f64, backend_metric(&proxy, "connect_failures_total", silent));
+}
+
+#[tokio::test]
+async fn clients_are_told_at_once_when_every_backend_refuses() {
+    let dead = [dead_address(), dead_address()];
+    let proxy = Proxy::web("", &backends(&dead.each_ref().map(|(_, address)| *address)));
+    let error = greeting(proxy.address()).await.expect_err("there is no backend");
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    let line = &lines(&proxy, 1).await[0];
+    assert_eq!((&line["close_reason"], &line["term"]), (&"connect_failed".into(), &"SC".into()));
+    // Three attempts are allowed; a backend that failed is not tried again.
+    assert_eq!(line["retries"], 1);
+    for (_, address) in &dead {
+        assert_eq!(backend_metric(&proxy, "connect_failures_total", *address), 1.0);
+    }
+    assert_eq!(proxy.metric("statera_sessions_closed_total{reason=\"connect_failed\"}"), Some(1.0));
+}
+
+#[tokio::test]
+async fn no_session_waits_longer_than_the_deadline() {
+    let (first, second, third) = (silent_address().await, silent_address().await, silent_address().await);
+    let pool = "connect: {timeout: 500ms, attempts: 3, deadline: 700ms}";
+    let proxy = Proxy::web("", &format!("{}, {pool}", backends(&[first.1, second.1, third.1])));
+    let error = greeting(proxy.address()).await.expect_err("there is no backend");
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    let line = &lines(&proxy, 1).await[0];
+    assert_eq!((&line["close_reason"], &line["term"]), (&"connect_timeout".into(), &"sC".into()));
+    // The first attempt has its 500 ms, the second what is left of 700 ms (on a slow machine nothing), and there is no
+    // third.
+    let taken = line["connect_ms"].as_f64().expect("a number");
+    assert!(taken >= 700.0, "{taken}");
+    assert!(line["retries"].as_u64().expect("a number") <= 1, "{line}");
+}
+
+#[tokio::test]
+async fn no_more_backends_are_tried_than_attempts_allow_and_none_twice() {
+    let dead: Vec<_> = (0..6).map(|_| dead_address()).collect();
+    let addresses: Vec<_> = dead.iter().map(|(_, address)| *address).collect();
+    let proxy = Proxy::web("", &format!("{}, connect: {{attempts: 4}}", backends(&addresses)));
+    let mut before = vec![0.0; addresses.len()];
+    for session in 1..=10 {
+        greeting(proxy.address()).await.expect_err("there is no backend");
+        let line = &lines(&proxy, session).await[session - 1];
+        assert_eq!(line["retries"], 3);
+        let failures: Vec<_> =
+            addresses.iter().map(|a| backend_metric(&proxy, "connect_failures_total", *a)).collect();
+        let mut tried: Vec<_> = failures.iter().zip(&before).map(|(now, before)| now - before).collect();
+        tried.sort_by(f64::total_cmp);
+        assert_eq!(tried, [0.0, 0.0, 1.0, 1.0, 1.0, 1.0]);
+        before = failures;
+    }
+}
+
+#[tokio::test]
+async fn a_missing_unix_socket_is_passed_over() {
+    let (folder, alive) = (tempfile::TempDir::new().expect("a folder"), Backend::named("alive").await);
+    let path = folder.path().join("nobody.sock");
+    let pool = format!("backends: {{\"unix:{}\": 1, \"{}\": 1}}", path.display(), alive.address);
+    let proxy = Proxy::web("", &pool);
+    for _ in 0..20 {
+        assert_eq!(greeting(proxy.address()).await.expect("an answer"), "alive");
+    }
+    assert_eq!(lines(&proxy, 20).await.len(), 20);
+}
+
+/// A client whose port the kernel does not choose: in these scenarios the ports of its choice are few.
+///
+/// `None`: it was reset before it knew that it was connected.
+async fn client(port: u16, proxy: SocketAddr) -> Option<TcpStream> {
+    let socket = TcpSocket::new_v4().expect("a descriptor");
+    socket.bind(SocketAddr::from(([127, 0, 0, 1], port))).expect("a free port");
+    let stream = match soon("the client connects", socket.connect(proxy)).await {
+        Ok(stream) => stream,
+        Err(error) if error.kind() == ErrorKind::ConnectionReset => return None,
+        Err(error) => panic!("{error}"),
+    };
+    // No port stays behind in TIME-WAIT.
+    socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).expect("tcp");
+    Some(stream)
+}
+
+/// In front of a port of the kernel's own choice where nothing listens, a proxy may be connected to itself: client
+/// and server of one and the same connection, which echoes whatever it is sent.
+#[tokio::test]
+async fn a_proxy_never_takes_itself_for_a_backend() {
+    let name = "failover::a_proxy_never_takes_itself_for_a_backend";
+    if !in_own_network(name, "echo '40000 40007' > /proc/sys/net/ipv4/ip_local_port_range") {
+        return;
+    }
+    let proxy = Proxy::start(
+        "workers: 2\nlisteners: {web: {bind: \"127.0.0.1:10000\", pool: web}}\n\
+         pools: {web: {backends: {\"127.0.0.1:40003\": 1, \"127.0.0.1:40004\": 1}, connect: {attempts: 2}}}",
+    );
+    for port in 20_000..20_400 {
+        let Some(mut client) = client(port, proxy.address()).await else { continue };
+        // The write may already find the connection reset; the read is then not told again.
+        let sent = client.write_all(b"who is there?").await;
+        let mut answer = Vec::new();
+        let end = soon("the end", client.read_to_end(&mut answer)).await;
+        assert_eq!((answer, sent.is_ok() && end.is_ok()), (Vec::new(), false));
+    }
+    let lines = lines(&proxy, 400).await;
+    assert!(lines.iter().all(|line| line["close_reason"] == "connect_failed"));
+}
+
+#[tokio::test]
+async fn want_of_local_ports_is_not_held_against_the_backend() {
+    let name = "failover::want_of_local_ports_is_not_held_against_the_backend";
+    if !in_own_network(name, "echo '40000 40003' > /proc/sys/net/ipv4/ip_local_port_range") {
+        return;
+    }
+    let address = "127.0.0.1:30000".parse().expect("an address");
+    let backend = Backend::start_at(address, |mut stream| async move {
+        let (mut reader, mut writer) = stream.split();
+        let _ = tokio::io::copy(&mut reader, &mut writer).await;
+    })
+    .await;
+    let proxy = Proxy::start(
+        "workers: 2\nlisteners: {web: {bind: \"127.0.0.1:10000\", pool: web}}\n\
+         pools: {web: {backends: {\"127.0.0.1:30000\": 1}}}",
+    );
+    let echoes = async |stream: &mut TcpStream| {
+        let mut four = [0; 4];
+        let result = async {
+            stream.write_all(b"ping").await?;
+            stream.read_exact(&mut four).await
+        };
+        soon("an answer or a reset", result).await.is_ok_and(|_| &four == b"ping")
+    };
+    let mut held = Vec::new();
+    for port in 20_000..20_004 {
+        let mut stream = client(port, proxy.address()).await.expect("it is not reset");
+        assert!(echoes(&mut stream).await, "four ports are enough for four sessions");
+        held.push(stream);
+    }
+    for port in 20_004..20_010 {
+        let Some(mut stream) = client(port, proxy.address()).await else { continue };
+        assert!(!echoes(&mut stream).await, "there is no fifth port");
+    }
+    let lines = lines(&proxy, 6).await;
+    assert!(lines.iter().all(|line| line["close_reason"] == "exhausted" && line["term"] == "RC"));
+    assert_eq!(backend_metric(&proxy, "connect_failures_total", address), 0.0);
+    assert_eq!(backend_metric(&proxy, "retries_total", address), 0.0);
+
+    // Those who have a port do not notice, and a port that is given back is used again.
+    for stream in &mut held {
+        assert!(echoes(stream).await);
+    }
+    held.pop();
+    let begun = Instant::now();
+    for port in 20_010..20_060 {
+        assert!(begun.elapsed() < Duration::from_secs(20), "the port never comes back");
+        let Some(mut stream) = client(port, proxy.address()).await else { continue };
+        if echoes(&mut stream).await {
+            assert_eq!(backend.accepted(), 5);
+            return;
+        }
+    }
+    panic!("the port never comes back");
+}
+
+#[tokio::test]
+async fn no_session_fails_while_a_backend_restarts() {
+    let steady = Backend::echo().await;
+    let restarting = Backend::echo().await;
+    let address = restarting.address;
+    let proxy = Proxy::web("", &backends(&[steady.address, address]));
+    let mut restarting = Some(restarting);
+    for round in 0..10 {
+        for _ in 0..20 {
+            assert_eq!(echo(proxy.address(), b"ping").await.expect("an answer"), b"ping");
+        }
+        if round % 2 == 0 {
+            restarting = None;
+            eventually("nothing listens", || async { TcpStream::connect(address).await.is_err() }).await;
+        } else {
+            let socket = TcpSocket::new_v4().expect("a descriptor");
+            socket.set_reuseaddr(true).expect("tcp");
+            restarting = Some(
+                Backend::start_at(address, |mut stream| async move {
+                    let (mut reader, mut writer) = stream.split();
+                    let _ = tokio::io::copy(&mut reader, &mut writer).await;
+                })
+                .await,
+            );
+        }
+    }
+    drop(restarting);
+    let lines = lines(&proxy, 200).await;
+    assert!(lines.iter().all(|line| line["close_reason"] == "finished"));
+    assert!(lines.iter().any(|line| line["retries"] == 1));
+}

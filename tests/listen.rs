@@ -1,0 +1,177 @@
+//! Accepting: on every kind of address, by all workers, and without harm where the descriptors run out.
+
+use std::collections::HashSet;
+use std::process::Command;
+use std::time::Duration;
+
+use rustix::process::Signal;
+use tokio::io::AsyncReadExt as _;
+use tokio::time::{sleep, timeout};
+
+use crate::support::{Backend, Peer, Program, Proxy, echo, eventually, require, soon};
+
+#[tokio::test]
+async fn ipv4_and_ipv6_addresses_of_one_listener_all_serve() {
+    let backend = Backend::start_at("[::1]:0".parse().expect("an address"), |mut stream| async move {
+        let (mut reader, mut writer) = stream.split();
+        let _ = tokio::io::copy(&mut reader, &mut writer).await;
+    })
+    .await;
+    let proxy = Proxy::start(&format!(
+        "listeners: {{web: {{bind: [\"127.0.0.1:0\", \"[::1]:0\", \"127.0.0.2:0\"], pool: web}}}}\n\
+         pools: {{web: {{backends: {{\"{}\": 1}}}}}}",
+        backend.address
+    ));
+    let addresses = proxy.running.addresses[0].1.clone();
+    assert_eq!(addresses.len(), 3);
+    for address in &addresses {
+        assert_eq!(echo(*address, b"ping").await.expect("an answer"), b"ping", "{address}");
+    }
+    eventually("three sessions are logged", || async { proxy.access_lines().len() == 3 }).await;
+    let lines = proxy.access_lines();
+    assert!(
+        lines.iter().all(|line| line["listener"] == "web" && line["backend"] == backend.address.to_string())
+    );
+    let clients: Vec<_> = lines.iter().map(|line| line["client"].as_str().expect("a text")).collect();
+    assert_eq!(clients.iter().filter(|client| client.starts_with("[::1]:")).count(), 1);
+}
+
+#[tokio::test]
+async fn both_workers_get_sessions_of_every_listener() {
+    let backend = Backend::echo().await;
+    let proxy = Proxy::start(&format!(
+        "workers: 2\n\
+         listeners: {{a: {{bind: \"127.0.0.1:0\", pool: web}}, b: {{bind: \"[::1]:0\", pool: web}}}}\n\
+         pools: {{web: {{backends: {{\"{}\": 1}}}}}}",
+        backend.address
+    ));
+    for (name, addresses) in &proxy.running.addresses {
+        for _ in 0..100 {
+            assert_eq!(echo(addresses[0], b"ping").await.expect("an answer"), b"ping");
+        }
+        let listener = proxy.running.observed.listeners.iter().find(|listener| listener.name == *name);
+        let of_workers: Vec<_> =
+            listener.expect("it is observed").counters.iter().map(|c| c.connections.get()).collect();
+        assert_eq!((of_workers.len(), of_workers.iter().sum()), (2, 100));
+        // A fair coin gives one side less than 20 of 100 once in a billion runs.
+        assert!(of_workers.iter().all(|count| *count >= 20), "{name}: {of_workers:?}");
+    }
+}
+
+/// Leaves the program so many descriptors to open.
+fn leave_descriptors(program: &Program, count: usize) {
+    require("prlimit", "util-linux");
+    let open: HashSet<usize> = std::fs::read_dir(format!("/proc/{}/fd", program.pid()))
+        .expect("it runs")
+        .map(|entry| {
+            entry.expect("an entry").file_name().to_str().expect("a number").parse().expect("a number")
+        })
+        .collect();
+    // The limit is one of numbers, not of a count, and the lowest free number is taken next.
+    let limit = (0..).filter(|number| !open.contains(number)).nth(count).expect("there are many");
+    let status = Command::new("prlimit")
+        .args(["--pid", &program.pid().to_string(), &format!("--nofile={limit}:")])
+        .status()
+        .expect("prlimit starts");
+    assert!(status.success());
+}
+
+async fn echoing_program(backend: &Backend) -> Program {
+    let program = Program::run(&format!(
+        "workers: 2\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
+         pools: {{web: {{backends: {{\"{}\": 1}}}}}}",
+        backend.address
+    ));
+    program.listens().await;
+    program
+}
+
+#[tokio::test]
+async fn without_descriptors_clients_wait_and_no_core_is_burnt() {
+    const HELD: usize = 30;
+    const WAITING: usize = 20;
+    let backend = Backend::echo().await;
+    let program = echoing_program(&backend).await;
+    let address = program.listens().await[0];
+    let mut held = Vec::new();
+    for _ in 0..HELD {
+        let mut client = Peer::connect(address).await;
+        client.say(b"ping").await;
+        client.hears(b"ping").await;
+        held.push(client);
+    }
+    leave_descriptors(&program, 0);
+    let mut waiting = Vec::new();
+    for _ in 0..WAITING {
+        let mut client = Peer::connect(address).await;
+        client.say(b"ping").await;
+        waiting.push(client);
+    }
+    let warnings = || {
+        let lines = program.lines();
+        lines.iter().filter(|l| l["message"].as_str().is_some_and(|m| m.starts_with("cannot accept"))).count()
+    };
+    eventually("it says that it cannot accept", || async { warnings() > 0 }).await;
+
+    let before = program.cpu_time();
+    sleep(Duration::from_secs(2)).await;
+    let used = program.cpu_time() - before;
+    assert!(used < Duration::from_millis(500), "{used:?} of CPU time in 2 s of waiting");
+    // Those who have descriptors do not notice.
+    for client in &mut held {
+        client.say(b"pong").await;
+        client.hears(b"pong").await;
+    }
+    for client in &mut waiting {
+        let early = timeout(Duration::from_millis(1), client.read_u8()).await;
+        assert!(early.is_err(), "{early:?} while there is no descriptor");
+    }
+    drop(held);
+    // One that is accepted on the last descriptor finds none for its backend and is reset, but none is forgotten.
+    for client in &mut waiting {
+        soon("an answer or a reset", client.read_u8()).await.ok();
+    }
+    drop(waiting);
+    program.says("accepting again").await;
+    // One for each worker that found clients waiting.
+    assert!((1..=2).contains(&warnings()), "{}", program.log());
+    eventually("all is well again", || async { echo(address, b"ping").await.is_ok_and(|a| a == b"ping") })
+        .await;
+}
+
+#[tokio::test]
+async fn an_outage_of_descriptors_that_comes_and_goes_is_one_line_and_not_a_flood() {
+    let backend = Backend::echo().await;
+    let program = echoing_program(&backend).await;
+    let address = program.listens().await[0];
+    assert_eq!(echo(address, b"ping").await.expect("an answer"), b"ping");
+    let is_session = |line: &serde_json::Value| line["close_reason"].is_string();
+    eventually("that session is over", || async { program.lines().iter().any(is_session) }).await;
+    // Enough to accept a client, not enough to reach a backend for it.
+    leave_descriptors(&program, 1);
+    for _ in 0..10 {
+        // Stopped meanwhile, it finds them all at once, and the first takes the last descriptor.
+        program.signal(Signal::STOP);
+        eventually("it stands still", || async { program.is_stopped() }).await;
+        let mut clients = Vec::new();
+        for _ in 0..5 {
+            clients.push(Peer::connect(address).await);
+        }
+        program.signal(Signal::CONT);
+        for mut client in clients {
+            let (answer, end) = client.rest().await;
+            assert!(answer.is_empty() && end.is_err());
+        }
+    }
+    let lines = program.lines();
+    let is = |line: &serde_json::Value, begin| line["message"].as_str().is_some_and(|m| m.starts_with(begin));
+    let cannot_accept = lines.iter().filter(|line| is(line, "cannot accept")).count();
+    let cannot_connect = lines.iter().filter(|line| is(line, "no local port or descriptor")).count();
+    // Each worker may say each of the two once in ten seconds, and that it is over.
+    assert!(cannot_connect >= 1, "{}", program.log());
+    assert!(cannot_accept <= 6 && cannot_connect <= 6, "{}", program.log());
+    assert!(lines.iter().filter(|line| is(line, "accepting again")).count() <= 6, "{}", program.log());
+
+    leave_descriptors(&program, 1_000);
+    assert_eq!(echo(address, b"ping").await.expect("an answer"), b"ping");
+}

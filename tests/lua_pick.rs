@@ -1,0 +1,390 @@
+//! The Lua pick: the same distribution as the snapshot's, never a herd, and nobody waits for a Redis that does not answer.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+
+use redis::Value;
+use redis::aio::MultiplexedConnection;
+use statera::balance::backend::Registry;
+use statera::balance::snapshot::{Origin, Snapshot};
+use statera::balance::{BackendId, Table, Weight};
+
+use crate::support::{Backend, Link, Passing, Proxy, Redis, dead_address, eventually, greeting, seed};
+
+const SCRIPT: &str = include_str!("../src/redis/pick.lua");
+/// As `src/redis/lua_pick.rs` calls it.
+const LARGEST_WHOLE: usize = 500;
+const HEAVIEST: usize = 100;
+const PICKS: usize = 10_000;
+
+type Members = Vec<(Vec<u8>, String)>;
+
+/// The script on a server of its own, called as Statera calls it.
+struct Script {
+    _redis: Redis,
+    connection: MultiplexedConnection,
+    sha: String,
+    rng: fastrand::Rng,
+}
+
+impl Script {
+    async fn start() -> Self {
+        let redis = Redis::start().await;
+        let mut connection = redis.connection().await;
+        let sha = redis::cmd("SCRIPT")
+            .arg("LOAD")
+            .arg(SCRIPT)
+            .query_async(&mut connection)
+            .await
+            .expect("a script");
+        Self { _redis: redis, connection, sha, rng: fastrand::Rng::with_seed(seed()) }
+    }
+
+    async fn write(&mut self, members: &Members) {
+        let mut write = redis::pipe();
+        write.del("t").ignore();
+        for (member, score) in members {
+            write.cmd("ZADD").arg("t").arg(score).arg(member).ignore();
+        }
+        write.query_async::<()>(&mut self.connection).await.expect("written");
+    }
+
+    /// Counts of members; the empty name counts the answers "nothing".
+    async fn picks(&mut self, count: usize, tried: &[&str]) -> BTreeMap<String, u64> {
+        let mut counts = BTreeMap::new();
+        for _ in 0..count / 500 {
+            let mut pipe = redis::pipe();
+            for _ in 0..500 {
+                let point = (self.rng.u64(..) >> 11) as f64 / 2f64.powi(53);
+                pipe.cmd("EVALSHA_RO").arg(&self.sha).arg(1).arg("t").arg(format!("{point:.17}"));
+                pipe.arg(self.rng.u32(1..=2_147_483_646)).arg(LARGEST_WHOLE).arg(HEAVIEST).arg(tried);
+            }
+            let answers: Vec<Value> = pipe.query_async(&mut self.connection).await.expect("no error");
+            for answer in answers {
+                let name = match answer {
+                    Value::Nil => String::new(),
+                    Value::Array(pair) => match pair.as_slice() {
+                        [Value::BulkString(member), Value::BulkString(_)] => {
+                            String::from_utf8(member.clone()).expect("only good members are picked")
+                        }
+                        other => panic!("{other:?}"),
+                    },
+                    other => panic!("{other:?}"),
+                };
+                *counts.entry(name).or_default() += 1;
+            }
+        }
+        counts
+    }
+
+    fn snapshot_picks(&mut self, members: &Members, tried: &[&str]) -> BTreeMap<String, u64> {
+        let decoded = members.iter().filter_map(|(member, score)| {
+            let id: BackendId = std::str::from_utf8(member).ok()?.parse().ok()?;
+            Some((id, Weight::new(score.parse().ok()?).ok()?))
+        });
+        let snapshot = Snapshot::new(1, Origin::Redis, &Table::new(decoded.collect()), &Registry::new(1));
+        let tried: Vec<BackendId> = tried.iter().map(|id| id.parse().expect("an address")).collect();
+        let mut counts = BTreeMap::new();
+        for _ in 0..PICKS {
+            let picked =
+                snapshot.pick(self.rng.u64(..), &tried).map(|member| member.backend.id().to_string());
+            *counts.entry(picked.unwrap_or_default()).or_default() += 1;
+        }
+        counts
+    }
+
+    /// 10,000 picks of each, of one table, pass one chi-square test.
+    async fn agrees_with_the_snapshot(&mut self, what: &str, members: &Members, tried: &[&str]) {
+        self.write(members).await;
+        let lua = self.picks(PICKS, tried).await;
+        let snapshot = self.snapshot_picks(members, tried);
+        if let Some(difference) = differ(&lua, &snapshot) {
+            panic!("{what}: {difference}\nlua {lua:?}\nsnapshot {snapshot:?}");
+        }
+    }
+}
+
+/// Pearson's test of homogeneity, at one in a million by the approximation of Wilson and Hilferty. Rare names are put
+/// into one cell.
+fn differ(a: &BTreeMap<String, u64>, b: &BTreeMap<String, u64>) -> Option<String> {
+    let mut cells: BTreeMap<&str, (f64, f64)> = BTreeMap::new();
+    for name in a.keys().chain(b.keys()) {
+        let (x, y) = (a.get(name).copied().unwrap_or(0) as f64, b.get(name).copied().unwrap_or(0) as f64);
+        if x + y >= 10.0 {
+            cells.insert(name, (x, y));
+        }
+    }
+    let (sum_a, sum_b) = cells.values().fold((0.0, 0.0), |(p, q), (x, y)| (p + x, q + y));
+    let rare = (PICKS as f64 - sum_a, PICKS as f64 - sum_b);
+    if rare.0 + rare.1 > 0.0 {
+        cells.insert("\0rare", rare);
+    }
+    // Both rows have the same sum, so each half is expected of every cell.
+    let statistic: f64 = cells.values().map(|(x, y)| (x - y).powi(2) / (x + y)).sum();
+    let freedom = (cells.len() - 1).max(1) as f64;
+    let spread = 2.0 / (9.0 * freedom);
+    let limit = freedom * (1.0 - spread + 4.75 * spread.sqrt()).powi(3);
+    (statistic > limit).then(|| format!("chi-square {statistic} > {limit} at {freedom} degrees of freedom"))
+}
+
+fn members<'a>(weights: impl IntoIterator<Item = &'a str>) -> Members {
+    let name = |i: usize| format!("10.0.{}.{}:80", i / 250, i % 250).into_bytes();
+    weights.into_iter().enumerate().map(|(i, weight)| (name(i), weight.to_owned())).collect()
+}
+
+#[test]
+fn the_chi_square_test_tells_a_fair_picker_from_one_that_is_five_percent_off() {
+    let mut rng = fastrand::Rng::with_seed(seed());
+    let mut counts = |bias: f64| {
+        let mut counts = BTreeMap::new();
+        for _ in 0..PICKS {
+            let name = if rng.f64() < 0.25 + bias { "a" } else { "b" };
+            *counts.entry(name.to_owned()).or_default() += 1;
+        }
+        counts
+    };
+    let (one, other, biased) = (counts(0.0), counts(0.0), counts(0.05));
+    assert_eq!(differ(&one, &other), None);
+    assert!(differ(&one, &biased).is_some());
+}
+
+#[tokio::test]
+async fn lua_picks_what_the_snapshot_would_pick_from_small_tables() {
+    let mut script = Script::start().await;
+    let hostile: Members = vec![
+        (b"10.0.0.1:80".to_vec(), "3".into()),
+        (b"10.0.0.2:80".to_vec(), "inf".into()),
+        (b"10.0.0.3:80".to_vec(), "-1".into()),
+        (b"no-port".to_vec(), "1".into()),
+        (b"".to_vec(), "1".into()),
+        (b"10.0.0.4:80".to_vec(), "1".into()),
+        (b"unix:/run/a.sock".to_vec(), "2".into()),
+    ];
+    for (what, table) in [
+        ("fractions", members(["0.5", "0.25", "0.125", "0.1", "0.025"])),
+        ("fractions that a cast would cut off", members(["1.9", "1.1"])),
+        ("zeros", members(["0", "1", "0", "3", "0"])),
+        ("hostile scores and names", hostile),
+        ("a single member", members(["0.001"])),
+        ("huge weights", members(["1e308", "1e308", "5e307"])),
+        ("tiny weights", members(["5e-324", "1e-320", "2e-320"])),
+        ("the smallest beside the largest", members(["1e308", "1e-308"])),
+        ("all the same at the limit", members(vec!["1"; LARGEST_WHOLE])),
+        ("all zero", members(["0", "0", "0"])),
+        ("no key", members([])),
+    ] {
+        script.agrees_with_the_snapshot(what, &table, &[]).await;
+    }
+}
+
+#[tokio::test]
+async fn lua_picks_what_the_snapshot_would_pick_from_large_tables_that_are_not_read_whole() {
+    let mut script = Script::start().await;
+    let ramp: Vec<String> = (0..700).map(|i| format!("{}.5", i % 50)).collect();
+    let filled = |first: &[&'static str], rest: usize| {
+        members(first.iter().copied().chain(std::iter::repeat_n("1", rest)).collect::<Vec<_>>())
+    };
+    let mut mostly_zero = vec!["0"; 1_950];
+    mostly_zero.extend(["1"; 50]);
+    for (what, table) in [
+        ("one over the limit", members(vec!["1"; LARGEST_WHOLE + 1])),
+        ("equal weights", members(vec!["2.5"; 600])),
+        ("a ramp", members(ramp.iter().map(String::as_str).collect::<Vec<_>>())),
+        ("one that outweighs two thousand", filled(&["1e6"], 2_000)),
+        ("one that equals two thousand", filled(&["2000"], 2_000)),
+        ("twenty infinite ones on top", filled(&["inf"; 20], 600)),
+        ("more infinite ones than are listed", filled(&["inf"; 150], 600)),
+        ("zeros and negatives below", filled(&["0", "-1", "-inf", "0"], 600)),
+        ("nearly all zero", members(mostly_zero)),
+        ("huge weights", members(vec!["1e308"; 600])),
+        ("all zero", members(vec!["0"; 600])),
+        ("all negative", members(vec!["-1"; 600])),
+    ] {
+        script.agrees_with_the_snapshot(what, &table, &[]).await;
+    }
+}
+
+#[tokio::test]
+async fn lua_leaves_out_what_was_tried_and_keeps_the_proportions_of_the_rest() {
+    let mut script = Script::start().await;
+    let small = members(["8", "4", "2", "1"]);
+    script.agrees_with_the_snapshot("the heaviest was tried", &small, &["10.0.0.0:80"]).await;
+    script.agrees_with_the_snapshot("two were tried", &small, &["10.0.0.0:80", "10.0.0.2:80"]).await;
+    let all = ["10.0.0.0:80", "10.0.0.1:80", "10.0.0.2:80", "10.0.0.3:80"];
+    script.agrees_with_the_snapshot("all were tried", &small, &all).await;
+    assert_eq!(script.picks(500, &all).await, BTreeMap::from([(String::new(), 500)]));
+
+    let large = members(std::iter::once("600").chain(std::iter::repeat_n("1", 600)).collect::<Vec<_>>());
+    script
+        .agrees_with_the_snapshot("the heaviest of a large table was tried", &large, &["10.0.0.0:80"])
+        .await;
+}
+
+/// A beat often enough that scenarios are short; picks have all the time they need on a busy machine.
+const HASTY: &str = "heartbeat_interval: 100ms, max_stale: 300ms, response_timeout: 300ms, connect_timeout: 300ms, \
+                     resync_interval: 1s";
+
+/// A proxy whose watching connection goes silent, so that its snapshot is stale, while Redis can still be asked to pick.
+async fn stale_proxy(redis: &Redis, link: &Link, top: &str, more: &str) -> Proxy {
+    let proxy =
+        Proxy::web(&format!("redis: {{url: \"{}\", {more}}}\n{top}", link.url()), "weights_key: servers");
+    eventually("the table arrives", || async { !proxy.weights().is_empty() }).await;
+    link.pass(Passing::AllButTheWatch);
+    eventually("the snapshot is stale and redis picks", || async {
+        greeting(proxy.address()).await.expect("no session fails");
+        proxy.picks("lua") > 0.0
+    })
+    .await;
+    assert!(redis.port > 0);
+    proxy
+}
+
+#[tokio::test]
+async fn while_the_snapshot_is_stale_redis_picks_by_weights_that_the_snapshot_never_saw() {
+    let (old, new) = (Backend::named("old").await, Backend::named("new").await);
+    let redis = Redis::start().await;
+    redis.set_weights([(&old, 1.0)]).await;
+    let link = Link::to(redis.port);
+    let proxy = stale_proxy(&redis, &link, "lua_pick: {timeout: 5s}", HASTY).await;
+    redis.set_weights([(&new, 2.5)]).await;
+    for _ in 0..20 {
+        assert_eq!(greeting(proxy.address()).await.expect("an answer"), "new");
+    }
+    assert_eq!(proxy.weights(), [(old.address.to_string(), 1.0)], "the snapshot cannot know");
+    let lines = all_lines(&proxy).await;
+    let served: Vec<_> = lines.iter().filter(|line| line["backend"] == new.address.to_string()).collect();
+    assert_eq!(served.len(), 20);
+    for line in served {
+        assert_eq!((&line["source"], &line["weight"]), (&"lua".into(), &2.5.into()), "{line}");
+    }
+
+    // A flushed script is loaded again within the same pick.
+    redis.run("SCRIPT FLUSH").await;
+    let (asked, stale) = (proxy.picks("lua"), proxy.picks("stale"));
+    for _ in 0..10 {
+        assert_eq!(greeting(proxy.address()).await.expect("an answer"), "new");
+    }
+    assert_eq!((proxy.picks("lua"), proxy.picks("stale")), (asked + 10.0, stale));
+
+    link.pass(Passing::All);
+    eventually("the snapshot serves again", || async {
+        let before = proxy.picks("snapshot");
+        assert_eq!(greeting(proxy.address()).await.expect("an answer"), "new");
+        proxy.picks("snapshot") > before
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn redis_picks_for_a_user_who_may_not_write() {
+    let backend = Backend::named("backend").await;
+    let redis = Redis::start().await;
+    redis.set_weights([(&backend, 1.0)]).await;
+    redis
+        .run(
+            "ACL SETUSER statera on >secret resetkeys %R~servers* resetchannels &__keyspace@0__:servers* nocommands +hello \
+             +auth +ping +select +client|setname +client|id +subscribe +unsubscribe +zrange +zcard +eval_ro +evalsha_ro \
+             +script|load +config|get",
+        )
+        .await;
+    let link = Link::to(redis.port);
+    let more = format!("username: statera, password: secret, {HASTY}");
+    let _proxy = stale_proxy(&redis, &link, "lua_pick: {timeout: 5s}", &more).await;
+    let Value::BulkString(stats) = redis.run("INFO commandstats").await else { panic!("no statistics") };
+    let stats = String::from_utf8_lossy(&stats).into_owned();
+    assert!(stats.contains("cmdstat_evalsha_ro:") && !stats.contains("cmdstat_evalsha:"), "{stats}");
+}
+
+#[tokio::test]
+async fn when_every_backend_of_a_fresh_snapshot_was_tried_redis_is_asked_for_another() {
+    let (_dead, dead) = dead_address();
+    let good = Backend::named("good").await;
+    let redis = Redis::start().await;
+    redis.run(&format!("ZADD servers 1000000 {dead}")).await;
+    let link = Link::to(redis.port);
+    let proxy = Proxy::web(
+        &format!(
+            "redis: {{url: \"{}\", max_stale: 1h, response_timeout: 1h}}\nlua_pick: {{timeout: 5s}}",
+            link.url()
+        ),
+        "weights_key: servers",
+    );
+    eventually("the table arrives", || async { proxy.weights().len() == 1 }).await;
+    // The snapshot is trusted for an hour, and knows only the dead one.
+    link.pass(Passing::AllButTheWatch);
+    redis.run(&format!("ZADD servers 1 {}", good.address)).await;
+    for _ in 0..10 {
+        assert_eq!(greeting(proxy.address()).await.expect("an answer"), "good");
+    }
+    eventually("they are logged", || async { proxy.access_lines().len() == 10 }).await;
+    for line in proxy.access_lines() {
+        assert_eq!((&line["source"], &line["retries"]), (&"lua".into(), &1.into()), "{line}");
+    }
+    assert_eq!((proxy.picks("snapshot"), proxy.picks("lua")), (10.0, 10.0));
+}
+
+/// The lines of all sessions so far, none of which is open.
+async fn all_lines(proxy: &Proxy) -> Vec<serde_json::Value> {
+    let sessions =
+        proxy.metric("statera_listener_connections_total{listener=\"web\"}").expect("it is counted");
+    eventually("all sessions are logged", || async { proxy.access_lines().len() as f64 >= sessions }).await;
+    proxy.access_lines()
+}
+
+/// Opens so many sessions at once; all are served. Returns how long each waited for its pick.
+async fn queue_times(proxy: &Proxy, address: SocketAddr, sessions: usize) -> Vec<f64> {
+    let before = all_lines(proxy).await.len();
+    let mut clients = tokio::task::JoinSet::new();
+    for _ in 0..sessions {
+        clients.spawn(greeting(address));
+    }
+    while let Some(served) = clients.join_next().await {
+        assert_eq!(served.expect("no panic").expect("no session fails"), "backend");
+    }
+    all_lines(proxy).await[before..].iter().map(|line| line["queue_ms"].as_f64().expect("a number")).collect()
+}
+
+#[tokio::test]
+async fn of_a_herd_at_a_frozen_redis_only_max_in_flight_wait_and_after_that_nobody() {
+    const WAIT_MS: f64 = 900.0;
+    let backend = Backend::named("backend").await;
+    let redis = Redis::start().await;
+    redis.set_weights([(&backend, 1.0)]).await;
+    let link = Link::to(redis.port);
+    // The beats are rare, so that it is the picks that find out.
+    let slow_beats = "heartbeat_interval: 3s, max_stale: 3100ms, response_timeout: 10s, resync_interval: 1h";
+    let proxy = stale_proxy(&redis, &link, "lua_pick: {timeout: 900ms, max_in_flight: 4}", slow_beats).await;
+    redis.freeze();
+    let waited = queue_times(&proxy, proxy.address(), 60).await;
+    let long = waited.iter().filter(|ms| **ms >= WAIT_MS / 2.0).count();
+    assert!((1..=4).contains(&long), "{long} of 60 waited: {waited:?}");
+    assert!(waited.iter().all(|ms| *ms < WAIT_MS * 4.0), "{waited:?}");
+    for _ in 0..3 {
+        let waited = queue_times(&proxy, proxy.address(), 60).await;
+        assert!(waited.iter().all(|ms| *ms < WAIT_MS / 2.0), "the door was open: {waited:?}");
+    }
+    redis.thaw();
+    let asked = proxy.picks("lua");
+    eventually("redis picks again", || async {
+        greeting(proxy.address()).await.expect("no session fails");
+        proxy.picks("lua") > asked
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn members_that_redis_cannot_tell_from_backends_are_asked_about_again() {
+    let backend = Backend::named("backend").await;
+    let redis = Redis::start().await;
+    redis.set_weights([(&backend, 1.0)]).await;
+    for hostile in ["10.0.0.256:80", "a..b:80", "10.0.0.1:0"] {
+        redis.run(&format!("ZADD servers 1000000 {hostile}")).await;
+    }
+    let link = Link::to(redis.port);
+    let proxy = stale_proxy(&redis, &link, "lua_pick: {timeout: 5s}", HASTY).await;
+    let stale = proxy.picks("stale");
+    for _ in 0..20 {
+        assert_eq!(greeting(proxy.address()).await.expect("an answer"), "backend");
+    }
+    assert_eq!(proxy.picks("stale"), stale);
+}

@@ -1,0 +1,146 @@
+//! Backends that are DNS names: followed when they move, left out while nobody knows them.
+//!
+//! The program sees a hosts file of its own, which the scenario edits: nothing else of the machine changes, and no name
+//! server is asked.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use tempfile::TempDir;
+use tokio::io::AsyncWriteExt as _;
+
+use crate::support::{Backend, Program, eventually, greeting, require};
+
+/// What the program takes for /etc/hosts.
+struct Hosts {
+    folder: TempDir,
+}
+
+impl Hosts {
+    fn new(text: &str) -> Self {
+        let hosts = Self { folder: TempDir::new().expect("a folder") };
+        hosts.write(text);
+        // Only the file is asked.
+        std::fs::write(hosts.folder.path().join("nsswitch.conf"), "hosts: files\n").expect("a file");
+        hosts
+    }
+
+    fn file(&self) -> PathBuf {
+        self.folder.path().join("hosts")
+    }
+
+    /// In place, since the mount shows the file and not its name. Lines are short: no reader sees half of one.
+    fn write(&self, text: &str) {
+        std::fs::write(self.file(), text).expect("a file");
+    }
+
+    /// Runs the program where this is /etc/hosts.
+    fn run(&self, yaml: &str) -> Program {
+        require("unshare", "util-linux");
+        require("mount", "mount");
+        let script = "mount --bind \"$1/hosts\" /etc/hosts && mount --bind \"$1/nsswitch.conf\" /etc/nsswitch.conf \
+                      && shift && exec \"$@\"";
+        let mut launcher = Command::new("unshare");
+        launcher.args(["--user", "--map-root-user", "--mount", "sh", "-c", script, "sh"]);
+        launcher.arg(self.folder.path()).arg(Program::path());
+        Program::run_by(launcher, yaml)
+    }
+}
+
+/// Two backends on one port of two addresses: a name can move from one to the other.
+async fn on_one_port(first: &'static str, second: &'static str) -> (Backend, Backend) {
+    for _ in 0..100 {
+        let first = Backend::named(first).await;
+        let address = (std::net::Ipv4Addr::new(127, 0, 0, 2), first.address.port()).into();
+        if tokio::net::TcpListener::bind(address).await.is_ok() {
+            let second = Backend::start_at(address, move |mut stream| async move {
+                let _ = stream.write_all(second.as_bytes()).await;
+            });
+            return (first, second.await);
+        }
+    }
+    panic!("no port is free on both addresses");
+}
+
+#[tokio::test]
+async fn new_sessions_follow_a_name_that_moves() {
+    let (old, new) = on_one_port("old", "new").await;
+    let hosts = Hosts::new("127.0.0.1 db.test\n");
+    let program = hosts.run(&format!(
+        "listeners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
+         pools: {{web: {{backends: {{\"db.test:{}\": 1}}}}}}",
+        old.address.port()
+    ));
+    let address = program.listens().await[0];
+    // The first session already: accepting waits for the first answer.
+    for _ in 0..5 {
+        assert_eq!(greeting(address).await.expect("an answer"), "old");
+    }
+    hosts.write("127.0.0.2 db.test\n");
+    eventually("the name is followed", || async {
+        let answer = greeting(address).await.expect("no session fails meanwhile");
+        assert!(["old", "new"].contains(&answer.as_str()));
+        answer == "new"
+    })
+    .await;
+    for _ in 0..5 {
+        assert_eq!(greeting(address).await.expect("an answer"), "new");
+    }
+
+    // A name that nobody knows any more keeps what it had.
+    hosts.write("127.0.0.1 localhost\n");
+    program.says("the backend's name does not resolve").await;
+    for _ in 0..5 {
+        assert_eq!(greeting(address).await.expect("an answer"), "new");
+    }
+    assert!(new.accepted() >= 10);
+}
+
+#[tokio::test]
+async fn a_name_with_two_addresses_gives_each_in_turn() {
+    let (first, second) = on_one_port("first", "second").await;
+    let hosts = Hosts::new("127.0.0.1 db.test\n127.0.0.2 db.test\n");
+    let program = hosts.run(&format!(
+        "listeners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
+         pools: {{web: {{backends: {{\"db.test:{}\": 1}}}}}}",
+        first.address.port()
+    ));
+    let address = program.listens().await[0];
+    for _ in 0..20 {
+        greeting(address).await.expect("an answer");
+    }
+    assert_eq!((first.accepted(), second.accepted()), (10, 10));
+}
+
+#[tokio::test]
+async fn a_name_that_does_not_resolve_is_named_once_and_costs_no_session() {
+    let (here, joins) = on_one_port("here", "joins").await;
+    let hosts = Hosts::new("127.0.0.1 localhost\n");
+    let name = format!("late.test:{}", here.address.port());
+    let program = hosts.run(&format!(
+        "listeners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
+         pools: {{web: {{backends: {{\"{}\": 1, \"{name}\": 1}}}}}}",
+        here.address
+    ));
+    let address = program.listens().await[0];
+    for _ in 0..100 {
+        assert_eq!(greeting(address).await.expect("an answer"), "here");
+    }
+    hosts.write("127.0.0.2 late.test\n");
+    eventually("the name joins", || async {
+        greeting(address).await.expect("no session fails meanwhile");
+        joins.accepted() > 0
+    })
+    .await;
+    let warnings = program.messages("the backend's name does not resolve");
+    assert_eq!(warnings.len(), 1, "{}", program.log());
+    assert_eq!((&warnings[0]["backend"], &warnings[0]["level"]), (&name.into(), &"WARN".into()));
+    program.says("the name resolves again").await;
+    eventually("all sessions are logged", || async {
+        let lines = program.lines();
+        let sessions = lines.iter().filter(|line| line["close_reason"].is_string());
+        sessions.clone().count() as u64 == here.accepted() + joins.accepted()
+            && sessions.clone().all(|line| line["close_reason"] == "finished" && line["retries"] == 0)
+    })
+    .await;
+}

@@ -1,0 +1,133 @@
+//! A TCP link in front of a server, which a scenario slows down, silences or cuts.
+
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::time::sleep;
+
+/// What the link does with what it is given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Passing {
+    /// Everything passes.
+    All,
+    /// Nothing does: open connections stay open, new ones are taken and hear nothing.
+    Nothing,
+    /// The same, but only for connections that have ever sent SUBSCRIBE: Statera's watching one.
+    AllButTheWatch,
+    /// Answers come later by this.
+    Late(Duration),
+    /// Every connection is reset, new ones too.
+    Resets,
+}
+
+/// Listens on a port of its own, served by a thread of its own, since a starting proxy blocks the scenario's. Ends when
+/// dropped.
+pub struct Link {
+    pub port: u16,
+    passing: watch::Sender<Passing>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Link {
+    /// To `port` of this machine.
+    pub fn to(port: u16) -> Self {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let own_port = listener.local_addr().expect("bound").port();
+        let (passing, mut passings) = watch::channel(Passing::All);
+        let thread = std::thread::spawn(move || {
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+            runtime.block_on(async {
+                listener.set_nonblocking(true).expect("a socket");
+                let listener = TcpListener::from_std(listener).expect("a socket");
+                let connections = passings.clone();
+                let accepting = async {
+                    while let Ok((client, _)) = listener.accept().await {
+                        tokio::spawn(carry(client, port, connections.clone()));
+                    }
+                };
+                tokio::select! {
+                    () = accepting => {}
+                    // An error: the link was dropped.
+                    _ = passings.wait_for(|_| false) => {}
+                }
+            });
+        });
+        Self { port: own_port, passing, thread: Some(thread) }
+    }
+
+    pub fn pass(&self, passing: Passing) {
+        self.passing.send_replace(passing);
+    }
+
+    /// For the `redis` section of a config.
+    pub fn url(&self) -> String {
+        format!("redis://127.0.0.1:{}/0", self.port)
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.passing = watch::channel(Passing::Nothing).0;
+        if let Some(thread) = self.thread.take() {
+            // A panic of its own has been printed.
+            let _ = thread.join();
+        }
+    }
+}
+
+async fn carry(mut client: TcpStream, port: u16, passing: watch::Receiver<Passing>) {
+    let mut resets = passing.clone();
+    let is_watch = AtomicBool::new(false);
+    let relay = async {
+        let Ok(mut server) = TcpStream::connect(("127.0.0.1", port)).await else { return };
+        let (client_reads, client_writes) = client.split();
+        let (server_reads, server_writes) = server.split();
+        // The first end of either side ends both: the protocols carried here know no half-close.
+        tokio::select! {
+            () = pump(client_reads, server_writes, passing.clone(), &is_watch, true) => {}
+            () = pump(server_reads, client_writes, passing.clone(), &is_watch, false) => {}
+        }
+    };
+    let reset = tokio::select! {
+        () = relay => false,
+        _ = resets.wait_for(|passing| *passing == Passing::Resets) => true,
+    };
+    if reset {
+        client.set_zero_linger().expect("a socket");
+    }
+}
+
+async fn pump(
+    mut from: impl AsyncRead + Unpin,
+    mut to: impl AsyncWrite + Unpin,
+    mut passing: watch::Receiver<Passing>,
+    is_watch: &AtomicBool,
+    from_client: bool,
+) {
+    let mut buffer = vec![0; 65_536];
+    while let Ok(count @ 1..) = from.read(&mut buffer).await {
+        let bytes = &buffer[..count];
+        if from_client && bytes.windows(9).any(|word| word.eq_ignore_ascii_case(b"SUBSCRIBE")) {
+            is_watch.store(true, Relaxed);
+        }
+        let holds = |passing: &Passing| match passing {
+            Passing::Nothing => true,
+            Passing::AllButTheWatch => is_watch.load(Relaxed),
+            Passing::All | Passing::Late(_) | Passing::Resets => false,
+        };
+        let Ok(now) = passing.wait_for(|passing| !holds(passing)).await.map(|passing| *passing) else {
+            return;
+        };
+        if let (Passing::Late(by), false) = (now, from_client) {
+            sleep(by).await;
+        }
+        if to.write_all(bytes).await.is_err() {
+            return;
+        }
+    }
+}

@@ -1,0 +1,68 @@
+//! What a started program tells of itself: its log, in JSON on standard output, and what the kernel knows of it.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use super::{Program, eventually};
+
+impl Program {
+    /// Its log lines so far, session lines among them. The last one may still be on its way.
+    pub fn lines(&self) -> Vec<serde_json::Value> {
+        self.log().lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+    }
+
+    /// Those whose message begins like this.
+    pub fn messages(&self, message: &str) -> Vec<serde_json::Value> {
+        let mut lines = self.lines();
+        lines.retain(|line| line["message"].as_str().is_some_and(|text| text.starts_with(message)));
+        lines
+    }
+
+    /// Waits for a message, and returns the first of its kind.
+    pub async fn says(&self, message: &str) -> serde_json::Value {
+        eventually(message, || async {
+            let said = !self.messages(message).is_empty();
+            assert!(said || self.is_alive(), "it ended without a word of {message:?}:\n{}", self.log());
+            said
+        })
+        .await;
+        self.messages(message).remove(0)
+    }
+
+    /// The addresses of its first listener, once it accepts.
+    pub async fn listens(&self) -> Vec<SocketAddr> {
+        let line = self.says("accepting").await;
+        let addresses = line["addresses"].as_str().expect("a text").trim_matches(['[', ']']).split(", ");
+        addresses.map(|a| a.parse().unwrap_or_else(|error| panic!("{error}: {a}"))).collect()
+    }
+
+    fn is_alive(&self) -> bool {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid()));
+        stat.is_ok_and(|stat| !stat.contains(") Z "))
+    }
+
+    /// True once all its threads have heard a SIGSTOP.
+    pub fn is_stopped(&self) -> bool {
+        let threads = std::fs::read_dir(format!("/proc/{}/task", self.pid())).expect("it runs");
+        threads.into_iter().all(|thread| {
+            let stat = std::fs::read_to_string(thread.expect("a thread").path().join("stat"));
+            stat.is_ok_and(|stat| stat.contains(") T "))
+        })
+    }
+
+    /// How much memory it occupies.
+    pub fn resident_kilobytes(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("it runs");
+        let value = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("Linux tells it");
+        value.trim().trim_end_matches(" kB").parse().expect("a number")
+    }
+
+    /// The CPU time that it has used.
+    pub fn cpu_time(&self) -> Duration {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).expect("it runs");
+        let (_, fields) = stat.rsplit_once(") ").expect("the name stands in parentheses");
+        // The 14th and 15th field, user and system time in hundredths of a second.
+        let ticks = fields.split(' ').skip(11).take(2).map(|n| n.parse::<u64>().expect("a number"));
+        Duration::from_millis(ticks.sum::<u64>() * 10)
+    }
+}
