@@ -11,7 +11,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use tokio::runtime::Builder;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tracing::{error, info, warn};
@@ -24,7 +24,7 @@ use crate::listen::socket::{self, BindError};
 use crate::redis::status::TableStatus;
 use crate::redis::{self, Followed};
 use crate::runtime::drain::{self, DrainControl, Phase};
-use crate::runtime::resolve::Names;
+use crate::runtime::resolve::{self, Names};
 use crate::runtime::worker::{self, Door, Shared};
 use crate::session::{Listener, Settings};
 use crate::telemetry::admin::{self, AdminBindError, AdminState};
@@ -55,6 +55,8 @@ pub enum StartError {
 pub struct Summary {
     /// Sessions that were cut because `shutdown.timeout` passed or a second signal came.
     pub cut: u64,
+    /// A part of the proxy died: a defect, told in the log.
+    pub failed: bool,
 }
 
 /// How to stop.
@@ -195,7 +197,7 @@ impl Running {
             Some(Ok(summary)) => summary,
             Some(Err(_)) => {
                 error!("the control thread died");
-                Summary::default()
+                Summary { failed: true, ..Summary::default() }
             }
             None => Summary::default(),
         }
@@ -242,12 +244,16 @@ impl Control {
     ) -> Summary {
         let mut tasks = JoinSet::new();
         self.begin(&mut tasks).await;
+        let (tell, ends) = mpsc::unbounded_channel();
         let workers: io::Result<Vec<_>> = self
             .doors
             .drain(..)
             .enumerate()
-            .map(|(id, doors)| worker::spawn(WorkerId(id), doors, self.shared.clone()))
+            .map(|(id, doors)| {
+                worker::spawn(WorkerId(id), doors, self.shared.clone(), worker::Ended::new(tell.clone()))
+            })
             .collect();
+        drop(tell);
         let workers = match workers {
             Ok(workers) => workers,
             Err(error) => {
@@ -258,8 +264,12 @@ impl Control {
         };
         self.drain.advance(Phase::Serving);
         drop(started.send(Ok(())));
-        let cut = end(&self.drain, self.config.shutdown, workers, &mut stops).await;
-        Summary { cut }
+        let summary = end(&self.drain, self.config.shutdown, tasks, ends, &mut stops).await;
+        for worker in workers {
+            // It has said that it ends, and how.
+            let _ = worker.join();
+        }
+        summary
     }
 
     /// Starts the tasks of the control plane, and waits for the first names and for Redis's first answer.
@@ -274,11 +284,11 @@ impl Control {
         self.follow_redis(tasks, first_try_over);
         let mut names: Vec<Names> = self.observed.pools.iter().cloned().map(Names::new).collect();
         let first_look = async {
-            // The sender is dropped where there is no Redis: nothing to wait for.
-            let _ = over.await;
-            for names in &mut names {
-                names.resolve_all().await;
-            }
+            // At once, so that a Redis that hangs does not use up the time of the configured names. The sender is dropped
+            // where there is no Redis: nothing to wait for.
+            let _ = tokio::join!(over, resolve::settle(&mut names));
+            // Those that came with Redis's answer.
+            resolve::settle(&mut names).await;
         };
         if timeout(FIRST_LOOK, first_look).await.is_err() {
             warn!("redis or a name server is slow to answer: starting without");
@@ -317,18 +327,15 @@ impl Control {
     }
 }
 
-/// Waits until the proxy is told to stop, and leads it through the phases. Returns how many sessions were cut.
+/// Waits until the proxy is told to stop, or until a part of it dies, and leads it through the phases.
 async fn end(
     drain: &DrainControl,
     shutdown: Shutdown,
-    workers: Vec<JoinHandle<u64>>,
+    mut tasks: JoinSet<()>,
+    mut ends: mpsc::UnboundedReceiver<Option<u64>>,
     stops: &mut watch::Receiver<Stop>,
-) -> u64 {
-    // Joined on threads of their own, so that the control plane goes on meanwhile.
-    let mut joins: JoinSet<_> = JoinSet::new();
-    for worker in workers {
-        joins.spawn_blocking(move || worker.join());
-    }
+) -> Summary {
+    let mut summary = Summary::default();
     let now = stops.clone();
     // A future for each wait: one that has ended must not be asked again.
     let told_now = || {
@@ -339,7 +346,18 @@ async fn end(
         }
     };
 
-    let _ = stops.wait_for(|stop| *stop >= Stop::Drain).await;
+    tokio::select! {
+        _ = stops.wait_for(|stop| *stop >= Stop::Drain) => {}
+        // Neither ends by itself. What is left serves its sessions to the end, but nobody may take it for whole.
+        cut = ends.recv() => {
+            error!("a worker died: draining");
+            summary = Summary { cut: cut.flatten().unwrap_or(0), failed: true };
+        }
+        Some(ended) = tasks.join_next() => {
+            error!(?ended, "a task of the control plane died: draining");
+            summary.failed = true;
+        }
+    }
     drain.advance(Phase::Leaving);
     if !shutdown.delay.is_zero() {
         info!(delay = ?shutdown.delay, "leaving: not ready, still accepting");
@@ -351,19 +369,17 @@ async fn end(
     drain.advance(Phase::Draining);
     info!(timeout = ?shutdown.timeout, "draining: not accepting, sessions may finish");
     let finished = async {
-        let mut cut = 0;
-        while let Some(ended) = joins.join_next().await {
-            match ended {
-                Ok(Ok(left)) => cut += left,
-                _ => error!("a worker died"),
-            }
+        // Ends when the last worker has dropped its end of the channel.
+        while let Some(cut) = ends.recv().await {
+            summary.failed |= cut.is_none();
+            summary.cut += cut.unwrap_or(0);
         }
-        cut
+        summary
     };
     let mut finished = std::pin::pin!(finished);
     tokio::select! {
         biased;
-        cut = &mut finished => return cut,
+        summary = &mut finished => return summary,
         () = sleep(shutdown.timeout) => {}
         () = told_now() => {}
     }

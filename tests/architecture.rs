@@ -38,7 +38,7 @@ const ARROWS: [(&str, &[&str]); 10] = [
         ],
     ),
     ("runtime", &["balance", "config", "listen", "session", "telemetry"]),
-    ("telemetry", &["balance", "config", "redis::status", "runtime::drain", "session"]),
+    ("telemetry", &["balance", "config", "listen::socket", "redis::status", "runtime::drain", "session"]),
     ("cli", &["config", "proxy", "telemetry::log_sink"]),
     // The composition root: it alone may know all.
     ("proxy", &["balance", "config", "listen", "redis", "relay", "runtime", "session", "telemetry"]),

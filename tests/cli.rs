@@ -167,7 +167,7 @@ async fn a_port_in_use_is_refused_with_listener_address_and_cure() {
         let (code, _, errors) = statera(&["run", "-c", &admin]).await;
         assert_eq!(code, Some(1));
         assert!(errors.starts_with(&format!("statera: admin.bind: {address}: ")), "{errors}");
-        assert!(errors.contains("stop what listens there"), "{errors}");
+        assert!(errors.contains("another program listens there") && errors.contains("stop it"), "{errors}");
     }
     assert_eq!(echo(listeners[0], b"ping").await.expect("the first goes on"), b"ping");
 }

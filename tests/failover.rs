@@ -258,3 +258,97 @@ async fn no_session_fails_while_a_backend_restarts() {
     assert!(lines.iter().all(|line| line["close_reason"] == "finished"));
     assert!(lines.iter().any(|line| line["retries"] == 1));
 }
+
+/// Retries must not follow the spread: each failure would take the same next point, and one backend all of them.
+#[tokio::test]
+async fn an_even_spread_stays_even_where_one_backend_refuses() {
+    const SESSIONS: u64 = 1_200;
+    let (_dead, dead) = dead_address();
+    let living = [Backend::named("a").await, Backend::named("b").await, Backend::named("c").await];
+    let members: Vec<String> =
+        living.iter().map(|b| b.address).chain([dead]).map(|address| format!("\"{address}\": 1")).collect();
+    let proxy =
+        Proxy::web("", &format!("balance: weighted_round_robin, backends: {{{}}}", members.join(", ")));
+    for _ in 0..SESSIONS {
+        greeting(proxy.address()).await.expect("another backend takes it");
+    }
+    // A quarter exactly, and a third of the dead one's quarter at random: 300 + 100, give or take six sigma of 8.2.
+    for backend in &living {
+        assert!(backend.accepted().abs_diff(400) <= 55, "{:?}", living.each_ref().map(Backend::accepted));
+    }
+}
+
+/// `localhost` is `127.0.0.1` and `::1` on most machines, and many servers listen on one of them only.
+#[tokio::test]
+async fn a_name_with_several_addresses_serves_while_one_of_them_answers() {
+    let backend = Backend::named("here").await;
+    let hosts = std::fs::read_to_string("/etc/hosts").expect("there are hosts");
+    let proxy = Proxy::web("", &format!("backends: {{\"localhost:{}\": 1}}", backend.address.port()));
+    for n in 0..20 {
+        let answer = greeting(proxy.address()).await;
+        assert_eq!(answer.as_deref().ok(), Some("here"), "session {n}; /etc/hosts:\n{hosts}");
+    }
+}
+
+#[tokio::test]
+async fn a_unix_backend_whose_queue_is_full_is_waited_for() {
+    let folder = tempfile::TempDir::new().expect("a folder");
+    let path = folder.path().join("app.sock");
+    let socket =
+        socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None).expect("a descriptor");
+    socket.bind(&socket2::SockAddr::unix(&path).expect("a short path")).expect("a new path");
+    socket.listen(1).expect("it listens");
+    socket.set_nonblocking(true).expect("a socket");
+    let listener = tokio::net::UnixListener::from_std(socket.into()).expect("a runtime");
+    let proxy = Proxy::web(
+        "",
+        &format!("backends: {{\"unix:{}\": 1}}, connect: {{timeout: 20s, deadline: 20s}}", path.display()),
+    );
+    let address = proxy.address();
+    let clients: Vec<_> = (0..30).map(|_| tokio::spawn(greeting(address))).collect();
+    // The queue is full before the first is accepted.
+    eventually("all clients are here", || async {
+        proxy.metric("statera_listener_connections_active{listener=\"web\"}") == Some(30.0)
+    })
+    .await;
+    let serving = tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let _ = tokio::io::AsyncWriteExt::write_all(&mut stream, b"served").await;
+        }
+    });
+    for client in clients {
+        assert_eq!(client.await.expect("no panic").expect("an answer"), "served");
+    }
+    serving.abort();
+}
+
+/// Every destination has local ports of its own: where they are used up towards one backend, another is reached.
+#[tokio::test]
+async fn want_of_local_ports_towards_one_backend_sends_sessions_to_another() {
+    let name = "failover::want_of_local_ports_towards_one_backend_sends_sessions_to_another";
+    if !in_own_network(name, "echo '40000 40003' > /proc/sys/net/ipv4/ip_local_port_range") {
+        return;
+    }
+    let start = async |address: &str| {
+        Backend::start_at(address.parse().expect("an address"), |mut stream| async move {
+            let (mut reader, mut writer) = stream.split();
+            let _ = tokio::io::copy(&mut reader, &mut writer).await;
+        })
+        .await
+    };
+    let (first, second) = (start("127.0.0.1:30000").await, start("127.0.0.1:30001").await);
+    let proxy = Proxy::start(
+        "workers: 2\nlisteners: {web: {bind: \"127.0.0.1:10000\", pool: web}}\n\
+         pools: {web: {backends: {\"127.0.0.1:30000\": 9, \"127.0.0.1:30001\": 1}}}",
+    );
+    let mut held = Vec::new();
+    for port in 20_000..20_008 {
+        let mut stream = client(port, proxy.address()).await.expect("it is not reset");
+        let mut four = [0; 4];
+        stream.write_all(b"ping").await.expect("it is not reset");
+        soon("an answer", stream.read_exact(&mut four)).await.expect("one of the two has a port left");
+        held.push(stream);
+    }
+    assert_eq!((first.accepted(), second.accepted()), (4, 4));
+    assert_eq!(backend_metric(&proxy, "connect_failures_total", first.address), 0.0);
+}

@@ -15,7 +15,7 @@ const HEARTBEAT: Duration = Duration::from_millis(200);
 const RESPONSE: Duration = Duration::from_secs(1);
 /// For a busy machine: still far below what a missing deadline would cost.
 const SLACK: Duration = Duration::from_secs(5);
-const HASTY: &str = "heartbeat_interval: 200ms, response_timeout: 1s, connect_timeout: 1s, max_stale: 800ms, resync_interval: 1s";
+const HASTY: &str = "heartbeat_interval: 200ms, response_timeout: 1s, connect_timeout: 1s, max_stale: 800ms, poll_interval: 300ms, resync_interval: 1s";
 /// With deadlines that even a very busy machine keeps, where a reconnect would spoil what is shown.
 const PATIENT: &str = "heartbeat_interval: 200ms, response_timeout: 20s, connect_timeout: 20s, max_stale: 1m, resync_interval: 1s";
 
@@ -199,7 +199,7 @@ async fn traffic_goes_on_when_redis_is_flushed() {
 
 #[tokio::test]
 async fn a_redis_that_is_slow_to_answer_is_followed_and_waited_for_by_nobody() {
-    let scene = Scene::with(PATIENT, "lua_pick: {timeout: 5s}").await;
+    let scene = Scene::with(PATIENT, "lua_pick: {timeout: 2500ms}").await;
     scene.link.pass(Passing::Late(Duration::from_millis(500)));
     scene.traffic.more(200).await;
     scene.redis.set_weights([(&scene.new, 1.0)]).await;

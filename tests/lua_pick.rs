@@ -221,7 +221,7 @@ async fn lua_leaves_out_what_was_tried_and_keeps_the_proportions_of_the_rest() {
 }
 
 /// A beat often enough that scenarios are short; picks have all the time they need on a busy machine.
-const HASTY: &str = "heartbeat_interval: 100ms, max_stale: 300ms, response_timeout: 300ms, connect_timeout: 300ms, \
+const HASTY: &str = "heartbeat_interval: 100ms, max_stale: 300ms, poll_interval: 100ms, response_timeout: 300ms, connect_timeout: 300ms, \
                      resync_interval: 1s";
 
 /// A proxy whose watching connection goes silent, so that its snapshot is stale, while Redis can still be asked to pick.
@@ -245,7 +245,7 @@ async fn while_the_snapshot_is_stale_redis_picks_by_weights_that_the_snapshot_ne
     let redis = Redis::start().await;
     redis.set_weights([(&old, 1.0)]).await;
     let link = Link::to(redis.port);
-    let proxy = stale_proxy(&redis, &link, "lua_pick: {timeout: 5s}", HASTY).await;
+    let proxy = stale_proxy(&redis, &link, "lua_pick: {timeout: 2500ms}", HASTY).await;
     redis.set_weights([(&new, 2.5)]).await;
     for _ in 0..20 {
         assert_eq!(greeting(proxy.address()).await.expect("an answer"), "new");
@@ -289,7 +289,7 @@ async fn redis_picks_for_a_user_who_may_not_write() {
         .await;
     let link = Link::to(redis.port);
     let more = format!("username: statera, password: secret, {HASTY}");
-    let _proxy = stale_proxy(&redis, &link, "lua_pick: {timeout: 5s}", &more).await;
+    let _proxy = stale_proxy(&redis, &link, "lua_pick: {timeout: 2500ms}", &more).await;
     let Value::BulkString(stats) = redis.run("INFO commandstats").await else { panic!("no statistics") };
     let stats = String::from_utf8_lossy(&stats).into_owned();
     assert!(stats.contains("cmdstat_evalsha_ro:") && !stats.contains("cmdstat_evalsha:"), "{stats}");
@@ -304,7 +304,7 @@ async fn when_every_backend_of_a_fresh_snapshot_was_tried_redis_is_asked_for_ano
     let link = Link::to(redis.port);
     let proxy = Proxy::web(
         &format!(
-            "redis: {{url: \"{}\", max_stale: 1h, response_timeout: 1h}}\nlua_pick: {{timeout: 5s}}",
+            "redis: {{url: \"{}\", max_stale: 1h, response_timeout: 1h}}\nlua_pick: {{timeout: 2500ms}}",
             link.url()
         ),
         "weights_key: servers",
@@ -381,7 +381,7 @@ async fn members_that_redis_cannot_tell_from_backends_are_asked_about_again() {
         redis.run(&format!("ZADD servers 1000000 {hostile}")).await;
     }
     let link = Link::to(redis.port);
-    let proxy = stale_proxy(&redis, &link, "lua_pick: {timeout: 5s}", HASTY).await;
+    let proxy = stale_proxy(&redis, &link, "lua_pick: {timeout: 2500ms}", HASTY).await;
     let stale = proxy.picks("stale");
     for _ in 0..20 {
         assert_eq!(greeting(proxy.address()).await.expect("an answer"), "backend");

@@ -9,7 +9,9 @@ use std::process::Command;
 use tempfile::TempDir;
 use tokio::io::AsyncWriteExt as _;
 
-use crate::support::{Backend, Program, eventually, greeting, require};
+use crate::support::{
+    Backend, Program, Proxy, Redis, Traffic, eventually, greeting, require, silent_address,
+};
 
 /// What the program takes for /etc/hosts.
 struct Hosts {
@@ -143,4 +145,58 @@ async fn a_name_that_does_not_resolve_is_named_once_and_costs_no_session() {
             && sessions.clone().all(|line| line["close_reason"] == "finished" && line["retries"] == 0)
     })
     .await;
+}
+
+#[tokio::test]
+async fn configured_names_serve_from_the_first_session_on_though_redis_hangs() {
+    let backend = Backend::named("configured").await;
+    let (_silent, redis) = silent_address().await;
+    let port = backend.address.port();
+    let proxy = Proxy::web(
+        &format!("redis: {{url: \"redis://{redis}\"}}"),
+        &format!("backends: {{\"localhost:{port}\": 1}}"),
+    );
+    assert_eq!(greeting(proxy.address()).await.expect("an answer"), "configured");
+}
+
+#[tokio::test]
+async fn no_session_is_lost_when_a_backend_is_swapped_for_a_name_at_once() {
+    let backend = Backend::named("backend").await;
+    let redis = Redis::start().await;
+    redis.set_weights([(&backend, 1.0)]).await;
+    let proxy = Proxy::web(&format!("redis: {{url: \"{}\"}}", redis.url()), "weights_key: servers");
+    eventually("the table arrives", || async { proxy.weights().len() == 1 }).await;
+    let traffic = Traffic::start(proxy.address());
+    let (plain, name) = (backend.address.to_string(), format!("localhost:{}", backend.address.port()));
+    let swap = "redis.call('ZADD', KEYS[1], 1, ARGV[1]) redis.call('ZREM', KEYS[1], ARGV[2])";
+    for round in 0..20 {
+        let (new, old) = if round % 2 == 0 { (&name, &plain) } else { (&plain, &name) };
+        redis.run_words(&["EVAL", swap, "1", "servers", new, old]).await;
+        eventually("the swap arrives", || async { proxy.weights() == [(new.clone(), 1.0)] }).await;
+        traffic.more(10).await;
+    }
+    traffic.stop().await;
+    let refused = "statera_sessions_closed_total{reason=\"no_backend\"}";
+    assert_eq!(proxy.metric(refused).unwrap_or_default(), 0.0);
+}
+
+#[tokio::test]
+async fn while_only_unknown_names_are_written_the_backends_before_serve() {
+    let old = Backend::named("old").await;
+    let redis = Redis::start().await;
+    redis.set_weights([(&old, 1.0)]).await;
+    let proxy = Proxy::web(&format!("redis: {{url: \"{}\"}}", redis.url()), "weights_key: servers");
+    eventually("the table arrives", || async { proxy.weights().len() == 1 }).await;
+    let swap = "redis.call('DEL', KEYS[1]) redis.call('ZADD', KEYS[1], ARGV[2], ARGV[1])";
+    redis.run_words(&["EVAL", swap, "1", "servers", "nobody.invalid:80", "1"]).await;
+    eventually("the name arrives", || async { proxy.weights() == [("nobody.invalid:80".to_owned(), 1.0)] })
+        .await;
+    for _ in 0..20 {
+        assert_eq!(greeting(proxy.address()).await.expect("an answer"), "old");
+    }
+    // A written zero still refuses.
+    redis.run_words(&["EVAL", swap, "1", "servers", "nobody.invalid:80", "0"]).await;
+    eventually("the zero arrives", || async { proxy.weights() == [("nobody.invalid:80".to_owned(), 0.0)] })
+        .await;
+    assert_ne!(greeting(proxy.address()).await.ok().as_deref(), Some("old"));
 }

@@ -469,6 +469,47 @@ async fn hostile_members_reach_no_terminal_and_forge_no_line() {
     }
 }
 
+#[tokio::test]
+async fn a_writer_gone_mad_costs_a_few_log_lines_and_not_the_disk() {
+    let redis = Redis::start().await;
+    redis.run("ZADD servers 1 10.0.0.1:80").await;
+    let program = program(&redis.url(), NOTIFIED, &[], "");
+    program.address().await;
+    let mut connection = redis.connection().await;
+    for round in 0..500 {
+        let mut flip = redis::pipe();
+        flip.atomic().cmd("DEL").arg("servers");
+        // Bad members of two kinds in turn, and every third time nothing at all.
+        for member in (0..12).filter(|_| round % 3 > 0) {
+            flip.cmd("ZADD").arg("servers").arg(1).arg(format!("bad{}-{member}", round % 2));
+        }
+        if round % 3 == 2 {
+            flip.cmd("ZADD").arg("servers").arg(round).arg("10.0.0.1:80");
+        }
+        flip.query_async::<()>(&mut connection).await.expect("written");
+        tokio::time::sleep(std::time::Duration::from_millis(2)).await;
+    }
+    let log = program.log();
+    let about = |message: &str| log.matches(message).count();
+    let (left_out, states) = (about("left out"), about("redis holds"));
+    // It takes a second or two; a slow machine may see another window.
+    assert!((1..=22).contains(&left_out), "{left_out} lines on members:\n{log}");
+    assert!((1..=8).contains(&states), "{states} lines on states:\n{log}");
+}
+
+#[tokio::test]
+async fn an_emptied_table_that_is_filled_again_is_said_to_hold_weights_again() {
+    let redis = Redis::start().await;
+    redis.run("ZADD servers 1 10.0.0.1:80").await;
+    let program = program(&redis.url(), NOTIFIED, &[], "");
+    program.address().await;
+    redis.run("DEL servers").await;
+    program.says("redis holds no weights").await;
+    redis.run("ZADD servers 1 10.0.0.1:80").await;
+    program.says("redis holds weights again").await;
+    assert!(!program.log().contains("can be read again"), "{}", program.log());
+}
+
 async fn info(redis: &Redis, section: &str) -> Vec<u8> {
     match redis.run(&format!("INFO {section}")).await {
         Value::BulkString(info) => info,

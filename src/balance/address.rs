@@ -1,7 +1,7 @@
 //! Where a backend is: `host:port`, `[v6]:port` or `unix:/path`, as written in Redis or in config.yaml.
 //!
-//! Parsing refuses whatever could not be connected to, and whatever must not reach a terminal or a log raw (control
-//! characters). Names are resolved elsewhere (`runtime/resolve.rs`), never by the data plane.
+//! Parsing refuses whatever could not be connected to, and whatever must not reach a terminal or a log raw. Names are
+//! resolved elsewhere (`runtime/resolve.rs`), never by the data plane.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -46,8 +46,11 @@ pub enum InvalidAddress {
     /// An IPv6 address without brackets is ambiguous.
     #[error("an IPv6 address needs brackets: write [v6]:port")]
     UnbracketedV6,
-    /// A unix path that is relative, too long or holds control characters.
-    #[error("its unix path must be absolute, at most 107 bytes, without control characters")]
+    /// A unix path that is relative, too long, or does not read as it is.
+    #[error(
+        "its unix path must be absolute, at most 107 bytes, without spaces, quotes, backslashes and characters that do \
+         not print"
+    )]
     BadPath,
 }
 
@@ -95,10 +98,15 @@ fn parse_port(text: &str) -> Result<u16, InvalidAddress> {
 
 fn parse_unix(path: &str) -> Result<Address, InvalidAddress> {
     let fits = path.len() <= UNIX_PATH_MAX_BYTES && Path::new(path).is_absolute();
-    if !fits || path.chars().any(char::is_control) {
+    if !fits || !path.chars().all(reads_as_itself) {
         return Err(InvalidAddress::BadPath);
     }
     Ok(Address::Unix(PathBuf::from(path)))
+}
+
+/// Addresses stand in log lines and metrics. A space would split a field there, U+202E turns a whole line around.
+fn reads_as_itself(character: char) -> bool {
+    !character.is_whitespace() && character.escape_debug().eq([character])
 }
 
 /// Underscores are outside RFC 1123, yet container platforms hand out such names. A name whose last label is all digits
@@ -144,6 +152,7 @@ mod tests {
             "my_service:65535",
             "a.b.c.:80",
             "unix:/run/app.sock",
+            "unix:/run/bücher@[1]~%.sock",
         ] {
             let address: Address = text.parse().unwrap_or_else(|e| panic!("{text}: {e}"));
             assert_eq!(address.to_string(), text);
@@ -181,6 +190,14 @@ mod tests {
             ("unix:", BadPath),
             ("unix:relative", BadPath),
             ("unix:/a\u{1b}b", BadPath),
+            ("unix:/a b", BadPath),
+            ("unix:/a\u{a0}b", BadPath),
+            ("unix:/a\u{2028}b", BadPath),
+            ("unix:/\u{202e}kcos.b", BadPath),
+            ("unix:/a\u{200b}b", BadPath),
+            ("unix:/\u{feff}", BadPath),
+            ("unix:/a\"b", BadPath),
+            ("unix:/a\\b", BadPath),
             (&long_path, BadPath),
         ] {
             assert_eq!(text.parse::<Address>(), Err(expected), "{text:?}");
@@ -189,9 +206,11 @@ mod tests {
 
     proptest! {
         #[test]
-        fn parsing_never_panics_and_what_it_takes_prints_without_control_characters(text in ".{0,40}|[0-9.:\\[\\]]{0,40}") {
+        fn parsing_never_panics_and_what_it_takes_prints_as_it_is(text in ".{0,40}|unix:/\\PC{0,20}|[0-9.:\\[\\]]{0,40}") {
             if let Ok(address) = text.parse::<Address>() {
-                prop_assert!(!address.to_string().chars().any(char::is_control));
+                let shown = address.to_string();
+                prop_assert!(!shown.contains(char::is_whitespace));
+                prop_assert_eq!(shown.escape_debug().to_string(), shown);
                 prop_assert!(text.parse::<Address>().is_ok());
             }
         }

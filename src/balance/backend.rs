@@ -50,16 +50,32 @@ impl Backend {
         &self.id
     }
 
-    /// Where the next session connects to. A name with several addresses gives each in turn. `None`: the name has not
-    /// been resolved.
+    /// The place of the next session's first address among several.
     #[must_use]
-    pub fn endpoint(&self) -> Option<Endpoint> {
+    pub fn next_turn(&self) -> usize {
+        match self.id.address() {
+            Address::Name { .. } => self.turn.fetch_add(1, Relaxed),
+            Address::Socket(_) | Address::Unix(_) => 0,
+        }
+    }
+
+    /// How many places it can be reached at; 0 for a name that has not been resolved.
+    #[must_use]
+    pub fn endpoints(&self) -> usize {
+        match self.id.address() {
+            Address::Name { .. } => self.resolved.load().len(),
+            Address::Socket(_) | Address::Unix(_) => 1,
+        }
+    }
+
+    /// Where to connect to; a name's addresses follow each other as `turn` counts. `None`: it has not been resolved.
+    #[must_use]
+    pub fn endpoint(&self, turn: usize) -> Option<Endpoint> {
         match self.id.address() {
             Address::Socket(address) => Some(Endpoint::Tcp(*address)),
             Address::Unix(path) => Some(Endpoint::Unix(path.clone())),
             Address::Name { .. } => {
                 let resolved = self.resolved.load();
-                let turn = self.turn.fetch_add(1, Relaxed);
                 resolved.get(turn % resolved.len().max(1)).copied().map(Endpoint::Tcp)
             }
         }
@@ -87,40 +103,61 @@ impl Backend {
 #[derive(Debug)]
 pub struct Registry {
     workers: usize,
-    backends: Mutex<HashMap<BackendId, Weak<Backend>>>,
+    known: Mutex<Known>,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    backends: HashMap<BackendId, Weak<Backend>>,
+    /// Above so many, the dead are dropped: seldom enough that each new backend pays for a few looks at most.
+    sweep_above: usize,
+}
+
+/// So that a small pool is not swept for each new backend.
+const SWEEP_LEAST: usize = 64;
+
+impl Known {
+    fn sweep(&mut self, mut keep: impl FnMut(&Weak<Backend>) -> bool) {
+        self.backends.retain(|_, backend| keep(backend));
+        self.sweep_above = 2 * self.backends.len() + SWEEP_LEAST;
+    }
 }
 
 impl Registry {
     /// Empty; its backends will count for `workers` threads.
     #[must_use]
     pub fn new(workers: usize) -> Self {
-        Self { workers, backends: Mutex::default() }
+        Self { workers, known: Mutex::default() }
     }
 
     /// The living backend of that name, or a new one.
     #[must_use]
     pub fn get_or_create(&self, id: &BackendId) -> Arc<Backend> {
-        let mut backends = self.backends.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(backend) = backends.get(id).and_then(Weak::upgrade) {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(backend) = known.backends.get(id).and_then(Weak::upgrade) {
             return backend;
         }
+        // Not only when someone scrapes: names that come and go would fill the memory of a proxy that nobody watches.
+        if known.backends.len() > known.sweep_above {
+            known.sweep(|backend| backend.strong_count() > 0);
+        }
         let backend = Arc::new(Backend::new(id.clone(), self.workers));
-        backends.insert(id.clone(), Arc::downgrade(&backend));
+        known.backends.insert(id.clone(), Arc::downgrade(&backend));
         backend
     }
 
     /// All that a snapshot or a session still holds, in the order of their names. Forgets the others.
     #[must_use]
     pub fn living(&self) -> Vec<Arc<Backend>> {
-        let mut backends = self.backends.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut living = Vec::with_capacity(backends.len());
-        backends.retain(|_, backend| match backend.upgrade() {
-            Some(backend) => {
-                living.push(backend);
-                true
-            }
-            None => false,
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut living = Vec::with_capacity(known.backends.len());
+        known.sweep(|backend| {
+            let backend = backend.upgrade();
+            let is_alive = backend.is_some();
+            living.extend(backend);
+            is_alive
         });
+        drop(known);
         living.sort_unstable_by(|a, b| a.id.cmp(&b.id));
         living
     }
@@ -144,13 +181,26 @@ mod tests {
     }
 
     #[test]
+    fn backends_that_come_and_go_are_forgotten_though_nobody_asks() {
+        let registry = Registry::new(1);
+        let stay: Vec<_> =
+            (0..100).map(|port| registry.get_or_create(&id(&format!("10.0.0.1:{}", 1 + port)))).collect();
+        for port in 1..50_000 {
+            drop(registry.get_or_create(&id(&format!("10.0.0.2:{port}"))));
+        }
+        let known = registry.known.lock().expect("nobody panics with it").backends.len();
+        assert!(known <= 2 * stay.len() + SWEEP_LEAST + 1, "{known} are known, {} live", stay.len());
+        assert_eq!(registry.living().len(), stay.len());
+    }
+
+    #[test]
     fn a_name_is_reachable_once_resolved_and_gives_its_addresses_in_turn() {
         let backend = Backend::new(id("db.internal:5432"), 1);
-        assert_eq!((backend.endpoint(), backend.is_reachable()), (None, false));
+        assert_eq!((backend.endpoint(0), backend.endpoints(), backend.is_reachable()), (None, 0, false));
         let [a, b] = ["10.0.0.1:5432", "10.0.0.2:5432"].map(|text| text.parse().expect("an address"));
         assert!(backend.set_resolved(vec![b, a, b]));
         assert!(!backend.set_resolved(vec![a, b]) && !backend.set_resolved(vec![]));
-        let seen: Vec<_> = (0..4).filter_map(|_| backend.endpoint()).collect();
+        let seen: Vec<_> = (0..4).filter_map(|_| backend.endpoint(backend.next_turn())).collect();
         assert_eq!(seen.iter().filter(|e| **e == Endpoint::Tcp(a)).count(), 2);
         assert_eq!(seen.iter().filter(|e| **e == Endpoint::Tcp(b)).count(), 2);
     }

@@ -65,7 +65,7 @@ impl Cell {
         let newest = self.newest.load();
         let changed = newest.origin != Origin::Redis || *current != table;
         if changed {
-            let next = Snapshot::new(newest.version + 1, Origin::Redis, &table, &self.registry);
+            let next = newest.next(Origin::Redis, &table, &self.registry);
             self.newest.store(Arc::new(next));
             *current = table;
             self.published.notify_one();
@@ -83,7 +83,7 @@ impl Cell {
     pub fn refresh(&self) {
         let current = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         let newest = self.newest.load();
-        let next = Snapshot::new(newest.version + 1, newest.origin, &current, &self.registry);
+        let next = newest.next(newest.origin, &current, &self.registry);
         self.newest.store(Arc::new(next));
     }
 

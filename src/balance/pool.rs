@@ -8,7 +8,6 @@ use tokio::time::Instant;
 use super::backend::Backend;
 use super::cell::Cell;
 use super::lua_pick::LuaPicker;
-use super::sequence::Sequence;
 use super::snapshot::Origin;
 use super::{BackendId, Balance, Table, Weight};
 use crate::telemetry::counters::{Counter, PerWorker};
@@ -72,7 +71,6 @@ pub struct Pool {
     /// Its place in the configuration.
     index: usize,
     balance: Balance,
-    sequence: Sequence,
     sync: Option<Sync>,
 }
 
@@ -103,7 +101,6 @@ impl Pool {
             sync,
             cell: Arc::new(Cell::new(configured, workers)),
             counters: PerWorker::new(workers),
-            sequence: Sequence::new(fastrand::u64(..)),
         }
     }
 
@@ -117,29 +114,31 @@ impl Pool {
     /// No allocation, no lock and no look at the clock while the snapshot is fresh. Otherwise at most
     /// `lua_pick.timeout`.
     pub async fn pick(&self, tried: &[BackendId], random: u64, now: Instant) -> Option<Pick> {
-        let point = match self.balance {
-            Balance::WeightedRandom => random,
-            Balance::WeightedRoundRobin => self.sequence.next(),
-        };
-        let Some(sync) = &self.sync else { return self.pick_from_cell(point, tried, true) };
+        let Some(sync) = &self.sync else { return self.pick_from_cell(tried, random, true) };
 
         let fresh = self.cell.age_at(now).is_some_and(|age| age <= sync.max_stale);
         if fresh {
-            let pick = self.pick_from_cell(point, tried, true);
+            let pick = self.pick_from_cell(tried, random, true);
             if pick.is_some() || tried.is_empty() {
                 return pick;
             }
         }
         if let Some(lua) = &sync.lua
-            && let Some((backend, weight)) = lua.pick(self.index, point, tried).await
+            && let Some((backend, weight)) = lua.pick(self.index, random, tried).await
         {
             return Some(Pick { backend, weight, source: Source::Lua });
         }
-        self.pick_from_cell(point, tried, fresh)
+        self.pick_from_cell(tried, random, fresh)
     }
 
-    fn pick_from_cell(&self, point: u64, tried: &[BackendId], fresh: bool) -> Option<Pick> {
+    fn pick_from_cell(&self, tried: &[BackendId], random: u64, fresh: bool) -> Option<Pick> {
         let snapshot = self.cell.load();
+        let point = match self.balance {
+            // A retry takes no point of the sequence: each failure would take the same next one, and the backends that
+            // come behind the failing one in the sequence would get all its sessions.
+            Balance::WeightedRoundRobin if tried.is_empty() => snapshot.next_point(),
+            Balance::WeightedRoundRobin | Balance::WeightedRandom => random,
+        };
         let member = snapshot.pick(point, tried)?;
         let source = match (snapshot.origin, fresh) {
             (Origin::Configured, _) => Source::Configured,

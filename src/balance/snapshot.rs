@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use super::backend::{Backend, Registry};
+use super::sequence::Sequence;
 use super::shares::Shares;
 use super::{BackendId, Table, Weight};
 
@@ -18,6 +19,17 @@ pub enum Origin {
     Redis,
 }
 
+impl Origin {
+    /// As in the log.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Configured => "configured",
+            Self::Redis => "redis",
+        }
+    }
+}
+
 /// One pool's backends at one moment.
 #[derive(Debug)]
 pub struct Snapshot {
@@ -27,11 +39,16 @@ pub struct Snapshot {
     pub origin: Origin,
     /// Those that may be picked come first, so that a stretch of `shares` is an index here.
     members: Box<[Member]>,
+    /// Those of the snapshot before, while no member that has a weight can be reached; else none.
+    stand_ins: Box<[Member]>,
+    /// Over the stand-ins where there are any, else over the members.
     shares: Shares,
+    /// Where `weighted_round_robin` stands.
+    sequence: Sequence,
 }
 
 /// One backend of a snapshot.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Member {
     /// The backend itself.
     pub backend: Arc<Backend>,
@@ -55,22 +72,53 @@ impl Snapshot {
             })
             .collect();
         members.sort_by_key(|member| member.effective_weight.is_zero());
-        let pickable = members.partition_point(|member| !member.effective_weight.is_zero());
-        let weights: Vec<f64> =
-            members[..pickable].iter().map(|member| member.effective_weight.get()).collect();
-        Self { version, origin, shares: Shares::new(&weights), members }
+        let shares = shares(&members);
+        Self { version, origin, stand_ins: Box::default(), shares, sequence: Sequence::new(version), members }
+    }
+
+    /// Makes `table` ready to follow this snapshot.
+    ///
+    /// Where it gives weight to names alone and none of them has been resolved, which takes a moment for new ones, the
+    /// backends that this snapshot picks from stand in, so that the swap of a backend for a name loses no session. Not
+    /// those that `table` puts at weight zero: they get no new sessions, whatever else is wrong.
+    #[must_use]
+    pub fn next(&self, origin: Origin, table: &Table, registry: &Registry) -> Self {
+        let mut next = Self::new(self.version + 1, origin, table, registry);
+        let waits_for_names =
+            pickable(&next.members).is_empty() && next.members.iter().any(|member| !member.weight.is_zero());
+        if waits_for_names {
+            let written = table.members();
+            let is_written =
+                |member: &&Member| written.binary_search_by(|(id, _)| id.cmp(member.backend.id())).is_ok();
+            next.stand_ins =
+                pickable(self.picked_from()).iter().filter(|m| !is_written(m)).cloned().collect();
+            next.shares = shares(&next.stand_ins);
+        }
+        next
+    }
+
+    fn picked_from(&self) -> &[Member] {
+        if self.stand_ins.is_empty() { &self.members } else { &self.stand_ins }
+    }
+
+    /// The next point of an even spread, for [`Snapshot::pick`].
+    #[inline]
+    #[must_use]
+    pub fn next_point(&self) -> u64 {
+        self.sequence.next()
     }
 
     /// The backend that `point` names, leaving out those in `tried`. `None`: none is left.
     #[inline]
     #[must_use]
     pub fn pick(&self, point: u64, tried: &[BackendId]) -> Option<&Member> {
+        let members = self.picked_from();
         let index = if tried.is_empty() {
             self.shares.at(point)
         } else {
-            self.shares.at_excluding(point, |i| tried.contains(self.members[i].backend.id()))
+            self.shares.at_excluding(point, |i| tried.contains(members[i].backend.id()))
         };
-        index.map(|i| &self.members[i])
+        index.map(|i| &members[i])
     }
 
     /// All backends of the table, those at weight zero too.
@@ -78,6 +126,15 @@ impl Snapshot {
     pub fn members(&self) -> &[Member] {
         &self.members
     }
+}
+
+fn pickable(members: &[Member]) -> &[Member] {
+    &members[..members.partition_point(|member| !member.effective_weight.is_zero())]
+}
+
+fn shares(members: &[Member]) -> Shares {
+    let weights: Vec<f64> = pickable(members).iter().map(|member| member.effective_weight.get()).collect();
+    Shares::new(&weights)
 }
 
 #[cfg(test)]
@@ -162,5 +219,37 @@ mod tests {
         let backend = registry.get_or_create(&id);
         backend.set_resolved(vec!["10.0.0.1:5432".parse().expect("an address")]);
         assert!(Snapshot::new(2, Origin::Redis, &table, &registry).pick(0, &[]).is_some());
+    }
+
+    fn written(members: &[(&str, f64)]) -> Table {
+        let member = |(text, weight): &(&str, f64)| {
+            (text.parse().expect("an address"), Weight::new(*weight).expect("a weight"))
+        };
+        Table::new(members.iter().map(member).collect())
+    }
+
+    #[test]
+    fn the_backends_before_stand_in_while_a_table_has_only_unresolved_names() {
+        let registry = Registry::new(1);
+        let picked = |snapshot: &Snapshot| snapshot.pick(7, &[]).map(|m| m.backend.id().to_string());
+        let old = Some("10.0.0.1:80".to_owned());
+        let first = Snapshot::new(1, Origin::Redis, &written(&[("10.0.0.1:80", 1.0)]), &registry);
+
+        let name = written(&[("new.internal:80", 1.0)]);
+        let waiting = first.next(Origin::Redis, &name, &registry);
+        assert_eq!((picked(&waiting), waiting.version, waiting.members().len()), (old.clone(), 2, 1));
+        assert!(waiting.pick(7, &["10.0.0.1:80".parse().expect("an address")]).is_none());
+        let still = waiting.next(Origin::Redis, &name, &registry);
+        assert_eq!(picked(&still), old);
+
+        let backend = registry.get_or_create(&"new.internal:80".parse().expect("an address"));
+        backend.set_resolved(vec!["10.0.0.2:80".parse().expect("an address")]);
+        let resolved = still.next(Origin::Redis, &name, &registry);
+        assert_eq!(picked(&resolved), Some("new.internal:80".to_owned()));
+
+        let zero = written(&[("other.internal:80", 0.0)]);
+        assert_eq!(picked(&first.next(Origin::Redis, &zero, &registry)), None, "all weights zero refuses");
+        let drained = written(&[("10.0.0.1:80", 0.0), ("other.internal:80", 1.0)]);
+        assert_eq!(picked(&first.next(Origin::Redis, &drained, &registry)), None, "weight zero stays zero");
     }
 }

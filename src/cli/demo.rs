@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
 use clap::Args;
+use rustix::termios::tcgetwinsize;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::runtime::Builder;
@@ -44,11 +45,16 @@ pub(super) fn demo(arguments: &DemoArguments) -> anyhow::Result<()> {
 async fn show(arguments: &DemoArguments) -> anyhow::Result<()> {
     // Before anything is started: a signal's own effect would leave the redis-server behind.
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    tokio::select! {
+    // The terminal was closed.
+    let mut hang_up = signal(SignalKind::hangup())?;
+    let result = tokio::select! {
         result = perform(arguments) => result,
         _ = terminate.recv() => Ok(()),
         _ = interrupt.recv() => Ok(()),
-    }
+        _ = hang_up.recv() => return Ok(()),
+    };
+    // So that the prompt begins a line of its own.
+    result.and_then(|()| say("\n"))
 }
 
 async fn perform(arguments: &DemoArguments) -> anyhow::Result<()> {
@@ -153,11 +159,8 @@ fn introduction(
         .enumerate()
         .map(|(n, (command, effect))| format!("  {}  {command:width$}   # {effect}\n", n + 1))
         .collect();
-    let without = if redis.is_some() {
-        ""
-    } else {
-        "No redis-server found: the weights are those of the config alone.\n"
-    };
+    let without =
+        if redis.is_some() { "" } else { "Without Redis the weights are those of the config alone.\n" };
     format!("{head}{lines}\n{without}metrics: {metrics}\n\n")
 }
 
@@ -169,18 +172,19 @@ async fn watch_shares(running: &Running, backends: &[SocketAddr]) -> anyhow::Res
     let mut history = std::collections::VecDeque::new();
     let mut drawn = false;
     loop {
-        history.push_back((Instant::now(), counts(running, backends)));
+        history.push_back((Instant::now(), counts(running, backends), refusals(running)));
         while history.len() > 1 && history[0].0.elapsed() > Duration::from_millis(1100) {
             history.pop_front();
         }
         let (before, now) = (&history[0].1, &history[history.len() - 1].1);
+        let refused = history[history.len() - 1].2 - history[0].2;
         let sessions: Vec<u64> =
             now.iter().zip(before).map(|(now, before)| now.saturating_sub(*before)).collect();
         let text = if in_place {
             let up = if drawn { format!("\x1b[{}A\x1b[J", backends.len() + 1) } else { String::new() };
-            format!("{up}{}", table(running, backends, &sessions))
+            format!("{up}{}", table(running, backends, &sessions, refused))
         } else {
-            line(backends, &sessions)
+            line(backends, &sessions, refused)
         };
         say(&text)?;
         drawn = true;
@@ -197,6 +201,10 @@ fn counts(running: &Running, backends: &[SocketAddr]) -> Vec<u64> {
     backends.iter().map(count).collect()
 }
 
+fn refusals(running: &Running) -> u64 {
+    running.observed.listeners.iter().map(|listener| listener.counters.sum(|c| &c.no_backend)).sum()
+}
+
 fn weight(running: &Running, backend: SocketAddr) -> String {
     let snapshot = running.observed.pools[0].cell.load();
     let text = backend.to_string();
@@ -204,22 +212,28 @@ fn weight(running: &Running, backend: SocketAddr) -> String {
     member.map_or_else(|| "-".to_owned(), |member| member.weight.to_string())
 }
 
-fn table(running: &Running, backends: &[SocketAddr], sessions: &[u64]) -> String {
+/// Every line fits into the terminal's width: one that wraps would not be drawn over.
+fn table(running: &Running, backends: &[SocketAddr], sessions: &[u64], refused: u64) -> String {
+    // A terminal that does not know its width says 0.
+    let width = tcgetwinsize(std::io::stdout()).map_or(0, |size| usize::from(size.ws_col));
+    let width = if width == 0 { 80 } else { width.max(20) } - 1;
     let total = sessions.iter().sum::<u64>();
-    let mut text = format!(
-        "{:8} {:18} {:>8}  share of the last second's {total} sessions\n",
+    let refused = if refused == 0 { String::new() } else { format!(", {refused} refused") };
+    let head = format!(
+        "{:8} {:18} {:>8}  share of the last second's {total}{refused}",
         "backend", "address", "weight"
     );
+    let mut lines = vec![head];
     for ((name, backend), count) in NAMES.iter().zip(backends).zip(sessions) {
         let share = share(*count, total);
         let bar = "█".repeat((share / 100.0 * BAR_CELLS).round() as usize);
         let (address, weight) = (backend.to_string(), weight(running, *backend));
-        text += &format!("{name:8} {address:18} {weight:>8}  {share:5.1} %  {bar}\n");
+        lines.push(format!("{name:8} {address:18} {weight:>8}  {share:5.1} %  {bar}"));
     }
-    text
+    lines.iter().flat_map(|line| line.chars().take(width).chain(['\n'])).collect()
 }
 
-fn line(backends: &[SocketAddr], sessions: &[u64]) -> String {
+fn line(backends: &[SocketAddr], sessions: &[u64], refused: u64) -> String {
     let total = sessions.iter().sum();
     let shares: Vec<String> = NAMES
         .iter()
@@ -227,7 +241,8 @@ fn line(backends: &[SocketAddr], sessions: &[u64]) -> String {
         .zip(sessions)
         .map(|((name, _), count)| format!("{name} {:.1} %", share(*count, total)))
         .collect();
-    format!("{} of {total} sessions\n", shares.join("  "))
+    let refused = if refused == 0 { String::new() } else { format!(", {refused} refused") };
+    format!("{} of {total} sessions{refused}\n", shares.join("  "))
 }
 
 fn share(count: u64, total: u64) -> f64 {

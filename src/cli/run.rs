@@ -14,6 +14,9 @@ use crate::config::{Config, Log, LogFormat, LogOutput};
 use crate::proxy::{self, Running};
 use crate::telemetry::log_sink::LogSink;
 
+/// Between two looks at whether the proxy has ended, once it was told to, and before.
+const FAST_LOOK: Duration = Duration::from_millis(20);
+const SLOW_LOOK: Duration = Duration::from_secs(1);
 /// How long the last log lines may take.
 const FLUSH_TIME: Duration = Duration::from_secs(2);
 
@@ -45,6 +48,7 @@ fn serve(config: &Config, sink: LogSink) -> anyhow::Result<()> {
     runtime.block_on(signals.obey(&running));
     let summary = running.join();
     info!(cut = summary.cut, "stopped");
+    anyhow::ensure!(!summary.failed, "a part of the proxy died: the log tells which");
     Ok(())
 }
 
@@ -100,7 +104,7 @@ impl Signals {
                 _ = self.hang_up.recv() => warn!("reload is not supported yet: restart to read the config again"),
                 _ = self.user2.recv() => warn!("handing over to a new binary is not supported yet"),
                 // A thread's end wakes nobody.
-                () = sleep(Duration::from_millis(20)), if told => {}
+                () = sleep(if told { FAST_LOOK } else { SLOW_LOOK }) => {}
             }
         }
     }

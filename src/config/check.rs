@@ -118,10 +118,17 @@ fn check(
 fn config(root: &Section<'_>) -> Config {
     let redis: Option<Redis> = root.has("redis").then(|| redis::redis(&root.section("redis", redis::REDIS)));
     let listeners = listeners::listeners(root);
-    let pools = pools::pools(root, redis.is_some());
+    let lua_section = root.section("lua_pick", redis::LUA_PICK);
+    let lua_pick = redis::lua_pick(&lua_section);
+    let asks_redis = redis.is_some() && lua_pick.enabled;
+    let least_deadline = (asks_redis && !lua_section.has("timeout")).then_some(redis::LUA_TIMEOUT);
+    let pools = pools::pools(root, redis.is_some(), least_deadline);
+    if asks_redis {
+        redis::check_lua_timeout(&lua_section, &lua_pick, &pools);
+    }
     Config {
         workers: process::workers(root),
-        lua_pick: redis::lua_pick(&root.section("lua_pick", redis::LUA_PICK)),
+        lua_pick,
         admin: root.has("admin").then(|| listeners.admin(&root.section("admin", listeners::ADMIN))).flatten(),
         log: process::log(&root.section("log", process::LOG)),
         shutdown: process::shutdown(&root.section("shutdown", process::SHUTDOWN)),

@@ -1,6 +1,6 @@
 //! What Statera is told to do, once it is known to be possible.
 //!
-//! Three steps, each in its own file: [`file`] reads what was written into a tree that still knows every key, [`check`]
+//! Three steps, each in its own file: `file` reads what was written into a tree that still knows every key, `check`
 //! turns the tree into a [`Config`] and collects *every* problem on the way, with its path, line, value and cure.
 //! A [`Config`] can run: nothing behind it validates again. The keys are CONTRACT's; each default is the one that a
 //! careful operator would choose.

@@ -11,12 +11,14 @@ use tokio::time::{Instant, sleep, timeout_at};
 use tracing::{debug, info, warn};
 
 use super::socket::{exhausted, ignore_new_handshakes};
-use crate::runtime::drain::Drain;
+use crate::runtime::drain::{Drain, Phase};
 use crate::telemetry::counters::ListenerCounters;
 
 /// Without a descriptor the next accept fails too, and the connection stays queued, so the socket stays readable: a
 /// loop without a pause would eat the core that could free descriptors.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(50);
+/// Sessions that were accepted wait for descriptors, which this socket's clients can do as well in the kernel's queue.
+const STARVED_PAUSE: Duration = Duration::from_millis(10);
 /// One line an outage, not one a pause.
 const EXHAUSTED_LOG_INTERVAL: Duration = Duration::from_secs(10);
 /// A listening socket that only ever fails is broken, and asking it again at once would eat the core. Single failures
@@ -27,7 +29,7 @@ const BATCH: u32 = 64;
 /// How long a handshake that was under way when the drain began may take: a round trip around the world.
 const HANDSHAKE_TIME: Duration = Duration::from_millis(300);
 
-/// Accepts until `drain` begins; then until all that the kernel took is accepted, and closes the socket.
+/// Accepts until `drain` begins, pausing while `is_starved`; then until all that the kernel took is accepted, and closes the socket.
 ///
 /// # Cancel safety
 /// Dropping the future closes the socket; connections that it had not accepted are reset by the kernel.
@@ -36,6 +38,7 @@ pub async fn run(
     name: &str,
     counters: &ListenerCounters,
     drain: &Drain,
+    is_starved: impl Fn() -> bool,
     on_connection: impl Fn(TcpStream, SocketAddr),
 ) {
     let mut exhausted_since: Option<Instant> = None;
@@ -45,6 +48,9 @@ pub async fn run(
     let mut accepted = 0u32;
     let mut failures = 0u32;
     loop {
+        while is_starved() && drain.phase() < Phase::Draining {
+            sleep(STARVED_PAUSE).await;
+        }
         let result = tokio::select! {
             biased;
             () = &mut draining => break,

@@ -92,7 +92,9 @@ pub fn tcp_keepalive(keepalive: Keepalive) -> TcpKeepalive {
         .with_retries(keepalive.probes.get())
 }
 
-fn explain(error: &io::Error) -> String {
+/// What the kernel said to a bind, and what to do about it.
+#[must_use]
+pub fn explain(error: &io::Error) -> String {
     let cure = match error.kind() {
         io::ErrorKind::AddrInUse => {
             "another program listens there (`ss -ltnp` names it): stop it, or bind elsewhere"

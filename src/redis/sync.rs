@@ -29,6 +29,14 @@ const REST_PER_MEMBER: Duration = Duration::from_micros(10);
 const LONGEST_REST: Duration = Duration::from_millis(100);
 /// Between two tries at a key that cannot be read.
 const REST_AFTER_REFUSAL: Duration = Duration::from_secs(1);
+/// A writer that flips between a good table and a bad one makes thousands of changes a second, each of them news.
+const LOG_WINDOW: Duration = Duration::from_secs(10);
+/// Reports of members left out in one window, of up to 11 lines each.
+const MOST_REPORTS: u32 = 1;
+/// Lines in one window that say how a key can be read: enough to see a fault, its cure and one more of both at once.
+const MOST_STATES: u32 = 4;
+/// Members named in one report.
+const MOST_NAMED: usize = 10;
 
 /// Which keys may have changed, set from the connection's reader.
 #[derive(Debug)]
@@ -100,15 +108,63 @@ pub(super) struct Syncer<'a> {
 }
 
 /// What is known of one pool's key.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 struct State {
     /// The newest snapshot is what Redis held when it was last read.
     in_step: bool,
     /// What was last said of it, so that it is said once.
     said: Option<Said>,
+    states: Pace,
+    /// The same of the members that were left out.
     rejected: Vec<Rejected>,
+    reports: Pace,
     rest_until: Option<Instant>,
 }
+
+impl State {
+    fn new() -> Self {
+        Self {
+            in_step: false,
+            said: None,
+            states: Pace::new(MOST_STATES),
+            rejected: Vec::new(),
+            reports: Pace::new(MOST_REPORTS),
+            rest_until: None,
+        }
+    }
+}
+
+/// Allows so many lines in each [`LOG_WINDOW`], and counts the others. What is held back is not lost: whoever asks
+/// compares with what was last *said*, so a later read says where it ended.
+#[derive(Clone, Debug)]
+struct Pace {
+    most: u32,
+    said: u32,
+    window_ends: Option<Instant>,
+    held_back: u64,
+}
+
+impl Pace {
+    fn new(most: u32) -> Self {
+        Self { most, said: 0, window_ends: None, held_back: 0 }
+    }
+
+    /// `None`: not now. Otherwise what was held back since the last time, for the line.
+    fn may_say(&mut self, now: Instant) -> Option<HeldBack> {
+        if self.window_ends.is_none_or(|ends| ends <= now) {
+            (self.window_ends, self.said) = (Some(now + LOG_WINDOW), 0);
+        }
+        if self.said >= self.most {
+            self.held_back += 1;
+            return None;
+        }
+        self.said += 1;
+        Some(Some(std::mem::take(&mut self.held_back)).filter(|count| *count > 0))
+    }
+}
+
+/// How many lines were not written; a field of a log line that is left out where there are none.
+type HeldBack = Option<u64>;
 
 #[derive(Clone, Debug, PartialEq)]
 enum Said {
@@ -123,7 +179,7 @@ impl<'a> Syncer<'a> {
         status: &'a RedisStatus,
         tables: &'a [TableStatus],
     ) -> Self {
-        Self { followed, on_empty, status, tables, states: vec![State::default(); followed.len()] }
+        Self { followed, on_empty, status, tables, states: vec![State::new(); followed.len()] }
     }
 
     /// Reads what may have changed and has rested. Returns when the next rest ends, if something still waits.
@@ -219,8 +275,8 @@ impl<'a> Syncer<'a> {
             Err(reason) => {
                 self.tables[place].failed_reads.add(1);
                 self.states[place].in_step = false;
-                if self.says(place, Some(Said::Refused(reason.clone()))) {
-                    error!(pool = %pool, key, reason, "cannot read the weights, keeping the last table");
+                if let Some((_, held_back)) = self.says(place, Some(Said::Refused(reason.clone()))) {
+                    error!(pool = %pool, key, reason, held_back, "cannot read the weights, keeping the last table");
                 }
                 Ok(None)
             }
@@ -231,21 +287,31 @@ impl<'a> Syncer<'a> {
         let Followed { pool, cell, key } = &self.followed[place];
         let Decoded { table, rejected } = decoded;
         self.tables[place].rejected_members.store(rejected.len() as u64, Relaxed);
-        if self.states[place].rejected != rejected {
-            for Rejected { member, reason } in rejected.iter().take(10) {
-                warn!(pool = %pool, key, member, %reason, "a member is left out");
+        let state = &mut self.states[place];
+        if state.rejected != rejected {
+            if rejected.is_empty() {
+                state.rejected = rejected;
+            } else if let Some(held_back) = state.reports.may_say(Instant::now()) {
+                for Rejected { member, reason } in rejected.iter().take(MOST_NAMED) {
+                    warn!(pool = %pool, key, member, %reason, "a member is left out");
+                }
+                if rejected.len() > MOST_NAMED || held_back.is_some() {
+                    let count = rejected.len().saturating_sub(MOST_NAMED);
+                    warn!(pool = %pool, key, count, held_back, "more members are left out");
+                }
+                state.rejected = rejected;
             }
-            if rejected.len() > 10 {
-                warn!(pool = %pool, key, count = rejected.len() - 10, "more members are left out");
-            }
-            self.states[place].rejected = rejected;
         }
-        self.states[place].in_step = true;
+        state.in_step = true;
         if table.is_empty() {
             return self.take_empty(place, table);
         }
-        if self.says(place, None) {
-            info!(pool = %pool, key, "the table can be read again");
+        match self.says(place, None) {
+            Some((Some(Said::Empty), held_back)) => {
+                info!(pool = %pool, key, held_back, "redis holds weights again");
+            }
+            Some((_, held_back)) => info!(pool = %pool, key, held_back, "the table can be read again"),
+            None => {}
         }
         let backends = table.members().len();
         if cell.publish(table) {
@@ -260,28 +326,31 @@ impl<'a> Syncer<'a> {
         match self.on_empty {
             OnEmpty::KeepLast => {
                 cell.confirm();
-                if news {
+                if let Some((_, held_back)) = news {
                     let origin = cell.load().origin;
                     warn!(
-                        pool = %pool, key, last = ?origin,
+                        pool = %pool, key, last = origin.name(), held_back,
                         "redis holds no weights, going on with the last table: ZADD members, or set redis.on_empty: refuse"
                     );
                 }
             }
             OnEmpty::Refuse => {
                 cell.publish(empty);
-                if news {
-                    error!(pool = %pool, key, "redis holds no weights, refusing sessions (redis.on_empty)");
+                if let Some((_, held_back)) = news {
+                    error!(pool = %pool, key, held_back, "redis holds no weights, refusing sessions (redis.on_empty)");
                 }
             }
         }
     }
 
-    /// Notes what is to be said of a pool. True if that is news.
-    fn says(&mut self, place: usize, said: Option<Said>) -> bool {
-        let news = self.states[place].said != said;
-        self.states[place].said = said;
-        news
+    /// `Some` if `said` is news of a pool and may be said now: then it is to be said, and this is what was said before.
+    fn says(&mut self, place: usize, said: Option<Said>) -> Option<(Option<Said>, HeldBack)> {
+        let state = &mut self.states[place];
+        if state.said == said {
+            return None;
+        }
+        let held_back = state.states.may_say(Instant::now())?;
+        Some((std::mem::replace(&mut state.said, said), held_back))
     }
 }
 
@@ -290,5 +359,44 @@ pub(super) async fn changed(changes: &Changes, rest_ends: Option<Instant>) {
     match rest_ends {
         Some(rest_ends) => drop(timeout_at(rest_ends, changes.noticed.notified()).await),
         None => changes.noticed.notified().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::balance::cell::Cell;
+    use std::sync::Arc;
+    use tokio::time::advance;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_window_has_its_lines_and_the_next_one_tells_what_was_held_back() {
+        let mut pace = Pace::new(2);
+        let mut says = || pace.may_say(Instant::now());
+        assert_eq!((says(), says(), says(), says()), (Some(None), Some(None), None, None));
+        advance(LOG_WINDOW - Duration::from_millis(1)).await;
+        assert_eq!(says(), None);
+        advance(Duration::from_millis(1)).await;
+        assert_eq!((says(), says(), says()), (Some(Some(3)), Some(None), None));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_state_in_which_flips_end_is_said_when_the_window_has_passed() {
+        let cell = Arc::new(Cell::new(Table::default(), 1));
+        let followed = [Followed { pool: "web".into(), cell, key: "servers".into() }];
+        let (status, tables) = (RedisStatus::default(), [TableStatus::default()]);
+        let mut syncer = Syncer::new(&followed, OnEmpty::KeepLast, &status, &tables);
+        let said = (0..1_000).filter(|flip| {
+            let state = (flip % 2 == 0).then_some(Said::Empty);
+            syncer.says(0, state).is_some()
+        });
+        assert_eq!(said.count(), MOST_STATES as usize);
+        // It ended in a good table, and the last line says so already.
+        assert_eq!(syncer.says(0, None), None);
+
+        assert_eq!(syncer.says(0, Some(Said::Empty)), None, "held back");
+        advance(LOG_WINDOW).await;
+        let news = syncer.says(0, Some(Said::Empty));
+        assert!(matches!(news, Some((None, Some(held_back))) if held_back > 400), "{news:?}");
     }
 }

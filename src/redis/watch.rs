@@ -166,9 +166,8 @@ impl Connection<'_> {
                 }
                 Err(error) => return Err(error),
             };
-            if rest_ends.is_none()
-                && let Some(over) = first_try_over.take()
-            {
+            // Whatever was found: a key that is refused now may be refused for hours.
+            if let Some(over) = first_try_over.take() {
                 over();
             }
             if lost.load(Relaxed) {

@@ -123,8 +123,10 @@ pub async fn relay(
         }
         _ => {}
     }
-    let timed_out = !matches!(ended, Ended::Finished | Ended::Reset(_));
-    if ended == Ended::Finished || (timed_out && !pair.holds_bytes()) {
+    // Silence ends a session cleanly only where nothing says that somebody was cut short: nothing waits, and the backend
+    // did not still owe the answer to a request that had ended.
+    let silent = matches!(ended, Ended::IdleTimeout | Ended::HalfCloseTimeout(Side::Client));
+    if ended == Ended::Finished || (silent && !pair.holds_bytes()) {
         pair.client.finish();
         pair.backend.finish();
     }

@@ -1,104 +1,200 @@
 //! Keeps the addresses of backends that are DNS names up to date, so that no session ever waits for a resolver.
 //!
-//! A name that fails to resolve keeps the addresses that it had; one that never resolved has no share of its pool. The
-//! system's resolver tells no time to live, so names are asked for again at a fixed pace.
+//! A name that fails to resolve keeps the addresses that it had; one that never resolved has no share of its pool, and
+//! while a table has nothing else, the backends before stand in (`balance/snapshot.rs`). The system's resolver tells no
+//! time to live, so names are asked for again at a fixed pace. Names wait for each other neither in being looked up nor
+//! in being used: each has its own time, and a dead one must not hold back its neighbours.
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::future::{Future, poll_fn};
+use std::net::{SocketAddr, ToSocketAddrs as _};
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
-use tokio::net::lookup_host;
-use tokio::task::JoinSet;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::sync::Semaphore;
+use tokio::task::{JoinSet, spawn_blocking};
+use tokio::time::{Instant, sleep_until, timeout};
 use tracing::{info, warn};
 
-use super::backoff::jittered;
-use crate::balance::Address;
+use super::backoff::{Backoff, jittered};
 use crate::balance::backend::Backend;
 use crate::balance::pool::Pool;
+use crate::balance::{Address, BackendId};
 
 /// Between two looks at a name. Container platforms move a name within seconds of a restart.
 const INTERVAL: Duration = Duration::from_secs(5);
+/// After the first failure; then it doubles up to `INTERVAL`. New tables do not hasten it: a table that changes a
+/// thousand times a second must not ask a thousand times for a name that nobody knows.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// The system's resolver itself gives up after 5 s a server by default.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(6);
-/// Each runs on a thread of its own.
-const LOOKUPS_AT_ONCE: usize = 8;
+/// Between two looks at what is due, and between two snapshots made for names that resolved: each takes up to half a
+/// millisecond in a table of 10,000.
+const PACE: Duration = Duration::from_millis(50);
+
+/// Each lookup has a thread for as long as the system's library takes, which may be longer than anyone waits for it.
+/// The bounds are the whole process's; together they are far below the 512 threads that tokio allows.
+static PLACES: Semaphore = Semaphore::const_new(96);
+/// Names that failed the last time have fewer places, of their own: they are those that take long.
+static PLACES_OF_FAILING: Semaphore = Semaphore::const_new(32);
 
 /// The names of one pool.
 #[derive(Debug)]
 pub struct Names {
     pool: Arc<Pool>,
-    /// Those that do not resolve, and why: each is logged once for each new reason, not once for each look.
-    failing: HashMap<Arc<str>, String>,
+    known: HashMap<BackendId, Known>,
+    lookups: JoinSet<(Arc<Backend>, Answer)>,
+    /// When the earliest of `known` is due.
+    next_look: Option<Instant>,
+    /// Set while the snapshot lacks a backend that was resolved.
+    refresh_at: Option<Instant>,
+    refreshed: Instant,
+}
+
+/// Addresses, or why there are none.
+type Answer = Result<Vec<SocketAddr>, String>;
+
+/// What is known of one name.
+#[derive(Debug)]
+struct Known {
+    due: Instant,
+    is_running: bool,
+    /// Why it does not resolve: logged once for each new reason, not once for each look.
+    error: Option<String>,
+    backoff: Backoff,
+}
+
+/// Looks at the names of all pools until each has been answered, also at those of tables that come meanwhile. Cancel
+/// safe: `run` goes on with what is under way.
+pub async fn settle(pools: &mut [Names]) {
+    let mut open: Vec<_> = pools.iter_mut().map(|names| Box::pin(names.settle())).collect();
+    poll_fn(|context| {
+        open.retain_mut(|settles| settles.as_mut().poll(context).is_pending());
+        if open.is_empty() { Poll::Ready(()) } else { Poll::Pending }
+    })
+    .await;
 }
 
 impl Names {
     /// Not looked at yet.
     #[must_use]
     pub fn new(pool: Arc<Pool>) -> Self {
-        Self { pool, failing: HashMap::new() }
-    }
-
-    /// Resolves them once, for a start. Cancel safe.
-    pub async fn resolve_all(&mut self) {
-        resolve(&self.pool, true, &mut self.failing).await;
+        Self {
+            pool,
+            known: HashMap::new(),
+            lookups: JoinSet::new(),
+            next_look: None,
+            refresh_at: None,
+            refreshed: Instant::now() - PACE,
+        }
     }
 
     /// Resolves them again and again. Never ends.
     pub async fn run(mut self) {
+        self.look();
         loop {
-            self.resolve_all().await;
-            let next_round = Instant::now() + jittered(INTERVAL);
-            while timeout_at(next_round, self.pool.cell.published()).await.is_ok() {
-                resolve(&self.pool, false, &mut self.failing).await;
+            self.step().await;
+        }
+    }
+
+    async fn settle(&mut self) {
+        self.look();
+        while !self.lookups.is_empty() || self.refresh_at.is_some() {
+            self.step().await;
+        }
+    }
+
+    /// Waits for one event and does what it asks for. Cancel safe.
+    async fn step(&mut self) {
+        let (next_look, refresh_at) = (self.next_look, self.refresh_at);
+        tokio::select! {
+            // The clocks come first: a storm of new tables must not keep them from their turn.
+            biased;
+            () = at(refresh_at) => self.refresh(),
+            () = at(next_look) => self.look(),
+            Some(done) = self.lookups.join_next() => {
+                if let Ok((backend, result)) = done {
+                    self.take(&backend, result);
+                }
+            }
+            () = self.pool.cell.published() => self.look(),
+        }
+    }
+
+    /// Begins to look up all names that are due, or new in the table.
+    fn look(&mut self) {
+        let now = Instant::now();
+        let snapshot = self.pool.cell.load();
+        let names = snapshot.members().iter().map(|member| &member.backend).filter(|b| is_name(b));
+        let mut gone = std::mem::take(&mut self.known);
+        for backend in names {
+            let mut known = gone.remove(backend.id()).unwrap_or_else(|| Known {
+                due: now,
+                is_running: false,
+                error: None,
+                backoff: Backoff::new(FIRST_PAUSE, INTERVAL),
+            });
+            // A backend that left the table and came back has lost its addresses.
+            let is_new = known.error.is_none() && !backend.is_reachable();
+            if !known.is_running && (is_new || known.due <= now) {
+                known.is_running = true;
+                let places = if known.error.is_some() { &PLACES_OF_FAILING } else { &PLACES };
+                self.lookups.spawn(look_up(Arc::clone(backend), places));
+            }
+            self.known.insert(backend.id().clone(), known);
+        }
+        let waiting = self.known.values().filter(|known| !known.is_running);
+        self.next_look = waiting.map(|known| known.due.max(now + PACE)).min();
+        // A name that comes and goes with every other table has its pauses nevertheless.
+        gone.retain(|_, known| known.is_running || known.due + INTERVAL > now);
+        self.known.extend(gone);
+    }
+
+    /// A lookup has ended.
+    fn take(&mut self, backend: &Backend, result: Answer) {
+        let now = Instant::now();
+        let Some(known) = self.known.get_mut(backend.id()) else { return };
+        known.is_running = false;
+        let (pool, name) = (&self.pool.name, backend.id());
+        match result {
+            Ok(addresses) => {
+                if known.error.take().is_some() {
+                    info!(%pool, backend = %name, ?addresses, "the name resolves again");
+                }
+                known.backoff.reset();
+                known.due = now + jittered(INTERVAL);
+                if backend.set_resolved(addresses) {
+                    self.refresh_at.get_or_insert(self.refreshed + PACE);
+                }
+            }
+            Err(error) => {
+                known.due = now + known.backoff.pause();
+                if known.error.as_ref() != Some(&error) {
+                    warn!(
+                        %pool, backend = %name, error, keeps_last_addresses = backend.is_reachable(),
+                        "the backend's name does not resolve: check its spelling and this machine's resolver"
+                    );
+                    known.error = Some(error);
+                }
             }
         }
+        let due = known.due.max(now + PACE);
+        self.next_look = Some(self.next_look.map_or(due, |other| other.min(due)));
+    }
+
+    fn refresh(&mut self) {
+        self.pool.cell.refresh();
+        self.refresh_at = None;
+        self.refreshed = Instant::now();
     }
 }
 
-/// Resolves all names of a pool, or only the new ones, and refreshes its snapshot if that made a backend reachable.
-async fn resolve(pool: &Pool, all: bool, failing: &mut HashMap<Arc<str>, String>) {
-    let names: Vec<Arc<Backend>> = {
-        let snapshot = pool.cell.load();
-        let members = snapshot.members().iter().map(|member| &member.backend);
-        members.filter(|b| is_name(b) && (all || !b.is_reachable())).cloned().collect()
-    };
-    let mut became_reachable = false;
-    let mut names = names.into_iter();
-    let mut lookups = JoinSet::new();
-    loop {
-        while lookups.len() < LOOKUPS_AT_ONCE
-            && let Some(backend) = names.next()
-        {
-            lookups.spawn(async move {
-                let result = look_up(&backend).await;
-                (backend, result)
-            });
-        }
-        let Some(done) = lookups.join_next().await else { break };
-        let Ok((backend, result)) = done else { continue };
-        let name: Arc<str> = backend.id().as_str().into();
-        match result {
-            Ok(addresses) => {
-                if failing.remove(&name).is_some() {
-                    info!(pool = %pool.name, backend = %name, ?addresses, "the name resolves again");
-                }
-                became_reachable |= backend.set_resolved(addresses);
-            }
-            Err(error) => {
-                if failing.insert(Arc::clone(&name), error.clone()).as_ref() != Some(&error) {
-                    let kept = backend.is_reachable();
-                    warn!(
-                        pool = %pool.name, backend = %name, error, keeps_last_addresses = kept,
-                        "the backend's name does not resolve: check its spelling and this machine's resolver"
-                    );
-                }
-            }
-        }
-    }
-    if became_reachable {
-        pool.cell.refresh();
+/// Never, where there is no time.
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => sleep_until(time).await,
+        None => std::future::pending().await,
     }
 }
 
@@ -106,14 +202,132 @@ fn is_name(backend: &Backend) -> bool {
     matches!(backend.id().address(), Address::Name { .. })
 }
 
-async fn look_up(backend: &Backend) -> Result<Vec<SocketAddr>, String> {
-    let Address::Name { host, port } = backend.id().address() else { return Ok(Vec::new()) };
-    match timeout(LOOKUP_TIMEOUT, lookup_host((&**host, *port))).await {
-        Ok(Ok(addresses)) => {
-            let addresses: Vec<_> = addresses.collect();
-            if addresses.is_empty() { Err("it has no address".to_owned()) } else { Ok(addresses) }
-        }
-        Ok(Err(error)) => Err(error.to_string()),
+async fn look_up(backend: Arc<Backend>, places: &'static Semaphore) -> (Arc<Backend>, Answer) {
+    let Address::Name { host, port } = backend.id().address() else { return (backend, Ok(Vec::new())) };
+    let (host, port) = (Arc::clone(host), *port);
+    let place = places.acquire().await;
+    let asked = spawn_blocking(move || {
+        // Kept by the thread: a lookup that is no longer waited for still has one.
+        let _place = place;
+        let addresses = (&*host, port).to_socket_addrs();
+        addresses.map(Iterator::collect::<Vec<_>>)
+    });
+    let result = match timeout(LOOKUP_TIMEOUT, asked).await {
+        Ok(Ok(Ok(addresses))) if addresses.is_empty() => Err("it has no address".to_owned()),
+        Ok(Ok(Ok(addresses))) => Ok(addresses),
+        Ok(Ok(Err(error))) => Err(error.to_string()),
+        Ok(Err(_)) => Err("the lookup was given up".to_owned()),
         Err(_) => Err("the resolver did not answer in time".to_owned()),
+    };
+    (backend, result)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::balance::{Balance, Table, Weight};
+    use tokio::time::advance;
+
+    fn table(members: &[(&str, f64)]) -> Table {
+        let member = |(text, weight): &(&str, f64)| {
+            (text.parse().expect("an address"), Weight::new(*weight).expect("a weight"))
+        };
+        Table::new(members.iter().map(member).collect())
+    }
+
+    fn names(members: &[(&str, f64)]) -> Names {
+        let pool = Pool::new("web".into(), 0, Balance::WeightedRandom, table(members), None, 1);
+        Names::new(Arc::new(pool))
+    }
+
+    /// How many lookups were begun. They are dropped before they do anything: no resolver is asked.
+    async fn begun(names: &mut Names) -> usize {
+        let lookups = std::mem::take(&mut names.lookups);
+        let count = lookups.len();
+        drop(lookups);
+        tokio::task::yield_now().await;
+        count
+    }
+
+    fn backend(names: &Names, id: &str) -> Arc<Backend> {
+        names.pool.cell.registry().get_or_create(&id.parse().expect("an address"))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_thousand_tables_do_not_ask_again_for_a_name_that_failed() {
+        let mut names = names(&[("dead.test:80", 1.0)]);
+        let dead = backend(&names, "dead.test:80");
+        names.look();
+        assert_eq!(begun(&mut names).await, 1);
+        names.look();
+        assert_eq!(begun(&mut names).await, 0, "it is under way");
+        let mut pauses = Vec::new();
+        for _ in 0..5 {
+            names.take(&dead, Err("nobody knows it".to_owned()));
+            let (failed, mut weight) = (Instant::now(), 1.0);
+            while begun(&mut names).await == 0 {
+                advance(Duration::from_millis(10)).await;
+                weight += 1.0;
+                // Away and back, too.
+                names.pool.cell.publish(table(&[("10.0.0.1:80", weight)]));
+                names.look();
+                names.pool.cell.publish(table(&[("10.0.0.1:80", weight), ("dead.test:80", 1.0)]));
+                names.look();
+            }
+            pauses.push(failed.elapsed());
+        }
+        for (pause, longest) in pauses.iter().zip([1, 2, 4, 5, 5]) {
+            let longest = Duration::from_secs(longest);
+            assert!(*pause >= longest / 2 && *pause <= longest + PACE, "{pauses:?}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn new_tables_do_not_keep_a_name_from_its_next_look() {
+        let mut names = names(&[("good.test:80", 1.0)]);
+        let good = backend(&names, "good.test:80");
+        names.look();
+        assert_eq!(begun(&mut names).await, 1);
+        names.take(&good, Ok(vec!["10.0.0.1:80".parse().expect("an address")]));
+        let answered = Instant::now();
+        let mut weight = 1.0;
+        while begun(&mut names).await == 0 {
+            assert!(answered.elapsed() < 2 * INTERVAL, "never looked at again");
+            weight += 1.0;
+            names.pool.cell.publish(table(&[("good.test:80", weight)]));
+            names.step().await;
+            advance(Duration::from_millis(10)).await;
+        }
+        assert!(answered.elapsed() >= INTERVAL.mul_f64(0.9), "{:?}", answered.elapsed());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_name_that_resolves_is_used_while_others_are_still_waited_for() {
+        let dead: Vec<String> = (0..80).map(|i| format!("dead{i}.test:80")).collect();
+        let mut members: Vec<(&str, f64)> = dead.iter().map(|name| (&**name, 1.0)).collect();
+        members.push(("good.test:80", 1.0));
+        let mut names = names(&members);
+        names.look();
+        assert!(PLACES.available_permits() > 80, "all are looked up at once");
+        let good = backend(&names, "good.test:80");
+        let picked = |names: &Names| names.pool.cell.load().pick(7, &[]).map(|m| m.backend.id().to_string());
+        assert_eq!(picked(&names), None);
+        names.take(&good, Ok(vec!["10.0.0.1:80".parse().expect("an address")]));
+        names.step().await;
+        assert_eq!(picked(&names), Some("good.test:80".to_owned()));
+        assert_eq!(begun(&mut names).await, 81);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_name_that_left_and_came_back_is_looked_up_at_once() {
+        let mut names = names(&[("a.test:80", 1.0)]);
+        names.look();
+        assert_eq!(begun(&mut names).await, 1);
+        names.take(&backend(&names, "a.test:80"), Ok(vec!["10.0.0.1:80".parse().expect("an address")]));
+        names.pool.cell.publish(table(&[("10.0.0.1:80", 1.0)]));
+        names.look();
+        names.pool.cell.publish(table(&[("a.test:80", 1.0)]));
+        names.look();
+        assert_eq!(begun(&mut names).await, 1);
     }
 }

@@ -9,7 +9,8 @@ use std::thread::{self, JoinHandle};
 
 use tokio::net::TcpListener;
 use tokio::runtime::{Builder, LocalOptions, LocalRuntime};
-use tokio::task::spawn_local;
+use tokio::sync::mpsc;
+use tokio::task::{JoinSet, spawn_local};
 
 use super::drain::Drain;
 use crate::balance::pool::Pool;
@@ -44,24 +45,46 @@ pub struct Shared {
     pub drain: Drain,
 }
 
-/// Starts the thread. It ends when the drain has begun and no session is left, or when sessions are cut; it returns
-/// how many were.
+/// A worker's end, sent however it ends.
+#[derive(Debug)]
+pub struct Ended {
+    tell: mpsc::UnboundedSender<Option<u64>>,
+    cut: Option<u64>,
+}
+
+impl Ended {
+    /// Tells `tell` how many sessions were cut, or `None` if the worker died.
+    #[must_use]
+    pub fn new(tell: mpsc::UnboundedSender<Option<u64>>) -> Self {
+        Self { tell, cut: None }
+    }
+}
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        // Nobody listens once the control plane has died.
+        let _ = self.tell.send(self.cut);
+    }
+}
+
+/// Starts the thread. It ends when the drain has begun and no session is left, or when sessions are cut, and says so
+/// through `ended`.
 ///
 /// # Errors
 /// No thread, or no epoll descriptor.
-pub fn spawn(id: WorkerId, doors: Vec<Door>, shared: Shared) -> io::Result<JoinHandle<u64>> {
+pub fn spawn(id: WorkerId, doors: Vec<Door>, shared: Shared, ended: Ended) -> io::Result<JoinHandle<()>> {
     let (started, has_started) = sync_channel(1);
     let thread = thread::Builder::new().name(format!("statera-{}", id.0)).spawn(move || {
+        let mut ended = ended;
         // Made on the thread that drives it: it cannot be sent there.
         match Builder::new_current_thread().enable_io().enable_time().build_local(LocalOptions::default()) {
             Ok(runtime) => {
                 // `spawn` waits for this.
                 let _ = started.send(Ok(()));
-                run(runtime, id, doors, &shared)
+                ended.cut = Some(run(runtime, id, doors, &shared));
             }
             Err(error) => {
                 let _ = started.send(Err(error));
-                0
             }
         }
     })?;
@@ -91,14 +114,15 @@ async fn serve(worker: &Rc<Worker>, doors: Vec<Door>, drain: &Drain) -> u64 {
             }
         });
     }
-    let accepting: Vec<_> = doors
-        .into_iter()
-        .map(|door| spawn_local(accept_at(door, Rc::clone(worker), drain.clone())))
-        .collect();
+    let mut accepting = JoinSet::new();
+    for door in doors {
+        accepting.spawn_local(accept_at(door, Rc::clone(worker), drain.clone()));
+    }
     let finished = async {
-        for task in accepting {
-            if let Err(error) = task.await {
-                tracing::error!(%error, "an accept loop died");
+        while let Some(ended) = accepting.join_next().await {
+            if let Err(error) = ended {
+                // A defect of ours. The control plane sees this worker end before the drain, and starts it.
+                return tracing::error!(%error, "an accept loop died");
             }
         }
         worker.idle().await;
@@ -121,9 +145,9 @@ async fn accept_at(door: Door, worker: Rc<Worker>, drain: Drain) {
         }
     };
     let context = Rc::new(Context { worker, listener, pool, settings });
-    let id = context.worker.id;
-    accept::run(socket, &counters.name, counters.counters.of(id), &drain, |stream, client| {
-        spawn_local(session::serve(stream, client, Rc::clone(&context)));
-    })
-    .await;
+    let worker = &context.worker;
+    let on_connection =
+        |stream, client| drop(spawn_local(session::serve(stream, client, Rc::clone(&context))));
+    let counted = counters.counters.of(worker.id);
+    accept::run(socket, &counters.name, counted, &drain, || worker.is_starved(), on_connection).await;
 }

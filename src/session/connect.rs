@@ -3,19 +3,24 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::sync::LazyLock;
+use std::path::Path;
+use std::sync::{Arc, LazyLock};
+use std::time::Duration;
 
 use socket2::SockRef;
 use tokio::net::{TcpSocket, UnixStream};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep, timeout_at};
 use tracing::debug;
 
-use super::Context;
 use super::report::{CloseReason, Report};
+use super::{Context, Worker};
 use crate::balance::backend::{Backend, Endpoint};
 use crate::config::Keepalive;
 use crate::listen::socket::{exhausted, tcp_keepalive};
 use crate::relay::Stream;
+
+/// Between two tries where a descriptor, or a place in a unix socket's queue, may become free at any moment.
+const RETRY_PAUSE: Duration = Duration::from_millis(10);
 
 /// Why one attempt failed.
 #[derive(Debug, thiserror::Error)]
@@ -29,8 +34,12 @@ enum ConnectError {
     Failed(io::Error),
     #[error("the kernel connected the socket to itself: nothing listens on that port of this machine")]
     ToItself,
-    /// Ours, not the backend's: the next attempt would fail too.
-    #[error("no local port or descriptor left: {0}")]
+    /// Ours, but only towards this address: every destination has local ports of its own, and IPv4 has addresses where
+    /// IPv6 has none.
+    #[error("no local port or address for a connection there: {0}")]
+    NoLocalPort(io::Error),
+    /// Ours: no backend can be reached without a descriptor.
+    #[error("no descriptor or memory left: {0}")]
     Exhausted(io::Error),
 }
 
@@ -47,6 +56,7 @@ pub(super) async fn connect(context: &Context, report: &mut Report) -> Result<St
     let begun = Instant::now();
     let deadline = begun + settings.deadline;
     let mut tried = Vec::new();
+    let mut failed: Option<Arc<Backend>> = None;
     let mut reason = CloseReason::NoBackend;
 
     for attempt in 0..settings.attempts.get() {
@@ -54,14 +64,16 @@ pub(super) async fn connect(context: &Context, report: &mut Report) -> Result<St
         let pick = context.pool.pick(&tried, context.worker.random(), asked).await;
         report.queue_time += asked.elapsed();
         let Some(pick) = pick else { break };
-        let backend = pick.backend.clone();
+        if let Some(failed) = failed.take() {
+            failed.counters.of(context.worker.id).retries.add(1);
+        }
+        let backend = Arc::clone(&pick.backend);
         report.retries = attempt;
         report.picked(pick);
 
         let started = Instant::now();
-        let result =
-            connect_once(&backend, (started + settings.timeout).min(deadline), context.settings.keepalive)
-                .await;
+        let keepalive = context.settings.keepalive;
+        let result = connect_to(&backend, settings.timeout, deadline, keepalive, &context.worker).await;
         report.connect_time = begun.elapsed().saturating_sub(report.queue_time);
         let error = match result {
             Ok(stream) => {
@@ -71,44 +83,71 @@ pub(super) async fn connect(context: &Context, report: &mut Report) -> Result<St
             Err(error) => error,
         };
 
-        let counters = backend.counters.of(context.worker.id);
         debug!(pool = %context.pool.name, backend = %backend.id(), %error, "connect failed");
-        reason = match error {
-            ConnectError::Exhausted(error) => {
-                context.worker.warn_exhausted(&error);
-                return Err(CloseReason::Exhausted);
+        reason = match &error {
+            ConnectError::Exhausted(error) | ConnectError::NoLocalPort(error) => {
+                context.worker.warn_exhausted(&backend, error);
+                CloseReason::Exhausted
             }
             ConnectError::TimedOut => CloseReason::ConnectTimeout,
             _ => CloseReason::ConnectFailed,
         };
-        counters.connect_failures.add(1);
-        if Instant::now() >= deadline {
+        if reason != CloseReason::Exhausted {
+            backend.counters.of(context.worker.id).connect_failures.add(1);
+        }
+        if matches!(error, ConnectError::Exhausted(_)) || Instant::now() >= deadline {
             break;
         }
-        if attempt + 1 < settings.attempts.get() {
-            counters.retries.add(1);
-            tried.push(backend.id().clone());
-        }
+        tried.push(backend.id().clone());
+        failed = Some(backend);
     }
     Err(reason)
 }
 
-async fn connect_once(
+/// One attempt: all addresses of a backend's name in turn, each with its part of `limit`. Where only a descriptor is
+/// missing it is waited for, until `deadline`: another backend would need one too.
+async fn connect_to(
     backend: &Backend,
+    limit: Duration,
     deadline: Instant,
     keepalive: Keepalive,
+    worker: &Worker,
 ) -> Result<Stream, ConnectError> {
-    let connecting = async {
-        match backend.endpoint() {
-            None => Err(ConnectError::Unresolved),
-            Some(Endpoint::Tcp(address)) => connect_tcp(address, keepalive).await,
-            Some(Endpoint::Unix(path)) => Ok(UnixStream::connect(path).await.map_err(classify)?.into()),
-        }
-    };
-    timeout_at(deadline, connecting).await.unwrap_or(Err(ConnectError::TimedOut))
+    let (mut turn, endpoints) = (backend.next_turn(), backend.endpoints());
+    let limit = limit / u32::try_from(endpoints.max(1)).unwrap_or(u32::MAX);
+    let mut error = ConnectError::Unresolved;
+    let mut left = endpoints;
+    while let Some(endpoint) = backend.endpoint(turn).filter(|_| left > 0) {
+        let until = (Instant::now() + limit).min(deadline);
+        error = match timeout_at(until, open(&endpoint, keepalive))
+            .await
+            .unwrap_or(Err(ConnectError::TimedOut))
+        {
+            Ok(stream) => return Ok(stream),
+            Err(ConnectError::Exhausted(error)) => {
+                worker.starve();
+                if Instant::now() + RETRY_PAUSE >= deadline {
+                    return Err(ConnectError::Exhausted(error));
+                }
+                sleep(RETRY_PAUSE).await;
+                continue;
+            }
+            Err(error) => error,
+        };
+        turn = turn.wrapping_add(1);
+        left -= 1;
+    }
+    Err(error)
 }
 
-async fn connect_tcp(address: SocketAddr, keepalive: Keepalive) -> Result<Stream, ConnectError> {
+async fn open(endpoint: &Endpoint, keepalive: Keepalive) -> Result<Stream, ConnectError> {
+    match endpoint {
+        Endpoint::Tcp(address) => open_tcp(*address, keepalive).await,
+        Endpoint::Unix(path) => open_unix(path).await,
+    }
+}
+
+async fn open_tcp(address: SocketAddr, keepalive: Keepalive) -> Result<Stream, ConnectError> {
     let socket =
         if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }.map_err(classify)?;
     socket.set_nodelay(true).map_err(classify)?;
@@ -122,6 +161,17 @@ async fn connect_tcp(address: SocketAddr, keepalive: Keepalive) -> Result<Stream
     Ok(stream.into())
 }
 
+/// A unix socket whose queue is full says so at once, where TCP would send its handshake again: so it is asked again.
+async fn open_unix(path: &Path) -> Result<Stream, ConnectError> {
+    loop {
+        match UnixStream::connect(path).await {
+            Ok(stream) => return Ok(stream.into()),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => sleep(RETRY_PAUSE).await,
+            Err(error) => return Err(classify(error)),
+        }
+    }
+}
+
 /// The lowest port that the kernel chooses for outgoing connections by itself; 0 if it does not say.
 static FIRST_LOCAL_PORT: LazyLock<u16> = LazyLock::new(|| {
     std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range")
@@ -131,11 +181,10 @@ static FIRST_LOCAL_PORT: LazyLock<u16> = LazyLock::new(|| {
 });
 
 fn classify(error: io::Error) -> ConnectError {
-    if exhausted(&error) || error.kind() == io::ErrorKind::AddrNotAvailable {
-        ConnectError::Exhausted(error)
-    } else if error.kind() == io::ErrorKind::TimedOut {
-        ConnectError::TimedOut
-    } else {
-        ConnectError::Failed(error)
+    match error.kind() {
+        _ if exhausted(&error) => ConnectError::Exhausted(error),
+        io::ErrorKind::AddrNotAvailable => ConnectError::NoLocalPort(error),
+        io::ErrorKind::TimedOut => ConnectError::TimedOut,
+        _ => ConnectError::Failed(error),
     }
 }

@@ -155,6 +155,13 @@ impl Report {
         }
     }
 
+    fn term(&self) -> &'static str {
+        match self.reason {
+            CloseReason::Shutdown if !self.connected => "KC",
+            reason => reason.term(),
+        }
+    }
+
     pub(super) fn close(&mut self, reason: CloseReason) {
         self.reason = reason;
     }
@@ -191,7 +198,7 @@ impl Drop for Report {
                 bytes_in: self.bytes_in,
                 bytes_out: self.bytes_out,
                 close_reason: self.reason.name(),
-                term: self.reason.term(),
+                term: self.term(),
             });
         }
         worker.session_closed();

@@ -10,12 +10,16 @@ use tokio::time::Instant;
 use tracing::warn;
 
 use super::report::SessionCounters;
+use crate::balance::backend::Backend;
+use crate::listen::socket::exhausted;
 use crate::relay::{self, Buffer};
 use crate::telemetry::access_log::AccessLog;
 use crate::telemetry::counters::{PerWorker, WorkerId};
 
 /// One line an outage, not one a session.
 const EXHAUSTED_LOG_INTERVAL: Duration = Duration::from_secs(10);
+/// Sessions that lack a descriptor ask again every 10 ms.
+const STARVED_TIME: Duration = Duration::from_millis(30);
 
 /// One thread's own things.
 #[derive(Debug)]
@@ -32,6 +36,8 @@ pub struct Worker {
     active: Cell<u64>,
     became_idle: Notify,
     exhausted_logged: Cell<Option<Instant>>,
+    /// When a session last lacked a descriptor.
+    starved: Cell<Option<Instant>>,
 }
 
 impl Worker {
@@ -51,6 +57,7 @@ impl Worker {
             active: Cell::new(0),
             became_idle: Notify::new(),
             exhausted_logged: Cell::new(None),
+            starved: Cell::new(None),
         }
     }
 
@@ -82,15 +89,27 @@ impl Worker {
         self.rng.borrow_mut().u64(..)
     }
 
-    pub(super) fn warn_exhausted(&self, error: &io::Error) {
+    /// A session lacks a descriptor for its backend.
+    pub(super) fn starve(&self) {
+        self.starved.set(Some(Instant::now()));
+    }
+
+    /// True while sessions that were accepted lack descriptors: accepting more would take the next ones from them.
+    #[must_use]
+    pub fn is_starved(&self) -> bool {
+        self.starved.get().is_some_and(|since| since.elapsed() < STARVED_TIME)
+    }
+
+    pub(super) fn warn_exhausted(&self, backend: &Backend, error: &io::Error) {
         let now = Instant::now();
         if self.exhausted_logged.get().is_none_or(|logged| now - logged >= EXHAUSTED_LOG_INTERVAL) {
             self.exhausted_logged.set(Some(now));
-            warn!(
-                %error,
-                "no local port or descriptor left for a backend connection: raise `ulimit -n` (LimitNOFILE), widen \
-                 net.ipv4.ip_local_port_range or add backends"
-            );
+            let cure = if exhausted(error) {
+                "raise `ulimit -n` (LimitNOFILE)"
+            } else {
+                "widen net.ipv4.ip_local_port_range or add backends; for an IPv6 backend, check that IPv6 is on"
+            };
+            warn!(backend = %backend.id(), %error, cure, "nothing left on this machine for a backend connection");
         }
     }
 }

@@ -5,7 +5,6 @@
 //! ask for no token, since a prober has none.
 
 use std::collections::VecDeque;
-use std::io;
 use std::net::TcpListener as StdListener;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -28,6 +27,7 @@ use tracing::{debug, warn};
 
 use super::prometheus::{self, Observed};
 use crate::config::{Admin, Secret};
+use crate::listen::socket::explain;
 use crate::runtime::drain::{Drain, Phase};
 
 const MOST_CONNECTIONS: usize = 256;
@@ -49,10 +49,10 @@ pub struct AdminState {
 
 /// The address cannot be listened on.
 #[derive(Debug, thiserror::Error)]
-#[error("admin.bind: {address}: {source}: stop what listens there, or bind elsewhere")]
+#[error("admin.bind: {address}: {reason}")]
 pub struct AdminBindError {
     address: std::net::SocketAddr,
-    source: io::Error,
+    reason: String,
 }
 
 /// Binds the admin address.
@@ -64,7 +64,7 @@ pub fn bind(admin: &Admin) -> Result<StdListener, AdminBindError> {
         listener.set_nonblocking(true)?;
         Ok(listener)
     });
-    bound.map_err(|source| AdminBindError { address: admin.bind, source })
+    bound.map_err(|error| AdminBindError { address: admin.bind, reason: explain(&error) })
 }
 
 /// Serves until it is dropped.

@@ -58,11 +58,23 @@ fn bind(listener: &Section<'_>, taken: &mut Taken) -> Vec<SocketAddr> {
     }
     let cure = "an IP address and a port are needed, like \"0.0.0.0:8080\" or \"[::]:8080\"";
     let addresses = fields.iter().filter_map(|field| {
-        let address = field.parsed::<SocketAddr>(cure)?;
+        let address = unmapped(field.parsed::<SocketAddr>(cure)?, field)?;
         taken.take(address, field);
         Some(address)
     });
     addresses.collect()
+}
+
+/// Statera's sockets for IPv6 leave IPv4 alone, so that `[::]` and 0.0.0.0 can stand beside each other; the kernel then
+/// refuses an IPv4 address in IPv6 dress.
+fn unmapped(address: SocketAddr, field: &Field<'_>) -> Option<SocketAddr> {
+    let canonical = address.ip().to_canonical();
+    if canonical != address.ip() {
+        let canonical = SocketAddr::new(canonical, address.port());
+        field.refuse(format_args!("an IPv4 address in IPv6 notation: write \"{canonical}\""));
+        return None;
+    }
+    Some(address)
 }
 
 /// Names only: a pool with mistakes in it is still the one that was meant.
@@ -96,7 +108,7 @@ impl Listeners {
         };
         let token = section.field("token_file").and_then(|field| secret_file::read(&field));
         let bind = bind?;
-        if !bind.ip().to_canonical().is_loopback() && !section.has("token_file") {
+        if !bind.ip().is_loopback() && !section.has("token_file") {
             let cure = "others can reach this address: write token_file beside it, or use 127.0.0.1";
             section.field("bind").inspect(|field| field.refuse(cure));
         }
@@ -110,6 +122,7 @@ impl Listeners {
         }
         let address =
             field.parsed::<SocketAddr>("an IP address and a port are needed, like \"127.0.0.1:9901\"")?;
+        let address = unmapped(address, field)?;
         self.taken.refuse_clash(address, field);
         Some(address)
     }
@@ -119,7 +132,7 @@ impl Listeners {
 #[derive(Default)]
 struct Taken {
     exact: HashMap<SocketAddr, String>,
-    /// 0.0.0.0 and [::], which take the port on every address of their family. Listeners set IPV6_V6ONLY, so [::] leaves
+    /// 0.0.0.0 and `[::]`, which take the port on every address of their family. Listeners set IPV6_V6ONLY, so `[::]` leaves
     /// IPv4 alone.
     wildcards: HashMap<(bool, u16), String>,
     /// Any address of the family on this port.

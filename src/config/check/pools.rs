@@ -41,12 +41,16 @@ const KEEPALIVE_MAX: Duration = Duration::from_secs(32_767);
 const PROBES_MAX: u64 = 127;
 const WEIGHTS_KEY_MAX_BYTES: usize = 1024;
 
-pub(super) fn pools(root: &Section<'_>, has_redis: bool) -> Vec<Pool> {
+/// `least_deadline` is what `lua_pick.timeout` takes of a session's time where nobody wrote it.
+pub(super) fn pools(root: &Section<'_>, has_redis: bool, least_deadline: Option<Duration>) -> Vec<Pool> {
     let Some(section) = named_section(root, "pools", "write at least one pool") else { return Vec::new() };
-    section.entries().map(|(name, field)| pool(name, &Section::open(field, POOL), has_redis)).collect()
+    let pools = section
+        .entries()
+        .map(|(name, field)| pool(name, &Section::open(field, POOL), has_redis, least_deadline));
+    pools.collect()
 }
 
-fn pool(name: &str, section: &Section<'_>, has_redis: bool) -> Pool {
+fn pool(name: &str, section: &Section<'_>, has_redis: bool, least_deadline: Option<Duration>) -> Pool {
     let balances =
         [("weighted_random", Balance::WeightedRandom), ("weighted_round_robin", Balance::WeightedRoundRobin)];
     let later = ["least_conn", "source_hash"];
@@ -55,7 +59,7 @@ fn pool(name: &str, section: &Section<'_>, has_redis: bool) -> Pool {
         weights_key: weights_key(name, section),
         backends: backends(section, has_redis),
         balance: section.choice("balance", &balances, &later, Balance::WeightedRandom),
-        connect: connect(&section.section("connect", CONNECT)),
+        connect: connect(&section.section("connect", CONNECT), least_deadline),
         idle_timeout: section.limit("idle_timeout", Duration::from_secs(60 * 60)),
         half_close_timeout: section.interval("half_close_timeout", Duration::from_secs(30)),
         keepalive: keepalive(&section.section("keepalive", KEEPALIVE)),
@@ -102,12 +106,21 @@ fn weight(field: &Field<'_>) -> Option<Weight> {
     weight.inspect_err(|_| field.refuse("a weight is a finite number of at least 0")).ok()
 }
 
-fn connect(section: &Section<'_>) -> Connect {
-    Connect {
+fn connect(section: &Section<'_>, least_deadline: Option<Duration>) -> Connect {
+    let connect = Connect {
         timeout: section.interval("timeout", Duration::from_secs(1)),
         attempts: non_zero_u32(section.integer("attempts", 1..=ATTEMPTS_MAX, 3)),
         deadline: section.interval("deadline", Duration::from_secs(3)),
+    };
+    if let Some(least) = least_deadline.filter(|least| connect.deadline <= *least)
+        && let Some(field) = section.field("deadline")
+    {
+        let least = humantime::format_duration(least);
+        field.refuse(format_args!(
+            "no time would be left after Redis was asked to pick: write more than lua_pick.timeout, {least}, or lower that"
+        ));
     }
+    connect
 }
 
 fn keepalive(section: &Section<'_>) -> Keepalive {

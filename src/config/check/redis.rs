@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use super::redis_url::{self, RedisUrl};
 use super::{non_zero_usize, secret_file};
-use crate::config::decode::{Keys, Section};
-use crate::config::{LuaPick, OnEmpty, Redis, RedisAddress, Secret, Watch};
+use crate::config::decode::{Keys, Section, path_of_key};
+use crate::config::{LuaPick, OnEmpty, Pool, Redis, RedisAddress, Secret, Watch};
 
 pub(super) const REDIS: Keys = Keys {
     now: &[
@@ -28,6 +28,10 @@ pub(super) const REDIS: Keys = Keys {
 pub(super) const LUA_PICK: Keys = Keys { now: &["enabled", "timeout", "max_in_flight"], later: &[] };
 
 const SECOND: Duration = Duration::from_secs(1);
+/// The kernel counts TCP_USER_TIMEOUT, which is the sum of two of these, in milliseconds of a C int: 24 days.
+const WAIT_MAX: Duration = Duration::from_secs(60 * 60);
+/// What `lua_pick.timeout` is where it is left out.
+pub(super) const LUA_TIMEOUT: Duration = Duration::from_millis(50);
 /// Each waiting session holds a place in the queue of one connection.
 const IN_FLIGHT_MAX: u64 = 65_536;
 
@@ -42,11 +46,11 @@ pub(super) fn redis(section: &Section<'_>) -> Redis {
         password: password_beside(section, password),
         watch: section.choice("watch", &watches, &["tracking"], Watch::Auto),
         manage_notifications: section.flag("manage_notifications", false),
-        heartbeat_interval: section.interval("heartbeat_interval", SECOND),
+        heartbeat_interval: section.interval_up_to(WAIT_MAX, "heartbeat_interval", SECOND),
         resync_interval: section.interval("resync_interval", Duration::from_secs(15)),
-        poll_interval: section.interval("poll_interval", SECOND),
-        connect_timeout: section.interval("connect_timeout", SECOND),
-        response_timeout: section.interval("response_timeout", SECOND),
+        poll_interval: section.interval_up_to(WAIT_MAX, "poll_interval", SECOND),
+        connect_timeout: section.interval_up_to(WAIT_MAX, "connect_timeout", SECOND),
+        response_timeout: section.interval_up_to(WAIT_MAX, "response_timeout", SECOND),
         max_stale: section.interval("max_stale", Duration::from_secs(5)),
         on_empty: section.choice("on_empty", &meanings, &[], OnEmpty::KeepLast),
     };
@@ -97,11 +101,16 @@ fn password_beside(section: &Section<'_>, from_url: Option<Secret>) -> Option<Se
     }
 }
 
-/// A healthy snapshot is confirmed once per beat, so it would go stale between two of them.
+/// A healthy snapshot is confirmed once per beat, or once per poll, so it would go stale between two of them. `auto` may
+/// become either, whenever someone changes the server's settings.
 fn check_max_stale(section: &Section<'_>, redis: &Redis) {
+    let poll = ("poll_interval", redis.poll_interval);
+    let heartbeat = ("heartbeat_interval", redis.heartbeat_interval);
     let (key, interval) = match redis.watch {
-        Watch::Poll => ("poll_interval", redis.poll_interval),
-        Watch::Auto | Watch::Notifications => ("heartbeat_interval", redis.heartbeat_interval),
+        Watch::Poll => poll,
+        Watch::Notifications => heartbeat,
+        Watch::Auto if redis.poll_interval > redis.heartbeat_interval => poll,
+        Watch::Auto => heartbeat,
     };
     if redis.max_stale > interval {
         return;
@@ -124,7 +133,20 @@ fn shown(duration: Duration) -> humantime::FormattedDuration {
 pub(super) fn lua_pick(section: &Section<'_>) -> LuaPick {
     LuaPick {
         enabled: section.flag("enabled", true),
-        timeout: section.interval("timeout", Duration::from_millis(50)),
+        timeout: section.interval("timeout", LUA_TIMEOUT),
         max_in_flight: non_zero_usize(section.integer("max_in_flight", 1..=IN_FLIGHT_MAX, 64)),
+    }
+}
+
+/// A session whose pick takes all of its pool's deadline could not connect any more. Says so where the timeout was
+/// written; where it was left out, the deadline is the odd one, and `pools.rs` says so there.
+pub(super) fn check_lua_timeout(section: &Section<'_>, lua_pick: &LuaPick, pools: &[Pool]) {
+    let Some(field) = section.field("timeout").filter(|_| lua_pick.enabled) else { return };
+    let hastiest = pools.iter().min_by_key(|pool| pool.connect.deadline);
+    if let Some(Pool { name, connect, .. }) = hastiest.filter(|p| p.connect.deadline <= lua_pick.timeout) {
+        let (path, deadline) = (path_of_key("pools", name), shown(connect.deadline));
+        field.refuse(format_args!(
+            "no time would be left to connect: write less than {path}.connect.deadline, {deadline}, or raise that"
+        ));
     }
 }

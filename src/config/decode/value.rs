@@ -104,8 +104,8 @@ impl<'a> Field<'a> {
         None
     }
 
-    /// `150ms`, `5s`, `1h`; at least `least`.
-    pub(in crate::config) fn duration(&self, least: Duration) -> Option<Duration> {
+    /// `150ms`, `5s`, `1h`; in `range`.
+    pub(in crate::config) fn duration(&self, range: &RangeInclusive<Duration>) -> Option<Duration> {
         let text = match self.node {
             Node::Text(text) => text,
             Node::Broken => return None,
@@ -120,10 +120,15 @@ impl<'a> Field<'a> {
         };
         match parse_duration(text) {
             Err(cure) => self.refuse(cure),
-            Ok(value) if value < least => {
-                self.refuse(format_args!("at least {} is needed", humantime::format_duration(least)));
+            Ok(value) if value < *range.start() => {
+                let least = humantime::format_duration(*range.start());
+                self.refuse(format_args!("at least {least} is needed"));
             }
             Ok(value) if value > DURATION_MAX => self.refuse("at most 365 days are possible"),
+            Ok(value) if value > *range.end() => {
+                let most = humantime::format_duration(*range.end());
+                self.refuse(format_args!("at most {most} is possible"));
+            }
             Ok(value) => return Some(value),
         }
         None
@@ -179,12 +184,19 @@ impl Section<'_> {
 
     /// More than zero.
     pub(in crate::config) fn interval(&self, key: &str, default: Duration) -> Duration {
-        self.field(key).and_then(|field| field.duration(Duration::from_millis(1))).unwrap_or(default)
+        self.interval_up_to(DURATION_MAX, key, default)
+    }
+
+    /// More than zero, and at most `most`.
+    pub(in crate::config) fn interval_up_to(&self, most: Duration, key: &str, default: Duration) -> Duration {
+        let range = Duration::from_millis(1)..=most;
+        self.field(key).and_then(|field| field.duration(&range)).unwrap_or(default)
     }
 
     /// Zero is a duration, too.
     pub(in crate::config) fn duration(&self, key: &str, default: Duration) -> Duration {
-        self.field(key).and_then(|field| field.duration(Duration::ZERO)).unwrap_or(default)
+        let range = Duration::ZERO..=DURATION_MAX;
+        self.field(key).and_then(|field| field.duration(&range)).unwrap_or(default)
     }
 
     /// `0s` is off.
