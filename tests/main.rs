@@ -15,6 +15,7 @@ mod names;
 mod real_programs;
 mod redis_sync;
 mod relay;
+mod relay_bulk;
 mod shutdown;
 mod storm;
 mod support;

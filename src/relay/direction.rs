@@ -1,33 +1,64 @@
 //! One direction of a session: bytes from one socket to the other, waiting in nobody's memory.
 //!
-//! What is there moves through a buffer that the worker owns; only what the other side would not take is parked in a
-//! buffer of the direction's own, and nothing more is read until that is gone. So an idle session holds no buffer, a
-//! slow reader holds back a fast writer, and a direction never holds more than one worker buffer's worth.
+//! It begins by copying: what is there moves through a buffer that the worker owns, and only what the target would not
+//! take is parked in a buffer of the direction's own. A direction that keeps filling the worker's buffer is bulk, and goes
+//! over to `splice(2)`: the kernel moves pages through a pooled pipe, and what the target would not take waits there.
+//! Nothing more is read until what waits is gone. So an idle session holds neither buffer nor pipe, a slow reader holds
+//! back a fast writer, and what a direction holds is bounded by one buffer or one pipe.
 
 use std::task::{Context, Poll, ready};
 
+use super::Buffers;
+use super::pipe::Pipe;
 use super::stream::Stream;
 
 /// Bytes that one poll may move before the other sessions of the worker get their turn: some 100 µs of copying.
 const BUDGET_BYTES: usize = 512 * 1024;
+/// Full buffers in a row that make a direction bulk. An answer of 64 KiB costs less copied than through a pipe.
+const BULK_READS: u8 = 2;
+/// A splice of less is no bulk: copying it takes two system calls, moving it through a pipe three.
+const SMALL_SPLICE_BYTES: usize = 32 * 1024;
+/// Small ones in a row that make a direction copy again.
+const SMALL_SPLICES: u8 = 4;
 
 /// The state of one direction.
 #[derive(Debug, Default)]
 pub(super) struct Direction {
-    /// What the target would not take, and how much of it went since.
-    parked: Option<Box<[u8]>>,
-    parked_start: usize,
+    waiting: Waiting,
     state: State,
+    way: Way,
+    /// Reads in a row that speak for the other way.
+    streak: u8,
+}
+
+/// What was read and not yet taken by the target.
+#[derive(Debug, Default)]
+enum Waiting {
+    #[default]
+    Nothing,
+    Parked {
+        bytes: Box<[u8]>,
+        /// How much of it has gone.
+        start: usize,
+    },
+    Piped(Pipe),
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum State {
     #[default]
     Open,
-    /// The source has ended; parked bytes may still wait.
+    /// The source has ended; bytes may still wait.
     SourceEnded,
     /// Everything was passed on, or the target is gone.
     Done,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Way {
+    #[default]
+    Copy,
+    Splice,
 }
 
 /// Which socket of a direction failed. Why does not matter: to the other side it is a reset either way.
@@ -49,12 +80,12 @@ impl Direction {
         cx: &mut Context<'_>,
         source: &mut Stream,
         target: &mut Stream,
-        buffer: &mut [u8],
+        buffers: &Buffers,
         mut moved: impl FnMut(u64),
     ) -> Poll<Result<(), Broken>> {
         let mut budget = BUDGET_BYTES;
         loop {
-            ready!(self.poll_parked(cx, target, &mut moved))?;
+            ready!(self.poll_waiting(cx, target, buffers, &mut moved))?;
             if self.state != State::Open {
                 self.state = State::Done;
                 return Poll::Ready(Ok(()));
@@ -63,14 +94,67 @@ impl Direction {
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
             }
-            let read = ready!(source.poll_read(cx, buffer)).map_err(|_| Broken::Source)?;
-            if read == 0 {
-                self.state = State::SourceEnded;
-                continue;
+            let read = match self.way {
+                Way::Copy => ready!(self.poll_copy(cx, source, target, buffers, &mut moved))?,
+                Way::Splice => ready!(self.poll_splice(cx, source, buffers))?,
+            };
+            match read {
+                Some(0) => self.state = State::SourceEnded,
+                Some(read) => budget = budget.saturating_sub(read),
+                // The way has changed.
+                None => {}
             }
-            budget = budget.saturating_sub(read);
-            self.write_or_park(cx, target, &buffer[..read], &mut moved)?;
         }
+    }
+
+    /// Reads once into the worker's buffer, and writes what the target takes. `Some(0)`: the source has ended.
+    fn poll_copy(
+        &mut self,
+        cx: &mut Context<'_>,
+        source: &mut Stream,
+        target: &mut Stream,
+        buffers: &Buffers,
+        moved: &mut impl FnMut(u64),
+    ) -> Poll<Result<Option<usize>, Broken>> {
+        let mut buffer = buffers.copy.borrow_mut();
+        let read = ready!(source.poll_read(cx, &mut buffer)).map_err(|_| Broken::Source)?;
+        self.streak = if read == buffer.len() { self.streak + 1 } else { 0 };
+        if self.streak >= BULK_READS && source.can_splice() && target.can_splice() {
+            (self.way, self.streak) = (Way::Splice, 0);
+        }
+        self.streak = self.streak.min(BULK_READS);
+        self.write_or_park(cx, target, &buffer[..read], moved)?;
+        Poll::Ready(Ok(Some(read)))
+    }
+
+    /// Moves what the source has into a pipe. `Some(0)`: the source has ended; `None`: bytes are to be copied again.
+    fn poll_splice(
+        &mut self,
+        cx: &mut Context<'_>,
+        source: &mut Stream,
+        buffers: &Buffers,
+    ) -> Poll<Result<Option<usize>, Broken>> {
+        let Some(mut pipe) = buffers.pipes.take() else {
+            (self.way, self.streak) = (Way::Copy, 0);
+            return Poll::Ready(Ok(None));
+        };
+        let read = match source.poll_fill(cx, &mut pipe) {
+            Poll::Ready(Ok(read)) => read,
+            other => {
+                buffers.pipes.give_back(pipe);
+                return other.map(|result| result.map(Some).map_err(|_| Broken::Source));
+            }
+        };
+        self.streak = if read < SMALL_SPLICE_BYTES { self.streak + 1 } else { 0 };
+        if self.streak >= SMALL_SPLICES {
+            (self.way, self.streak) = (Way::Copy, 0);
+        }
+        if read == 0 {
+            buffers.pipes.give_back(pipe)
+        } else {
+            self.waiting = Waiting::Piped(pipe)
+        }
+        Poll::Ready(Ok(Some(read)))
     }
 
     fn write_or_park(
@@ -82,15 +166,13 @@ impl Direction {
     ) -> Result<(), Broken> {
         while !bytes.is_empty() {
             match target.poll_write(cx, bytes) {
-                Poll::Ready(Ok(0)) => return Err(Broken::Target),
+                Poll::Ready(Ok(0) | Err(_)) => return Err(Broken::Target),
                 Poll::Ready(Ok(written)) => {
                     moved(written as u64);
                     bytes = &bytes[written..];
                 }
-                Poll::Ready(Err(_)) => return Err(Broken::Target),
                 Poll::Pending => {
-                    self.parked = Some(bytes.into());
-                    self.parked_start = 0;
+                    self.waiting = Waiting::Parked { bytes: bytes.into(), start: 0 };
                     break;
                 }
             }
@@ -98,30 +180,43 @@ impl Direction {
         Ok(())
     }
 
-    fn poll_parked(
+    /// Ready once nothing waits.
+    fn poll_waiting(
         &mut self,
         cx: &mut Context<'_>,
         target: &mut Stream,
+        buffers: &Buffers,
         moved: &mut impl FnMut(u64),
     ) -> Poll<Result<(), Broken>> {
-        while let Some(parked) = &self.parked {
-            match ready!(target.poll_write(cx, &parked[self.parked_start..])) {
-                Ok(0) | Err(_) => return Poll::Ready(Err(Broken::Target)),
-                Ok(written) => {
-                    moved(written as u64);
-                    self.parked_start += written;
+        loop {
+            let (written, left) = match &mut self.waiting {
+                Waiting::Nothing => return Poll::Ready(Ok(())),
+                Waiting::Parked { bytes, start } => {
+                    let written =
+                        ready!(target.poll_write(cx, &bytes[*start..])).map_err(|_| Broken::Target)?;
+                    *start += written;
+                    (written, bytes.len() - *start)
                 }
+                Waiting::Piped(pipe) => {
+                    let written = ready!(target.poll_empty(cx, pipe)).map_err(|_| Broken::Target)?;
+                    (written, pipe.held_bytes)
+                }
+            };
+            if written == 0 {
+                return Poll::Ready(Err(Broken::Target));
             }
-            if self.parked_start == parked.len() {
-                self.parked = None;
+            moved(written as u64);
+            if left == 0
+                && let Waiting::Piped(pipe) = std::mem::take(&mut self.waiting)
+            {
+                buffers.pipes.give_back(pipe);
             }
         }
-        Poll::Ready(Ok(()))
     }
 
     /// Stops, because the target is gone: nothing more will move.
     pub(super) fn abandon(&mut self) {
-        self.parked = None;
+        self.waiting = Waiting::Nothing;
         self.state = State::Done;
     }
 
@@ -131,6 +226,6 @@ impl Direction {
 
     /// True while bytes wait that were read and not yet taken.
     pub(super) fn holds_bytes(&self) -> bool {
-        self.parked.is_some()
+        !matches!(self.waiting, Waiting::Nothing)
     }
 }

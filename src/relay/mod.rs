@@ -1,45 +1,72 @@
 //! Copies bytes both ways between a client and a backend until both have ended, one fails, or neither speaks.
 //!
-//! It knows nothing of pools or weights: two [`Stream`]s, their [`Limits`], the worker's buffer and a [`Meter`].
+//! It knows nothing of pools or weights: two [`Stream`]s, their [`Limits`], what the worker's sessions [`Shared`] and a [`Meter`].
 //! Half-close, reset, silence and shutdown mean the same on every path; `tests/relay.rs` holds the paths to that.
 
 mod direction;
 mod idle;
+mod pipe;
 mod stream;
 
 pub use stream::Stream;
 
 use std::cell::RefCell;
 use std::future::poll_fn;
-use std::pin::pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use tokio::time::sleep;
+use socket2::TcpKeepalive;
 
 use self::direction::{Broken, Direction};
-use self::idle::Idle;
+pub use self::idle::IdleClock;
+use self::pipe::Pipes;
 use crate::telemetry::counters::Counter;
 
-/// The worker's buffer: one for all its sessions, borrowed only while bytes move.
-pub type Buffer = RefCell<Box<[u8]>>;
+/// What all sessions of a worker share.
+#[derive(Debug)]
+pub struct Shared {
+    buffers: Buffers,
+    /// Must be run for timeouts to fire.
+    pub clock: IdleClock,
+}
+
+impl Shared {
+    /// `shortest_limit`: of all that any session will have.
+    #[must_use]
+    pub fn new(shortest_limit: Duration) -> Self {
+        Self { buffers: Buffers::default(), clock: IdleClock::new(shortest_limit) }
+    }
+}
+
+/// What is lent to the sessions whose bytes are just moving.
+#[derive(Debug)]
+struct Buffers {
+    /// Bytes are copied through it.
+    copy: RefCell<Box<[u8]>>,
+    /// Bulk is spliced through them.
+    pipes: Pipes,
+}
 
 /// Large enough to empty a default receive buffer in two reads, small enough to stay in a core's second-level cache.
 const BUFFER_BYTES: usize = 64 * 1024;
 
-/// Makes a worker's buffer.
-#[must_use]
-pub fn buffer() -> Buffer {
-    RefCell::new(vec![0; BUFFER_BYTES].into())
+impl Default for Buffers {
+    fn default() -> Self {
+        Self { copy: RefCell::new(vec![0; BUFFER_BYTES].into()), pipes: Pipes::default() }
+    }
 }
 
-/// How long a session may be silent.
-#[derive(Clone, Copy, Debug)]
+/// How long a session may be silent, and how its backend is watched meanwhile.
+#[derive(Clone, Debug)]
 pub struct Limits {
     /// While both halves are open; `None`: for ever.
     pub idle: Option<Duration>,
     /// Once one half is closed.
     pub half_closed: Duration,
+    /// How the backend is asked whether it still lives; the client's socket has inherited its own from the listening one.
+    pub keepalive: TcpKeepalive,
+    /// Before this, a session is not worth the four system calls that keepalive costs: most end sooner.
+    pub settle_time: Duration,
 }
 
 /// Where the bytes of one session are counted.
@@ -85,11 +112,10 @@ pub enum Ended {
 pub async fn relay(
     client: &mut Stream,
     backend: &mut Stream,
-    limits: Limits,
-    buffer: &Buffer,
+    limits: &Limits,
+    shared: &Shared,
     mut meter: Meter<'_>,
 ) -> Ended {
-    let timer = pin!(sleep(limits.idle.unwrap_or(limits.half_closed)));
     let mut pair = Pair {
         client,
         backend,
@@ -97,19 +123,29 @@ pub async fn relay(
         to_client: Direction::default(),
         broken: None,
     };
-    let mut idle = Idle::new(timer);
+    let mut idle = shared.clock.enter(limits.settle_time);
     let ended = poll_fn(|cx| {
         let progress = *meter.to_backend + *meter.to_client;
         let was_open = pair.is_open();
-        if let Poll::Ready(ended) = pair.poll(cx, &mut buffer.borrow_mut(), &mut meter) {
+        if let Poll::Ready(ended) = pair.poll(cx, &shared.buffers, &mut meter) {
             return Poll::Ready(ended);
         }
         let is_open = pair.is_open();
         if *meter.to_backend + *meter.to_client != progress || is_open != was_open {
             idle.touch();
         }
+        if idle.settles() {
+            pair.backend.keep_alive(&limits.keepalive);
+        }
+        let stalled = pair.holds_bytes();
+        if stalled
+            && idle.looks()
+            && let Some(side) = pair.broken_source()
+        {
+            return Poll::Ready(Ended::Reset(side));
+        }
         let limit = if is_open { limits.idle } else { Some(limits.half_closed) };
-        ready!(idle.poll_expired(cx, limit));
+        ready!(idle.poll_expired(cx, limit, stalled));
         Poll::Ready(if is_open { Ended::IdleTimeout } else { Ended::HalfCloseTimeout(pair.awaited()) })
     })
     .await;
@@ -144,15 +180,15 @@ struct Pair<'a> {
 }
 
 impl Pair<'_> {
-    fn poll(&mut self, cx: &mut Context<'_>, buffer: &mut [u8], meter: &mut Meter<'_>) -> Poll<Ended> {
-        let to_backend = self.poll_towards(Side::Backend, cx, buffer, |bytes| {
+    fn poll(&mut self, cx: &mut Context<'_>, buffers: &Buffers, meter: &mut Meter<'_>) -> Poll<Ended> {
+        let to_backend = self.poll_towards(Side::Backend, cx, buffers, |bytes| {
             *meter.to_backend += bytes;
             meter.sent.add(bytes);
         });
         if let Some(ended) = to_backend {
             return Poll::Ready(ended);
         }
-        let to_client = self.poll_towards(Side::Client, cx, buffer, |bytes| {
+        let to_client = self.poll_towards(Side::Client, cx, buffers, |bytes| {
             *meter.to_client += bytes;
             meter.received.add(bytes);
         });
@@ -172,7 +208,7 @@ impl Pair<'_> {
         &mut self,
         target_side: Side,
         cx: &mut Context<'_>,
-        buffer: &mut [u8],
+        buffers: &Buffers,
         moved: impl FnMut(u64),
     ) -> Option<Ended> {
         let (direction, opposite, source, source_side, target) = match target_side {
@@ -186,7 +222,7 @@ impl Pair<'_> {
         if direction.is_done() {
             return None;
         }
-        match direction.poll_move(cx, source, target, buffer, moved) {
+        match direction.poll_move(cx, source, target, buffers, moved) {
             Poll::Pending => {}
             Poll::Ready(Err(Broken::Source)) => return Some(Ended::Reset(source_side)),
             Poll::Ready(Err(Broken::Target)) => {
@@ -213,6 +249,17 @@ impl Pair<'_> {
     /// Bytes were read that the other side has not taken.
     fn holds_bytes(&self) -> bool {
         self.to_backend.holds_bytes() || self.to_client.holds_bytes()
+    }
+
+    /// A side that was reset while nobody reads it, because its last bytes still wait for the other side.
+    fn broken_source(&self) -> Option<Side> {
+        if self.to_backend.holds_bytes() && self.client.is_broken() {
+            Some(Side::Client)
+        } else if self.to_client.holds_bytes() && self.backend.is_broken() {
+            Some(Side::Backend)
+        } else {
+            None
+        }
     }
 
     /// Whose bytes a half-closed session still waits for.

@@ -6,13 +6,19 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use socket2::SockRef;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use rustix::pipe::{SpliceFlags, splice};
+use socket2::{SockRef, TcpKeepalive};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::{Instant, sleep};
 
+use super::pipe::Pipe;
+
 /// Between two looks at a socket whose bytes are under way.
 const LONGEST_LOOK_INTERVAL: Duration = Duration::from_millis(50);
+
+/// Pages are moved, not copied, where they can be.
+const SPLICE_FLAGS: SpliceFlags = SpliceFlags::MOVE.union(SpliceFlags::NONBLOCK);
 
 /// A connected socket.
 ///
@@ -58,6 +64,69 @@ impl Stream {
         match &mut self.socket {
             Socket::Tcp(socket) => Pin::new(socket).poll_write(cx, bytes),
             Socket::Unix(socket) => Pin::new(socket).poll_write(cx, bytes),
+        }
+    }
+
+    /// True if the connection was reset or broke, however much it still has to be read.
+    pub(super) fn is_broken(&self) -> bool {
+        let Socket::Tcp(socket) = &self.socket else { return false };
+        let mut watched = [PollFd::new(socket, PollFlags::empty())];
+        poll(&mut watched, Some(&Timespec::default())).is_ok()
+            && watched[0].revents().contains(PollFlags::ERR)
+    }
+
+    /// Lets the kernel find out whether the peer still lives.
+    pub(super) fn keep_alive(&self, keepalive: &TcpKeepalive) {
+        if let Socket::Tcp(socket) = &self.socket {
+            // A socket that takes no option is dead already, and the next read says so.
+            let _ = SockRef::from(socket).set_tcp_keepalive(keepalive);
+        }
+    }
+
+    /// True where the kernel can move pages in and out of a pipe.
+    pub(super) fn can_splice(&self) -> bool {
+        matches!(self.socket, Socket::Tcp(_))
+    }
+
+    /// Moves what the socket has into `pipe`, which is empty; 0 is the end.
+    pub(super) fn poll_fill(&mut self, cx: &mut Context<'_>, pipe: &mut Pipe) -> Poll<io::Result<usize>> {
+        let Socket::Tcp(socket) = &self.socket else {
+            return Poll::Ready(Err(io::ErrorKind::Unsupported.into()));
+        };
+        // Only an empty pipe is filled: with bytes inside, EAGAIN might mean "pipe full", and clearing the readiness to
+        // read for that would lose the wake-up for good.
+        debug_assert_eq!(pipe.held_bytes, 0);
+        loop {
+            ready!(socket.poll_read_ready(cx))?;
+            let fill = || Ok(splice(socket, None, &pipe.writer, None, pipe.capacity_bytes, SPLICE_FLAGS)?);
+            match socket.try_io(Interest::READABLE, fill) {
+                Ok(read) => {
+                    pipe.held_bytes = read;
+                    return Poll::Ready(Ok(read));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+        }
+    }
+
+    /// Moves what the socket takes out of `pipe`, which is not empty.
+    pub(super) fn poll_empty(&mut self, cx: &mut Context<'_>, pipe: &mut Pipe) -> Poll<io::Result<usize>> {
+        let Socket::Tcp(socket) = &self.socket else {
+            return Poll::Ready(Err(io::ErrorKind::Unsupported.into()));
+        };
+        loop {
+            ready!(socket.poll_write_ready(cx))?;
+            // The pipe has bytes, so EAGAIN can only mean that the socket is full.
+            let empty = || Ok(splice(&pipe.reader, None, socket, None, pipe.held_bytes, SPLICE_FLAGS)?);
+            match socket.try_io(Interest::WRITABLE, empty) {
+                Ok(written) => {
+                    pipe.held_bytes -= written;
+                    return Poll::Ready(Ok(written));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Poll::Ready(Err(error)),
+            }
         }
     }
 

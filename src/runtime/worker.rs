@@ -6,6 +6,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use tokio::net::TcpListener;
 use tokio::runtime::{Builder, LocalOptions, LocalRuntime};
@@ -94,7 +95,10 @@ pub fn spawn(id: WorkerId, doors: Vec<Door>, shared: Shared, ended: Ended) -> io
 
 fn run(runtime: LocalRuntime, id: WorkerId, doors: Vec<Door>, shared: &Shared) -> u64 {
     let access_log = shared.access_log.as_ref().map(|(format, sink)| AccessLog::new(*format, sink.clone()));
-    let worker = Rc::new(Worker::new(id, access_log, Arc::clone(&shared.sessions)));
+    let limits = doors.iter().map(|door| &door.settings.limits);
+    let shortest = limits.map(|limits| limits.half_closed.min(limits.idle.unwrap_or(Duration::MAX))).min();
+    let worker =
+        Rc::new(Worker::new(id, shortest.unwrap_or(Duration::MAX), access_log, Arc::clone(&shared.sessions)));
     let cut = runtime.block_on(serve(&worker, doors, &shared.drain));
     // Sessions that are left end here: their futures are dropped, which resets and reports them.
     drop(runtime);
@@ -114,6 +118,8 @@ async fn serve(worker: &Rc<Worker>, doors: Vec<Door>, drain: &Drain) -> u64 {
             }
         });
     }
+    let clock = Rc::clone(worker);
+    spawn_local(async move { clock.relay.clock.run().await });
     let mut accepting = JoinSet::new();
     for door in doors {
         accepting.spawn_local(accept_at(door, Rc::clone(worker), drain.clone()));

@@ -7,16 +7,17 @@ use std::path::Path;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
-use socket2::SockRef;
-use tokio::net::{TcpSocket, UnixStream};
+use rustix::io::Errno;
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+use tokio::io::Interest;
+use tokio::net::{TcpStream, UnixStream};
 use tokio::time::{Instant, sleep, timeout_at};
 use tracing::debug;
 
 use super::report::{CloseReason, Report};
 use super::{Context, Worker};
 use crate::balance::backend::{Backend, Endpoint};
-use crate::config::Keepalive;
-use crate::listen::socket::{exhausted, tcp_keepalive};
+use crate::listen::socket::exhausted;
 use crate::relay::Stream;
 
 /// Between two tries where a descriptor, or a place in a unix socket's queue, may become free at any moment.
@@ -72,8 +73,7 @@ pub(super) async fn connect(context: &Context, report: &mut Report) -> Result<St
         report.picked(pick);
 
         let started = Instant::now();
-        let keepalive = context.settings.keepalive;
-        let result = connect_to(&backend, settings.timeout, deadline, keepalive, &context.worker).await;
+        let result = connect_to(&backend, settings.timeout, deadline, &context.worker).await;
         report.connect_time = begun.elapsed().saturating_sub(report.queue_time);
         let error = match result {
             Ok(stream) => {
@@ -110,7 +110,6 @@ async fn connect_to(
     backend: &Backend,
     limit: Duration,
     deadline: Instant,
-    keepalive: Keepalive,
     worker: &Worker,
 ) -> Result<Stream, ConnectError> {
     let (mut turn, endpoints) = (backend.next_turn(), backend.endpoints());
@@ -119,10 +118,7 @@ async fn connect_to(
     let mut left = endpoints;
     while let Some(endpoint) = backend.endpoint(turn).filter(|_| left > 0) {
         let until = (Instant::now() + limit).min(deadline);
-        error = match timeout_at(until, open(&endpoint, keepalive))
-            .await
-            .unwrap_or(Err(ConnectError::TimedOut))
-        {
+        error = match timeout_at(until, open(&endpoint)).await.unwrap_or(Err(ConnectError::TimedOut)) {
             Ok(stream) => return Ok(stream),
             Err(ConnectError::Exhausted(error)) => {
                 worker.starve();
@@ -140,19 +136,31 @@ async fn connect_to(
     Err(error)
 }
 
-async fn open(endpoint: &Endpoint, keepalive: Keepalive) -> Result<Stream, ConnectError> {
+async fn open(endpoint: &Endpoint) -> Result<Stream, ConnectError> {
     match endpoint {
-        Endpoint::Tcp(address) => open_tcp(*address, keepalive).await,
+        Endpoint::Tcp(address) => open_tcp(*address).await,
         Endpoint::Unix(path) => open_unix(path).await,
     }
 }
 
-async fn open_tcp(address: SocketAddr, keepalive: Keepalive) -> Result<Stream, ConnectError> {
-    let socket =
-        if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }.map_err(classify)?;
-    socket.set_nodelay(true).map_err(classify)?;
-    SockRef::from(&socket).set_tcp_keepalive(&tcp_keepalive(keepalive)).map_err(classify)?;
-    let stream = socket.connect(address).await.map_err(classify)?;
+async fn open_tcp(address: SocketAddr) -> Result<Stream, ConnectError> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking(), Some(Protocol::TCP))
+        .map_err(classify)?;
+    socket.set_tcp_nodelay(true).map_err(classify)?;
+    if let Err(error) = socket.connect(&SockAddr::from(address))
+        && Errno::from_io_error(&error) != Some(Errno::INPROGRESS)
+    {
+        return Err(classify(error));
+    }
+    let stream = TcpStream::from_std(socket.into()).map_err(classify)?;
+    // The event itself says whether it went well; asking for the socket's error after each success, as the runtime's own
+    // connect does, would be one system call a session for nothing.
+    let ready = stream.ready(Interest::WRITABLE | Interest::ERROR).await.map_err(classify)?;
+    if (ready.is_error() || ready.is_write_closed())
+        && let Some(error) = stream.take_error().map_err(classify)?
+    {
+        return Err(classify(error));
+    }
     // A simultaneous open with oneself needs the kernel to choose the very port that is called, so only ports of its
     // own range are worth the system call.
     if address.port() >= *FIRST_LOCAL_PORT && stream.local_addr().is_ok_and(|local| local == address) {

@@ -11,12 +11,14 @@ pub use worker::Worker;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::net::TcpStream;
 
 use self::report::Report;
 use crate::balance::pool::Pool;
-use crate::config::{self, Keepalive};
+use crate::config;
+use crate::listen::socket::tcp_keepalive;
 use crate::relay::{self, Limits, Stream};
 use crate::telemetry::counters::{ListenerCounters, PerWorker};
 
@@ -43,25 +45,28 @@ pub struct Listener {
 }
 
 /// A session's settings: the same from its start to its end.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Settings {
     /// How a backend is reached.
     pub connect: config::Connect,
     /// How long it may be silent.
     pub limits: Limits,
-    /// Of the connection to the backend; the client's has inherited its own from the listening socket.
-    pub keepalive: Keepalive,
 }
 
 impl From<&config::Pool> for Settings {
     fn from(pool: &config::Pool) -> Self {
-        Self {
-            connect: pool.connect,
-            limits: Limits { idle: pool.idle_timeout, half_closed: pool.half_close_timeout },
-            keepalive: pool.keepalive,
-        }
+        let limits = Limits {
+            idle: pool.idle_timeout,
+            half_closed: pool.half_close_timeout,
+            keepalive: tcp_keepalive(pool.keepalive),
+            settle_time: pool.keepalive.idle.min(LONGEST_SETTLE_TIME),
+        };
+        Self { connect: pool.connect, limits }
     }
 }
+
+/// The kernel counts silence from the last packet, not from when it was asked to, so nothing is lost by asking late.
+const LONGEST_SETTLE_TIME: Duration = Duration::from_secs(5);
 
 /// Serves one client from accept to close. The session counts as open from the call, not from the first poll: a worker
 /// that is about to end waits for it.
@@ -79,7 +84,7 @@ async fn live(mut client: Stream, mut report: Report, context: Rc<Context>) {
         Err(reason) => return report.close(reason),
     };
 
-    let (limits, buffer) = (context.settings.limits, &context.worker.buffer);
-    let ended = relay::relay(&mut client, &mut backend, limits, buffer, report.meter()).await;
+    let (limits, shared) = (&context.settings.limits, &context.worker.relay);
+    let ended = relay::relay(&mut client, &mut backend, limits, shared, report.meter()).await;
     report.close(CloseReason::Relayed(ended));
 }

@@ -12,7 +12,7 @@ use tracing::warn;
 use super::report::SessionCounters;
 use crate::balance::backend::Backend;
 use crate::listen::socket::exhausted;
-use crate::relay::{self, Buffer};
+use crate::relay;
 use crate::telemetry::access_log::AccessLog;
 use crate::telemetry::counters::{PerWorker, WorkerId};
 
@@ -26,8 +26,8 @@ const STARVED_TIME: Duration = Duration::from_millis(30);
 pub struct Worker {
     /// Which thread.
     pub id: WorkerId,
-    /// Bytes pass through it on their way.
-    pub buffer: Buffer,
+    /// What the relays of its sessions share.
+    pub relay: relay::Shared,
     /// `None`: sessions are not logged.
     pub access_log: Option<AccessLog>,
     /// How sessions ended.
@@ -41,10 +41,11 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Without sessions.
+    /// Without sessions. `shortest_limit` is the shortest silence that any session will be allowed.
     #[must_use]
     pub fn new(
         id: WorkerId,
+        shortest_limit: Duration,
         access_log: Option<AccessLog>,
         sessions: Arc<PerWorker<SessionCounters>>,
     ) -> Self {
@@ -52,7 +53,7 @@ impl Worker {
             id,
             access_log,
             sessions,
-            buffer: relay::buffer(),
+            relay: relay::Shared::new(shortest_limit),
             rng: RefCell::new(fastrand::Rng::new()),
             active: Cell::new(0),
             became_idle: Notify::new(),
