@@ -74,7 +74,11 @@ impl ConfigFile {
     /// # Errors
     /// A text that is no YAML document of a sane size, or one without keys.
     pub(super) fn parse(text: impl Into<String>) -> Result<Self, Unreadable> {
-        let text = text.into();
+        let mut text = text.into();
+        // Some editors put a byte order mark in front, which the parser takes for a document of its own.
+        if text.starts_with('\u{feff}') {
+            text.remove(0);
+        }
         if text.len() > FILE_MAX_BYTES {
             return Err(too_large());
         }
@@ -84,7 +88,7 @@ impl ConfigFile {
             )));
         }
         let parsed = Node::from_document(serde_yaml::Deserializer::from_str(&text));
-        let root = parsed.map_err(|error| Unreadable::because(parser_message(&error)))?;
+        let root = parsed.map_err(|error| Unreadable::because(parser_message(&error, &text)))?;
         let kind = match &root {
             Node::Map(entries) if !entries.is_empty() => return Ok(Self { text, root }),
             Node::Null | Node::Map(_) => "it is empty",
@@ -131,7 +135,7 @@ fn too_large() -> Unreadable {
     Unreadable::because("it is larger than 1 MiB: is this the config?")
 }
 
-fn parser_message(error: &serde_yaml::Error) -> String {
+fn parser_message(error: &serde_yaml::Error, text: &str) -> String {
     let message = error.to_string();
     // The two that an operator can meet without a typing mistake, and that carry no cure.
     if message.starts_with("deserializing from YAML containing more than one document") {
@@ -145,7 +149,31 @@ fn parser_message(error: &serde_yaml::Error) -> String {
         let line = error.location().map_or(1, |location| location.line());
         return format!("line {line}: the tag does not fit its value: remove the tag");
     }
-    format!("not valid YAML: {}", escaped(&message, PARSER_MESSAGE_MAX_CHARS))
+    let said = escaped(&message, PARSER_MESSAGE_MAX_CHARS);
+    match syntax_cure(&message, error, text) {
+        Some(cure) => format!("not valid YAML: {said}: {cure}"),
+        None => format!("not valid YAML: {said}"),
+    }
+}
+
+/// The parser says where it gave up, not what people get wrong. The line itself is not shown: it may hold a password.
+fn syntax_cure(message: &str, error: &serde_yaml::Error, text: &str) -> Option<&'static str> {
+    if message.starts_with("unknown anchor") {
+        return Some("put a text that begins with * in quotes");
+    }
+    let of_scanner = ["did not find", "could not find", "not allowed", "cannot start any token"];
+    if !of_scanner.iter().any(|words| message.contains(words)) {
+        return None;
+    }
+    let number = error.location().map_or(0, |location| location.line());
+    let line = text.lines().nth(number.saturating_sub(1)).unwrap_or_default();
+    Some(if line.chars().take_while(|c| c.is_whitespace()).any(|c| c == '\t') {
+        "indent with spaces, not with a tab"
+    } else if line.contains(": [:") {
+        "put an IPv6 address in quotes"
+    } else {
+        "look at the indentation, quotes and colons there and just before"
+    })
 }
 
 /// Counts brackets without knowing of quotes and comments, where people close what they open, too.

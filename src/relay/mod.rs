@@ -150,14 +150,14 @@ pub async fn relay(
     })
     .await;
 
-    match ended {
-        Ended::Reset(Side::Client) if *meter.to_backend > 0 => {
-            pair.backend.delivered(limits.half_closed).await
-        }
-        Ended::Reset(Side::Backend) if *meter.to_client > 0 => {
-            pair.client.delivered(limits.half_closed).await
-        }
-        _ => {}
+    let to_deliver = match ended {
+        Ended::Reset(Side::Client) if *meter.to_backend > 0 => Some(&*pair.backend),
+        Ended::Reset(Side::Backend) if *meter.to_client > 0 => Some(&*pair.client),
+        _ => None,
+    };
+    if let Some(stream) = to_deliver {
+        // Boxed: few sessions come here, and its timer would make all of them larger.
+        Box::pin(stream.delivered(limits.half_closed)).await;
     }
     // Silence ends a session cleanly only where nothing says that somebody was cut short: nothing waits, and the backend
     // did not still owe the answer to a request that had ended.
