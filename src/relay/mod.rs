@@ -109,13 +109,13 @@ pub enum Ended {
 ///
 /// # Cancel safety
 /// Dropping the future and the streams resets both connections.
-pub async fn relay(
-    client: &mut Stream,
-    backend: &mut Stream,
-    limits: &Limits,
-    shared: &Shared,
-    mut meter: Meter<'_>,
-) -> Ended {
+pub fn relay<'a>(
+    client: &'a mut Stream,
+    backend: &'a mut Stream,
+    limits: &'a Limits,
+    shared: &'a Shared,
+    mut meter: Meter<'a>,
+) -> impl Future<Output = Ended> + 'a {
     let mut pair = Pair {
         client,
         backend,
@@ -124,49 +124,52 @@ pub async fn relay(
         broken: None,
     };
     let mut idle = shared.clock.enter(limits.settle_time);
-    let ended = poll_fn(|cx| {
-        let progress = *meter.to_backend + *meter.to_client;
-        let was_open = pair.is_open();
-        if let Poll::Ready(ended) = pair.poll(cx, &shared.buffers, &mut meter) {
-            return Poll::Ready(ended);
-        }
-        let is_open = pair.is_open();
-        if *meter.to_backend + *meter.to_client != progress || is_open != was_open {
-            idle.touch();
-        }
-        if idle.settles() {
-            pair.backend.keep_alive(&limits.keepalive);
-        }
-        let stalled = pair.holds_bytes();
-        if stalled
-            && idle.looks()
-            && let Some(side) = pair.broken_source()
-        {
-            return Poll::Ready(Ended::Reset(side));
-        }
-        let limit = if is_open { limits.idle } else { Some(limits.half_closed) };
-        ready!(idle.poll_expired(cx, limit, stalled));
-        Poll::Ready(if is_open { Ended::IdleTimeout } else { Ended::HalfCloseTimeout(pair.awaited()) })
-    })
-    .await;
+    // A block, not an async function: that would keep each of its arguments twice.
+    async move {
+        let ended = poll_fn(|cx| {
+            let progress = *meter.to_backend + *meter.to_client;
+            let was_open = pair.is_open();
+            if let Poll::Ready(ended) = pair.poll(cx, &shared.buffers, &mut meter) {
+                return Poll::Ready(ended);
+            }
+            let is_open = pair.is_open();
+            if *meter.to_backend + *meter.to_client != progress || is_open != was_open {
+                idle.touch();
+            }
+            if idle.settles() {
+                pair.backend.keep_alive(&limits.keepalive);
+            }
+            let stalled = pair.holds_bytes();
+            if stalled
+                && idle.looks()
+                && let Some(side) = pair.broken_source()
+            {
+                return Poll::Ready(Ended::Reset(side));
+            }
+            let limit = if is_open { limits.idle } else { Some(limits.half_closed) };
+            ready!(idle.poll_expired(cx, limit, stalled));
+            Poll::Ready(if is_open { Ended::IdleTimeout } else { Ended::HalfCloseTimeout(pair.awaited()) })
+        })
+        .await;
 
-    let to_deliver = match ended {
-        Ended::Reset(Side::Client) if *meter.to_backend > 0 => Some(&*pair.backend),
-        Ended::Reset(Side::Backend) if *meter.to_client > 0 => Some(&*pair.client),
-        _ => None,
-    };
-    if let Some(stream) = to_deliver {
-        // Boxed: few sessions come here, and its timer would make all of them larger.
-        Box::pin(stream.delivered(limits.half_closed)).await;
+        let to_deliver = match ended {
+            Ended::Reset(Side::Client) if *meter.to_backend > 0 => Some(&*pair.backend),
+            Ended::Reset(Side::Backend) if *meter.to_client > 0 => Some(&*pair.client),
+            _ => None,
+        };
+        if let Some(stream) = to_deliver {
+            // Boxed: few sessions come here, and its timer would make all of them larger.
+            Box::pin(stream.delivered(limits.half_closed)).await;
+        }
+        // Silence ends a session cleanly only where nothing says that somebody was cut short: nothing waits, and the backend
+        // did not still owe the answer to a request that had ended.
+        let silent = matches!(ended, Ended::IdleTimeout | Ended::HalfCloseTimeout(Side::Client));
+        if ended == Ended::Finished || (silent && !pair.holds_bytes()) {
+            pair.client.finish();
+            pair.backend.finish();
+        }
+        ended
     }
-    // Silence ends a session cleanly only where nothing says that somebody was cut short: nothing waits, and the backend
-    // did not still owe the answer to a request that had ended.
-    let silent = matches!(ended, Ended::IdleTimeout | Ended::HalfCloseTimeout(Side::Client));
-    if ended == Ended::Finished || (silent && !pair.holds_bytes()) {
-        pair.client.finish();
-        pair.backend.finish();
-    }
-    ended
 }
 
 /// Both directions of a session.
