@@ -1,5 +1,6 @@
 //! Bulk goes through pipes: the same promises as in `relay.rs`, where pages are moved instead of copied.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use tokio::io::AsyncWriteExt as _;
@@ -27,6 +28,17 @@ async fn stuff(writer: &mut Peer, most: u64) {
             return;
         }
     }
+}
+
+/// The program in front of a backend that the scenario plays itself, and where its clients connect.
+async fn program_with_one_worker() -> (TcpListener, Program, SocketAddr) {
+    let backend = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let address = backend.local_addr().expect("bound");
+    let program = Program::run(&format!(
+        "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\npools: {{web: {{backends: {{\"{address}\": 1}}}}}}"
+    ));
+    let entry = program.listens().await[0];
+    (backend, program, entry)
 }
 
 #[tokio::test]
@@ -82,12 +94,7 @@ async fn a_flow_that_changes_between_bulk_and_talk_and_back_loses_nothing() {
 
 #[tokio::test]
 async fn sessions_that_die_with_full_pipes_give_them_up() {
-    let backend = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
-    let address = backend.local_addr().expect("bound");
-    let program = Program::run(&format!(
-        "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\npools: {{web: {{backends: {{\"{address}\": 1}}}}}}"
-    ));
-    let entry = program.listens().await[0];
+    let (backend, program, entry) = program_with_one_worker().await;
     let without = pipe_ends(&program);
     // More sessions than there are pipes, each reset while its pipe holds what its backend does not read.
     for round in 0..40 {
@@ -119,12 +126,7 @@ async fn sessions_that_die_with_full_pipes_give_them_up() {
 
 #[tokio::test]
 async fn an_idle_session_that_moved_bulk_holds_no_pipe_for_itself() {
-    let backend = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
-    let address = backend.local_addr().expect("bound");
-    let program = Program::run(&format!(
-        "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\npools: {{web: {{backends: {{\"{address}\": 1}}}}}}"
-    ));
-    let entry = program.listens().await[0];
+    let (backend, program, entry) = program_with_one_worker().await;
     let without = pipe_ends(&program);
     let pattern = Pattern::new(seed());
     let mut idle = Vec::new();
