@@ -29,7 +29,8 @@ const BATCH: u32 = 64;
 /// How long a handshake that was under way when the drain began may take: a round trip around the world.
 const HANDSHAKE_TIME: Duration = Duration::from_millis(300);
 
-/// Accepts until `drain` begins, pausing while `is_starved`; then until all that the kernel took is accepted, and closes the socket.
+/// Accepts until `drain` begins, pausing while `is_starved`; then until all that the kernel took is accepted, and closes
+/// the socket.
 ///
 /// # Cancel safety
 /// Dropping the future closes the socket; connections that it had not accepted are reset by the kernel.

@@ -1,7 +1,8 @@
 //! Copies bytes both ways between a client and a backend until both have ended, one fails, or neither speaks.
 //!
-//! It knows nothing of pools or weights: two [`Stream`]s, their [`Limits`], what the worker's sessions [`Shared`] and a [`Meter`].
-//! Half-close, reset, silence and shutdown mean the same on every path; `tests/relay.rs` holds the paths to that.
+//! It knows nothing of pools or weights: two [`Stream`]s, their [`Limits`], what the worker's sessions have [`Shared`], and
+//! a [`Meter`]. Half-close, reset, silence and shutdown mean the same whether bytes are copied or spliced;
+//! `tests/relay.rs` and `tests/relay_bulk.rs` hold both to that.
 
 mod direction;
 mod idle;

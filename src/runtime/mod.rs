@@ -1,4 +1,5 @@
-//! Threads, phases and pauses: what both planes run on.
+//! What both planes run on: a data-plane thread ([`worker`]), the phases of a life ([`drain`]), pauses between tries
+//! ([`backoff`]), and the names that sessions must never wait for ([`resolve`]).
 
 pub mod backoff;
 pub mod drain;
