@@ -19,3 +19,4 @@ mod relay_bulk;
 mod shutdown;
 mod storm;
 mod support;
+mod system_calls;

@@ -24,18 +24,16 @@ const SMALL_SPLICES: u8 = 4;
 /// The state of one direction.
 #[derive(Debug, Default)]
 pub(super) struct Direction {
-    waiting: Waiting,
+    /// What was read and not yet taken by the target. Boxed: all idle sessions pay for its place, few have something in it.
+    waiting: Option<Box<Waiting>>,
     state: State,
     way: Way,
     /// Reads in a row that speak for the other way.
     streak: u8,
 }
 
-/// What was read and not yet taken by the target.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 enum Waiting {
-    #[default]
-    Nothing,
     Parked {
         bytes: Box<[u8]>,
         /// How much of it has gone.
@@ -152,7 +150,7 @@ impl Direction {
         if read == 0 {
             buffers.pipes.give_back(pipe)
         } else {
-            self.waiting = Waiting::Piped(pipe)
+            self.waiting = Some(Box::new(Waiting::Piped(pipe)))
         }
         Poll::Ready(Ok(Some(read)))
     }
@@ -172,7 +170,7 @@ impl Direction {
                     bytes = &bytes[written..];
                 }
                 Poll::Pending => {
-                    self.waiting = Waiting::Parked { bytes: bytes.into(), start: 0 };
+                    self.waiting = Some(Box::new(Waiting::Parked { bytes: bytes.into(), start: 0 }));
                     break;
                 }
             }
@@ -189,8 +187,8 @@ impl Direction {
         moved: &mut impl FnMut(u64),
     ) -> Poll<Result<(), Broken>> {
         loop {
-            let (written, left) = match &mut self.waiting {
-                Waiting::Nothing => return Poll::Ready(Ok(())),
+            let Some(waiting) = self.waiting.as_deref_mut() else { return Poll::Ready(Ok(())) };
+            let (written, left) = match waiting {
                 Waiting::Parked { bytes, start } => {
                     let written =
                         ready!(target.poll_write(cx, &bytes[*start..])).map_err(|_| Broken::Target)?;
@@ -207,7 +205,7 @@ impl Direction {
             }
             moved(written as u64);
             if left == 0
-                && let Waiting::Piped(pipe) = std::mem::take(&mut self.waiting)
+                && let Some(Waiting::Piped(pipe)) = self.waiting.take().map(|waiting| *waiting)
             {
                 buffers.pipes.give_back(pipe);
             }
@@ -216,7 +214,7 @@ impl Direction {
 
     /// Stops, because the target is gone: nothing more will move.
     pub(super) fn abandon(&mut self) {
-        self.waiting = Waiting::Nothing;
+        self.waiting = None;
         self.state = State::Done;
     }
 
@@ -226,6 +224,6 @@ impl Direction {
 
     /// True while bytes wait that were read and not yet taken.
     pub(super) fn holds_bytes(&self) -> bool {
-        !matches!(self.waiting, Waiting::Nothing)
+        self.waiting.is_some()
     }
 }

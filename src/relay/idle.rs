@@ -5,7 +5,7 @@
 //! and once a tick the worker looks over all its sessions (3 ns each). The price is precision: a session may be closed up
 //! to two ticks late, never early.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, RefCell, RefMut};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
@@ -23,23 +23,29 @@ const TICKS_WITHOUT_SESSIONS: u32 = 5;
 #[derive(Debug)]
 pub struct IdleClock {
     tick: Duration,
-    now: Cell<u64>,
+    now: Cell<Tick>,
     entries: RefCell<Vec<Entry>>,
     /// Entries without a session.
-    free: RefCell<Vec<usize>>,
+    free: RefCell<Vec<u32>>,
     entered: Notify,
 }
 
-/// One session, or none.
+/// Counted from the clock's start; it wraps, and only differences are used.
+type Tick = u32;
+/// A longer silence is as good as any: 248 days at the shortest tick, 68 years at the longest.
+const NO_LIMIT: Tick = Tick::MAX / 2;
+
+/// One session, or none. There is one for each idle session, so its size counts.
 #[derive(Debug, Default)]
 struct Entry {
     waker: Option<Waker>,
     /// The tick of its last activity.
-    last_activity: u64,
-    /// Ticks of silence that it is allowed; `None`: any number.
-    limit: Option<u64>,
+    last_activity: Tick,
+    /// Ticks of silence that it is allowed, or [`NO_LIMIT`].
+    limit: Tick,
     /// The tick at which it is woken once, whatever it does.
-    settles: u64,
+    settles_at: Tick,
+    settled: bool,
     /// It waits for a socket to take bytes, and is woken now and then to look after the other one.
     stalled: bool,
 }
@@ -73,14 +79,14 @@ impl IdleClock {
 
     /// Wakes every session whose time has come. Returns false if there is no session.
     fn look(&self) -> bool {
-        let now = self.now.get() + 1;
+        let now = self.now.get().wrapping_add(1);
         self.now.set(now);
         let looks = self.ticks(LOOK_INTERVAL);
         let entries = self.entries.borrow();
         for entry in entries.iter() {
             if let Some(waker) = &entry.waker
                 && (entry.is_expired(now)
-                    || entry.settles == now
+                    || entry.settles_at == now
                     || (entry.stalled && now.is_multiple_of(looks)))
             {
                 waker.wake_by_ref();
@@ -89,39 +95,42 @@ impl IdleClock {
         entries.len() > self.free.borrow().len()
     }
 
-    /// Ticks that are over only after `duration`, wherever within a tick it begins.
-    fn ticks(&self, duration: Duration) -> u64 {
-        u64::try_from(duration.as_nanos().div_ceil(self.tick.as_nanos())).unwrap_or(u64::MAX - 1) + 1
+    /// Ticks that are over only after `duration`, wherever within a tick it begins; at most [`NO_LIMIT`].
+    fn ticks(&self, duration: Duration) -> Tick {
+        let ticks = duration.as_nanos().div_ceil(self.tick.as_nanos()) + 1;
+        Tick::try_from(ticks).unwrap_or(NO_LIMIT).min(NO_LIMIT)
     }
 
     /// Begins to look over a session, active now, that settles after `settle_time`.
     pub(super) fn enter(&self, settle_time: Duration) -> Idle<'_> {
+        let now = self.now.get();
         let entry = Entry {
             waker: None,
-            last_activity: self.now.get(),
-            limit: None,
+            last_activity: now,
+            limit: NO_LIMIT,
+            settles_at: now.wrapping_add(self.ticks(settle_time)),
+            settled: false,
             stalled: false,
-            settles: self.now.get().saturating_add(self.ticks(settle_time)),
         };
         let mut entries = self.entries.borrow_mut();
         let place = match self.free.borrow_mut().pop() {
             Some(place) => {
-                entries[place] = entry;
+                entries[place as usize] = entry;
                 place
             }
             None => {
                 entries.push(entry);
-                entries.len() - 1
+                u32::try_from(entries.len() - 1).expect("descriptors are fewer")
             }
         };
         self.entered.notify_one();
-        Idle { clock: self, place, settled: false, next_look: 0 }
+        Idle { clock: self, place, last_look: now }
     }
 }
 
 impl Entry {
-    fn is_expired(&self, now: u64) -> bool {
-        self.limit.is_some_and(|limit| now.saturating_sub(self.last_activity) >= limit)
+    fn is_expired(&self, now: Tick) -> bool {
+        self.limit != NO_LIMIT && now.wrapping_sub(self.last_activity) >= self.limit
     }
 }
 
@@ -129,15 +138,18 @@ impl Entry {
 #[derive(Debug)]
 pub(super) struct Idle<'a> {
     clock: &'a IdleClock,
-    place: usize,
-    settled: bool,
-    next_look: u64,
+    place: u32,
+    last_look: Tick,
 }
 
 impl Idle<'_> {
+    fn entry(&self) -> RefMut<'_, Entry> {
+        RefMut::map(self.clock.entries.borrow_mut(), |entries| &mut entries[self.place as usize])
+    }
+
     /// Bytes moved, or a half closed.
     pub(super) fn touch(&mut self) {
-        self.clock.entries.borrow_mut()[self.place].last_activity = self.clock.now.get();
+        self.entry().last_activity = self.clock.now.get();
     }
 
     /// Ready once the session has been silent for `limit`; `None` never is. `limit` may differ from poll to poll. While it
@@ -148,9 +160,9 @@ impl Idle<'_> {
         limit: Option<Duration>,
         stalled: bool,
     ) -> Poll<()> {
-        let entry = &mut self.clock.entries.borrow_mut()[self.place];
+        let mut entry = self.entry();
         entry.stalled = stalled;
-        entry.limit = limit.map(|limit| self.clock.ticks(limit));
+        entry.limit = limit.map_or(NO_LIMIT, |limit| self.clock.ticks(limit));
         if entry.is_expired(self.clock.now.get()) {
             return Poll::Ready(());
         }
@@ -163,24 +175,25 @@ impl Idle<'_> {
     /// True once every few seconds: a stalled session is to look after the socket that it does not read.
     pub(super) fn looks(&mut self) -> bool {
         let now = self.clock.now.get();
-        let due = now >= self.next_look;
+        let due = now.wrapping_sub(self.last_look) >= self.clock.ticks(LOOK_INTERVAL);
         if due {
-            self.next_look = now.saturating_add(self.clock.ticks(LOOK_INTERVAL));
+            self.last_look = now;
         }
         due
     }
 
     /// True once: when the session has lived for its settle time.
     pub(super) fn settles(&mut self) -> bool {
-        let due = !self.settled && self.clock.now.get() >= self.clock.entries.borrow()[self.place].settles;
-        self.settled |= due;
+        let mut entry = self.entry();
+        let due = !entry.settled && self.clock.now.get().wrapping_sub(entry.settles_at) < NO_LIMIT;
+        entry.settled |= due;
         due
     }
 }
 
 impl Drop for Idle<'_> {
     fn drop(&mut self) {
-        self.clock.entries.borrow_mut()[self.place] = Entry::default();
+        *self.entry() = Entry::default();
         self.clock.free.borrow_mut().push(self.place);
     }
 }
@@ -252,6 +265,31 @@ mod tests {
         assert_eq!((clock.entries.borrow().len(), clock.free.borrow().len()), (3, 2));
         drop(_session);
         assert!(tokio::time::timeout(Duration::from_secs(60), clock.run()).await.is_err());
-        assert!(clock.now.get() <= u64::from(2 * TICKS_WITHOUT_SESSIONS), "it ticks for nobody");
+        assert!(clock.now.get() <= 2 * TICKS_WITHOUT_SESSIONS, "it ticks for nobody");
+    }
+
+    /// Ticks are counted in 32 bits, which wrap after 1.3 years of the shortest.
+    #[tokio::test(start_paused = true)]
+    async fn a_clock_that_wraps_closes_nobody_early_and_nobody_late() {
+        let clock = IdleClock::new(LIMIT);
+        clock.now.set(Tick::MAX - 3);
+        let mut settled = 0;
+        let session = async {
+            let mut idle = clock.enter(LIMIT / 2);
+            poll_fn(|cx| {
+                settled += u32::from(idle.settles());
+                idle.poll_expired(cx, Some(LIMIT), false)
+            })
+            .await;
+        };
+        let begun = Instant::now();
+        tokio::select! {
+            () = clock.run() => unreachable!("it never ends"),
+            () = session => {}
+        }
+        let lived = begun.elapsed();
+        assert!(lived >= LIMIT && lived <= LIMIT + 3 * clock.tick, "{lived:?}");
+        assert!(clock.now.get() < 100, "it has not wrapped");
+        assert_eq!(settled, 1);
     }
 }

@@ -17,6 +17,9 @@ use super::pipe::Pipe;
 /// Between two looks at a socket whose bytes are under way.
 const LONGEST_LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
+/// What fits into one packet on every path that TCP is used on (536 bytes are the least that IPv4 hosts take).
+const ONE_PACKET_BYTES: usize = 512;
+
 /// Pages are moved, not copied, where they can be.
 const SPLICE_FLAGS: SpliceFlags = SpliceFlags::MOVE.union(SpliceFlags::NONBLOCK);
 
@@ -28,6 +31,18 @@ const SPLICE_FLAGS: SpliceFlags = SpliceFlags::MOVE.union(SpliceFlags::NONBLOCK)
 pub struct Stream {
     socket: Socket,
     finished: bool,
+    coalescing: Coalescing,
+}
+
+/// Whether the kernel may hold back a small packet until an earlier one is acknowledged (Nagle's algorithm), which a relay
+/// must never want. Nothing is held back while nothing is under way, so a session whose backend gets a single small
+/// request does without the system call that switches it off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Coalescing {
+    Off,
+    /// Nothing was written yet.
+    Unused,
+    On,
 }
 
 #[derive(Debug)]
@@ -38,17 +53,23 @@ enum Socket {
 
 impl From<TcpStream> for Stream {
     fn from(socket: TcpStream) -> Self {
-        Self { socket: Socket::Tcp(socket), finished: false }
+        Self { socket: Socket::Tcp(socket), finished: false, coalescing: Coalescing::Off }
     }
 }
 
 impl From<UnixStream> for Stream {
     fn from(socket: UnixStream) -> Self {
-        Self { socket: Socket::Unix(socket), finished: false }
+        Self { socket: Socket::Unix(socket), finished: false, coalescing: Coalescing::Off }
     }
 }
 
 impl Stream {
+    /// A connection that was just opened, without TCP_NODELAY: that is set as soon as it makes a difference.
+    #[must_use]
+    pub fn opened(socket: TcpStream) -> Self {
+        Self { socket: Socket::Tcp(socket), finished: false, coalescing: Coalescing::Unused }
+    }
+
     /// Reads into `buffer`; 0 is the end.
     pub(super) fn poll_read(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
         let mut target = ReadBuf::new(buffer);
@@ -61,10 +82,24 @@ impl Stream {
 
     /// Writes what the socket takes of `bytes`.
     pub(super) fn poll_write(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.before_writing(bytes.len());
         match &mut self.socket {
             Socket::Tcp(socket) => Pin::new(socket).poll_write(cx, bytes),
             Socket::Unix(socket) => Pin::new(socket).poll_write(cx, bytes),
         }
+    }
+
+    fn before_writing(&mut self, bytes: usize) {
+        let Socket::Tcp(socket) = &self.socket else { return };
+        self.coalescing = match self.coalescing {
+            Coalescing::Off => return,
+            Coalescing::Unused if bytes <= ONE_PACKET_BYTES => Coalescing::On,
+            Coalescing::Unused | Coalescing::On => {
+                // A socket that takes no option is dead already, and the write says so.
+                let _ = socket.set_nodelay(true);
+                Coalescing::Off
+            }
+        };
     }
 
     /// True if the connection was reset or broke, however much it still has to be read.

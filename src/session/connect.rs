@@ -146,7 +146,6 @@ async fn open(endpoint: &Endpoint) -> Result<Stream, ConnectError> {
 async fn open_tcp(address: SocketAddr) -> Result<Stream, ConnectError> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking(), Some(Protocol::TCP))
         .map_err(classify)?;
-    socket.set_tcp_nodelay(true).map_err(classify)?;
     if let Err(error) = socket.connect(&SockAddr::from(address))
         && Errno::from_io_error(&error) != Some(Errno::INPROGRESS)
     {
@@ -166,7 +165,7 @@ async fn open_tcp(address: SocketAddr) -> Result<Stream, ConnectError> {
     if address.port() >= *FIRST_LOCAL_PORT && stream.local_addr().is_ok_and(|local| local == address) {
         return Err(ConnectError::ToItself);
     }
-    Ok(stream.into())
+    Ok(Stream::opened(stream))
 }
 
 /// A unix socket whose queue is full says so at once, where TCP would send its handshake again: so it is asked again.

@@ -98,7 +98,8 @@ mod tests {
     use crate::config::Config;
     use crate::telemetry::counters::WorkerId;
 
-    /// Five thousand idle sessions are five thousand of these.
+    /// Five thousand idle sessions are five thousand of these. Up to 432 (16 of them are there only in a debug build), the
+    /// runtime's cell around it takes 512 bytes; one more and it takes 640, since cells are aligned to 128.
     #[tokio::test]
     async fn a_session_stays_small() {
         let config = Config::from_yaml(
@@ -118,6 +119,6 @@ mod tests {
         let client = TcpStream::connect(address).await.expect("it listens");
         let session = serve(client, address, context);
         let bytes = std::mem::size_of_val(&session);
-        assert!(bytes <= 512, "{bytes} bytes: what holds them through the relay?");
+        assert!(bytes <= 432, "{bytes} bytes: what holds them through the relay?");
     }
 }

@@ -1,0 +1,198 @@
+//! What a short session asks of the kernel, counted by strace: a call that comes back fails here.
+//!
+//! The table is ARCHITECTURE.md's. `epoll_wait` is counted apart, since how many events share one is up to the kernel.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::Command;
+
+use rustix::process::Signal;
+use tempfile::TempDir;
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+
+use crate::support::{Peer, Program, eventually, require, soon};
+
+const MESSAGE: [u8; 64] = [7; 64];
+
+/// What each short session costs, without what it shares with others ([`is_shared`]).
+const SHORT_SESSION: [(&str, usize); 8] = [
+    ("accept4", 1),
+    ("close", 2),
+    ("connect", 1),
+    ("epoll_ctl", 4),
+    // There, the client's end, back, the backend's end.
+    ("recvfrom", 4),
+    ("sendto", 2),
+    ("shutdown", 1),
+    ("socket", 1),
+];
+
+/// The program with one worker under strace, in front of a backend that answers as long as it is asked.
+struct Traced {
+    program: Program,
+    calls: TempDir,
+    entry: SocketAddr,
+}
+
+impl Traced {
+    async fn start() -> Self {
+        let calls = TempDir::new().expect("a folder");
+        let mut strace = Command::new(require("strace", "strace"));
+        // -D: the program is our child, not strace's; -ff: a file a thread.
+        strace.args(["-D", "-ff", "-qq", "-o"]).arg(calls.path().join("calls")).arg(Program::path());
+        let backend = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = backend.local_addr().expect("bound");
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = backend.accept().await {
+                tokio::spawn(async move {
+                    let (mut reader, mut writer) = stream.split();
+                    tokio::io::copy(&mut reader, &mut writer).await
+                });
+            }
+        });
+        let program = Program::run_by(
+            strace,
+            &format!(
+                "workers: 1\nlog: {{access: false}}\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
+                 pools: {{web: {{backends: {{\"{address}\": 1}}}}}}"
+            ),
+        );
+        let entry = program.address().await;
+        Self { program, calls, entry }
+    }
+
+    /// Ends the program; the calls of its worker, one a line.
+    async fn calls(mut self) -> Vec<String> {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.program.pid())).expect("it runs");
+        let worker = tasks
+            .map(|task| task.expect("readable").path())
+            .find(|task| fs::read_to_string(task.join("comm")).is_ok_and(|name| name.trim() == "statera-0"))
+            .expect("a worker");
+        let thread = worker.file_name().expect("a thread").to_string_lossy().into_owned();
+        let file: PathBuf = self.calls.path().join(format!("calls.{thread}"));
+        self.program.signal(Signal::TERM);
+        assert!(self.program.wait().success(), "{}", self.program.log());
+        let text = || fs::read_to_string(&file).unwrap_or_default();
+        eventually("strace has written all", || async { text().contains("\nexit(") }).await;
+        text().lines().map(str::to_owned).collect()
+    }
+}
+
+async fn session(entry: SocketAddr, requests: usize) {
+    let mut client = Peer::connect(entry).await;
+    for _ in 0..requests {
+        client.say(&MESSAGE).await;
+        client.hears(&MESSAGE).await;
+    }
+    client.end().await;
+    // The proxy closes towards us once the backend has ended too.
+    client.hears_the_end().await;
+}
+
+fn name(call: &str) -> &str {
+    call.split('(').next().unwrap_or(call)
+}
+
+fn accepted(call: &str) -> bool {
+    name(call) == "accept4" && !call.contains("EAGAIN")
+}
+
+/// The calls of `sessions` sessions, without those of the one before and the one after them.
+fn window(calls: &[String], sessions: usize) -> &[String] {
+    let accepts: Vec<usize> = (0..calls.len()).filter(|at| accepted(&calls[*at])).collect();
+    assert_eq!(accepts.len(), sessions + 2, "every connection is one session");
+    &calls[accepts[1]..accepts[sessions + 1]]
+}
+
+/// The sessions' own calls, by name: without what it shares with others.
+fn own(calls: &[String]) -> BTreeMap<&str, usize> {
+    let mut counts = BTreeMap::new();
+    for call in calls.iter().filter(|call| !is_shared(call)) {
+        *counts.entry(name(call)).or_default() += 1;
+    }
+    counts
+}
+
+fn is_shared(call: &str) -> bool {
+    match name(call) {
+        "accept4" => !accepted(call),
+        // The check for a connection to oneself, which only backends with ports from the range for outgoing connections
+        // need (such as this scenario's).
+        "getsockname" => true,
+        // What the standard library and the runtime check of their descriptors in a debug build.
+        "fcntl" => cfg!(debug_assertions) && (call.contains("F_GETFD") || call.contains("F_GETFL")),
+        // The runtime's: waits for events, and wakes itself for every sixteen sockets that were closed.
+        "epoll_wait" | "write" => true,
+        // The allocator's.
+        "brk" | "madvise" | "mmap" | "mprotect" | "munmap" => true,
+        _ => false,
+    }
+}
+
+fn times(sessions: usize) -> BTreeMap<&'static str, usize> {
+    SHORT_SESSION.into_iter().map(|(name, count)| (name, count * sessions)).collect()
+}
+
+#[tokio::test]
+async fn a_short_session_makes_the_calls_of_the_table_and_no_other() {
+    const SESSIONS: usize = 50;
+    let traced = Traced::start().await;
+    for _ in 0..SESSIONS + 2 {
+        session(traced.entry, 1).await;
+    }
+    let calls = traced.calls().await;
+    let calls = window(&calls, SESSIONS);
+    assert_eq!(own(calls), times(SESSIONS), "the last one:\n{}", last_session(calls));
+    // For the client, its bytes and the backend's readiness, the answer, the client's end, the backend's end.
+    let waits = calls.iter().filter(|call| name(call) == "epoll_wait").count();
+    assert!(waits <= SESSIONS * 6, "{waits} waits in {SESSIONS} sessions");
+}
+
+#[tokio::test]
+async fn sessions_at_once_make_no_other_calls() {
+    const SESSIONS: usize = 640;
+    const AT_ONCE: usize = 64;
+    let traced = Traced::start().await;
+    session(traced.entry, 1).await;
+    let mut clients = JoinSet::new();
+    for _ in 0..AT_ONCE {
+        let entry = traced.entry;
+        clients.spawn(async move {
+            for _ in 0..SESSIONS / AT_ONCE {
+                session(entry, 1).await;
+            }
+        });
+    }
+    soon("all sessions end", clients.join_all()).await;
+    session(traced.entry, 1).await;
+    let calls = traced.calls().await;
+    let calls = window(&calls, SESSIONS);
+    assert_eq!(own(calls), times(SESSIONS));
+    let writes = calls.iter().filter(|call| name(call) == "write").count();
+    assert!(writes <= SESSIONS / 8, "the runtime wakes itself {writes} times in {SESSIONS} sessions");
+}
+
+/// Nagle's algorithm is switched off before it could hold back anything, and not before.
+#[tokio::test]
+async fn small_packets_are_never_held_back() {
+    let traced = Traced::start().await;
+    for requests in [1, 3, 1] {
+        session(traced.entry, requests).await;
+    }
+    let calls = traced.calls().await;
+    let names: Vec<&str> = window(&calls, 1)
+        .iter()
+        .map(|call| name(call))
+        .filter(|name| ["sendto", "setsockopt"].contains(name))
+        .collect();
+    // To the backend, to the client, and so on.
+    assert_eq!(names, ["sendto", "sendto", "setsockopt", "sendto", "sendto", "sendto", "sendto"]);
+}
+
+fn last_session(calls: &[String]) -> String {
+    let start = calls.iter().rposition(|call| accepted(call)).unwrap_or(0);
+    calls[start..].join("\n")
+}
