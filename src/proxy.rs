@@ -24,6 +24,7 @@ use crate::listen::socket::{self, BindError};
 use crate::redis::status::TableStatus;
 use crate::redis::{self, Followed};
 use crate::runtime::drain::{self, DrainControl, Phase};
+use crate::runtime::handover;
 use crate::runtime::resolve::{self, Names};
 use crate::runtime::worker::{self, Door, Shared};
 use crate::session::{Listener, Settings};
@@ -245,12 +246,16 @@ impl Control {
         let mut tasks = JoinSet::new();
         self.begin(&mut tasks).await;
         let (tell, ends) = mpsc::unbounded_channel();
+        let sharing = handover::between(self.doors.len(), &self.shared.sessions);
         let workers: io::Result<Vec<_>> = self
             .doors
             .drain(..)
+            .zip(sharing)
             .enumerate()
-            .map(|(id, doors)| {
-                worker::spawn(WorkerId(id), doors, self.shared.clone(), worker::Ended::new(tell.clone()))
+            .map(|(id, (doors, (neighbours, inbox)))| {
+                let sharing = worker::Sharing { neighbours, inbox };
+                let ended = worker::Ended::new(tell.clone());
+                worker::spawn(WorkerId(id), doors, sharing, self.shared.clone(), ended)
             })
             .collect();
         drop(tell);

@@ -21,7 +21,7 @@ use socket2::TcpKeepalive;
 use self::direction::{Broken, Direction};
 pub use self::idle::IdleClock;
 use self::pipe::Pipes;
-use crate::telemetry::counters::Counter;
+use crate::telemetry::counters::{BackendCounters, Counter};
 
 /// What all sessions of a worker share.
 #[derive(Debug)]
@@ -70,17 +70,32 @@ pub struct Limits {
     pub settle_time: Duration,
 }
 
-/// Where the bytes of one session are counted.
+/// Where a session is counted while it is relayed.
 #[derive(Debug)]
 pub struct Meter<'a> {
-    /// Of all sessions of the backend on this worker: taken by the backend.
-    pub sent: &'a Counter,
-    /// The same: taken by the clients.
-    pub received: &'a Counter,
-    /// Of this session: taken by the backend.
-    pub to_backend: &'a mut u64,
-    /// Of this session: taken by the client.
-    pub to_client: &'a mut u64,
+    /// Of all sessions of its backend on this worker.
+    pub backend: &'a BackendCounters,
+    /// Of all sessions of this worker: those of which a half was closed.
+    pub half_closed: &'a Counter,
+    /// Of this session.
+    pub session: &'a mut Tally,
+}
+
+/// What is counted of one session while it is relayed.
+#[derive(Debug, Default)]
+pub struct Tally {
+    /// Bytes taken by the backend.
+    pub to_backend: u64,
+    /// Bytes taken by the client.
+    pub to_client: u64,
+    /// It was counted among the half-closed ones.
+    pub half_closed: bool,
+}
+
+impl Tally {
+    fn bytes(&self) -> u64 {
+        self.to_backend + self.to_client
+    }
 }
 
 /// A side of a session.
@@ -128,13 +143,17 @@ pub fn relay<'a>(
     // A block, not an async function: that would keep each of its arguments twice.
     async move {
         let ended = poll_fn(|cx| {
-            let progress = *meter.to_backend + *meter.to_client;
+            let progress = meter.session.bytes();
             let was_open = pair.is_open();
             if let Poll::Ready(ended) = pair.poll(cx, &shared.buffers, &mut meter) {
                 return Poll::Ready(ended);
             }
             let is_open = pair.is_open();
-            if *meter.to_backend + *meter.to_client != progress || is_open != was_open {
+            if is_open != was_open {
+                meter.half_closed.add(1);
+                meter.session.half_closed = true;
+                idle.touch();
+            } else if meter.session.bytes() != progress {
                 idle.touch();
             }
             if idle.settles() {
@@ -154,8 +173,8 @@ pub fn relay<'a>(
         .await;
 
         let to_deliver = match ended {
-            Ended::Reset(Side::Client) if *meter.to_backend > 0 => Some(&*pair.backend),
-            Ended::Reset(Side::Backend) if *meter.to_client > 0 => Some(&*pair.client),
+            Ended::Reset(Side::Client) if meter.session.to_backend > 0 => Some(&*pair.backend),
+            Ended::Reset(Side::Backend) if meter.session.to_client > 0 => Some(&*pair.client),
             _ => None,
         };
         if let Some(stream) = to_deliver {
@@ -186,15 +205,15 @@ struct Pair<'a> {
 impl Pair<'_> {
     fn poll(&mut self, cx: &mut Context<'_>, buffers: &Buffers, meter: &mut Meter<'_>) -> Poll<Ended> {
         let to_backend = self.poll_towards(Side::Backend, cx, buffers, |bytes| {
-            *meter.to_backend += bytes;
-            meter.sent.add(bytes);
+            meter.session.to_backend += bytes;
+            meter.backend.bytes_sent.add(bytes);
         });
         if let Some(ended) = to_backend {
             return Poll::Ready(ended);
         }
         let to_client = self.poll_towards(Side::Client, cx, buffers, |bytes| {
-            *meter.to_client += bytes;
-            meter.received.add(bytes);
+            meter.session.to_client += bytes;
+            meter.backend.bytes_received.add(bytes);
         });
         if let Some(ended) = to_client {
             return Poll::Ready(ended);

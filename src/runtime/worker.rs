@@ -8,12 +8,14 @@ use std::sync::mpsc::sync_channel;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::{Builder, LocalOptions, LocalRuntime};
 use tokio::sync::mpsc;
 use tokio::task::{JoinSet, spawn_local};
+use tracing::{error, warn};
 
 use super::drain::Drain;
+use super::handover::{Handed, Inbox, Neighbours};
 use crate::balance::pool::Pool;
 use crate::config::LogFormat;
 use crate::listen::accept;
@@ -46,6 +48,15 @@ pub struct Shared {
     pub drain: Drain,
 }
 
+/// How a worker shares the work with the others.
+#[derive(Debug)]
+pub struct Sharing {
+    /// Those it may hand connections to.
+    pub neighbours: Neighbours,
+    /// What they hand to it.
+    pub inbox: Inbox,
+}
+
 /// A worker's end, sent however it ends.
 #[derive(Debug)]
 pub struct Ended {
@@ -73,7 +84,13 @@ impl Drop for Ended {
 ///
 /// # Errors
 /// No thread, or no epoll descriptor.
-pub fn spawn(id: WorkerId, doors: Vec<Door>, shared: Shared, ended: Ended) -> io::Result<JoinHandle<()>> {
+pub fn spawn(
+    id: WorkerId,
+    doors: Vec<Door>,
+    sharing: Sharing,
+    shared: Shared,
+    ended: Ended,
+) -> io::Result<JoinHandle<()>> {
     let (started, has_started) = sync_channel(1);
     let thread = thread::Builder::new().name(format!("statera-{}", id.0)).spawn(move || {
         let mut ended = ended;
@@ -82,7 +99,7 @@ pub fn spawn(id: WorkerId, doors: Vec<Door>, shared: Shared, ended: Ended) -> io
             Ok(runtime) => {
                 // `spawn` waits for this.
                 let _ = started.send(Ok(()));
-                ended.cut = Some(run(runtime, id, doors, &shared));
+                ended.cut = Some(run(runtime, id, doors, sharing, &shared));
             }
             Err(error) => {
                 let _ = started.send(Err(error));
@@ -93,13 +110,13 @@ pub fn spawn(id: WorkerId, doors: Vec<Door>, shared: Shared, ended: Ended) -> io
     Ok(thread)
 }
 
-fn run(runtime: LocalRuntime, id: WorkerId, doors: Vec<Door>, shared: &Shared) -> u64 {
+fn run(runtime: LocalRuntime, id: WorkerId, doors: Vec<Door>, sharing: Sharing, shared: &Shared) -> u64 {
     let access_log = shared.access_log.as_ref().map(|(format, sink)| AccessLog::new(*format, sink.clone()));
     let limits = doors.iter().map(|door| &door.settings.limits);
     let shortest = limits.map(|limits| limits.half_closed.min(limits.idle.unwrap_or(Duration::MAX))).min();
     let worker =
         Rc::new(Worker::new(id, shortest.unwrap_or(Duration::MAX), access_log, Arc::clone(&shared.sessions)));
-    let cut = runtime.block_on(serve(&worker, doors, &shared.drain));
+    let cut = runtime.block_on(serve(&worker, doors, sharing, &shared.drain));
     // Sessions that are left end here: their futures are dropped, which resets and reports them.
     drop(runtime);
     if let Some(log) = &worker.access_log {
@@ -109,7 +126,7 @@ fn run(runtime: LocalRuntime, id: WorkerId, doors: Vec<Door>, shared: &Shared) -
 }
 
 /// Returns the number of sessions that are left.
-async fn serve(worker: &Rc<Worker>, doors: Vec<Door>, drain: &Drain) -> u64 {
+async fn serve(worker: &Rc<Worker>, doors: Vec<Door>, sharing: Sharing, drain: &Drain) -> u64 {
     if worker.access_log.is_some() {
         let worker = Rc::clone(worker);
         spawn_local(async move {
@@ -121,14 +138,21 @@ async fn serve(worker: &Rc<Worker>, doors: Vec<Door>, drain: &Drain) -> u64 {
     let clock = Rc::clone(worker);
     spawn_local(async move { clock.relay.clock.run().await });
     let mut accepting = JoinSet::new();
-    for door in doors {
-        accepting.spawn_local(accept_at(door, Rc::clone(worker), drain.clone()));
+    let neighbours = Rc::new(sharing.neighbours);
+    let mut contexts = Vec::new();
+    for (number, Door { socket, listener, pool, settings }) in doors.into_iter().enumerate() {
+        let context = Rc::new(Context { worker: Rc::clone(worker), listener, pool, settings });
+        contexts.push(Rc::clone(&context));
+        accepting.spawn_local(accept_at(socket, number, context, Rc::clone(&neighbours), drain.clone()));
     }
+    // The accept loops alone hold the neighbours: when all have ended everywhere, so do the inboxes.
+    drop(neighbours);
+    accepting.spawn_local(take_over(sharing.inbox, contexts));
     let finished = async {
         while let Some(ended) = accepting.join_next().await {
             if let Err(error) = ended {
                 // A defect of ours. The control plane sees this worker end before the drain, and starts it.
-                return tracing::error!(%error, "an accept loop died");
+                return error!(%error, "an accept loop died");
             }
         }
         worker.idle().await;
@@ -141,19 +165,37 @@ async fn serve(worker: &Rc<Worker>, doors: Vec<Door>, drain: &Drain) -> u64 {
     worker.active()
 }
 
-async fn accept_at(door: Door, worker: Rc<Worker>, drain: Drain) {
-    let Door { socket, listener, pool, settings } = door;
-    let counters = Arc::clone(&listener);
+async fn accept_at(
+    socket: StdListener,
+    door: usize,
+    context: Rc<Context>,
+    neighbours: Rc<Neighbours>,
+    drain: Drain,
+) {
+    let Context { worker, listener, .. } = &*context;
     let socket = match TcpListener::from_std(socket) {
         Ok(socket) => socket,
-        Err(error) => {
-            return tracing::error!(listener = %listener.name, %error, "cannot watch a listening socket");
+        Err(error) => return error!(listener = %listener.name, %error, "cannot watch a listening socket"),
+    };
+    let on_connection = |stream, client| {
+        if let Some(stream) = neighbours.offer(door, stream, client) {
+            drop(spawn_local(session::serve(stream, client, Rc::clone(&context))));
         }
     };
-    let context = Rc::new(Context { worker, listener, pool, settings });
-    let worker = &context.worker;
-    let on_connection =
-        |stream, client| drop(spawn_local(session::serve(stream, client, Rc::clone(&context))));
-    let counted = counters.counters.of(worker.id);
-    accept::run(socket, &counters.name, counted, &drain, || worker.is_starved(), on_connection).await;
+    let counters = listener.counters.of(worker.id);
+    accept::run(socket, &listener.name, counters, &drain, || worker.is_starved(), on_connection).await;
+}
+
+/// Serves what other workers have accepted.
+async fn take_over(mut inbox: Inbox, contexts: Vec<Rc<Context>>) {
+    while let Some(Handed { door, stream, client }) = inbox.recv().await {
+        let context = &contexts[door];
+        match TcpStream::from_std(stream) {
+            Ok(stream) => drop(spawn_local(session::serve(stream, client, Rc::clone(context)))),
+            Err(error) => {
+                context.listener.counters.of(context.worker.id).accept_failed.add(1);
+                warn!(listener = %context.listener.name, %client, %error, "cannot watch a connection");
+            }
+        }
+    }
 }

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use super::Context;
 use crate::balance::pool::Pick;
-use crate::relay::{Ended, Meter, Side};
+use crate::relay::{Ended, Meter, Side, Tally};
 use crate::telemetry::access_log::{AccessLine, millis};
 use crate::telemetry::counters::Counter;
 
@@ -76,13 +76,24 @@ impl CloseReason {
     }
 }
 
-/// What one worker counts of all its sessions.
+/// What one worker counts of all its sessions. Other workers read it at every accept, so it shares no cache line.
 #[derive(Debug, Default)]
+#[repr(align(128))]
 pub struct SessionCounters {
+    opened: Counter,
+    /// Half-closed, or closed at once.
+    half_closed: Counter,
     closed: [Counter; CloseReason::ALL.len()],
 }
 
 impl SessionCounters {
+    /// Sessions of which no half was closed: those that may still have much to do.
+    #[must_use]
+    pub fn open(&self) -> u64 {
+        // Each is written by one thread, and read by another at any moment: the later one may be ahead.
+        self.opened.get().saturating_sub(self.half_closed.get())
+    }
+
     /// Sessions that ended for `reason`.
     #[must_use]
     pub fn closed(&self, reason: CloseReason) -> &Counter {
@@ -101,8 +112,7 @@ pub(super) struct Report {
     pub(super) retries: u32,
     pub(super) queue_time: Duration,
     pub(super) connect_time: Duration,
-    bytes_in: u64,
-    bytes_out: u64,
+    tally: Tally,
     /// Stays [`CloseReason::Shutdown`] if the session is dropped in the middle.
     reason: CloseReason,
 }
@@ -110,6 +120,7 @@ pub(super) struct Report {
 impl Report {
     pub(super) fn open(context: Rc<Context>, client: SocketAddr) -> Self {
         context.worker.session_opened();
+        context.worker.sessions.of(context.worker.id).opened.add(1);
         context.listener.counters.of(context.worker.id).connections.add(1);
         Self {
             context,
@@ -120,8 +131,7 @@ impl Report {
             retries: 0,
             queue_time: Duration::ZERO,
             connect_time: Duration::ZERO,
-            bytes_in: 0,
-            bytes_out: 0,
+            tally: Tally::default(),
             reason: CloseReason::Shutdown,
         }
     }
@@ -147,12 +157,8 @@ impl Report {
     pub(super) fn meter(&mut self) -> Meter<'_> {
         let pick = self.pick.as_ref().expect("only a session that reached a backend is relayed");
         let backend = pick.backend.counters.of(self.context.worker.id);
-        Meter {
-            sent: &backend.bytes_sent,
-            received: &backend.bytes_received,
-            to_backend: &mut self.bytes_in,
-            to_client: &mut self.bytes_out,
-        }
+        let worker = &self.context.worker;
+        Meter { backend, half_closed: &worker.sessions.of(worker.id).half_closed, session: &mut self.tally }
     }
 
     fn term(&self) -> &'static str {
@@ -171,7 +177,11 @@ impl Drop for Report {
     fn drop(&mut self) {
         let worker = &self.context.worker;
         let duration = self.accepted.elapsed();
-        worker.sessions.of(worker.id).closed(self.reason).add(1);
+        let sessions = worker.sessions.of(worker.id);
+        sessions.closed(self.reason).add(1);
+        if !self.tally.half_closed {
+            sessions.half_closed.add(1);
+        }
         let listener = self.context.listener.counters.of(worker.id);
         listener.closed.add(1);
         if self.reason == CloseReason::NoBackend {
@@ -195,8 +205,8 @@ impl Drop for Report {
                 queue_ms: millis(self.queue_time),
                 connect_ms: millis(self.connect_time),
                 duration_ms: millis(duration),
-                bytes_in: self.bytes_in,
-                bytes_out: self.bytes_out,
+                bytes_in: self.tally.to_backend,
+                bytes_out: self.tally.to_client,
                 close_reason: self.reason.name(),
                 term: self.term(),
             });

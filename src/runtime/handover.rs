@@ -1,0 +1,112 @@
+//! Hands a connection to a worker that has far fewer sessions than the one that accepted it.
+//!
+//! The kernel chooses a listening socket by a hash of the client's address. That spreads many sessions evenly and costs
+//! nothing, but of two long ones it puts both on one worker every other time, and half of the machine idles. So each worker
+//! compares itself with one other at every accept (one look at two counters), and hands over what would widen a gap that
+//! chance alone does not make among many.
+
+use std::cell::Cell;
+use std::net::{SocketAddr, TcpStream as StdTcpStream};
+use std::sync::Arc;
+
+use tokio::net::TcpStream;
+use tokio::sync::mpsc;
+use tracing::warn;
+
+use crate::session::SessionCounters;
+use crate::telemetry::counters::{PerWorker, WorkerId};
+
+/// Connections that wait for a worker to take them; above this the one that accepted them keeps them.
+const INBOX_CONNECTIONS: usize = 64;
+
+/// A connection on its way to another worker.
+#[derive(Debug)]
+pub struct Handed {
+    /// Which of the worker's doors it came through: all workers have the same ones in the same order.
+    pub door: usize,
+    /// In no runtime.
+    pub stream: StdTcpStream,
+    /// Its other end.
+    pub client: SocketAddr,
+}
+
+/// What is handed to a worker. Ends when no other worker accepts any more.
+pub type Inbox = mpsc::Receiver<Handed>;
+
+/// The other workers, as one of them sees them.
+#[derive(Debug)]
+pub struct Neighbours {
+    own: WorkerId,
+    sessions: Arc<PerWorker<SessionCounters>>,
+    inboxes: Vec<(WorkerId, mpsc::Sender<Handed>)>,
+    next: Cell<usize>,
+}
+
+/// For each of `workers`: the others, and what they hand to it.
+#[must_use]
+pub fn between(workers: usize, sessions: &Arc<PerWorker<SessionCounters>>) -> Vec<(Neighbours, Inbox)> {
+    let (senders, inboxes): (Vec<_>, Vec<_>) = (0..workers).map(|_| mpsc::channel(INBOX_CONNECTIONS)).unzip();
+    let neighbours = (0..workers).map(|own| Neighbours {
+        own: WorkerId(own),
+        sessions: Arc::clone(sessions),
+        inboxes: (0..workers)
+            .filter(|other| *other != own)
+            .map(|other| (WorkerId(other), senders[other].clone()))
+            .collect(),
+        next: Cell::new(own),
+    });
+    neighbours.zip(inboxes).collect()
+}
+
+impl Neighbours {
+    /// Hands `stream` over if another worker is to have it; else gives it back.
+    pub fn offer(&self, door: usize, stream: TcpStream, client: SocketAddr) -> Option<TcpStream> {
+        let Some(permit) = self.less_loaded().and_then(|inbox| inbox.try_reserve().ok()) else {
+            return Some(stream);
+        };
+        match stream.into_std() {
+            Ok(stream) => permit.send(Handed { door, stream, client }),
+            Err(error) => warn!(%client, %error, "a connection was lost between two workers"),
+        }
+        None
+    }
+
+    /// One other worker, each in its turn, if it has so much less to do.
+    fn less_loaded(&self) -> Option<&mpsc::Sender<Handed>> {
+        let own = self.sessions.of(self.own).open();
+        // Without a session of its own it cannot have too many.
+        if own == 0 || self.inboxes.is_empty() {
+            return None;
+        }
+        let turn = self.next.replace(self.next.get().wrapping_add(1));
+        let (other, inbox) = &self.inboxes[turn % self.inboxes.len()];
+        let waiting = (inbox.max_capacity() - inbox.capacity()) as u64;
+        is_lopsided(own, self.sessions.of(*other).open() + waiting).then_some(inbox)
+    }
+}
+
+/// Half as many again, and one: with few sessions the workers differ by two at most; with many, chance alone hardly ever
+/// makes such a gap, and nothing is handed over.
+fn is_lopsided(own: u64, other: u64) -> bool {
+    own > other + other / 2
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn few_sessions_are_kept_even_and_chance_among_many_is_left_alone() {
+        for (own, other, expected) in [
+            (1, 0, true),
+            (1, 1, false),
+            (2, 1, true),
+            (3, 2, false),
+            (4, 2, true),
+            (36, 28, false),
+            (43, 28, true),
+        ] {
+            assert_eq!(is_lopsided(own, other), expected, "{own} here, {other} there");
+        }
+    }
+}
