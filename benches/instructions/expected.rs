@@ -1,0 +1,131 @@
+//! The figures that are expected, kept in `expected.yaml`: compares, and rewrites the file where that is asked for.
+//!
+//! Fewer instructions than expected fail as well. What was gained would else be lost again without anybody noticing, and
+//! a figure that fell by itself is a case that does not do its work any more.
+
+use std::collections::BTreeMap;
+use std::env::consts::ARCH;
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+use serde::Deserialize;
+
+use super::valgrind::Valgrind;
+
+const ACCEPT: &str = "STATERA_ACCEPT=1 make bench-instructions";
+/// Of a case that the file does not have yet.
+const NEW_TOLERANCE_PERCENT: f64 = 5.0;
+const HEAD: &str = "\
+# Instructions that one unit of each case may take, and how far a figure may be from that, up or down. `make bench-instructions`
+# compares; to accept new figures on purpose: STATERA_ACCEPT=1 make bench-instructions, then read the diff and say in the
+# commit why. Tolerances are written by hand and stay. benches/README.md says what is counted.
+";
+
+/// One measured case.
+pub struct Figure {
+    pub name: String,
+    /// For one unit.
+    pub instructions: f64,
+}
+
+/// What the file says, for each architecture: instructions of one are not those of another.
+pub struct Expected {
+    path: PathBuf,
+    architectures: BTreeMap<String, Architecture>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Architecture {
+    /// The versions that the figures were made with.
+    with: String,
+    cases: BTreeMap<String, Case>,
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Case {
+    instructions: f64,
+    tolerance_percent: f64,
+}
+
+impl Expected {
+    pub fn read() -> Result<Self> {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/instructions/expected.yaml");
+        let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let architectures =
+            serde_yaml::from_str(&text).with_context(|| format!("cannot use {}", path.display()))?;
+        Ok(Self { path, architectures })
+    }
+
+    /// Compares, or accepts if `STATERA_ACCEPT` is set. Returns false if a figure is off.
+    pub fn judge(mut self, figures: &[Figure], valgrind: &Valgrind) -> Result<bool> {
+        let known = self.architectures.entry(ARCH.to_owned()).or_default();
+        if std::env::var_os("STATERA_ACCEPT").is_some() {
+            known.with.clone_from(&valgrind.versions);
+            for figure in figures {
+                let tolerance_percent = known
+                    .cases
+                    .get(&figure.name)
+                    .map_or(NEW_TOLERANCE_PERCENT, |case| case.tolerance_percent);
+                let case = Case { instructions: figure.instructions, tolerance_percent };
+                known.cases.insert(figure.name.clone(), case);
+            }
+            fs::write(&self.path, self.yaml())
+                .with_context(|| format!("cannot write {}", self.path.display()))?;
+            println!("accepted: read the diff of {}", self.path.display());
+            return Ok(true);
+        }
+
+        let wrong: Vec<String> = figures.iter().filter_map(|figure| known.complaint(figure)).collect();
+        for complaint in &wrong {
+            eprintln!("instructions: {complaint}");
+        }
+        if !wrong.is_empty() {
+            eprintln!("instructions: where they went: callgrind_annotate target/instructions/CASE.callgrind");
+            eprintln!("instructions: expected with {}", known.with);
+            eprintln!("instructions: counted with  {}", valgrind.versions);
+            eprintln!("instructions: to accept the new figures on purpose: {ACCEPT}");
+        }
+        Ok(wrong.is_empty())
+    }
+
+    fn yaml(&self) -> String {
+        let mut text = HEAD.to_owned();
+        for (name, architecture) in &self.architectures {
+            // Writing to a string cannot fail.
+            let _ = writeln!(text, "\n{name}:\n  with: \"{}\"\n  cases:", architecture.with);
+            for (name, Case { instructions, tolerance_percent }) in &architecture.cases {
+                let _ = writeln!(
+                    text,
+                    "    {name}: {{instructions: {instructions:.1}, tolerance_percent: {tolerance_percent}}}"
+                );
+            }
+        }
+        text
+    }
+}
+
+impl Architecture {
+    /// `None`: the figure is as expected.
+    fn complaint(&self, figure: &Figure) -> Option<String> {
+        let Figure { name, instructions } = figure;
+        let Some(Case { instructions: expected, tolerance_percent }) = self.cases.get(name) else {
+            return Some(format!(
+                "{name}: {instructions:.1} instructions, and no figure is expected on {ARCH} yet"
+            ));
+        };
+        let off_percent = (instructions / expected - 1.0) * 100.0;
+        let what = match off_percent {
+            off if off > *tolerance_percent => "more than expected",
+            off if off < -tolerance_percent => "fewer than expected: if that was gained, keep it",
+            _ => return None,
+        };
+        Some(format!(
+            "{name}: {instructions:.1} instructions, {expected:.1} expected ({off_percent:+.1} %, tolerance \
+             {tolerance_percent} %): {what}"
+        ))
+    }
+}
