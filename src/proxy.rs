@@ -20,7 +20,7 @@ use crate::balance::Table;
 use crate::balance::lua_pick::{self as picking, LuaRequests};
 use crate::balance::pool::{Pool, Sync};
 use crate::config::{Config, Shutdown};
-use crate::listen::socket::{self, BindError};
+use crate::listen::socket::{self, BindError, Options};
 use crate::redis::status::TableStatus;
 use crate::redis::{self, Followed};
 use crate::runtime::drain::{self, DrainControl, Phase};
@@ -43,7 +43,15 @@ pub enum StartError {
     /// A listener's address is taken, forbidden or not ours.
     #[error(transparent)]
     Bind(#[from] BindError),
-    /// The same of the admin server's.
+    /// The kernel does not have what `tcp_congestion` asks for.
+    #[error("{path}.tcp_congestion: {reason}")]
+    Congestion {
+        /// The listener or pool: `listeners.web`.
+        path: String,
+        /// Why, and what to do.
+        reason: String,
+    },
+    /// The admin server's address is.
     #[error(transparent)]
     AdminBind(#[from] AdminBindError),
     /// No thread, no descriptor.
@@ -89,6 +97,7 @@ pub struct Running {
 /// # Errors
 /// Nothing is left behind.
 pub fn start(config: &Config, log: Option<LogSink>) -> Result<Running, StartError> {
+    check_congestion(config)?;
     let (drain_control, drain) = drain::channel();
     let workers = config.workers.get();
     let (picker, lua_requests) = match (&config.redis, config.lua_pick.enabled) {
@@ -120,9 +129,10 @@ pub fn start(config: &Config, log: Option<LogSink>) -> Result<Running, StartErro
             .expect("the config was checked: every listener's pool exists");
         let shared =
             Arc::new(Listener { name: Arc::clone(&listener.name), counters: PerWorker::new(workers) });
+        let options = Options { keepalive: settings.keepalive, congestion: listener.tcp_congestion.clone() };
         let mut bound = Vec::new();
         for address in &listener.bind {
-            let sockets = socket::bind(&listener.name, *address, settings.keepalive, workers)?;
+            let sockets = socket::bind(&listener.name, *address, &options, workers)?;
             bound.extend(sockets.first().map(TcpListener::local_addr).transpose()?);
             for (doors, socket) in doors.iter_mut().zip(sockets) {
                 let (listener, pool) = (Arc::clone(&shared), Arc::clone(&pool));
@@ -161,6 +171,19 @@ pub fn start(config: &Config, log: Option<LogSink>) -> Result<Running, StartErro
     let running = Running { addresses, admin: admin_address, observed, stop, control: Some(thread) };
     has_started.recv().unwrap_or_else(|_| Err(io::Error::other("the control thread died")))?;
     Ok(running)
+}
+
+/// Before anything listens: a session could do nothing about it.
+fn check_congestion(config: &Config) -> Result<(), StartError> {
+    let listeners = config.listeners.iter().map(|l| ("listeners", &l.name, &l.tcp_congestion));
+    let pools = config.pools.iter().map(|p| ("pools", &p.name, &p.tcp_congestion));
+    for (section, name, congestion) in listeners.chain(pools) {
+        if let Some(congestion) = congestion {
+            socket::check_congestion(congestion)
+                .map_err(|reason| StartError::Congestion { path: format!("{section}.{name}"), reason })?;
+        }
+    }
+    Ok(())
 }
 
 impl Running {

@@ -146,6 +146,21 @@ async fn an_answer_that_nobody_reads_fails_without_a_panic() {
 }
 
 #[tokio::test]
+async fn a_congestion_control_that_the_kernel_lacks_is_refused_with_those_it_has() {
+    let folder = folder();
+    for (yaml, path) in [
+        (VALID.replace("pool: web", "pool: web, tcp_congestion: bogus"), "listeners.web"),
+        (VALID.replace("backends:", "tcp_congestion: bogus, backends:"), "pools.web"),
+    ] {
+        let config = config(&folder, &yaml);
+        let (code, said, errors) = statera(&["run", "-c", &config]).await;
+        assert_eq!((code, said.as_str()), (Some(1), ""), "{yaml}: {errors}");
+        assert!(errors.starts_with(&format!("statera: {path}.tcp_congestion: bogus: ")), "{errors}");
+        assert!(errors.contains("this kernel has ") && errors.contains("reno"), "{errors}");
+    }
+}
+
+#[tokio::test]
 async fn a_port_in_use_is_refused_with_listener_address_and_cure() {
     let taken = TcpListener::bind("127.0.0.1:0").expect("a free port");
     let taken = taken.local_addr().map(|address| (taken, address)).expect("bound");

@@ -8,7 +8,7 @@ use rustix::process::Signal;
 use tokio::io::AsyncReadExt as _;
 use tokio::time::{sleep, timeout};
 
-use crate::support::{Backend, Peer, Program, Proxy, echo, eventually, require};
+use crate::support::{Backend, Peer, Program, Proxy, echo, eventually, output, require};
 
 #[tokio::test]
 async fn ipv4_and_ipv6_addresses_of_one_listener_all_serve() {
@@ -82,6 +82,36 @@ async fn few_long_sessions_are_shared_evenly() {
             let most = of_workers.iter().max().expect("two workers");
             assert!(*most as usize <= few / 2 + few / 8, "{of_workers:?}");
         }
+    }
+}
+
+#[tokio::test]
+async fn tcp_congestion_is_used_towards_clients_and_towards_backends() {
+    let backend = Backend::echo().await;
+    // Every kernel has reno, and no system's default is reno any more.
+    for (listener, pool, expected) in [("reno", "system", (true, false)), ("system", "reno", (false, true))] {
+        let key = |name| if name == "system" { String::new() } else { format!(", tcp_congestion: {name}") };
+        let proxy = Proxy::start(&format!(
+            "listeners: {{web: {{bind: \"127.0.0.1:0\", pool: web{}}}}}\n\
+             pools: {{web: {{backends: {{\"{}\": 1}}{}}}}}",
+            key(listener),
+            backend.address,
+            key(pool)
+        ));
+        let mut client = Peer::connect(proxy.address()).await;
+        client.say(b"ping").await;
+        client.hears(b"ping").await;
+        // The proxy's two sockets: from its own port, and to the backend's.
+        let uses_reno = async |filter: String| {
+            let mut ss = Command::new(require("ss", "iproute2"));
+            ss.args(["-tinHO", "state", "established", &filter]);
+            let said = String::from_utf8(output(ss).await.stdout).expect("text");
+            assert_eq!(said.lines().count(), 1, "{filter}: {said}");
+            said.contains(" reno ")
+        };
+        let towards_client = uses_reno(format!("sport = :{}", proxy.address().port())).await;
+        let towards_backend = uses_reno(format!("dport = :{}", backend.address.port())).await;
+        assert_eq!((towards_client, towards_backend), expected, "listener: {listener}, pool: {pool}");
     }
 }
 

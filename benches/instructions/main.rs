@@ -14,6 +14,8 @@
 mod expected;
 mod picks;
 mod proxy;
+#[path = "../shipped.rs"]
+mod shipped;
 mod valgrind;
 
 use std::path::{Path, PathBuf};
@@ -143,7 +145,7 @@ fn run(arguments: &Arguments) -> Result<bool> {
     ensure!(!cases.is_empty(), "--only: nothing is called {}", arguments.only.join(" or "));
 
     let valgrind = Valgrind::find()?;
-    let statera = arguments.statera.clone().map_or_else(proxy::build, Ok)?;
+    let statera = arguments.statera.clone().map_or_else(shipped::build, Ok)?;
     let begun = Instant::now();
     let mut figures = Vec::new();
     println!("{:32} {:>12} {:>12} {:>12}", "instructions", "figure", "least", "most");

@@ -4,8 +4,7 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -19,21 +18,6 @@ const SMALL_BYTES: usize = 64;
 /// For each step. A session takes some milliseconds under valgrind.
 const STEP_LIMIT: Duration = Duration::from_secs(10);
 const START_LIMIT: Duration = Duration::from_secs(30);
-
-/// Builds the program as it ships, and returns where it is.
-///
-/// What cargo builds beside a benchmark is not that: it has the features that only tests ask for. Tokio's `test-util`
-/// alone, whose clock can be paused, makes a request 14 % longer.
-pub fn build() -> Result<PathBuf> {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let built = Command::new(cargo)
-        .args(["build", "--locked", "--release", "--bin", "statera"])
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .status()
-        .context("cannot run cargo")?;
-    ensure!(built.success(), "cargo build --release: {built}");
-    Ok(env!("CARGO_BIN_EXE_statera").into())
-}
 
 /// The proxy that runs, and its two neighbours.
 pub struct Proxy {

@@ -1,6 +1,9 @@
 //! What the kernel says about time and memory: of the proxy, of this process, of the whole machine.
 
+use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fs;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -38,6 +41,12 @@ impl Processes {
         self.0.iter().map(|&pid| scheduled(pid).unwrap_or_else(|| ticked(pid))).sum()
     }
 
+    /// The same for each thread, by its number; empty where the scheduler does not show it.
+    fn cpu_of_threads(&self) -> BTreeMap<OsString, Duration> {
+        let threads = self.0.iter().filter_map(|&pid| tasks(pid)).flatten();
+        threads.filter_map(|task| Some((task.file_name()?.to_owned(), of_thread(&task)?))).collect()
+    }
+
     /// Resident memory.
     pub fn resident_bytes(&self) -> u64 {
         let of = |pid: &u32| {
@@ -69,12 +78,12 @@ fn tasks(pid: u32) -> Option<impl Iterator<Item = std::path::PathBuf>> {
 }
 
 fn scheduled(pid: u32) -> Option<Duration> {
-    tasks(pid)?
-        .map(|task| {
-            let text = fs::read_to_string(task.join("schedstat")).ok()?;
-            Some(Duration::from_nanos(text.split(' ').next()?.parse().ok()?))
-        })
-        .sum()
+    tasks(pid)?.map(|task| of_thread(&task)).sum()
+}
+
+fn of_thread(task: &Path) -> Option<Duration> {
+    let text = fs::read_to_string(task.join("schedstat")).ok()?;
+    Some(Duration::from_nanos(text.split(' ').next()?.parse().ok()?))
 }
 
 fn ticked(pid: u32) -> Duration {
@@ -85,11 +94,13 @@ fn ticked(pid: u32) -> Duration {
 }
 
 /// One look at everything.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Reading {
     pub at: Instant,
     /// Of the proxy.
     pub cpu: Duration,
+    /// Of each of its threads.
+    of_threads: BTreeMap<OsString, Duration>,
     /// Of the whole machine, in ticks: all, stolen by the hypervisor, and spent in programs.
     all: f64,
     stolen: f64,
@@ -115,10 +126,28 @@ impl Reading {
         Self {
             at: Instant::now(),
             cpu: proxy.cpu(),
+            of_threads: proxy.cpu_of_threads(),
             all: (0..8).map(field).sum(),
             stolen: field(7),
             in_programs: field(0) + field(1),
             ours,
+        }
+    }
+
+    /// What the busiest of the proxy's two workers did since `before`, in units of what both did on average: 1 is an even
+    /// share, 2 is all. The workers are its two busiest threads or processes; the others hardly work.
+    pub fn evenness_since(&self, before: &Self) -> Option<f64> {
+        let mut spent: Vec<f64> = self
+            .of_threads
+            .iter()
+            .map(|(thread, cpu)| {
+                (*cpu - before.of_threads.get(thread).copied().unwrap_or_default()).as_secs_f64()
+            })
+            .collect();
+        spent.sort_by(|a, b| b.total_cmp(a));
+        match spent[..] {
+            [first, second, ..] if first > 0.0 => Some(first / first.midpoint(second)),
+            _ => None,
         }
     }
 

@@ -17,6 +17,8 @@ mod namespace;
 mod peers;
 mod poll;
 mod report;
+#[path = "../shipped.rs"]
+mod shipped;
 
 use std::fs;
 use std::path::{Path, PathBuf};

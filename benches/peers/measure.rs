@@ -160,7 +160,7 @@ pub fn take(
         Measure::Sessions { at_once } => {
             sessions(peer.address, at_once, &mut meter)?;
             let window = meter.window()?;
-            rated(peer, window, more("sessions/s"), 1.0, less("CPU µs/session"), 1e6)
+            shared(rated(peer, window, more("sessions/s"), 1.0, less("CPU µs/session"), 1e6), window)
         }
         Measure::PingPong { bytes, connections } => {
             let mut connections = open(connections)?;
@@ -172,7 +172,8 @@ pub fn take(
             let mut connections = open(connections)?;
             connections.bulk(way, backend, &mut meter)?;
             connections.cut();
-            rated(peer, meter.window()?, more("GB/s"), 1e-9, less("CPU s/GB"), 1e9)
+            let window = meter.window()?;
+            shared(rated(peer, window, more("GB/s"), 1e-9, less("CPU s/GB"), 1e9), window)
         }
         Measure::Latency { rate, connections } => {
             let mut connections = open(connections)?;
@@ -193,6 +194,15 @@ fn rated(peer: &Peer, window: Window, rate: Metric, rate_scale: f64, cpu: Metric
         figures.push((cpu, window.cpu_per_unit() * cpu_scale));
     }
     Sample { figures, disturbance: window.disturbance, ..Sample::default() }
+}
+
+/// And how evenly the workers shared it.
+fn shared(mut sample: Sample, window: Window) -> Sample {
+    // Without a CPU figure there is no proxy.
+    if let (true, Some(busiest)) = (sample.figures.len() > 1, window.busiest_worker) {
+        sample.figures.push((less("busiest worker"), busiest));
+    }
+    sample
 }
 
 fn open_loop(peer: &Peer, window: Window, mut latencies: Vec<Duration>) -> Result<Sample> {

@@ -52,7 +52,7 @@ impl Meter {
     pub fn over(&mut self, units: u64) -> bool {
         let now = Instant::now();
         let created = *self.created.get_or_insert(now);
-        let Some((begun, _)) = self.begun else {
+        let Some((begun, _)) = &self.begun else {
             if now - created >= self.warm_up {
                 self.begun = Some((Reading::now(&self.proxy), units));
             }
@@ -74,6 +74,7 @@ impl Meter {
             units: (after - before) as f64,
             wall: ended.at - begun.at,
             cpu: ended.cpu.saturating_sub(begun.cpu),
+            busiest_worker: ended.evenness_since(begun),
             disturbance: ended.disturbance_since(begun),
         })
     }
@@ -85,6 +86,8 @@ pub struct Window {
     pub units: f64,
     pub wall: Duration,
     pub cpu: Duration,
+    /// Its share of the work, see [`Reading::evenness_since`].
+    pub busiest_worker: Option<f64>,
     pub disturbance: Disturbance,
 }
 

@@ -16,6 +16,7 @@ use tokio::time::Instant;
 
 use super::backend::free_port;
 use super::machine::Processes;
+use super::shipped;
 
 /// Envoy takes the longest: 0.3 s here, when nothing else runs.
 const START_LIMIT: Duration = Duration::from_secs(20);
@@ -108,7 +109,7 @@ impl Program {
     /// A program that is not here, with the package to install.
     pub fn find(kind: Kind, baseline: Option<&Path>) -> Result<Self> {
         let path = match kind {
-            Kind::Statera => PathBuf::from(env!("CARGO_BIN_EXE_statera")),
+            Kind::Statera => shipped::build()?,
             Kind::Baseline => {
                 baseline.context("peer baseline: name the other build by --baseline FILE")?.into()
             }

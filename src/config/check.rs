@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 pub use super::decode::Problem;
 use super::decode::{Field, Keys, Problems, Section, escaped};
 use super::file::{ConfigFile, Unreadable, environment};
-use super::{Config, Redis};
+use super::{Config, Congestion, Redis};
 
 const ROOT: Keys = Keys {
     now: &["workers", "redis", "lua_pick", "listeners", "pools", "admin", "log", "shutdown"],
@@ -155,6 +155,11 @@ fn named_section<'a>(root: &Section<'a>, key: &str, missing: &str) -> Option<Sec
         }
     }
     Some(section)
+}
+
+/// Only its shape: whether a kernel has it is known where it runs.
+fn tcp_congestion(section: &Section<'_>) -> Option<Congestion> {
+    section.field("tcp_congestion")?.parsed("the name of an algorithm is needed, like cubic or bbr")
 }
 
 /// For numbers that were read with a range that begins above zero.

@@ -161,6 +161,34 @@ pub struct Listener {
     pub bind: Vec<SocketAddr>,
     /// The name of a pool that exists.
     pub pool: Arc<str>,
+    /// Towards its clients; `None`: the system's.
+    pub tcp_congestion: Option<Congestion>,
+}
+
+/// The name of a TCP congestion control algorithm, which the kernel may know: `cubic`, `bbr`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Congestion(Arc<str>);
+
+/// TCP_CA_NAME_MAX in include/net/tcp.h, without the final zero.
+const CONGESTION_MAX_BYTES: usize = 15;
+
+impl Congestion {
+    /// The name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.0
+    }
+}
+
+impl std::str::FromStr for Congestion {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let is_name = !text.is_empty()
+            && text.len() <= CONGESTION_MAX_BYTES
+            && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-".contains(&byte));
+        is_name.then(|| Self(text.into())).ok_or(())
+    }
 }
 
 /// One entry of `pools`.
@@ -182,6 +210,8 @@ pub struct Pool {
     pub half_close_timeout: Duration,
     /// TCP keepalive on both sides.
     pub keepalive: Keepalive,
+    /// Towards the backends; `None`: the system's.
+    pub tcp_congestion: Option<Congestion>,
 }
 
 /// How a backend is reached: `pools.*.connect`.

@@ -8,7 +8,7 @@ use std::net::{SocketAddr, TcpListener};
 
 use socket2::{Domain, Protocol, SockAddr, SockFilter, SockRef, Socket, TcpKeepalive, Type};
 
-use crate::config::Keepalive;
+use crate::config::{Congestion, Keepalive};
 
 /// Asks for the longest queue: the kernel cuts it to `net.core.somaxconn`.
 const BACKLOG: i32 = 65_535;
@@ -25,35 +25,42 @@ pub struct BindError {
     reason: String,
 }
 
+/// What accepted connections inherit from the socket that they come in by, which saves up to six system calls a session.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// How a silent peer is found dead.
+    pub keepalive: Keepalive,
+    /// `None`: the system's.
+    pub congestion: Option<Congestion>,
+}
+
 /// Binds `count` sockets to `address`. Port 0 takes a free port, the same for all.
-///
-/// Accepted connections inherit nodelay and keepalive from the socket, which saves five system calls a session.
 ///
 /// # Errors
 /// Says why and what to do.
 pub fn bind(
     listener: &str,
     address: SocketAddr,
-    keepalive: Keepalive,
+    options: &Options,
     count: usize,
 ) -> Result<Vec<TcpListener>, BindError> {
-    bind_all(address, keepalive, count).map_err(|error| BindError {
+    bind_all(address, options, count).map_err(|error| BindError {
         listener: listener.to_owned(),
         address,
         reason: explain(&error),
     })
 }
 
-fn bind_all(address: SocketAddr, keepalive: Keepalive, count: usize) -> io::Result<Vec<TcpListener>> {
+fn bind_all(address: SocketAddr, options: &Options, count: usize) -> io::Result<Vec<TcpListener>> {
     let mut sockets = Vec::with_capacity(count);
     let mut bound = address;
     if address.port() != 0 {
         // SO_REUSEPORT would let a second Statera share the port in silence: a socket without it finds that out.
-        let probe = open(address, keepalive)?;
+        let probe = open(address, options)?;
         probe.bind(&SockAddr::from(address))?;
     }
     for _ in 0..count {
-        let socket = open(address, keepalive)?;
+        let socket = open(address, options)?;
         socket.set_reuse_port(true)?;
         socket.bind(&SockAddr::from(bound))?;
         if bound.port() == 0 {
@@ -71,7 +78,7 @@ fn bind_all(address: SocketAddr, keepalive: Keepalive, count: usize) -> io::Resu
         .collect()
 }
 
-fn open(address: SocketAddr, keepalive: Keepalive) -> io::Result<Socket> {
+fn open(address: SocketAddr, options: &Options) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
     socket.set_reuse_address(true)?;
     if address.is_ipv6() {
@@ -79,7 +86,10 @@ fn open(address: SocketAddr, keepalive: Keepalive) -> io::Result<Socket> {
         socket.set_only_v6(true)?;
     }
     socket.set_tcp_nodelay(true)?;
-    socket.set_tcp_keepalive(&tcp_keepalive(keepalive))?;
+    socket.set_tcp_keepalive(&tcp_keepalive(options.keepalive))?;
+    if let Some(congestion) = &options.congestion {
+        socket.set_tcp_congestion(congestion.name().as_bytes())?;
+    }
     Ok(socket)
 }
 
@@ -90,6 +100,38 @@ pub fn tcp_keepalive(keepalive: Keepalive) -> TcpKeepalive {
         .with_time(keepalive.idle)
         .with_interval(keepalive.interval)
         .with_retries(keepalive.probes.get())
+}
+
+/// Whether this kernel lets us use `congestion`.
+///
+/// # Errors
+/// Says why not and what to do.
+pub fn check_congestion(congestion: &Congestion) -> Result<(), String> {
+    let set = || {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
+        socket.set_tcp_congestion(congestion.name().as_bytes())
+    };
+    set().map_err(|error: io::Error| {
+        let sysctl =
+            |name: &str| std::fs::read_to_string(format!("/proc/sys/net/ipv4/{name}")).unwrap_or_default();
+        let name = congestion.name();
+        let cure = match error.kind() {
+            io::ErrorKind::NotFound => {
+                let available = sysctl("tcp_available_congestion_control");
+                format!("this kernel has {}: choose one of these, or `modprobe tcp_{name}`", available.trim())
+            }
+            io::ErrorKind::PermissionDenied => {
+                let allowed = sysctl("tcp_allowed_congestion_control");
+                format!(
+                    "users without CAP_NET_ADMIN may use {}: choose one of these, or add it to \
+                     net.ipv4.tcp_allowed_congestion_control",
+                    allowed.trim()
+                )
+            }
+            _ => return format!("{name}: {error}"),
+        };
+        format!("{name}: {error}: {cure}")
+    })
 }
 
 /// What the kernel said to a bind, and what to do about it.
@@ -152,6 +194,7 @@ mod tests {
         interval: Duration::from_secs(11),
         probes: NonZeroU32::new(7).expect("not zero"),
     };
+    const OPTIONS: Options = Options { keepalive: KEEPALIVE, congestion: None };
 
     fn any_port() -> SocketAddr {
         "127.0.0.1:0".parse().expect("an address")
@@ -159,12 +202,14 @@ mod tests {
 
     #[test]
     fn all_sockets_of_an_address_share_one_port_and_accepted_ones_inherit_their_options() {
-        let sockets = bind("web", any_port(), KEEPALIVE, 3).expect("a free port");
+        let sockets = bind("web", any_port(), &OPTIONS, 3).expect("a free port");
         let address = sockets[0].local_addr().expect("bound");
         assert!(sockets.iter().all(|socket| socket.local_addr().expect("bound") == address));
         drop(sockets);
 
-        let sockets = bind("web", address, KEEPALIVE, 1).expect("the port is free again");
+        // The one that every kernel has.
+        let options = Options { congestion: "reno".parse().ok(), ..OPTIONS };
+        let sockets = bind("web", address, &options, 1).expect("the port is free again");
         let _client = TcpStream::connect(address).expect("it listens");
         sockets[0].set_nonblocking(false).expect("a socket");
         let (accepted, _) = sockets[0].accept().expect("a client");
@@ -173,13 +218,14 @@ mod tests {
         assert_eq!(accepted.tcp_keepalive_time().expect("tcp"), KEEPALIVE.idle);
         assert_eq!(accepted.tcp_keepalive_interval().expect("tcp"), KEEPALIVE.interval);
         assert_eq!(accepted.tcp_keepalive_retries().expect("tcp"), KEEPALIVE.probes.get());
+        assert!(accepted.tcp_congestion().expect("tcp").starts_with(b"reno"));
     }
 
     #[test]
     fn a_port_in_use_is_refused_even_if_its_owner_would_share_it() {
-        let first = bind("web", any_port(), KEEPALIVE, 1).expect("a free port");
+        let first = bind("web", any_port(), &OPTIONS, 1).expect("a free port");
         let address = first[0].local_addr().expect("bound");
-        let error = bind("web", address, KEEPALIVE, 1).expect_err("the port is taken").to_string();
+        let error = bind("web", address, &OPTIONS, 1).expect_err("the port is taken").to_string();
         assert!(error.starts_with(&format!("listeners.web.bind: {address}: ")), "{error}");
         assert!(error.contains("another program listens there"), "{error}");
     }
@@ -187,13 +233,13 @@ mod tests {
     #[test]
     fn an_address_of_another_machine_is_refused_with_its_reason() {
         let address = "192.0.2.1:8080".parse().expect("an address");
-        let error = bind("web", address, KEEPALIVE, 1).expect_err("not ours").to_string();
+        let error = bind("web", address, &OPTIONS, 1).expect_err("not ours").to_string();
         assert!(error.contains("no interface of this machine has that address"), "{error}");
     }
 
     #[test]
     fn handshakes_under_way_complete_and_new_ones_are_ignored() {
-        let sockets = bind("web", any_port(), KEEPALIVE, 1).expect("a free port");
+        let sockets = bind("web", any_port(), &OPTIONS, 1).expect("a free port");
         let address = sockets[0].local_addr().expect("bound");
         let mut before = TcpStream::connect(address).expect("it listens");
         ignore_new_handshakes(&sockets[0]).expect("filters are allowed");

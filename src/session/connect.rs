@@ -15,8 +15,9 @@ use tokio::time::{Instant, sleep, timeout_at};
 use tracing::debug;
 
 use super::report::{CloseReason, Report};
-use super::{Context, Worker};
+use super::{Context, Settings};
 use crate::balance::backend::{Backend, Endpoint};
+use crate::config::Congestion;
 use crate::listen::socket::exhausted;
 use crate::relay::Stream;
 
@@ -45,7 +46,7 @@ enum ConnectError {
 }
 
 /// Connects to a backend of the session's pool, trying up to `connect.attempts` different ones until
-/// `connect.deadline`.
+/// `connect.deadline`, counted from the accept.
 ///
 /// # Errors
 /// Why there is none; each failed attempt was counted.
@@ -54,16 +55,18 @@ enum ConnectError {
 /// Dropping the future closes a half-open socket.
 pub(super) async fn connect(context: &Context, report: &mut Report) -> Result<Stream, CloseReason> {
     let settings = &context.settings.connect;
-    let begun = Instant::now();
-    let deadline = begun + settings.deadline;
+    let accepted = report.accepted();
+    let deadline = accepted + settings.deadline;
+    // The clock is asked where time may have passed, and each answer serves all that begins there.
+    let mut asked = accepted;
     let mut tried = Vec::new();
     let mut failed: Option<Arc<Backend>> = None;
     let mut reason = CloseReason::NoBackend;
 
     for attempt in 0..settings.attempts.get() {
-        let asked = Instant::now();
         let pick = context.pool.pick(&tried, context.worker.random(), asked).await;
-        report.queue_time += asked.elapsed();
+        let started = Instant::now();
+        report.queue_time += started - asked;
         let Some(pick) = pick else { break };
         if let Some(failed) = failed.take() {
             failed.counters.of(context.worker.id).retries.add(1);
@@ -72,12 +75,12 @@ pub(super) async fn connect(context: &Context, report: &mut Report) -> Result<St
         report.retries = attempt;
         report.picked(pick);
 
-        let started = Instant::now();
-        let result = connect_to(&backend, settings.timeout, deadline, &context.worker).await;
-        report.connect_time = begun.elapsed().saturating_sub(report.queue_time);
+        let result = connect_to(&backend, context, started, deadline).await;
+        asked = Instant::now();
+        report.connect_time = (asked - accepted).saturating_sub(report.queue_time);
         let error = match result {
             Ok(stream) => {
-                report.connected(started.elapsed());
+                report.connected(asked - started);
                 return Ok(stream);
             }
             Err(error) => error,
@@ -95,7 +98,7 @@ pub(super) async fn connect(context: &Context, report: &mut Report) -> Result<St
         if reason != CloseReason::Exhausted {
             backend.counters.of(context.worker.id).connect_failures.add(1);
         }
-        if matches!(error, ConnectError::Exhausted(_)) || Instant::now() >= deadline {
+        if matches!(error, ConnectError::Exhausted(_)) || asked >= deadline {
             break;
         }
         tried.push(backend.id().clone());
@@ -104,48 +107,56 @@ pub(super) async fn connect(context: &Context, report: &mut Report) -> Result<St
     Err(reason)
 }
 
-/// One attempt: all addresses of a backend's name in turn, each with its part of `limit`. Where only a descriptor is
-/// missing it is waited for, until `deadline`: another backend would need one too.
+/// One attempt: all addresses of a backend's name in turn, each with its part of `connect.timeout`. Where only a descriptor is
+/// missing it is waited for, until `deadline`: another backend would need one too. `now` is when the attempt begins.
 async fn connect_to(
     backend: &Backend,
-    limit: Duration,
+    context: &Context,
+    mut now: Instant,
     deadline: Instant,
-    worker: &Worker,
 ) -> Result<Stream, ConnectError> {
     let (mut turn, endpoints) = (backend.next_turn(), backend.endpoints());
-    let limit = limit / u32::try_from(endpoints.max(1)).unwrap_or(u32::MAX);
+    let limit = context.settings.connect.timeout / u32::try_from(endpoints.max(1)).unwrap_or(u32::MAX);
     let mut error = ConnectError::Unresolved;
     let mut left = endpoints;
     while let Some(endpoint) = backend.endpoint(turn).filter(|_| left > 0) {
-        let until = (Instant::now() + limit).min(deadline);
-        error = match timeout_at(until, open(&endpoint)).await.unwrap_or(Err(ConnectError::TimedOut)) {
+        let until = (now + limit).min(deadline);
+        error = match timeout_at(until, open(&endpoint, &context.settings))
+            .await
+            .unwrap_or(Err(ConnectError::TimedOut))
+        {
             Ok(stream) => return Ok(stream),
             Err(ConnectError::Exhausted(error)) => {
-                worker.starve();
+                context.worker.starve();
                 if Instant::now() + RETRY_PAUSE >= deadline {
                     return Err(ConnectError::Exhausted(error));
                 }
                 sleep(RETRY_PAUSE).await;
+                now = Instant::now();
                 continue;
             }
             Err(error) => error,
         };
+        now = Instant::now();
         turn = turn.wrapping_add(1);
         left -= 1;
     }
     Err(error)
 }
 
-async fn open(endpoint: &Endpoint) -> Result<Stream, ConnectError> {
+async fn open(endpoint: &Endpoint, settings: &Settings) -> Result<Stream, ConnectError> {
     match endpoint {
-        Endpoint::Tcp(address) => open_tcp(*address).await,
+        Endpoint::Tcp(address) => open_tcp(*address, settings.congestion.as_ref()).await,
         Endpoint::Unix(path) => open_unix(path).await,
     }
 }
 
-async fn open_tcp(address: SocketAddr) -> Result<Stream, ConnectError> {
+async fn open_tcp(address: SocketAddr, congestion: Option<&Congestion>) -> Result<Stream, ConnectError> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking(), Some(Protocol::TCP))
         .map_err(classify)?;
+    if let Some(congestion) = congestion {
+        socket.set_tcp_congestion(congestion.name().as_bytes()).map_err(classify)?;
+    }
     if let Err(error) = socket.connect(&SockAddr::from(address))
         && Errno::from_io_error(&error) != Some(Errno::INPROGRESS)
     {

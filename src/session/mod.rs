@@ -51,6 +51,8 @@ pub struct Settings {
     pub connect: config::Connect,
     /// How long it may be silent.
     pub limits: Limits,
+    /// Of its connection to the backend; `None`: the system's.
+    pub congestion: Option<config::Congestion>,
 }
 
 impl From<&config::Pool> for Settings {
@@ -61,7 +63,7 @@ impl From<&config::Pool> for Settings {
             keepalive: tcp_keepalive(pool.keepalive),
             settle_time: pool.keepalive.idle.min(LONGEST_SETTLE_TIME),
         };
-        Self { connect: pool.connect, limits }
+        Self { connect: pool.connect, limits, congestion: pool.tcp_congestion.clone() }
     }
 }
 

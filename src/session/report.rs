@@ -136,6 +136,10 @@ impl Report {
         }
     }
 
+    pub(super) fn accepted(&self) -> Instant {
+        self.accepted
+    }
+
     /// `pick` is tried now.
     pub(super) fn picked(&mut self, pick: Pick) {
         let pool = self.context.pool.counters.of(self.context.worker.id);

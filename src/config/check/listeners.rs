@@ -3,12 +3,12 @@
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
-use super::{named_section, secret_file};
+use super::{named_section, secret_file, tcp_congestion};
 use crate::config::decode::{Field, Keys, Section};
 use crate::config::{Admin, Listener};
 
 const LISTENER: Keys = Keys {
-    now: &["bind", "pool"],
+    now: &["bind", "pool", "tcp_congestion"],
     later: &[
         "max_connections",
         "max_connections_per_ip",
@@ -16,7 +16,6 @@ const LISTENER: Keys = Keys {
         "allow",
         "deny",
         "proxy_protocol",
-        "tcp_congestion",
     ],
 };
 pub(super) const ADMIN: Keys = Keys { now: &["bind", "token_file"], later: &[] };
@@ -42,6 +41,7 @@ pub(super) fn listeners(root: &Section<'_>) -> Listeners {
             name: name.into(),
             bind: bind(&listener, &mut taken),
             pool: pool(&listener, &pools).into(),
+            tcp_congestion: tcp_congestion(&listener),
         }
     });
     Listeners { listeners: listeners.collect(), taken }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{named_section, non_zero_u32};
+use super::{named_section, non_zero_u32, tcp_congestion};
 use crate::balance::{BackendId, Balance, Weight};
 use crate::config::decode::{Field, Keys, Section};
 use crate::config::{Connect, Keepalive, Pool};
@@ -16,6 +16,7 @@ const POOL: Keys = Keys {
         "idle_timeout",
         "half_close_timeout",
         "keepalive",
+        "tcp_congestion",
     ],
     later: &[
         "max_session_duration",
@@ -28,7 +29,6 @@ const POOL: Keys = Keys {
         "drain",
         "send_proxy",
         "source",
-        "tcp_congestion",
     ],
 };
 const CONNECT: Keys = Keys { now: &["timeout", "attempts", "deadline"], later: &[] };
@@ -63,6 +63,7 @@ fn pool(name: &str, section: &Section<'_>, has_redis: bool, least_deadline: Opti
         idle_timeout: section.limit("idle_timeout", Duration::from_secs(60 * 60)),
         half_close_timeout: section.interval("half_close_timeout", Duration::from_secs(30)),
         keepalive: keepalive(&section.section("keepalive", KEEPALIVE)),
+        tcp_congestion: tcp_congestion(section),
     }
 }
 
