@@ -28,7 +28,7 @@ use tokio::time::Instant;
 
 use expected::{Expected, Figure};
 use proxy::Proxy;
-use valgrind::Valgrind;
+use valgrind::{Counts, Valgrind};
 
 /// Counts instructions under valgrind, and compares them with benches/instructions/expected.yaml.
 #[derive(Debug, Parser)]
@@ -51,7 +51,7 @@ struct Arguments {
     bench: bool,
 }
 
-/// One figure: how many instructions one unit takes.
+/// What one unit is.
 #[derive(Debug, Clone, Copy)]
 enum Case {
     /// A pick from a fresh snapshot.
@@ -93,8 +93,8 @@ impl Case {
         }
     }
 
-    /// Instructions of a whole run with so many units.
-    fn count(self, valgrind: &Valgrind, statera: &Path, units: u64) -> Result<u64> {
+    /// What a whole run with so many units takes.
+    fn count(self, valgrind: &Valgrind, statera: &Path, units: u64) -> Result<Counts> {
         match self {
             Self::Pick(balance, backends) => picks::count(valgrind, balance, backends, units),
             Self::Session { logged } => {
@@ -112,11 +112,17 @@ impl Case {
         }
     }
 
-    fn figure(self, valgrind: &Valgrind, statera: &Path) -> Result<f64> {
+    /// For one unit: instructions, and allocations of memory.
+    fn figures(self, valgrind: &Valgrind, statera: &Path) -> Result<[f64; 2]> {
         let (few, many) = self.units();
         let (least, most) = (self.count(valgrind, statera, few)?, self.count(valgrind, statera, many)?);
-        ensure!(most > least, "{}: {many} units took no more instructions than {few}", self.name());
-        Ok((most - least) as f64 / (many - few) as f64)
+        ensure!(
+            most.instructions > least.instructions,
+            "{}: {many} units took no more instructions than {few}",
+            self.name()
+        );
+        let for_one = |least: u64, most: u64| most.saturating_sub(least) as f64 / (many - few) as f64;
+        Ok([for_one(least.instructions, most.instructions), for_one(least.allocations, most.allocations)])
     }
 }
 
@@ -148,15 +154,18 @@ fn run(arguments: &Arguments) -> Result<bool> {
     let statera = arguments.statera.clone().map_or_else(shipped::build, Ok)?;
     let begun = Instant::now();
     let mut figures = Vec::new();
-    println!("{:32} {:>12} {:>12} {:>12}", "instructions", "figure", "least", "most");
+    println!("{:44} {:>12} {:>12} {:>12}", "", "median", "least", "most");
     for case in cases {
-        let mut rounds: Vec<f64> =
-            (0..arguments.rounds).map(|_| case.figure(&valgrind, &statera)).collect::<Result<_>>()?;
-        rounds.sort_by(f64::total_cmp);
-        let figure = Figure { name: case.name(), instructions: rounds[rounds.len() / 2] };
-        let (least, most) = (rounds[0], rounds[rounds.len() - 1]);
-        println!("{:32} {:12.1} {least:12.1} {most:12.1}", figure.name, figure.instructions);
-        figures.push(figure);
+        let rounds: Vec<[f64; 2]> =
+            (0..arguments.rounds).map(|_| case.figures(&valgrind, &statera)).collect::<Result<_>>()?;
+        for (kind, of) in ["instructions", "allocations"].into_iter().enumerate() {
+            let mut rounds: Vec<f64> = rounds.iter().map(|figures| figures[kind]).collect();
+            rounds.sort_by(f64::total_cmp);
+            let figure = Figure { name: format!("{}: {of}", case.name()), count: rounds[rounds.len() / 2] };
+            let (least, most) = (rounds[0], rounds[rounds.len() - 1]);
+            println!("{:44} {:12.2} {least:12.2} {most:12.2}", figure.name, figure.count);
+            figures.push(figure);
+        }
     }
     println!("counted in {:.0} s with {}", begun.elapsed().as_secs_f64(), valgrind.versions);
     Expected::read()?.judge(&figures, &valgrind)

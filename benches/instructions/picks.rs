@@ -8,7 +8,7 @@ use statera::balance::pool::{Pool, Sync};
 use statera::balance::{Balance, Table, Weight};
 use tokio::time::Instant;
 
-use super::valgrind::Valgrind;
+use super::valgrind::{Counts, Valgrind};
 
 /// As in config.yaml.
 pub fn name(balance: Balance) -> &'static str {
@@ -18,8 +18,8 @@ pub fn name(balance: Balance) -> &'static str {
     }
 }
 
-/// Instructions of a process that picks so many times.
-pub fn count(valgrind: &Valgrind, balance: Balance, backends: usize, picks: u64) -> Result<u64> {
+/// What a process takes that picks so many times.
+pub fn count(valgrind: &Valgrind, balance: Balance, backends: usize, picks: u64) -> Result<Counts> {
     let program = std::env::current_exe()?;
     let (algorithm, backends, picks) = (name(balance), backends.to_string(), picks.to_string());
     let arguments = ["--picks", algorithm, &backends, &picks];

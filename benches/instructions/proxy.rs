@@ -12,7 +12,7 @@ use socket2::SockRef;
 use tempfile::TempDir;
 use tokio::time::Instant;
 
-use super::valgrind::{Counted, Valgrind};
+use super::valgrind::{Counted, Counts, Valgrind};
 
 const SMALL_BYTES: usize = 64;
 /// For each step. A session takes some milliseconds under valgrind.
@@ -95,8 +95,8 @@ impl Proxy {
         to.read_exact(&mut bytes).context("64 bytes did not get through")
     }
 
-    /// Ends the proxy, and returns all its instructions.
-    pub fn stop(self) -> Result<u64> {
+    /// Ends the proxy, and returns all that it took.
+    pub fn stop(self) -> Result<Counts> {
         self.counted.terminate()
     }
 }

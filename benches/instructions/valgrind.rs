@@ -16,6 +16,9 @@ use tokio::time::Instant;
 const RUN_LIMIT: Duration = Duration::from_secs(120);
 const STOP_LIMIT: Duration = Duration::from_secs(20);
 const SETTLE_LIMIT: Duration = Duration::from_secs(10);
+/// glibc chooses its memcpy by the processor; without these, they all choose the same.
+const SAME_EVERYWHERE: &str =
+    "glibc.cpu.hwcaps=-AVX,-AVX2,-AVX512F,-AVX512VL,-AVX_Fast_Unaligned_Load,-ERMS,-FSRM";
 /// In a row, each some 30 µs.
 const LOOKS: u32 = 3;
 
@@ -49,6 +52,7 @@ impl Valgrind {
         }
         let output = File::create(&log)?;
         let child = Command::new("setpriv")
+            .env("GLIBC_TUNABLES", SAME_EVERYWHERE)
             // Should this process be killed, the program ends too.
             .args(["--pdeathsig", "KILL", "valgrind", "--tool=callgrind"])
             .arg(format!("--callgrind-out-file={}", counts.display()))
@@ -70,6 +74,37 @@ fn said_by(program: &str) -> Result<String> {
     Ok(String::from_utf8_lossy(&said.stdout).lines().next().unwrap_or_default().trim().to_owned())
 }
 
+/// What a whole run took.
+#[derive(Debug, Clone, Copy)]
+pub struct Counts {
+    pub instructions: u64,
+    /// Calls of the functions that allocate memory.
+    pub allocations: u64,
+}
+
+/// Calls of `malloc` and its like in a file of callgrind's. There, `cfn=(7) malloc` names the function that is called, the
+/// second time as `cfn=(7)`; the line after it says how often.
+fn allocations(text: &str) -> u64 {
+    const ALLOCATING: [&str; 5] = ["malloc", "calloc", "realloc", "aligned_alloc", "posix_memalign"];
+    let mut numbers = Vec::new();
+    let mut calls = 0;
+    let mut called = "";
+    for line in text.lines() {
+        if let Some(function) = line.strip_prefix("fn=").or_else(|| line.strip_prefix("cfn=")) {
+            let (number, name) = function.split_once(' ').unwrap_or((function, ""));
+            if ALLOCATING.contains(&name) {
+                numbers.push(number);
+            }
+            called = if line.starts_with('c') { number } else { "" };
+        } else if let Some(count) = line.strip_prefix("calls=")
+            && numbers.contains(&called)
+        {
+            calls += count.split(' ').next().and_then(|count| count.parse::<u64>().ok()).unwrap_or(0);
+        }
+    }
+    calls
+}
+
 /// A program whose instructions are being counted. Killed when dropped.
 pub struct Counted {
     child: Child,
@@ -78,18 +113,18 @@ pub struct Counted {
 }
 
 impl Counted {
-    /// Waits until the program ends by itself, and returns its instructions.
-    pub fn wait(mut self) -> Result<u64> {
+    /// Waits until the program ends by itself, and returns what it took.
+    pub fn wait(mut self) -> Result<Counts> {
         self.wait_for(RUN_LIMIT)?;
-        self.total()
+        self.counts()
     }
 
     /// The same, after a TERM.
-    pub fn terminate(mut self) -> Result<u64> {
+    pub fn terminate(mut self) -> Result<Counts> {
         let pid = Pid::from_raw(i32::try_from(self.child.id())?).context("a child has a pid")?;
         kill_process(pid, Signal::TERM)?;
         self.wait_for(STOP_LIMIT)?;
-        self.total()
+        self.counts()
     }
 
     /// Waits until all threads of the program sleep: it has done everything that there was to do.
@@ -141,12 +176,15 @@ impl Counted {
         Ok(())
     }
 
-    fn total(&self) -> Result<u64> {
+    fn counts(&self) -> Result<Counts> {
         let text = fs::read_to_string(&self.counts)
             .with_context(|| format!("callgrind wrote no counts:\n{}", self.log()))?;
         let total = text.lines().rev().find_map(|line| line.strip_prefix("totals: "));
         let total = total.with_context(|| format!("{} has no totals", self.counts.display()))?;
-        total.trim().parse().with_context(|| format!("{}: totals: {total}", self.counts.display()))
+        let instructions = total.trim().parse();
+        let instructions =
+            instructions.with_context(|| format!("{}: totals: {total}", self.counts.display()))?;
+        Ok(Counts { instructions, allocations: allocations(&text) })
     }
 
     /// The last lines that it printed.

@@ -17,6 +17,7 @@ const HEADER_HEIGHT: usize = 60;
 fn colour(peer: Kind) -> &'static str {
     match peer {
         Kind::Statera => "#c2410c",
+        Kind::StateraCubic => "#e07b45",
         Kind::Baseline => "#f0a878",
         Kind::Haproxy => "#2f5d8a",
         Kind::HaproxySplice => "#6f9bc4",

@@ -112,9 +112,14 @@ impl Measure {
         if quick && matches!(self, Self::Memory { .. } | Self::SystemCalls) { 1 } else { rounds }
     }
 
-    /// Whether it says anything without a proxy.
+    /// Whether it says anything of this peer.
     pub fn applies_to(self, kind: Kind) -> bool {
-        kind != Kind::Direct || !matches!(self, Self::Memory { .. } | Self::SystemCalls)
+        match kind {
+            Kind::Direct => !matches!(self, Self::Memory { .. } | Self::SystemCalls),
+            // Short sessions and small requests are done before congestion control matters.
+            Kind::StateraCubic => matches!(self, Self::Bulk { .. }),
+            _ => true,
+        }
     }
 }
 

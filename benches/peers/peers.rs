@@ -27,6 +27,8 @@ const STOP_LIMIT: Duration = Duration::from_secs(3);
 pub enum Kind {
     /// This crate's program
     Statera,
+    /// The same with `tcp_congestion: cubic`, for bulk only
+    StateraCubic,
     /// Another build of it, see --baseline
     Baseline,
     /// HAProxy with 2 threads
@@ -42,8 +44,9 @@ pub enum Kind {
 }
 
 impl Kind {
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Statera,
+        Self::StateraCubic,
         Self::Baseline,
         Self::Haproxy,
         Self::HaproxySplice,
@@ -55,6 +58,7 @@ impl Kind {
     pub fn name(self) -> &'static str {
         match self {
             Self::Statera => "statera",
+            Self::StateraCubic => "statera-cubic",
             Self::Baseline => "baseline",
             Self::Haproxy => "haproxy",
             Self::HaproxySplice => "haproxy-splice",
@@ -66,7 +70,9 @@ impl Kind {
 
     fn config(self) -> (&'static str, &'static str) {
         match self {
-            Self::Statera | Self::Baseline => ("statera.yaml", include_str!("statera.yaml")),
+            Self::Statera | Self::StateraCubic | Self::Baseline => {
+                ("statera.yaml", include_str!("statera.yaml"))
+            }
             Self::Haproxy => ("haproxy.cfg", include_str!("haproxy.cfg")),
             Self::HaproxySplice => ("haproxy-splice.cfg", include_str!("haproxy-splice.cfg")),
             Self::Nginx => ("nginx.conf", include_str!("nginx.conf")),
@@ -77,7 +83,7 @@ impl Kind {
 
     fn arguments(self, config: &str) -> Vec<&str> {
         match self {
-            Self::Statera | Self::Baseline => vec!["run", "-c", config],
+            Self::Statera | Self::StateraCubic | Self::Baseline => vec!["run", "-c", config],
             Self::Haproxy | Self::HaproxySplice => vec!["-db", "-f", config],
             Self::Nginx => vec!["-c", config],
             Self::Envoy => {
@@ -109,7 +115,7 @@ impl Program {
     /// A program that is not here, with the package to install.
     pub fn find(kind: Kind, baseline: Option<&Path>) -> Result<Self> {
         let path = match kind {
-            Kind::Statera => shipped::build()?,
+            Kind::Statera | Kind::StateraCubic => shipped::build()?,
             Kind::Baseline => {
                 baseline.context("peer baseline: name the other build by --baseline FILE")?.into()
             }
@@ -160,6 +166,10 @@ impl Program {
             ("{{BACKEND_HOST}}", backend.ip().to_string()),
             ("{{BACKEND_PORT}}", backend.port().to_string()),
             ("{{FOLDER}}", inside.clone()),
+            (
+                "{{CONGESTION}}",
+                if self.kind == Kind::StateraCubic { ", tcp_congestion: cubic" } else { "" }.into(),
+            ),
             ("{{MODULES}}", stream_module().map(|path| path.display().to_string()).unwrap_or_default()),
         ] {
             config = config.replace(placeholder, &value);
