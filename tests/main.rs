@@ -16,6 +16,8 @@ mod real_programs;
 mod redis_sync;
 mod relay;
 mod relay_bulk;
+mod relay_cuts;
+mod relay_random;
 mod shutdown;
 mod storm;
 mod support;

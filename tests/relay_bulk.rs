@@ -1,38 +1,25 @@
-//! Bulk goes through pipes: the same promises as in `relay.rs`, where pages are moved instead of copied.
+//! Bulk goes through pipes: how many there are, what is in them, and what becomes of it.
+//!
+//! That sessions which splice keep all other promises is shown by `relay::spliced`, their ends by `relay_cuts.rs`.
 
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::sync::Arc;
 
+use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 use tokio::io::AsyncWriteExt as _;
-use tokio::net::TcpListener;
-use tokio::time::timeout;
+use tokio::net::{TcpListener, TcpSocket};
 
-use crate::support::{Kind, Pair, Pattern, Peer, Program, eventually, seed, soon};
+use crate::support::{Kind, Pair, Pattern, Peer, Program, eventually, pipe_ends, piped_bytes, seed, soon};
 
 const MEGABYTE: u64 = 1024 * 1024;
 
-/// Pipes that the program has open, counted by their ends.
-fn pipe_ends(program: &Program) -> usize {
-    let entries = std::fs::read_dir(format!("/proc/{}/fd", program.pid())).expect("it runs");
-    entries
-        .filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok())
-        .filter(|target| target.to_string_lossy().starts_with("pipe:"))
-        .count()
-}
-
-/// Sends until nobody takes any more, at most `most` bytes.
-async fn stuff(writer: &mut Peer, most: u64) {
-    let chunk = vec![7; 256 * 1024];
-    for _ in 0..most / chunk.len() as u64 {
-        if timeout(Duration::from_millis(300), writer.write_all(&chunk)).await.is_err() {
-            return;
-        }
-    }
-}
-
 /// The program in front of a backend that the scenario plays itself, and where its clients connect.
 async fn program_with_one_worker() -> (TcpListener, Program, SocketAddr) {
-    let backend = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let backend = TcpSocket::new_v4().expect("a descriptor");
+    // Hardly anything waits in the backend's kernel, so that stalled flows need little memory.
+    backend.set_recv_buffer_size(65_536).expect("tcp");
+    backend.bind("127.0.0.1:0".parse().expect("an address")).expect("a free port");
+    let backend = backend.listen(64).expect("it listens");
     let address = backend.local_addr().expect("bound");
     let program = Program::run(&format!(
         "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\npools: {{web: {{backends: {{\"{address}\": 1}}}}}}"
@@ -41,16 +28,27 @@ async fn program_with_one_worker() -> (TcpListener, Program, SocketAddr) {
     (backend, program, entry)
 }
 
+/// A new session of that program.
+async fn session(backend: &TcpListener, entry: SocketAddr) -> (Peer, Peer) {
+    let client = Peer::connect(entry).await;
+    let (stream, _) = soon("the backend gets it", backend.accept()).await.expect("a connection");
+    (client, Peer::Tcp(stream))
+}
+
+async fn passes(pattern: &Pattern, writer: &mut Peer, reader: &mut Peer, bytes: u64) {
+    tokio::join!(pattern.send(writer, bytes), pattern.expect(reader, bytes));
+}
+
 #[tokio::test]
 async fn more_bulk_flows_than_pipes_lose_nothing() {
     // Two workers have 32 pipes each.
     const FLOWS: u64 = 90;
     let pair = Pair::new(Kind::Tcp, "").await;
-    let pattern = std::sync::Arc::new(Pattern::new(seed()));
+    let pattern = Arc::new(Pattern::new(seed()));
     let mut flows = tokio::task::JoinSet::new();
     for _ in 0..FLOWS {
         let (mut client, mut backend) = pair.session().await;
-        let pattern = std::sync::Arc::clone(&pattern);
+        let pattern = Arc::clone(&pattern);
         flows.spawn(async move {
             let send = async {
                 pattern.send(&mut client, 4 * MEGABYTE).await;
@@ -95,15 +93,12 @@ async fn a_flow_that_changes_between_bulk_and_talk_and_back_loses_nothing() {
 #[tokio::test]
 async fn sessions_that_die_with_full_pipes_give_them_up() {
     let (backend, program, entry) = program_with_one_worker().await;
-    let without = pipe_ends(&program);
+    let (without, pattern) = (pipe_ends(program.pid()), Pattern::new(seed()));
     // More sessions than there are pipes, each reset while its pipe holds what its backend does not read.
-    for round in 0..40 {
+    for _ in 0..40 {
         let mut client = Peer::connect(entry).await;
         let (stream, _) = soon("the backend gets it", backend.accept()).await.expect("a connection");
-        stuff(&mut client, 64 * MEGABYTE).await;
-        if round == 0 {
-            assert!(pipe_ends(&program) > without, "the flow is not spliced");
-        }
+        client.stuff_a_pipe(&pattern, program.pid()).await;
         drop(stream);
         client.reset();
     }
@@ -112,22 +107,21 @@ async fn sessions_that_die_with_full_pipes_give_them_up() {
     })
     .await;
     // What is left are the worker's empty ones, ready for the next.
-    assert!(pipe_ends(&program) <= without + 4, "{} pipe ends are left", pipe_ends(&program));
+    assert!(pipe_ends(program.pid()) <= without + 4, "{} pipe ends are left", pipe_ends(program.pid()));
     let mut client = Peer::connect(entry).await;
     let (mut stream, _) = soon("the backend gets it", backend.accept()).await.expect("a connection");
-    let pattern = Pattern::new(seed());
     let send = async {
         pattern.send(&mut client, 16 * MEGABYTE).await;
         client.end().await;
     };
     tokio::join!(send, pattern.expect(&mut stream, 16 * MEGABYTE));
-    assert!(pipe_ends(&program) > without, "the flow is not spliced any more");
+    assert!(pipe_ends(program.pid()) > without, "the flow is not spliced any more");
 }
 
 #[tokio::test]
 async fn an_idle_session_that_moved_bulk_holds_no_pipe_for_itself() {
     let (backend, program, entry) = program_with_one_worker().await;
-    let without = pipe_ends(&program);
+    let without = pipe_ends(program.pid());
     let pattern = Pattern::new(seed());
     let mut idle = Vec::new();
     for _ in 0..50 {
@@ -137,18 +131,89 @@ async fn an_idle_session_that_moved_bulk_holds_no_pipe_for_itself() {
         idle.push((client, stream));
     }
     // One after the other they used the same pipe.
-    assert!(pipe_ends(&program) <= without + 4, "{} pipe ends for 50 idle sessions", pipe_ends(&program));
+    assert!(
+        pipe_ends(program.pid()) <= without + 4,
+        "{} pipe ends for 50 idle sessions",
+        pipe_ends(program.pid())
+    );
 }
 
-/// The reset of a client that nobody reads, because its bytes wait for a backend that does not take them.
 #[tokio::test]
-async fn a_stalled_session_notices_that_its_source_is_gone() {
-    for kind in [Kind::Tcp, Kind::Unix] {
-        let pair = Pair::new(kind, "idle_timeout: 1h, half_close_timeout: 1s").await;
-        let (mut client, backend) = pair.session().await;
-        stuff(&mut client, 64 * MEGABYTE).await;
-        client.reset();
-        assert_eq!(pair.line().await["close_reason"], "client_reset", "{kind:?}");
-        drop(backend);
+async fn a_full_pipe_holds_what_it_can_and_gives_all_of_it_back_in_order() {
+    let (backend, program, entry) = program_with_one_worker().await;
+    let (mut client, mut stream) = session(&backend, entry).await;
+    let pattern = Pattern::new(seed());
+    client.say(pattern.from(0, 1)).await;
+    pattern.expect(&mut stream, 1).await;
+    let before = program.resident_kilobytes();
+    // From the place after the byte on.
+    let sent = client.stuff_from(&pattern, 1, 64 * MEGABYTE).await;
+    let held = piped_bytes(program.pid());
+    assert!(held.len() == 1 && held[0] <= MEGABYTE, "{held:?} bytes wait in pipes");
+    let grown = program.resident_kilobytes().saturating_sub(before);
+    assert!(grown < 512, "{grown} kB for {sent} bytes that wait in the kernel");
+
+    let end = sent + 8 * MEGABYTE;
+    let write = async {
+        pattern.send_between(&mut client, sent, end).await;
+        client.end().await;
+    };
+    tokio::join!(write, pattern.expect_between(&mut stream, 1, end));
+    stream.hears_the_end().await;
+    assert!(piped_bytes(program.pid()).is_empty());
+}
+
+/// Bulk that comes when every pipe holds another flow's bytes is copied, and those flows lose nothing either.
+#[tokio::test]
+async fn an_empty_pool_of_pipes_makes_bulk_be_copied_until_there_is_one_again() {
+    const PIPES: usize = 32;
+    let (backend, program, entry) = program_with_one_worker().await;
+    let without = pipe_ends(program.pid());
+    let pattern = Arc::new(Pattern::new(seed()));
+    let mut stalling = tokio::task::JoinSet::new();
+    for _ in 0..PIPES + 8 {
+        let (mut client, stream) = session(&backend, entry).await;
+        let pattern = Arc::clone(&pattern);
+        stalling.spawn(async move {
+            let sent = client.stuff(&pattern, 16 * MEGABYTE).await;
+            (client, stream, sent)
+        });
     }
+    let mut stalled = stalling.join_all().await;
+    assert_eq!(piped_bytes(program.pid()).len(), PIPES);
+
+    for _ in 0..10 {
+        let (mut client, mut stream) = session(&backend, entry).await;
+        passes(&pattern, &mut client, &mut stream, 4 * MEGABYTE).await;
+        assert_eq!(piped_bytes(program.pid()).len(), PIPES);
+        assert_eq!(pipe_ends(program.pid()) - without, 2 * PIPES, "it has more pipes than it may");
+    }
+    for (client, stream, sent) in &mut stalled {
+        client.end().await;
+        pattern.expect(stream, *sent).await;
+        stream.hears_the_end().await;
+    }
+    assert!(piped_bytes(program.pid()).is_empty());
+    let (mut client, _stream) = session(&backend, entry).await;
+    client.stuff(&pattern, 16 * MEGABYTE).await;
+    assert_eq!(piped_bytes(program.pid()).len(), 1, "the flow is not spliced any more");
+}
+
+#[tokio::test]
+async fn without_a_descriptor_for_a_pipe_bulk_is_copied_until_there_is_one() {
+    let (backend, program, entry) = program_with_one_worker().await;
+    let (mut client, mut stream) = session(&backend, entry).await;
+    let (without, pattern) = (pipe_ends(program.pid()), Pattern::new(seed()));
+    let pid = Pid::from_raw(program.pid().try_into().expect("a pid"));
+    // What is open stays open, and nothing more can be opened.
+    let usual = getrlimit(Resource::Nofile);
+    prlimit(pid, Resource::Nofile, Rlimit { current: Some(3), ..usual }).expect("it runs");
+    passes(&pattern, &mut client, &mut stream, 16 * MEGABYTE).await;
+    let sent = client.stuff(&pattern, 16 * MEGABYTE).await;
+    assert_eq!(pipe_ends(program.pid()), without);
+
+    prlimit(pid, Resource::Nofile, usual).expect("it runs");
+    pattern.expect(&mut stream, sent).await;
+    passes(&pattern, &mut client, &mut stream, 16 * MEGABYTE).await;
+    assert!(pipe_ends(program.pid()) > without, "the flow is not spliced");
 }

@@ -12,6 +12,9 @@ use super::Buffers;
 use super::pipe::Pipe;
 use super::stream::Stream;
 
+#[cfg(test)]
+mod tests;
+
 /// Bytes that one poll may move before the other sessions of the worker get their turn: some 100 µs of copying.
 const BUDGET_BYTES: usize = 512 * 1024;
 /// Full buffers in a row that make a direction bulk. An answer of 64 KiB costs less copied than through a pipe.

@@ -2,7 +2,7 @@
 //!
 //! It knows nothing of pools or weights: two [`Stream`]s, their [`Limits`], what the worker's sessions have [`Shared`], and
 //! a [`Meter`]. Half-close, reset, silence and shutdown mean the same whether bytes are copied or spliced;
-//! `tests/relay.rs` and `tests/relay_bulk.rs` hold both to that.
+//! `tests/relay.rs` holds both to that, scenario by scenario.
 
 mod direction;
 mod idle;

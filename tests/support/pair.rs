@@ -1,23 +1,27 @@
 //! Both ends of a session in one hand: the scenario is the client, and it is the backend.
 
+use std::cell::Cell;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use socket2::SockRef;
 use tempfile::TempDir;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use super::{PATIENCE, Proxy};
 
-/// What kind of socket a backend listens on.
+/// What kind of socket a backend listens on, and what its sessions have behind them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     Tcp,
     Unix,
+    /// TCP, and a session is handed over when so much has gone through it both ways that both directions splice.
+    Spliced,
 }
 
 /// A connected socket of either kind.
@@ -36,6 +40,9 @@ enum Listening {
 pub struct Pair {
     pub proxy: Proxy,
     backend: Listening,
+    kind: Kind,
+    /// What went to the backend and to the client before the session was handed over.
+    warm_up_bytes: Cell<(u64, u64)>,
 }
 
 /// Waits for what must happen; panics where it does not within [`PATIENCE`].
@@ -47,7 +54,7 @@ impl Pair {
     /// A pool of one backend of that kind; `pool` are further settings: `idle_timeout: 1s`.
     pub async fn new(kind: Kind, pool: &str) -> Self {
         let (backend, address) = match kind {
-            Kind::Tcp => {
+            Kind::Tcp | Kind::Spliced => {
                 let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
                 let address = listener.local_addr().expect("bound").to_string();
                 (Listening::Tcp(listener), address)
@@ -61,7 +68,7 @@ impl Pair {
         };
         let separator = if pool.is_empty() { "" } else { ", " };
         let proxy = Proxy::web("", &format!("backends: {{\"{address}\": 1}}{separator}{pool}"));
-        Self { proxy, backend }
+        Self { proxy, backend, kind, warm_up_bytes: Cell::default() }
     }
 
     /// The next connection that the backend gets.
@@ -79,8 +86,14 @@ impl Pair {
 
     /// A new session: its client and its backend.
     pub async fn session(&self) -> (Peer, Peer) {
-        let client = Peer::connect(self.proxy.address()).await;
-        (client, self.accept().await)
+        let mut client = Peer::connect(self.proxy.address()).await;
+        let mut backend = self.accept().await;
+        if self.kind == Kind::Spliced {
+            let to_backend = splices(&mut client, &mut backend).await;
+            let to_client = splices(&mut backend, &mut client).await;
+            self.warm_up_bytes.set((to_backend, to_client));
+        }
+        (client, backend)
     }
 
     /// The backend's port, or 0.
@@ -91,11 +104,25 @@ impl Pair {
         }
     }
 
-    /// The session line of the only session, once it has ended.
+    /// The session line of the only session, once it has ended. It counts the bytes since [`Pair::session`].
     pub async fn line(&self) -> serde_json::Value {
         super::eventually("the session is logged", || async { self.proxy.access_lines().len() == 1 }).await;
-        self.proxy.access_lines().remove(0)
+        let mut line = self.proxy.access_lines().remove(0);
+        let (to_backend, to_client) = self.warm_up_bytes.get();
+        for (name, before) in [("bytes_in", to_backend), ("bytes_out", to_client)] {
+            line[name] = (line[name].as_u64().expect("a number") - before).into();
+        }
+        line
     }
+}
+
+/// Sends until a pipe of the proxy in this process holds some of it, then lets all through. Returns how many bytes that
+/// were. With other tests in the same process (nextest runs each in its own) the pipe may be one of theirs.
+async fn splices(writer: &mut Peer, reader: &mut Peer) -> u64 {
+    let pattern = Pattern::new(0);
+    let sent = writer.stuff_a_pipe(&pattern, std::process::id()).await;
+    pattern.expect(reader, sent).await;
+    sent
 }
 
 impl Peer {
@@ -107,6 +134,40 @@ impl Peer {
 
     pub async fn say(&mut self, bytes: &[u8]) {
         soon("bytes are taken", self.write_all(bytes)).await.expect("connected");
+    }
+
+    /// Sends a pattern until nobody takes any more, at most `most` bytes. Returns how many were taken. That the writer is
+    /// held back for good is not certain after a pause of its progress, only likely.
+    pub async fn stuff(&mut self, pattern: &Pattern, most: u64) -> u64 {
+        self.stuff_from(pattern, 0, most).await
+    }
+
+    /// Sends a pattern that nobody reads, until a pipe of the process `pid` holds bytes. Returns how many were taken.
+    pub async fn stuff_a_pipe(&mut self, pattern: &Pattern, pid: u32) -> u64 {
+        // By then it is bulk: two full buffers of 64 KiB have been read.
+        const LEAST_BYTES: u64 = 1024 * 1024;
+        let mut sent = 0;
+        let deadline = Instant::now() + PATIENCE;
+        while sent < LEAST_BYTES || super::piped_bytes(pid).is_empty() {
+            assert!(sent < 96 * LEAST_BYTES && Instant::now() < deadline, "{sent} bytes are not spliced");
+            // Held back, it looks again whether that is by a pipe.
+            let write = timeout(Duration::from_millis(10), self.write(pattern.from(sent, u64::MAX))).await;
+            sent += write.map_or(0, |written| written.expect("connected") as u64);
+        }
+        sent
+    }
+
+    /// The same as [`Peer::stuff`], from one place to another. Returns the place that it got to.
+    pub async fn stuff_from(&mut self, pattern: &Pattern, start: u64, end: u64) -> u64 {
+        let mut place = start;
+        while place < end {
+            let write = self.write(pattern.from(place, end - place));
+            match timeout(Duration::from_millis(500), write).await {
+                Ok(written) => place += written.expect("connected") as u64,
+                Err(_) => break,
+            }
+        }
+        place
     }
 
     /// The next bytes are these.
@@ -145,7 +206,16 @@ impl Peer {
     /// is closed over unread bytes, so the other side must have sent some.
     pub fn reset(self) {
         if let Self::Tcp(stream) = &self {
-            SockRef::from(stream).set_linger(Some(std::time::Duration::ZERO)).expect("tcp");
+            SockRef::from(stream).set_linger(Some(Duration::ZERO)).expect("tcp");
+        }
+    }
+
+    /// TCP, before any byte: lets hardly more be under way than the 64 KiB that every connection begins with. The kernel
+    /// would drop what it has granted room for if that were less.
+    pub fn shrink_buffers(&self) {
+        if let Self::Tcp(stream) = self {
+            SockRef::from(stream).set_recv_buffer_size(65_536).expect("tcp");
+            SockRef::from(stream).set_send_buffer_size(4_096).expect("tcp");
         }
     }
 
@@ -218,10 +288,14 @@ impl Pattern {
 
     /// Writes its first `total` bytes. Each piece of progress has [`PATIENCE`].
     pub async fn send(&self, writer: &mut (impl AsyncWrite + Unpin), total: u64) {
-        let mut sent = 0;
-        while sent < total {
-            let write = writer.write(self.from(sent, total - sent));
-            sent += soon("a writer gets on", write).await.expect("connected") as u64;
+        self.send_between(writer, 0, total).await;
+    }
+
+    pub async fn send_between(&self, writer: &mut (impl AsyncWrite + Unpin), start: u64, end: u64) {
+        let mut place = start;
+        while place < end {
+            let write = writer.write(self.from(place, end - place));
+            place += soon("a writer gets on", write).await.expect("connected") as u64;
         }
     }
 

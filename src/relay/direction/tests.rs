@@ -1,0 +1,280 @@
+//! Every place where a socket says "not now" or there is no pipe, one at a time, on the two sockets of one direction.
+//!
+//! Its task is woken by nothing else than these sockets, so a direction that forgets to ask for its next wake-up waits
+//! for ever, and its test says so after [`PATIENCE`]. What sessions make of it is shown from outside: see
+//! `tests/relay.rs`, `relay_bulk.rs`, `relay_cuts.rs` and `relay_random.rs`.
+
+use std::future::poll_fn;
+use std::time::Duration;
+
+use socket2::SockRef;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::time::timeout;
+
+use super::super::BUFFER_BYTES;
+use super::*;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+const SMALL_BUFFER_BYTES: u32 = 4096;
+/// Far more than such buffers take.
+const BULK_BYTES: usize = 600_000;
+
+/// A direction between two sockets, and what its worker lends it.
+struct Flow {
+    source: Stream,
+    direction: Direction,
+    target: Stream,
+    buffers: Buffers,
+    moved_bytes: usize,
+}
+
+/// A flow that splices from the first byte on, who writes to it, and who reads from it.
+async fn spliced() -> (Flow, TcpStream, TcpStream) {
+    let (mut flow, writer, reader) = copied().await;
+    flow.direction.way = Way::Splice;
+    (flow, writer, reader)
+}
+
+async fn copied() -> (Flow, TcpStream, TcpStream) {
+    let ((writer, source), (reader, target)) = (connection().await, connection().await);
+    let flow = Flow {
+        source: source.into(),
+        direction: Direction::default(),
+        target: target.into(),
+        buffers: Buffers::default(),
+        moved_bytes: 0,
+    };
+    (flow, writer, reader)
+}
+
+/// Both ends of a connection. Little is under way towards the first, so that whoever writes to it is often refused.
+async fn connection() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let outer = TcpSocket::new_v4().expect("a descriptor");
+    outer.set_recv_buffer_size(SMALL_BUFFER_BYTES).expect("tcp");
+    let (outer, inner) =
+        tokio::join!(outer.connect(listener.local_addr().expect("bound")), listener.accept());
+    let (outer, (inner, _)) = (outer.expect("it listens"), inner.expect("a connection"));
+    SockRef::from(&inner).set_send_buffer_size(SMALL_BUFFER_BYTES as usize).expect("tcp");
+    outer.set_nodelay(true).expect("tcp");
+    inner.set_nodelay(true).expect("tcp");
+    (outer, inner)
+}
+
+/// The byte at `place` of what is sent.
+fn byte(place: usize) -> u8 {
+    (place % 251) as u8 ^ (place >> 12) as u8
+}
+
+fn bytes(start: usize, end: usize) -> Vec<u8> {
+    (start..end).map(byte).collect()
+}
+
+/// Reads up to `end` in a task of its own: at first a thousand bytes one at a time, then what there is.
+fn slowly_reads(mut reader: TcpStream, end: usize) -> tokio::task::JoinHandle<TcpStream> {
+    tokio::spawn(async move {
+        let mut buffer = vec![0; 65_536];
+        let mut place = 0;
+        while place < end {
+            let most = if place < 1_000 { 1 } else { buffer.len() };
+            let count = reader.read(&mut buffer[..most]).await.expect("connected");
+            assert!(count > 0, "it ended after {place} of {end} bytes");
+            assert!(buffer[..count] == bytes(place, place + count), "between {place} and +{count}");
+            place += count;
+            if place == 1_000 {
+                // With the least of buffers, one delayed acknowledgement follows the other.
+                SockRef::from(&reader).set_recv_buffer_size(1 << 20).expect("tcp");
+            }
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(place, end, "more came than was sent");
+        reader
+    })
+}
+
+impl Flow {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
+        let moved = |bytes| self.moved_bytes += usize::try_from(bytes).expect("small");
+        self.direction.poll_move(cx, &mut self.source, &mut self.target, &self.buffers, moved)
+    }
+
+    /// As if somebody had woken it for nothing.
+    async fn poll_once(&mut self) -> Poll<Result<(), Broken>> {
+        poll_fn(|cx| Poll::Ready(self.poll(cx))).await
+    }
+
+    /// Moves, polled when it was woken and not otherwise, until `enough` or its end.
+    async fn moves_until(&mut self, what: &str, enough: impl Fn(&Self) -> bool) -> Poll<()> {
+        let moves = poll_fn(|cx| match self.poll(cx) {
+            Poll::Ready(Ok(())) => Poll::Ready(Poll::Ready(())),
+            Poll::Ready(Err(broken)) => panic!("{broken:?} failed: {what}"),
+            Poll::Pending if enough(self) => Poll::Ready(Poll::Pending),
+            Poll::Pending => Poll::Pending,
+        });
+        timeout(PATIENCE, moves)
+            .await
+            .unwrap_or_else(|_| panic!("nobody woke it: {what}; {} bytes have moved", self.moved_bytes))
+    }
+
+    /// Writes [`BULK_BYTES`] until the target refuses, so that bytes wait. Returns how much was written.
+    async fn stall(&mut self, writer: &TcpStream) -> usize {
+        let (mut written, mut quiet_rounds) = (0, 0);
+        while quiet_rounds < 20 {
+            let before = (written, self.moved_bytes, self.piped_bytes());
+            if let Ok(count) = writer.try_write(&bytes(written, BULK_BYTES)) {
+                written += count;
+            }
+            assert!(self.poll_once().await.is_pending());
+            assert!(self.moved_bytes < BULK_BYTES, "all of it is taken, though nobody reads");
+            let is_quiet = before == (written, self.moved_bytes, self.piped_bytes());
+            quiet_rounds = if is_quiet && self.direction.holds_bytes() { quiet_rounds + 1 } else { 0 };
+            // The runtime hears of readiness only between two polls.
+            tokio::task::yield_now().await;
+        }
+        written
+    }
+
+    fn piped_bytes(&self) -> usize {
+        if let Waiting::Piped(pipe) = &self.direction.waiting { pipe.held_bytes } else { 0 }
+    }
+
+    fn takes_all_pipes(&self) -> Vec<Pipe> {
+        std::iter::from_fn(|| self.buffers.pipes.take()).collect()
+    }
+
+    /// Pipes that could be taken now.
+    fn free_pipes(&self) -> usize {
+        let pipes = self.takes_all_pipes();
+        let count = pipes.len();
+        pipes.into_iter().for_each(|pipe| self.buffers.pipes.give_back(pipe));
+        count
+    }
+}
+
+#[tokio::test]
+async fn an_empty_source_keeps_no_pipe_and_its_next_byte_wakes() {
+    let (mut flow, mut writer, reader) = spliced().await;
+    let (pipes, mut place) = (flow.free_pipes(), 0);
+    for length in [1, 500, 1] {
+        for _ in 0..10 {
+            assert!(flow.poll_once().await.is_pending());
+            assert!(!flow.direction.holds_bytes() && flow.free_pipes() == pipes, "it keeps a pipe");
+        }
+        let end = place + length;
+        let chunk = bytes(place, end);
+        let (moves, write) = tokio::join!(
+            flow.moves_until("bytes have come", |flow| flow.moved_bytes == end),
+            writer.write_all(&chunk),
+        );
+        assert!(moves.is_pending() && write.is_ok());
+        place = end;
+    }
+    // Four small ones in a row would make it copy.
+    assert!(flow.direction.way == Way::Splice);
+    slowly_reads(reader, place).await.expect("every byte has come");
+}
+
+#[tokio::test]
+async fn a_full_target_leaves_bytes_in_the_pipe_and_nothing_more_is_read() {
+    let (mut flow, writer, reader) = spliced().await;
+    let written = flow.stall(&writer).await;
+    let held = (flow.piped_bytes(), flow.moved_bytes);
+    assert!(held.0 > 0, "it does not splice");
+    for _ in 0..10 {
+        assert!(flow.poll_once().await.is_pending());
+        assert_eq!((flow.piped_bytes(), flow.moved_bytes), held);
+    }
+    let reads = slowly_reads(reader, written);
+    let moves = flow.moves_until("the target takes bytes", |flow| flow.moved_bytes == written).await;
+    assert!(moves.is_pending() && !flow.direction.holds_bytes());
+    reads.await.expect("every byte has come");
+}
+
+#[tokio::test]
+async fn a_parked_buffer_is_freed_once_the_target_has_taken_it() {
+    let (mut flow, writer, reader) = copied().await;
+    // Nothing to splice through, so that it copies for good.
+    let _pipes = flow.takes_all_pipes();
+    let written = flow.stall(&writer).await;
+    let Waiting::Parked { bytes, start } = &flow.direction.waiting else { panic!("it does not copy") };
+    assert!((1..=BUFFER_BYTES).contains(&bytes.len()) && *start < bytes.len());
+    let reads = slowly_reads(reader, written);
+    let moves = flow.moves_until("the target takes bytes", |flow| flow.moved_bytes == written).await;
+    assert!(moves.is_pending() && matches!(flow.direction.waiting, Waiting::Nothing), "it keeps the buffer");
+    reads.await.expect("every byte has come");
+}
+
+/// With the target full, the source empty, then ended: on both ways the end comes after the bytes.
+#[tokio::test]
+async fn a_source_that_ends_behind_waiting_bytes_is_ended_after_them() {
+    for (mut flow, mut writer, reader) in [spliced().await, copied().await] {
+        let written = flow.stall(&writer).await;
+        writer.shutdown().await.expect("connected");
+        for _ in 0..10 {
+            assert!(flow.poll_once().await.is_pending(), "it ends although bytes wait");
+        }
+        let reads = slowly_reads(reader, written);
+        assert!(flow.moves_until("the end has come", |_| false).await.is_ready());
+        assert_eq!(flow.moved_bytes, written);
+        assert!(flow.direction.is_done() && !flow.direction.holds_bytes());
+        reads.await.expect("every byte has come");
+    }
+}
+
+#[tokio::test]
+async fn a_target_that_goes_away_while_a_pipe_holds_its_bytes_breaks_the_direction() {
+    let (mut flow, writer, reader) = spliced().await;
+    flow.stall(&writer).await;
+    reader.set_zero_linger().expect("tcp");
+    drop(reader);
+    let broken = timeout(PATIENCE, poll_fn(|cx| flow.poll(cx))).await.expect("the reset wakes it");
+    assert!(matches!(broken, Err(Broken::Target)), "{broken:?}");
+    flow.direction.abandon();
+    // Its pipe, which is not empty, was closed: another may be opened in its place.
+    assert_eq!(flow.free_pipes(), Flow::free_pipes(&spliced().await.0));
+}
+
+#[tokio::test]
+async fn a_source_that_is_reset_breaks_the_direction() {
+    let (mut flow, writer, _reader) = spliced().await;
+    let pipes = flow.free_pipes();
+    assert!(flow.poll_once().await.is_pending());
+    writer.set_zero_linger().expect("tcp");
+    drop(writer);
+    let broken = timeout(PATIENCE, poll_fn(|cx| flow.poll(cx))).await.expect("the reset wakes it");
+    assert!(matches!(broken, Err(Broken::Source)), "{broken:?}");
+    assert_eq!(flow.free_pipes(), pipes, "it keeps a pipe");
+}
+
+#[tokio::test]
+async fn without_a_pipe_bulk_is_copied_and_with_one_it_is_spliced_again() {
+    let (mut flow, writer, reader) = spliced().await;
+    let pipes = flow.takes_all_pipes();
+    let written = flow.stall(&writer).await;
+    assert!(flow.direction.way == Way::Copy && flow.piped_bytes() == 0);
+    let reads = slowly_reads(reader, written);
+    let moves = flow.moves_until("the target takes bytes", |flow| flow.moved_bytes == written).await;
+    assert!(moves.is_pending());
+    let reader = reads.await.expect("every byte has come");
+
+    drop(pipes);
+    assert!(flow.direction.way == Way::Copy, "nothing has come since");
+    let write = tokio::spawn(async move {
+        let mut writer = writer;
+        writer.write_all(&vec![7; 8 << 20]).await.expect("connected");
+        writer
+    });
+    // Nobody reads, so that what it splices stays in the pipe.
+    let moves = flow.moves_until("it splices", |flow| flow.piped_bytes() > 0).await;
+    assert!(moves.is_pending());
+    write.abort();
+    drop(reader);
+}
+
+/// What an idle session keeps for each direction: no buffer, no pipe, a few words.
+#[test]
+fn a_direction_without_bytes_is_small() {
+    assert!(size_of::<Direction>() <= 64, "{} bytes", size_of::<Direction>());
+    assert!(!Direction::default().holds_bytes());
+}

@@ -1,0 +1,148 @@
+//! Sessions that end while their bytes wait in a pipe.
+
+use std::io::ErrorKind;
+
+use rustix::process::Signal;
+use tokio::net::TcpListener;
+
+use crate::support::{Kind, Pair, Pattern, Peer, Program, eventually, piped_bytes, seed, soon};
+
+const MEGABYTE: u64 = 1024 * 1024;
+
+/// More than the kernel takes of one direction.
+const TOO_MUCH: u64 = 96 * MEGABYTE;
+
+/// Sends what nobody reads, until a pipe of the proxy in this process is full of it. Returns how much.
+async fn stalls(writer: &mut Peer, pattern: &Pattern) -> u64 {
+    let sent = writer.stuff(pattern, TOO_MUCH).await;
+    assert!(sent < TOO_MUCH && !piped_bytes(std::process::id()).is_empty(), "{sent} bytes are not in a pipe");
+    sent
+}
+
+/// The pipe with its bytes is closed, or empty in the pool.
+async fn no_pipe_holds_bytes() {
+    eventually("no pipe holds bytes", || async { piped_bytes(std::process::id()).is_empty() }).await;
+}
+
+/// What comes is the pattern's beginning, then a reset. Returns how much came.
+async fn hears_a_part(peer: &mut Peer, pattern: &Pattern) -> u64 {
+    let (bytes, end) = peer.rest().await;
+    assert_eq!(end.expect_err("no clean end").kind(), ErrorKind::ConnectionReset);
+    let mut place = 0;
+    for chunk in bytes.chunks(65_536) {
+        assert!(chunk == pattern.from(place, chunk.len() as u64), "wrong bytes at {place}");
+        place += chunk.len() as u64;
+    }
+    place
+}
+
+/// The reset of a client that nobody reads, because its bytes wait for a backend that does not take them.
+#[tokio::test]
+async fn a_stalled_session_notices_that_its_source_is_gone() {
+    for kind in [Kind::Tcp, Kind::Unix] {
+        let pair = Pair::new(kind, "idle_timeout: 1h, half_close_timeout: 1s").await;
+        let (mut client, backend) = pair.session().await;
+        client.stuff(&Pattern::new(seed()), TOO_MUCH).await;
+        client.reset();
+        assert_eq!(pair.line().await["close_reason"], "client_reset", "{kind:?}");
+        no_pipe_holds_bytes().await;
+        drop(backend);
+    }
+}
+
+#[tokio::test]
+async fn a_backend_that_resets_while_its_bytes_are_in_a_pipe_resets_the_client() {
+    let pair = Pair::new(Kind::Tcp, "half_close_timeout: 1s").await;
+    let (mut client, mut backend) = pair.session().await;
+    let pattern = Pattern::new(seed());
+    let sent = stalls(&mut backend, &pattern).await;
+    backend.reset();
+    assert_eq!(pair.line().await["close_reason"], "backend_reset");
+    no_pipe_holds_bytes().await;
+    assert!(hears_a_part(&mut client, &pattern).await <= sent);
+}
+
+#[tokio::test]
+async fn a_backend_that_resets_while_a_pipe_holds_bytes_for_it_resets_the_client() {
+    let pair = Pair::new(Kind::Tcp, "").await;
+    let (mut client, mut backend) = pair.session().await;
+    backend.say(b"an answer").await;
+    stalls(&mut client, &Pattern::new(seed())).await;
+    backend.reset();
+    client.hears(b"an answer").await;
+    client.hears_a_reset().await;
+    assert_eq!(pair.line().await["close_reason"], "backend_reset");
+    no_pipe_holds_bytes().await;
+}
+
+#[tokio::test]
+async fn an_end_behind_a_full_pipe_comes_after_its_bytes() {
+    let pair = Pair::new(Kind::Tcp, "").await;
+    let (mut client, mut backend) = pair.session().await;
+    let pattern = Pattern::new(seed());
+    let sent = stalls(&mut client, &pattern).await;
+    client.end().await;
+    pattern.expect(&mut backend, sent).await;
+    backend.hears_the_end().await;
+    backend.say_and_end(b"an answer").await;
+    client.hears(b"an answer").await;
+    client.hears_the_end().await;
+    assert_eq!(pair.line().await["close_reason"], "finished");
+}
+
+#[tokio::test]
+async fn an_end_passes_while_the_other_direction_is_stuck_in_a_pipe() {
+    let pair = Pair::new(Kind::Tcp, "").await;
+    let (mut client, mut backend) = pair.session().await;
+    let pattern = Pattern::new(seed());
+    let sent = stalls(&mut client, &pattern).await;
+    backend.end().await;
+    client.hears_the_end().await;
+    client.end().await;
+    pattern.expect(&mut backend, sent).await;
+    backend.hears_the_end().await;
+    let line = pair.line().await;
+    assert_eq!((&line["close_reason"], &line["bytes_in"]), (&"finished".into(), &sent.into()));
+}
+
+/// No side may take a session for complete that shutdown cut while its bytes were in a pipe.
+#[tokio::test]
+async fn shutdown_resets_both_sides_of_a_session_whose_bytes_are_in_a_pipe() {
+    let (mut program, mut client, mut backend) = program_with_a_session("shutdown: {timeout: 300ms}").await;
+    let pattern = Pattern::new(seed());
+    client.stuff(&pattern, TOO_MUCH).await;
+    assert_eq!(piped_bytes(program.pid()).len(), 1);
+    program.signal(Signal::TERM);
+    client.hears_a_reset().await;
+    hears_a_part(&mut backend, &pattern).await;
+    program.wait();
+    let lines = program.lines();
+    assert!(lines.iter().any(|line| line["close_reason"] == "shutdown"), "{}", program.log());
+}
+
+#[tokio::test]
+async fn a_session_whose_bytes_are_in_a_pipe_may_finish_during_shutdown() {
+    let (mut program, mut client, mut backend) = program_with_a_session("shutdown: {timeout: 30s}").await;
+    let pattern = Pattern::new(seed());
+    let sent = client.stuff(&pattern, TOO_MUCH).await;
+    program.signal(Signal::TERM);
+    program.says("draining").await;
+    client.end().await;
+    pattern.expect(&mut backend, sent).await;
+    backend.hears_the_end().await;
+    backend.end().await;
+    client.hears_the_end().await;
+    assert!(program.wait().success());
+}
+
+async fn program_with_a_session(top: &str) -> (Program, Peer, Peer) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let address = listener.local_addr().expect("bound");
+    let program = Program::run(&format!(
+        "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
+         pools: {{web: {{backends: {{\"{address}\": 1}}}}}}\n{top}\n"
+    ));
+    let client = Peer::connect(program.listens().await[0]).await;
+    let (backend, _) = soon("the backend gets it", listener.accept()).await.expect("a connection");
+    (program, client, Peer::Tcp(backend))
+}
