@@ -1,8 +1,9 @@
-//! Sessions that end while their bytes wait in a pipe.
+//! Sessions that end, or are told to hurry, while their bytes wait in a pipe.
 
 use std::io::ErrorKind;
 
 use rustix::process::Signal;
+use socket2::SockRef;
 use tokio::net::TcpListener;
 
 use crate::support::{Kind, Pair, Pattern, Peer, Program, eventually, piped_bytes, seed, soon};
@@ -145,4 +146,35 @@ async fn program_with_a_session(top: &str) -> (Program, Peer, Peer) {
     let client = Peer::connect(program.listens().await[0]).await;
     let (backend, _) = soon("the backend gets it", listener.accept()).await.expect("a connection");
     (program, client, Peer::Tcp(backend))
+}
+
+/// A byte that is sent as urgent (`MSG_OOB`) stands beside the stream, not in it: like in HAProxy, nobody passes it on.
+/// But no byte of the stream is lost for it. A splice gets no further than to it: it says there what it says where there is
+/// nothing, and if the stream has ended behind it, that here is its end.
+///
+/// Where bytes are copied, those behind it may wait for whatever comes next, here the end: a read stops at it too, and
+/// tokio takes a short read for the last one. To ask the kernel after each would cost every session more.
+#[tokio::test]
+async fn no_byte_on_either_side_of_an_urgent_one_is_lost() {
+    for kind in [Kind::Tcp, Kind::Unix, Kind::Spliced] {
+        let pair = Pair::new(kind, "").await;
+        // All of it fits into the kernel's buffers, so that the end comes.
+        for bytes in [1, 300, 20_000] {
+            let (mut client, mut backend) = pair.session().await;
+            let pattern = Pattern::new(seed());
+            let send = async {
+                pattern.send_between(&mut client, 0, bytes).await;
+                urgent(&client);
+                pattern.send_between(&mut client, bytes, 2 * bytes).await;
+                client.end().await;
+            };
+            tokio::join!(send, pattern.expect(&mut backend, 2 * bytes));
+            backend.hears_the_end().await;
+        }
+    }
+}
+
+fn urgent(peer: &Peer) {
+    let Peer::Tcp(stream) = peer else { panic!("a unix socket knows no urgent byte here") };
+    assert_eq!(SockRef::from(stream).send_out_of_band(b"!").expect("connected"), 1);
 }

@@ -128,7 +128,7 @@ impl Direction {
         Poll::Ready(Ok(Some(read)))
     }
 
-    /// Moves what the source has into a pipe. `Some(0)`: the source has ended; `None`: bytes are to be copied again.
+    /// Moves what the source has into a pipe. `None`: bytes are to be copied again.
     fn poll_splice(
         &mut self,
         cx: &mut Context<'_>,
@@ -146,15 +146,17 @@ impl Direction {
                 return other.map(|result| result.map(Some).map_err(|_| Broken::Source));
             }
         };
+        if read == 0 {
+            // The end, or an urgent byte, behind which the stream goes on: only a read tells them apart.
+            buffers.pipes.give_back(pipe);
+            (self.way, self.streak) = (Way::Copy, 0);
+            return Poll::Ready(Ok(None));
+        }
         self.streak = if read < SMALL_SPLICE_BYTES { self.streak + 1 } else { 0 };
         if self.streak >= SMALL_SPLICES {
             (self.way, self.streak) = (Way::Copy, 0);
         }
-        if read == 0 {
-            buffers.pipes.give_back(pipe)
-        } else {
-            self.waiting = Some(Box::new(Waiting::Piped(pipe)))
-        }
+        self.waiting = Some(Box::new(Waiting::Piped(pipe)));
         Poll::Ready(Ok(Some(read)))
     }
 

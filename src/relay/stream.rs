@@ -6,6 +6,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustix::pipe::{SpliceFlags, splice};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
@@ -123,7 +124,8 @@ impl Stream {
         matches!(self.socket, Socket::Tcp(_))
     }
 
-    /// Moves what the socket has into `pipe`, which is empty; 0 is the end.
+    /// Moves what the socket has into `pipe`, which is empty. 0: the socket is at its end, or at a byte that was sent as
+    /// urgent, which no splice gets past; a read tells which.
     pub(super) fn poll_fill(&mut self, cx: &mut Context<'_>, pipe: &mut Pipe) -> Poll<io::Result<usize>> {
         let Socket::Tcp(socket) = &self.socket else {
             return Poll::Ready(Err(io::ErrorKind::Unsupported.into()));
@@ -133,7 +135,11 @@ impl Stream {
         debug_assert_eq!(pipe.held_bytes, 0);
         loop {
             ready!(socket.poll_read_ready(cx))?;
-            let fill = || Ok(splice(socket, None, &pipe.writer, None, pipe.capacity_bytes, SPLICE_FLAGS)?);
+            let fill = || match splice(socket, None, &pipe.writer, None, pipe.capacity_bytes, SPLICE_FLAGS) {
+                // At an urgent byte the kernel says the same as where there is nothing: for ever.
+                Err(Errno::AGAIN) if is_at_urgent_byte(socket) => Ok(0),
+                result => Ok(result?),
+            };
             match socket.try_io(Interest::READABLE, fill) {
                 Ok(read) => {
                     pipe.held_bytes = read;
@@ -199,6 +205,12 @@ impl Stream {
     pub fn finish(&mut self) {
         self.finished = true;
     }
+}
+
+/// True if an urgent byte has come and was not read past yet.
+fn is_at_urgent_byte(socket: &TcpStream) -> bool {
+    let mut watched = [PollFd::new(socket, PollFlags::PRI)];
+    poll(&mut watched, Some(&Timespec::default())).is_ok() && watched[0].revents().contains(PollFlags::PRI)
 }
 
 /// True as well where the connection is gone.

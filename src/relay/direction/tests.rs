@@ -272,6 +272,24 @@ async fn without_a_pipe_bulk_is_copied_and_with_one_it_is_spliced_again() {
     drop(reader);
 }
 
+/// A byte that was sent as urgent is not passed on, like in other proxies. Those before and behind it are, though a splice
+/// gets no further than to it: there it says "not now", or "the end" if the source has ended.
+#[tokio::test]
+async fn no_byte_behind_an_urgent_one_is_lost_or_waits() {
+    for ended in [false, true] {
+        let (mut flow, mut writer, reader) = spliced().await;
+        writer.write_all(&bytes(0, 400)).await.expect("connected");
+        SockRef::from(&writer).send_out_of_band(b"!").expect("tcp");
+        writer.write_all(&bytes(400, 800)).await.expect("connected");
+        if ended {
+            writer.shutdown().await.expect("connected");
+        }
+        let moves = flow.moves_until("all bytes have come", |flow| !ended && flow.moved_bytes == 800).await;
+        assert_eq!((moves.is_ready(), flow.moved_bytes), (ended, 800));
+        slowly_reads(reader, 800).await.expect("every byte has come");
+    }
+}
+
 /// What an idle session keeps for each direction: no buffer, no pipe, a few words.
 #[test]
 fn a_direction_without_bytes_is_small() {
