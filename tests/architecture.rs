@@ -37,7 +37,7 @@ const ARROWS: [(&str, &[&str]); 10] = [
             "telemetry::counters",
         ],
     ),
-    ("runtime", &["balance", "config", "listen", "session", "telemetry"]),
+    ("runtime", &["balance", "config", "listen", "relay::Stream", "session", "telemetry"]),
     ("telemetry", &["balance", "config", "listen::socket", "redis::status", "runtime::drain", "session"]),
     ("cli", &["config", "proxy", "telemetry::log_sink"]),
     // The composition root: it alone may know all.

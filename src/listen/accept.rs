@@ -3,10 +3,13 @@
 //! It hands each connection on and knows nothing of what becomes of it.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::time::Duration;
 
-use tokio::net::{TcpListener, TcpStream};
+use rustix::net::{SocketFlags, acceptfrom_with};
+use socket2::Socket;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tokio::time::{Instant, sleep, timeout_at};
 use tracing::{debug, info, warn};
 
@@ -29,18 +32,47 @@ const BATCH: u32 = 64;
 /// How long a handshake that was under way when the drain began may take: a round trip around the world.
 const HANDSHAKE_TIME: Duration = Duration::from_millis(300);
 
+/// A listening socket that this thread's runtime watches.
+#[derive(Debug)]
+pub struct Listening(AsyncFd<TcpListener>);
+
+impl Listening {
+    /// Begins to watch `socket`, which must not block.
+    ///
+    /// # Errors
+    /// The kernel can watch no more sockets.
+    #[expect(
+        deprecated,
+        reason = "the new form is unsafe for types whose descriptor may change; this one's does not"
+    )]
+    pub fn watch(socket: TcpListener) -> io::Result<Self> {
+        AsyncFd::with_interest(socket, Interest::READABLE).map(Self)
+    }
+
+    /// The next connection, which nobody watches yet: whoever is to serve it does. Cancel safe.
+    async fn accept(&self) -> io::Result<(Socket, SocketAddr)> {
+        let accept = |socket: &TcpListener| {
+            let (socket, client) = acceptfrom_with(socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?;
+            let client = client.and_then(|client| SocketAddr::try_from(client).ok());
+            // Only where the connection is gone already.
+            Ok((socket.into(), client.ok_or(io::ErrorKind::ConnectionAborted)?))
+        };
+        self.0.async_io(Interest::READABLE, accept).await
+    }
+}
+
 /// Accepts until `drain` begins, pausing while `is_starved`; then until all that the kernel took is accepted, and closes
 /// the socket.
 ///
 /// # Cancel safety
 /// Dropping the future closes the socket; connections that it had not accepted are reset by the kernel.
 pub async fn run(
-    listener: TcpListener,
+    listener: Listening,
     name: &str,
     counters: &ListenerCounters,
     drain: &Drain,
     is_starved: impl Fn() -> bool,
-    on_connection: impl Fn(TcpStream, SocketAddr),
+    on_connection: impl Fn(Socket, SocketAddr),
 ) {
     let mut exhausted_since: Option<Instant> = None;
     // Kept through short recoveries: with one descriptor coming and going, each accept ends an outage and begins one.
@@ -101,12 +133,12 @@ pub async fn run(
 }
 
 async fn accept_the_rest(
-    listener: &TcpListener,
+    listener: &Listening,
     name: &str,
     counters: &ListenerCounters,
-    on_connection: &impl Fn(TcpStream, SocketAddr),
+    on_connection: &impl Fn(Socket, SocketAddr),
 ) {
-    if let Err(error) = ignore_new_handshakes(listener) {
+    if let Err(error) = ignore_new_handshakes(&listener.0) {
         warn!(listener = name, %error, "handshakes that complete while the listener closes will be reset");
     }
     let end = Instant::now() + HANDSHAKE_TIME;

@@ -8,8 +8,10 @@ mod direction;
 mod idle;
 mod pipe;
 mod stream;
+mod tcp;
 
 pub use stream::Stream;
+pub use tcp::Tcp;
 
 use std::cell::RefCell;
 use std::future::poll_fn;

@@ -1,19 +1,19 @@
 //! One side of a session: a TCP or a unix stream socket, reset unless it was finished.
 
 use std::io;
+use std::os::fd::AsFd;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
-use rustix::pipe::{SpliceFlags, splice};
-use socket2::{SockRef, TcpKeepalive};
-use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
-use tokio::net::{TcpStream, UnixStream};
+use socket2::{Socket, TcpKeepalive};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::UnixStream;
 use tokio::time::{Instant, sleep};
 
 use super::pipe::Pipe;
+use super::tcp::Tcp;
 
 /// Between two looks at a socket whose bytes are under way.
 const LONGEST_LOOK_INTERVAL: Duration = Duration::from_millis(50);
@@ -21,16 +21,13 @@ const LONGEST_LOOK_INTERVAL: Duration = Duration::from_millis(50);
 /// What fits into one packet on every path that TCP is used on (536 bytes are the least that IPv4 hosts take).
 const ONE_PACKET_BYTES: usize = 512;
 
-/// Pages are moved, not copied, where they can be.
-const SPLICE_FLAGS: SpliceFlags = SpliceFlags::MOVE.union(SpliceFlags::NONBLOCK);
-
 /// A connected socket.
 ///
 /// Dropped before [`Stream::finish`], it sends a reset (TCP) instead of a clean end, so that a session which was cut
 /// (a timeout with bytes waiting, shutdown, a reset of the other side) is never taken for a complete one.
 #[derive(Debug)]
 pub struct Stream {
-    socket: Socket,
+    kind: Kind,
     finished: bool,
     coalescing: Coalescing,
 }
@@ -47,57 +44,61 @@ enum Coalescing {
 }
 
 #[derive(Debug)]
-enum Socket {
-    Tcp(TcpStream),
+enum Kind {
+    Tcp(Tcp),
     Unix(UnixStream),
-}
-
-impl From<TcpStream> for Stream {
-    fn from(socket: TcpStream) -> Self {
-        Self { socket: Socket::Tcp(socket), finished: false, coalescing: Coalescing::Off }
-    }
 }
 
 impl From<UnixStream> for Stream {
     fn from(socket: UnixStream) -> Self {
-        Self { socket: Socket::Unix(socket), finished: false, coalescing: Coalescing::Off }
+        Self { kind: Kind::Unix(socket), finished: false, coalescing: Coalescing::Off }
     }
 }
 
 impl Stream {
+    /// A connection that was accepted, and has inherited TCP_NODELAY from the listening socket.
+    ///
+    /// # Errors
+    /// The kernel can watch no more sockets.
+    pub fn accepted(socket: Socket) -> io::Result<Self> {
+        Ok(Self { kind: Kind::Tcp(Tcp::watch(socket)?), finished: false, coalescing: Coalescing::Off })
+    }
+
     /// A connection that was just opened, without TCP_NODELAY: that is set as soon as it makes a difference.
     #[must_use]
-    pub fn opened(socket: TcpStream) -> Self {
-        Self { socket: Socket::Tcp(socket), finished: false, coalescing: Coalescing::Unused }
+    pub fn opened(socket: Tcp) -> Self {
+        Self { kind: Kind::Tcp(socket), finished: false, coalescing: Coalescing::Unused }
     }
 
     /// Reads into `buffer`; 0 is the end.
     pub(super) fn poll_read(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
-        let mut target = ReadBuf::new(buffer);
-        ready!(match &mut self.socket {
-            Socket::Tcp(socket) => Pin::new(socket).poll_read(cx, &mut target),
-            Socket::Unix(socket) => Pin::new(socket).poll_read(cx, &mut target),
-        })?;
-        Poll::Ready(Ok(target.filled().len()))
+        match &mut self.kind {
+            Kind::Tcp(socket) => socket.poll_read(cx, buffer),
+            Kind::Unix(socket) => {
+                let mut target = ReadBuf::new(buffer);
+                ready!(Pin::new(socket).poll_read(cx, &mut target))?;
+                Poll::Ready(Ok(target.filled().len()))
+            }
+        }
     }
 
     /// Writes what the socket takes of `bytes`.
     pub(super) fn poll_write(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         self.before_writing(bytes.len());
-        match &mut self.socket {
-            Socket::Tcp(socket) => Pin::new(socket).poll_write(cx, bytes),
-            Socket::Unix(socket) => Pin::new(socket).poll_write(cx, bytes),
+        match &mut self.kind {
+            Kind::Tcp(socket) => socket.poll_write(cx, bytes),
+            Kind::Unix(socket) => Pin::new(socket).poll_write(cx, bytes),
         }
     }
 
     fn before_writing(&mut self, bytes: usize) {
-        let Socket::Tcp(socket) = &self.socket else { return };
+        let Kind::Tcp(socket) = &self.kind else { return };
         self.coalescing = match self.coalescing {
             Coalescing::Off => return,
             Coalescing::Unused if bytes <= ONE_PACKET_BYTES => Coalescing::On,
             Coalescing::Unused | Coalescing::On => {
                 // A socket that takes no option is dead already, and the write says so.
-                let _ = socket.set_nodelay(true);
+                let _ = socket.socket().set_tcp_nodelay(true);
                 Coalescing::Off
             }
         };
@@ -105,7 +106,7 @@ impl Stream {
 
     /// True if the connection was reset or broke, however much it still has to be read.
     pub(super) fn is_broken(&self) -> bool {
-        let Socket::Tcp(socket) = &self.socket else { return false };
+        let Kind::Tcp(socket) = &self.kind else { return false };
         let mut watched = [PollFd::new(socket, PollFlags::empty())];
         poll(&mut watched, Some(&Timespec::default())).is_ok()
             && watched[0].revents().contains(PollFlags::ERR)
@@ -113,69 +114,39 @@ impl Stream {
 
     /// Lets the kernel find out whether the peer still lives.
     pub(super) fn keep_alive(&self, keepalive: &TcpKeepalive) {
-        if let Socket::Tcp(socket) = &self.socket {
+        if let Kind::Tcp(socket) = &self.kind {
             // A socket that takes no option is dead already, and the next read says so.
-            let _ = SockRef::from(socket).set_tcp_keepalive(keepalive);
+            let _ = socket.socket().set_tcp_keepalive(keepalive);
         }
     }
 
     /// True where the kernel can move pages in and out of a pipe.
     pub(super) fn can_splice(&self) -> bool {
-        matches!(self.socket, Socket::Tcp(_))
+        matches!(self.kind, Kind::Tcp(_))
     }
 
     /// Moves what the socket has into `pipe`, which is empty. 0: the socket is at its end, or at a byte that was sent as
     /// urgent, which no splice gets past; a read tells which.
     pub(super) fn poll_fill(&mut self, cx: &mut Context<'_>, pipe: &mut Pipe) -> Poll<io::Result<usize>> {
-        let Socket::Tcp(socket) = &self.socket else {
-            return Poll::Ready(Err(io::ErrorKind::Unsupported.into()));
-        };
-        // Only an empty pipe is filled: with bytes inside, EAGAIN might mean "pipe full", and clearing the readiness to
-        // read for that would lose the wake-up for good.
-        debug_assert_eq!(pipe.held_bytes, 0);
-        loop {
-            ready!(socket.poll_read_ready(cx))?;
-            let fill = || match splice(socket, None, &pipe.writer, None, pipe.capacity_bytes, SPLICE_FLAGS) {
-                // At an urgent byte the kernel says the same as where there is nothing: for ever.
-                Err(Errno::AGAIN) if is_at_urgent_byte(socket) => Ok(0),
-                result => Ok(result?),
-            };
-            match socket.try_io(Interest::READABLE, fill) {
-                Ok(read) => {
-                    pipe.held_bytes = read;
-                    return Poll::Ready(Ok(read));
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Poll::Ready(Err(error)),
-            }
+        match &self.kind {
+            Kind::Tcp(socket) => socket.poll_fill(cx, pipe),
+            Kind::Unix(_) => Poll::Ready(Err(io::ErrorKind::Unsupported.into())),
         }
     }
 
     /// Moves what the socket takes out of `pipe`, which is not empty.
     pub(super) fn poll_empty(&mut self, cx: &mut Context<'_>, pipe: &mut Pipe) -> Poll<io::Result<usize>> {
-        let Socket::Tcp(socket) = &self.socket else {
-            return Poll::Ready(Err(io::ErrorKind::Unsupported.into()));
-        };
-        loop {
-            ready!(socket.poll_write_ready(cx))?;
-            // The pipe has bytes, so EAGAIN can only mean that the socket is full.
-            let empty = || Ok(splice(&pipe.reader, None, socket, None, pipe.held_bytes, SPLICE_FLAGS)?);
-            match socket.try_io(Interest::WRITABLE, empty) {
-                Ok(written) => {
-                    pipe.held_bytes -= written;
-                    return Poll::Ready(Ok(written));
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Poll::Ready(Err(error)),
-            }
+        match &self.kind {
+            Kind::Tcp(socket) => socket.poll_empty(cx, pipe),
+            Kind::Unix(_) => Poll::Ready(Err(io::ErrorKind::Unsupported.into())),
         }
     }
 
     /// Ends the half that we write.
     pub(super) fn poll_shutdown(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match &mut self.socket {
-            Socket::Tcp(socket) => Pin::new(socket).poll_shutdown(cx),
-            Socket::Unix(socket) => Pin::new(socket).poll_shutdown(cx),
+        match &mut self.kind {
+            Kind::Tcp(socket) => Poll::Ready(socket.shutdown()),
+            Kind::Unix(socket) => Pin::new(socket).poll_shutdown(cx),
         }
     }
 
@@ -185,11 +156,11 @@ impl Stream {
     /// # Cancel safety
     /// It only looks.
     pub(super) async fn delivered(&self, limit: Duration) {
-        let Socket::Tcp(socket) = &self.socket else { return };
+        let Kind::Tcp(socket) = &self.kind else { return };
         // The kernel says how much is under way only by an unsafe call. So the buffer, which nobody fills any more, is
         // made so small that the socket counts as writable only when nothing is unsent and at most two packets of a
         // few bytes are not acknowledged. An acknowledgement wakes nobody then: it is looked for.
-        let watched = SockRef::from(socket);
+        let watched = socket.socket();
         if watched.set_tcp_notsent_lowat(1).and(watched.set_send_buffer_size(0)).is_err() {
             return;
         }
@@ -207,14 +178,8 @@ impl Stream {
     }
 }
 
-/// True if an urgent byte has come and was not read past yet.
-fn is_at_urgent_byte(socket: &TcpStream) -> bool {
-    let mut watched = [PollFd::new(socket, PollFlags::PRI)];
-    poll(&mut watched, Some(&Timespec::default())).is_ok() && watched[0].revents().contains(PollFlags::PRI)
-}
-
 /// True as well where the connection is gone.
-fn is_writable(socket: &TcpStream) -> rustix::io::Result<bool> {
+fn is_writable(socket: &impl AsFd) -> rustix::io::Result<bool> {
     let mut watched = [PollFd::new(socket, PollFlags::OUT)];
     Ok(poll(&mut watched, Some(&Timespec::default()))? > 0)
 }
@@ -222,8 +187,8 @@ fn is_writable(socket: &TcpStream) -> rustix::io::Result<bool> {
 impl Drop for Stream {
     fn drop(&mut self) {
         // A failure means that the socket is already gone, and with it the peer's chance to mistake a cut for an end.
-        if let (false, Socket::Tcp(socket)) = (self.finished, &self.socket) {
-            let _ = socket.set_zero_linger();
+        if let (false, Kind::Tcp(socket)) = (self.finished, &self.kind) {
+            let _ = socket.socket().set_linger(Some(Duration::ZERO));
         }
     }
 }

@@ -6,12 +6,11 @@
 //! chance alone does not make among many.
 
 use std::cell::Cell;
-use std::net::{SocketAddr, TcpStream as StdTcpStream};
+use std::net::SocketAddr;
 use std::sync::Arc;
 
-use tokio::net::TcpStream;
-use tokio::sync::mpsc;
-use tracing::warn;
+use socket2::Socket;
+use tokio::sync::mpsc::{self, error::TrySendError};
 
 use crate::session::SessionCounters;
 use crate::telemetry::counters::{PerWorker, WorkerId};
@@ -19,26 +18,26 @@ use crate::telemetry::counters::{PerWorker, WorkerId};
 /// Connections that wait for a worker to take them; above this the one that accepted them keeps them.
 const INBOX_CONNECTIONS: usize = 64;
 
-/// A connection on its way to another worker.
+/// A connection that was accepted, and that any worker may serve.
 #[derive(Debug)]
-pub struct Handed {
+pub struct Connection {
     /// Which of the worker's doors it came through: all workers have the same ones in the same order.
     pub door: usize,
-    /// In no runtime.
-    pub stream: StdTcpStream,
+    /// Watched by no runtime.
+    pub socket: Socket,
     /// Its other end.
     pub client: SocketAddr,
 }
 
 /// What is handed to a worker. Ends when no other worker accepts any more.
-pub type Inbox = mpsc::Receiver<Handed>;
+pub type Inbox = mpsc::Receiver<Connection>;
 
 /// The other workers, as one of them sees them.
 #[derive(Debug)]
 pub struct Neighbours {
     own: WorkerId,
     sessions: Arc<PerWorker<SessionCounters>>,
-    inboxes: Vec<(WorkerId, mpsc::Sender<Handed>)>,
+    inboxes: Vec<(WorkerId, mpsc::Sender<Connection>)>,
     next: Cell<usize>,
 }
 
@@ -59,20 +58,15 @@ pub fn between(workers: usize, sessions: &Arc<PerWorker<SessionCounters>>) -> Ve
 }
 
 impl Neighbours {
-    /// Hands `stream` over if another worker is to have it; else gives it back.
-    pub fn offer(&self, door: usize, stream: TcpStream, client: SocketAddr) -> Option<TcpStream> {
-        let Some(permit) = self.less_loaded().and_then(|inbox| inbox.try_reserve().ok()) else {
-            return Some(stream);
-        };
-        match stream.into_std() {
-            Ok(stream) => permit.send(Handed { door, stream, client }),
-            Err(error) => warn!(%client, %error, "a connection was lost between two workers"),
-        }
-        None
+    /// Hands a connection over if another worker is to have it; else gives it back.
+    pub fn offer(&self, connection: Connection) -> Option<Connection> {
+        let Some(inbox) = self.less_loaded() else { return Some(connection) };
+        // Full, or its worker has died.
+        inbox.try_send(connection).err().map(TrySendError::into_inner)
     }
 
     /// One other worker, each in its turn, if it has so much less to do.
-    fn less_loaded(&self) -> Option<&mpsc::Sender<Handed>> {
+    fn less_loaded(&self) -> Option<&mpsc::Sender<Connection>> {
         let own = self.sessions.of(self.own).open();
         // Without a session of its own it cannot have too many.
         if own == 0 || self.inboxes.is_empty() {

@@ -1,24 +1,24 @@
 //! A data-plane thread: its own runtime, its own listening sockets, its own sessions.
 
 use std::io;
-use std::net::TcpListener as StdListener;
+use std::net::TcpListener;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::{Builder, LocalOptions, LocalRuntime};
 use tokio::sync::mpsc;
 use tokio::task::{JoinSet, spawn_local};
 use tracing::{error, warn};
 
 use super::drain::Drain;
-use super::handover::{Handed, Inbox, Neighbours};
+use super::handover::{Connection, Inbox, Neighbours};
 use crate::balance::pool::Pool;
 use crate::config::LogFormat;
-use crate::listen::accept;
+use crate::listen::accept::{self, Listening};
+use crate::relay::Stream;
 use crate::session::{self, Context, Listener, SessionCounters, Settings, Worker};
 use crate::telemetry::access_log::AccessLog;
 use crate::telemetry::counters::{PerWorker, WorkerId};
@@ -28,7 +28,7 @@ use crate::telemetry::log_sink::LogSink;
 #[derive(Debug)]
 pub struct Door {
     /// Bound and listening.
-    pub socket: StdListener,
+    pub socket: TcpListener,
     /// Whose it is.
     pub listener: Arc<Listener>,
     /// Where its sessions go.
@@ -166,20 +166,20 @@ async fn serve(worker: &Rc<Worker>, doors: Vec<Door>, sharing: Sharing, drain: &
 }
 
 async fn accept_at(
-    socket: StdListener,
+    socket: TcpListener,
     door: usize,
     context: Rc<Context>,
     neighbours: Rc<Neighbours>,
     drain: Drain,
 ) {
     let Context { worker, listener, .. } = &*context;
-    let socket = match TcpListener::from_std(socket) {
+    let socket = match Listening::watch(socket) {
         Ok(socket) => socket,
         Err(error) => return error!(listener = %listener.name, %error, "cannot watch a listening socket"),
     };
-    let on_connection = |stream, client| {
-        if let Some(stream) = neighbours.offer(door, stream, client) {
-            drop(spawn_local(session::serve(stream, client, Rc::clone(&context))));
+    let on_connection = |socket, client| {
+        if let Some(connection) = neighbours.offer(Connection { door, socket, client }) {
+            begin(connection, &context);
         }
     };
     let counters = listener.counters.of(worker.id);
@@ -188,14 +188,20 @@ async fn accept_at(
 
 /// Serves what other workers have accepted.
 async fn take_over(mut inbox: Inbox, contexts: Vec<Rc<Context>>) {
-    while let Some(Handed { door, stream, client }) = inbox.recv().await {
-        let context = &contexts[door];
-        match TcpStream::from_std(stream) {
-            Ok(stream) => drop(spawn_local(session::serve(stream, client, Rc::clone(context)))),
-            Err(error) => {
-                context.listener.counters.of(context.worker.id).accept_failed.add(1);
-                warn!(listener = %context.listener.name, %client, %error, "cannot watch a connection");
-            }
+    while let Some(connection) = inbox.recv().await {
+        let context = &contexts[connection.door];
+        begin(connection, context);
+    }
+}
+
+fn begin(connection: Connection, context: &Rc<Context>) {
+    let Connection { socket, client, .. } = connection;
+    match Stream::accepted(socket) {
+        Ok(stream) => drop(spawn_local(session::serve(stream, client, Rc::clone(context)))),
+        Err(error) => {
+            let listener = &context.listener;
+            listener.counters.of(context.worker.id).accept_failed.add(1);
+            warn!(listener = %listener.name, %client, %error, "cannot watch a connection");
         }
     }
 }

@@ -9,8 +9,7 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
-use tokio::io::Interest;
-use tokio::net::{TcpStream, UnixStream};
+use tokio::net::UnixStream;
 use tokio::time::{Instant, sleep, timeout_at};
 use tracing::debug;
 
@@ -19,7 +18,7 @@ use super::{Context, Settings};
 use crate::balance::backend::{Backend, Endpoint};
 use crate::config::Congestion;
 use crate::listen::socket::exhausted;
-use crate::relay::Stream;
+use crate::relay::{Stream, Tcp};
 
 /// Between two tries where a descriptor, or a place in a unix socket's queue, may become free at any moment.
 const RETRY_PAUSE: Duration = Duration::from_millis(10);
@@ -162,21 +161,16 @@ async fn open_tcp(address: SocketAddr, congestion: Option<&Congestion>) -> Resul
     {
         return Err(classify(error));
     }
-    let stream = TcpStream::from_std(socket.into()).map_err(classify)?;
-    // The event itself says whether it went well; asking for the socket's error after each success, as the runtime's own
-    // connect does, would be one system call a session for nothing.
-    let ready = stream.ready(Interest::WRITABLE | Interest::ERROR).await.map_err(classify)?;
-    if (ready.is_error() || ready.is_write_closed())
-        && let Some(error) = stream.take_error().map_err(classify)?
-    {
-        return Err(classify(error));
-    }
+    let connection = Tcp::watch(socket).map_err(classify)?;
+    connection.connected().await.map_err(classify)?;
     // A simultaneous open with oneself needs the kernel to choose the very port that is called, so only ports of its
     // own range are worth the system call.
-    if address.port() >= *FIRST_LOCAL_PORT && stream.local_addr().is_ok_and(|local| local == address) {
+    if address.port() >= *FIRST_LOCAL_PORT
+        && connection.socket().local_addr().is_ok_and(|local| local.as_socket() == Some(address))
+    {
         return Err(ConnectError::ToItself);
     }
-    Ok(Stream::opened(stream))
+    Ok(Stream::opened(connection))
 }
 
 /// A unix socket whose queue is full says so at once, where TCP would send its handshake again: so it is asked again.

@@ -13,8 +13,6 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::net::TcpStream;
-
 use self::report::Report;
 use crate::balance::pool::Pool;
 use crate::config;
@@ -75,9 +73,8 @@ const LONGEST_SETTLE_TIME: Duration = Duration::from_secs(5);
 ///
 /// # Cancel safety
 /// Dropping the future resets both connections and reports the session as cut by the shutdown.
-pub fn serve(client: TcpStream, address: SocketAddr, context: Rc<Context>) -> impl Future<Output = ()> {
+pub fn serve(mut client: Stream, address: SocketAddr, context: Rc<Context>) -> impl Future<Output = ()> {
     let mut report = Report::open(Rc::clone(&context), address);
-    let mut client = Stream::from(client);
     // A block, not an async function: that would keep each of its arguments twice, for as long as the session lives.
     async move {
         // Boxed, so that what only connecting needs (timers, a place to wait for Redis) is given back before the relay,
@@ -116,10 +113,10 @@ mod tests {
             pool: Arc::new(pool),
             settings: Settings::from(&config.pools[0]),
         });
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
         let address = listener.local_addr().expect("bound");
-        let client = TcpStream::connect(address).await.expect("it listens");
-        let session = serve(client, address, context);
+        let client = std::net::TcpStream::connect(address).expect("it listens");
+        let session = serve(Stream::accepted(client.into()).expect("a runtime"), address, context);
         let bytes = std::mem::size_of_val(&session);
         assert!(bytes <= 432, "{bytes} bytes: what holds them through the relay?");
     }

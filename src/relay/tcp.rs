@@ -1,0 +1,170 @@
+//! A TCP socket that this thread's runtime watches: read, written and spliced here, not by the runtime's own stream.
+//!
+//! That one takes a read which did not fill the buffer for the last one, and waits for the next event. It saves a system call
+//! each time, but a read also ends short before an urgent byte (MSG_OOB: telnet, FTP, Oracle's break), and what came behind it
+//! would wait for ever. So urgent bytes are watched for too, which costs nothing where there are none.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::task::{Context, Poll, ready};
+
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
+use rustix::pipe::{SpliceFlags, splice};
+use socket2::Socket;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use super::pipe::Pipe;
+
+/// Pages are moved, not copied, where they can be.
+const SPLICE_FLAGS: SpliceFlags = SpliceFlags::MOVE.union(SpliceFlags::NONBLOCK);
+const INTEREST: Interest = Interest::READABLE.add(Interest::WRITABLE).add(Interest::PRIORITY);
+
+/// A TCP socket that is connected, or about to be.
+#[derive(Debug)]
+pub struct Tcp(AsyncFd<Socket>);
+
+impl Tcp {
+    /// Begins to watch `socket`, which must not block.
+    ///
+    /// # Errors
+    /// The kernel can watch no more sockets.
+    ///
+    /// # Panics
+    /// Outside of a runtime.
+    #[expect(
+        deprecated,
+        reason = "the new form is unsafe for types whose descriptor may change; a Socket's does not"
+    )]
+    pub fn watch(socket: Socket) -> io::Result<Self> {
+        AsyncFd::with_interest(socket, INTEREST).map(Self)
+    }
+
+    /// For options.
+    #[must_use]
+    pub fn socket(&self) -> &Socket {
+        self.0.get_ref()
+    }
+
+    /// Waits until a connect that is under way has ended.
+    ///
+    /// The event itself says whether it went well: to ask for the socket's error after each success would be one system call
+    /// a session for nothing.
+    ///
+    /// # Errors
+    /// Why there is no connection.
+    ///
+    /// # Cancel safety
+    /// It only waits.
+    pub async fn connected(&self) -> io::Result<()> {
+        let ready = self.0.ready(Interest::WRITABLE | Interest::ERROR).await?.ready();
+        if (ready.is_error() || ready.is_write_closed())
+            && let Some(error) = self.socket().take_error()?
+        {
+            return Err(error);
+        }
+        Ok(())
+    }
+
+    /// Reads into `buffer`; 0 is the end.
+    pub(super) fn poll_read(&self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
+        loop {
+            let mut guard = ready!(self.0.poll_read_ready(cx))?;
+            match recv(self, &mut *buffer, RecvFlags::empty()) {
+                Ok((read, _)) => {
+                    if read > 0 && read < buffer.len() && !self.has_urgent_byte() {
+                        guard.clear_ready();
+                    }
+                    return Poll::Ready(Ok(read));
+                }
+                Err(Errno::AGAIN) => {
+                    guard.clear_ready();
+                    self.forget_urgent_byte();
+                }
+                Err(Errno::INTR) => {}
+                Err(error) => return Poll::Ready(Err(error.into())),
+            }
+        }
+    }
+
+    /// Writes what the socket takes of `bytes`.
+    pub(super) fn poll_write(&self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        loop {
+            let mut guard = ready!(self.0.poll_write_ready(cx))?;
+            match send(self, bytes, SendFlags::NOSIGNAL) {
+                Ok(written) => {
+                    if written < bytes.len() {
+                        guard.clear_ready();
+                    }
+                    return Poll::Ready(Ok(written));
+                }
+                Err(Errno::AGAIN) => guard.clear_ready(),
+                Err(Errno::INTR) => {}
+                Err(error) => return Poll::Ready(Err(error.into())),
+            }
+        }
+    }
+
+    /// Moves what the socket has into `pipe`, which is empty. 0: the socket is at its end, or at an urgent byte, which no
+    /// splice gets past; a read tells which.
+    pub(super) fn poll_fill(&self, cx: &mut Context<'_>, pipe: &mut Pipe) -> Poll<io::Result<usize>> {
+        // Only an empty pipe is filled: with bytes inside, EAGAIN might mean "pipe full", and clearing the readiness to
+        // read for that would lose the wake-up for good.
+        debug_assert_eq!(pipe.held_bytes, 0);
+        loop {
+            let mut guard = ready!(self.0.poll_read_ready(cx))?;
+            match splice(self, None, &pipe.writer, None, pipe.capacity_bytes, SPLICE_FLAGS) {
+                Ok(read) => {
+                    pipe.held_bytes = read;
+                    return Poll::Ready(Ok(read));
+                }
+                // There the kernel says the same as where nothing is: for ever.
+                Err(Errno::AGAIN) if self.has_urgent_byte() => return Poll::Ready(Ok(0)),
+                Err(Errno::AGAIN) => guard.clear_ready(),
+                Err(Errno::INTR) => {}
+                Err(error) => return Poll::Ready(Err(error.into())),
+            }
+        }
+    }
+
+    /// Moves what the socket takes out of `pipe`, which is not empty.
+    pub(super) fn poll_empty(&self, cx: &mut Context<'_>, pipe: &mut Pipe) -> Poll<io::Result<usize>> {
+        loop {
+            let mut guard = ready!(self.0.poll_write_ready(cx))?;
+            match splice(&pipe.reader, None, self, None, pipe.held_bytes, SPLICE_FLAGS) {
+                Ok(written) => {
+                    pipe.held_bytes -= written;
+                    return Poll::Ready(Ok(written));
+                }
+                // The pipe has bytes, so it can only mean that the socket is full.
+                Err(Errno::AGAIN) => guard.clear_ready(),
+                Err(Errno::INTR) => {}
+                Err(error) => return Poll::Ready(Err(error.into())),
+            }
+        }
+    }
+
+    /// Ends the half that we write.
+    pub(super) fn shutdown(&self) -> io::Result<()> {
+        Ok(shutdown(self, Shutdown::Write)?)
+    }
+
+    /// True from the event that told of an urgent byte (or of the end, behind which there is nothing to miss) until a read
+    /// has found nothing more.
+    fn has_urgent_byte(&self) -> bool {
+        self.0.try_io(Interest::PRIORITY, |_| Ok(())).is_ok()
+    }
+
+    fn forget_urgent_byte(&self) {
+        // "Not now" is what makes the runtime forget.
+        let _ =
+            self.0.try_io(Interest::PRIORITY, |_| io::Result::<()>::Err(io::ErrorKind::WouldBlock.into()));
+    }
+}
+
+impl AsFd for Tcp {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket().as_fd()
+    }
+}
