@@ -13,11 +13,9 @@ const MEGABYTE: u64 = 1024 * 1024;
 /// More than the kernel takes of one direction.
 const TOO_MUCH: u64 = 96 * MEGABYTE;
 
-/// Sends what nobody reads, until a pipe of the proxy in this process is full of it. Returns how much.
-async fn stalls(writer: &mut Peer, pattern: &Pattern) -> u64 {
-    let sent = writer.stuff(pattern, TOO_MUCH).await;
-    assert!(sent < TOO_MUCH && !piped_bytes(std::process::id()).is_empty(), "{sent} bytes are not in a pipe");
-    sent
+/// See [`Peer::stall_in_a_pipe`]: one of the proxy in this process.
+async fn stalls(writer: &mut Peer, reader: &mut Peer, pattern: &Pattern) -> (u64, u64) {
+    writer.stall_in_a_pipe(reader, pattern, 0, std::process::id()).await
 }
 
 /// The pipe with its bytes is closed, or empty in the pool.
@@ -25,11 +23,10 @@ async fn no_pipe_holds_bytes() {
     eventually("no pipe holds bytes", || async { piped_bytes(std::process::id()).is_empty() }).await;
 }
 
-/// What comes is the pattern's beginning, then a reset. Returns how much came.
-async fn hears_a_part(peer: &mut Peer, pattern: &Pattern) -> u64 {
+/// What comes is the pattern from `place` on, then a reset. Returns how far it came.
+async fn hears_a_part(peer: &mut Peer, pattern: &Pattern, mut place: u64) -> u64 {
     let (bytes, end) = peer.rest().await;
     assert_eq!(end.expect_err("no clean end").kind(), ErrorKind::ConnectionReset);
-    let mut place = 0;
     for chunk in bytes.chunks(65_536) {
         assert!(chunk == pattern.from(place, chunk.len() as u64), "wrong bytes at {place}");
         place += chunk.len() as u64;
@@ -56,11 +53,11 @@ async fn a_backend_that_resets_while_its_bytes_are_in_a_pipe_resets_the_client()
     let pair = Pair::new(Kind::Tcp, "half_close_timeout: 1s").await;
     let (mut client, mut backend) = pair.session().await;
     let pattern = Pattern::new(seed());
-    let sent = stalls(&mut backend, &pattern).await;
+    let (read, sent) = stalls(&mut backend, &mut client, &pattern).await;
     backend.reset();
     assert_eq!(pair.line().await["close_reason"], "backend_reset");
     no_pipe_holds_bytes().await;
-    assert!(hears_a_part(&mut client, &pattern).await <= sent);
+    assert!(hears_a_part(&mut client, &pattern, read).await <= sent);
 }
 
 #[tokio::test]
@@ -68,7 +65,7 @@ async fn a_backend_that_resets_while_a_pipe_holds_bytes_for_it_resets_the_client
     let pair = Pair::new(Kind::Tcp, "").await;
     let (mut client, mut backend) = pair.session().await;
     backend.say(b"an answer").await;
-    stalls(&mut client, &Pattern::new(seed())).await;
+    stalls(&mut client, &mut backend, &Pattern::new(seed())).await;
     backend.reset();
     client.hears(b"an answer").await;
     client.hears_a_reset().await;
@@ -81,9 +78,9 @@ async fn an_end_behind_a_full_pipe_comes_after_its_bytes() {
     let pair = Pair::new(Kind::Tcp, "").await;
     let (mut client, mut backend) = pair.session().await;
     let pattern = Pattern::new(seed());
-    let sent = stalls(&mut client, &pattern).await;
+    let (read, sent) = stalls(&mut client, &mut backend, &pattern).await;
     client.end().await;
-    pattern.expect(&mut backend, sent).await;
+    pattern.expect_between(&mut backend, read, sent).await;
     backend.hears_the_end().await;
     backend.say_and_end(b"an answer").await;
     client.hears(b"an answer").await;
@@ -96,11 +93,11 @@ async fn an_end_passes_while_the_other_direction_is_stuck_in_a_pipe() {
     let pair = Pair::new(Kind::Tcp, "").await;
     let (mut client, mut backend) = pair.session().await;
     let pattern = Pattern::new(seed());
-    let sent = stalls(&mut client, &pattern).await;
+    let (read, sent) = stalls(&mut client, &mut backend, &pattern).await;
     backend.end().await;
     client.hears_the_end().await;
     client.end().await;
-    pattern.expect(&mut backend, sent).await;
+    pattern.expect_between(&mut backend, read, sent).await;
     backend.hears_the_end().await;
     let line = pair.line().await;
     assert_eq!((&line["close_reason"], &line["bytes_in"]), (&"finished".into(), &sent.into()));
@@ -111,11 +108,10 @@ async fn an_end_passes_while_the_other_direction_is_stuck_in_a_pipe() {
 async fn shutdown_resets_both_sides_of_a_session_whose_bytes_are_in_a_pipe() {
     let (mut program, mut client, mut backend) = program_with_a_session("shutdown: {timeout: 300ms}").await;
     let pattern = Pattern::new(seed());
-    client.stuff(&pattern, TOO_MUCH).await;
-    assert_eq!(piped_bytes(program.pid()).len(), 1);
+    let (read, _) = client.stall_in_a_pipe(&mut backend, &pattern, 0, program.pid()).await;
     program.signal(Signal::TERM);
     client.hears_a_reset().await;
-    hears_a_part(&mut backend, &pattern).await;
+    hears_a_part(&mut backend, &pattern, read).await;
     program.wait();
     let lines = program.lines();
     assert!(lines.iter().any(|line| line["close_reason"] == "shutdown"), "{}", program.log());
@@ -125,11 +121,11 @@ async fn shutdown_resets_both_sides_of_a_session_whose_bytes_are_in_a_pipe() {
 async fn a_session_whose_bytes_are_in_a_pipe_may_finish_during_shutdown() {
     let (mut program, mut client, mut backend) = program_with_a_session("shutdown: {timeout: 30s}").await;
     let pattern = Pattern::new(seed());
-    let sent = client.stuff(&pattern, TOO_MUCH).await;
+    let (read, sent) = client.stall_in_a_pipe(&mut backend, &pattern, 0, program.pid()).await;
     program.signal(Signal::TERM);
     program.says("draining").await;
     client.end().await;
-    pattern.expect(&mut backend, sent).await;
+    pattern.expect_between(&mut backend, read, sent).await;
     backend.hears_the_end().await;
     backend.end().await;
     client.hears_the_end().await;

@@ -62,11 +62,11 @@ struct Arguments {
     /// How often each peer is measured [default: 6, quick: 3]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: Option<u32>,
-    /// How long a sample is [default: 2, quick: 0.4]
+    /// How long a sample is [default: 1.5, quick: 0.4]
     #[arg(long)]
     seconds: Option<f64>,
     /// Requests a second of the latency measure
-    #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(10..=1_000_000))]
+    #[arg(long, default_value_t = 5_000, value_parser = clap::value_parser!(u32).range(10..=1_000_000))]
     rate: u32,
     /// Congestion control of all connections (cubic, bbr); else the system's
     #[arg(long, value_name = "NAME")]
@@ -103,7 +103,7 @@ fn run() -> Result<()> {
     let idle_sessions = (descriptors.saturating_sub(500) / 2) as usize;
 
     let length =
-        Duration::try_from_secs_f64(arguments.seconds.unwrap_or(if arguments.quick { 0.4 } else { 2.0 }))?;
+        Duration::try_from_secs_f64(arguments.seconds.unwrap_or(if arguments.quick { 0.4 } else { 1.5 }))?;
     ensure!(
         length >= Duration::from_millis(50) && length <= Duration::from_secs(20),
         "--seconds: 0.05 to 20"

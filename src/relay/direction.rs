@@ -1,27 +1,37 @@
 //! One direction of a session: bytes from one socket to the other, waiting in nobody's memory.
 //!
-//! It begins by copying: what is there moves through a buffer that the worker owns, and only what the target would not
-//! take is parked in a buffer of the direction's own. A direction that keeps filling the worker's buffer is bulk, and goes
-//! over to `splice(2)`: the kernel moves pages through a pooled pipe, and what the target would not take waits there.
+//! - It begins by copying: what is there moves through a buffer that the worker owns, and only what the target would not
+//!   take is parked in a buffer of the direction's own.
+//! - Where much comes, or where the target has refused something, it peeks: it copies what is there, and takes from the
+//!   source only as much as the target took. That is a third system call for each 64 KiB, and nothing has to be parked: a
+//!   thousand slow readers cost the kernel's buffers alone. (Memory that was parked once is hardly ever given back: sessions
+//!   that live on lie between.)
+//! - A direction that keeps filling the worker's buffer is bulk, and goes over to `splice(2)`: the kernel moves pages through
+//!   a pooled pipe, and what the target would not take waits there.
+//!
 //! Nothing more is read until what waits is gone. So an idle session holds neither buffer nor pipe, a slow reader holds
-//! back a fast writer, and what a direction holds is bounded by one buffer or one pipe.
+//! back a fast writer, and what a direction holds is bounded by half a buffer or one pipe.
 
 use std::task::{Context, Poll, ready};
 
-use super::Buffers;
 use super::pipe::Pipe;
 use super::stream::Stream;
+use super::{BUFFER_BYTES, Buffers};
 
 #[cfg(test)]
 mod tests;
 
 /// Bytes that one poll may move before the other sessions of the worker get their turn: some 100 µs of copying.
 const BUDGET_BYTES: usize = 512 * 1024;
-/// Full buffers in a row that make a direction bulk. An answer of 64 KiB costs less copied than through a pipe.
+/// The first read of many. A socket that has nothing under way takes so much at once, so nothing of it is parked.
+const FIRST_READ_BYTES: usize = BUFFER_BYTES / 2;
+/// Full reads in a row that make a direction bulk. An answer of 64 KiB costs less copied than through a pipe.
 const BULK_READS: u8 = 2;
+/// Looks in a row that were neither full nor refused, after which a direction copies again.
+const CALM_PEEKS: u8 = 16;
 /// A splice of less is no bulk: copying it takes two system calls, moving it through a pipe three.
 const SMALL_SPLICE_BYTES: usize = 32 * 1024;
-/// Small ones in a row that make a direction copy again.
+/// Small ones in a row that make a direction peek, and then copy, again.
 const SMALL_SPLICES: u8 = 4;
 
 /// The state of one direction.
@@ -31,8 +41,12 @@ pub(super) struct Direction {
     waiting: Option<Box<Waiting>>,
     state: State,
     way: Way,
-    /// Reads in a row that speak for the other way.
+    /// Reads in a row that speak for another way.
     streak: u8,
+    /// Peeks in a row after which nothing was left.
+    calm: u8,
+    /// The target would not take all that the source has.
+    refused: bool,
 }
 
 #[derive(Debug)]
@@ -59,6 +73,7 @@ enum State {
 enum Way {
     #[default]
     Copy,
+    Peek,
     Splice,
 }
 
@@ -87,6 +102,10 @@ impl Direction {
         let mut budget = BUDGET_BYTES;
         loop {
             ready!(self.poll_waiting(cx, target, buffers, &mut moved))?;
+            if self.refused {
+                ready!(target.poll_writable(cx)).map_err(|_| Broken::Target)?;
+                self.refused = false;
+            }
             if self.state != State::Open {
                 self.state = State::Done;
                 return Poll::Ready(Ok(()));
@@ -97,6 +116,7 @@ impl Direction {
             }
             let read = match self.way {
                 Way::Copy => ready!(self.poll_copy(cx, source, target, buffers, &mut moved))?,
+                Way::Peek => ready!(self.poll_peek(cx, source, target, buffers, &mut moved))?,
                 Way::Splice => ready!(self.poll_splice(cx, source, buffers))?,
             };
             match read {
@@ -118,17 +138,58 @@ impl Direction {
         moved: &mut impl FnMut(u64),
     ) -> Poll<Result<Option<usize>, Broken>> {
         let mut buffer = buffers.copy.borrow_mut();
-        let read = ready!(source.poll_read(cx, &mut buffer)).map_err(|_| Broken::Source)?;
-        self.streak = if read == buffer.len() { self.streak + 1 } else { 0 };
-        if self.streak >= BULK_READS && source.can_splice() && target.can_splice() {
-            (self.way, self.streak) = (Way::Splice, 0);
-        }
-        self.streak = self.streak.min(BULK_READS);
+        let most = if source.can_peek() { FIRST_READ_BYTES } else { BUFFER_BYTES };
+        let read = ready!(source.poll_read(cx, &mut buffer[..most])).map_err(|_| Broken::Source)?;
         self.write_or_park(cx, target, &buffer[..read], moved)?;
+        if source.can_peek() && (read == most || self.holds_bytes()) {
+            self.go(Way::Peek);
+            self.streak = u8::from(read == most);
+        }
         Poll::Ready(Ok(Some(read)))
     }
 
-    /// Moves what the source has into a pipe. `None`: bytes are to be copied again.
+    /// Copies what the source has, and takes from it what the target took. `Some(0)`: the source has ended.
+    fn poll_peek(
+        &mut self,
+        cx: &mut Context<'_>,
+        source: &mut Stream,
+        target: &mut Stream,
+        buffers: &Buffers,
+        moved: &mut impl FnMut(u64),
+    ) -> Poll<Result<Option<usize>, Broken>> {
+        let mut buffer = buffers.copy.borrow_mut();
+        let there = ready!(source.poll_peek(cx, &mut buffer)).map_err(|_| Broken::Source)?;
+        let mut taken = 0;
+        while taken < there && !self.refused {
+            match target.poll_write(cx, &buffer[taken..there]) {
+                Poll::Ready(Ok(0) | Err(_)) => return Poll::Ready(Err(Broken::Target)),
+                Poll::Ready(Ok(written)) => taken += written,
+                Poll::Pending => self.refused = true,
+            }
+        }
+        if taken > 0 {
+            moved(taken as u64);
+            let is_all = !self.refused && there < buffer.len();
+            source.discard(&mut buffer[..taken], is_all).map_err(|_| Broken::Source)?;
+        }
+        let is_full = there == buffer.len();
+        self.streak = if is_full { self.streak + 1 } else { 0 };
+        self.calm = if is_full || self.refused { 0 } else { self.calm + 1 };
+        if self.streak >= BULK_READS && source.can_splice() && target.can_splice() {
+            self.go(Way::Splice);
+        } else if self.calm >= CALM_PEEKS {
+            self.go(Way::Copy);
+        }
+        self.streak = self.streak.min(BULK_READS);
+        // Where the target has refused something, it wakes us.
+        if self.refused { Poll::Pending } else { Poll::Ready(Ok(Some(there))) }
+    }
+
+    fn go(&mut self, way: Way) {
+        (self.way, self.streak, self.calm) = (way, 0, 0);
+    }
+
+    /// Moves what the source has into a pipe. `None`: it is to peek.
     fn poll_splice(
         &mut self,
         cx: &mut Context<'_>,
@@ -136,7 +197,7 @@ impl Direction {
         buffers: &Buffers,
     ) -> Poll<Result<Option<usize>, Broken>> {
         let Some(mut pipe) = buffers.pipes.take() else {
-            (self.way, self.streak) = (Way::Copy, 0);
+            self.go(Way::Peek);
             return Poll::Ready(Ok(None));
         };
         let read = match source.poll_fill(cx, &mut pipe) {
@@ -149,12 +210,12 @@ impl Direction {
         if read == 0 {
             // The end, or an urgent byte, behind which the stream goes on: only a read tells them apart.
             buffers.pipes.give_back(pipe);
-            (self.way, self.streak) = (Way::Copy, 0);
+            self.go(Way::Peek);
             return Poll::Ready(Ok(None));
         }
         self.streak = if read < SMALL_SPLICE_BYTES { self.streak + 1 } else { 0 };
         if self.streak >= SMALL_SPLICES {
-            (self.way, self.streak) = (Way::Copy, 0);
+            self.go(Way::Peek);
         }
         self.waiting = Some(Box::new(Waiting::Piped(pipe)));
         Poll::Ready(Ok(Some(read)))
@@ -219,6 +280,7 @@ impl Direction {
 
     /// Stops, because the target is gone: nothing more will move.
     pub(super) fn abandon(&mut self) {
+        self.refused = false;
         self.waiting = None;
         self.state = State::Done;
     }
@@ -227,8 +289,8 @@ impl Direction {
         self.state == State::Done
     }
 
-    /// True while bytes wait that were read and not yet taken.
+    /// True while bytes wait, here or in the source, that the target would not take.
     pub(super) fn holds_bytes(&self) -> bool {
-        self.waiting.is_some()
+        self.waiting.is_some() || self.refused
     }
 }

@@ -91,6 +91,36 @@ impl Stream {
         }
     }
 
+    /// True where [`Stream::poll_peek`] can be used.
+    pub(super) fn can_peek(&self) -> bool {
+        matches!(self.kind, Kind::Tcp(_))
+    }
+
+    /// Like [`Stream::poll_read`], but what it reads stays in the socket.
+    pub(super) fn poll_peek(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
+        match &self.kind {
+            Kind::Tcp(socket) => socket.poll_peek(cx, buffer),
+            Kind::Unix(_) => Poll::Ready(Err(io::ErrorKind::Unsupported.into())),
+        }
+    }
+
+    /// Takes what was peeked out of the socket: as much as `peeked` is long, which may be overwritten. `is_all`: nothing
+    /// more was there.
+    pub(super) fn discard(&mut self, peeked: &mut [u8], is_all: bool) -> io::Result<()> {
+        match &self.kind {
+            Kind::Tcp(socket) => socket.discard(peeked, is_all),
+            Kind::Unix(_) => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+
+    /// Ready when the socket may take bytes again.
+    pub(super) fn poll_writable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &self.kind {
+            Kind::Tcp(socket) => socket.poll_writable(cx),
+            Kind::Unix(socket) => socket.poll_write_ready(cx),
+        }
+    }
+
     fn before_writing(&mut self, bytes: usize) {
         let Kind::Tcp(socket) = &self.kind else { return };
         self.coalescing = match self.coalescing {

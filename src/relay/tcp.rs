@@ -88,6 +88,48 @@ impl Tcp {
         }
     }
 
+    /// Like [`Tcp::poll_read`], but what it reads stays in the socket.
+    pub(super) fn poll_peek(&self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
+        loop {
+            let mut guard = ready!(self.0.poll_read_ready(cx))?;
+            match recv(self, &mut *buffer, RecvFlags::PEEK) {
+                Ok((there, _)) => return Poll::Ready(Ok(there)),
+                Err(Errno::AGAIN) => {
+                    guard.clear_ready();
+                    self.forget_urgent_byte();
+                }
+                Err(Errno::INTR) => {}
+                Err(error) => return Poll::Ready(Err(error.into())),
+            }
+        }
+    }
+
+    /// Takes what was peeked out of the socket, without copying it. `is_all`: nothing more was there.
+    pub(super) fn discard(&self, peeked: &mut [u8], is_all: bool) -> io::Result<()> {
+        let mut left = peeked.len();
+        while left > 0 {
+            match recv(self, &mut peeked[..left], RecvFlags::TRUNC) {
+                // What was there cannot be gone.
+                Ok((_, 0)) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok((_, gone)) => left -= gone,
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        if is_all && !self.has_urgent_byte() {
+            // "Not now" is what makes the runtime wait for the next event.
+            let _ = self
+                .0
+                .try_io(Interest::READABLE, |_| io::Result::<()>::Err(io::ErrorKind::WouldBlock.into()));
+        }
+        Ok(())
+    }
+
+    /// Ready when the socket may take bytes again.
+    pub(super) fn poll_writable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.0.poll_write_ready(cx).map_ok(drop)
+    }
+
     /// Writes what the socket takes of `bytes`.
     pub(super) fn poll_write(&self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         loop {

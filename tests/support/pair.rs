@@ -120,8 +120,8 @@ impl Pair {
 /// were. With other tests in the same process (nextest runs each in its own) the pipe may be one of theirs.
 async fn splices(writer: &mut Peer, reader: &mut Peer) -> u64 {
     let pattern = Pattern::new(0);
-    let sent = writer.stuff_a_pipe(&pattern, std::process::id()).await;
-    pattern.expect(reader, sent).await;
+    let (read, sent) = writer.stuff_a_pipe(reader, &pattern, std::process::id()).await;
+    pattern.expect_between(reader, read, sent).await;
     sent
 }
 
@@ -142,19 +142,59 @@ impl Peer {
         self.stuff_from(pattern, 0, most).await
     }
 
-    /// Sends a pattern that nobody reads, until a pipe of the process `pid` holds bytes. Returns how many were taken.
-    pub async fn stuff_a_pipe(&mut self, pattern: &Pattern, pid: u32) -> u64 {
-        // By then it is bulk: two full buffers of 64 KiB have been read.
+    /// Sends a pattern until a pipe of the process `pid` holds bytes of it, now. Returns how many were read and how many taken.
+    /// Nobody reads, unless that comes to a stop without a pipe; see [`Peer::stall_in_a_pipe`].
+    pub async fn stuff_a_pipe(
+        &mut self,
+        reader: &mut (impl AsyncRead + Unpin),
+        pattern: &Pattern,
+        pid: u32,
+    ) -> (u64, u64) {
+        // By then it is bulk: two full reads were made.
         const LEAST_BYTES: u64 = 1024 * 1024;
-        let mut sent = 0;
+        const STOP: Duration = Duration::from_millis(300);
+        let (mut read, mut sent) = (0, 0);
         let deadline = Instant::now() + PATIENCE;
+        let mut progress = Instant::now();
         while sent < LEAST_BYTES || super::piped_bytes(pid).is_empty() {
-            assert!(sent < 96 * LEAST_BYTES && Instant::now() < deadline, "{sent} bytes are not spliced");
+            assert!(Instant::now() < deadline, "{sent} bytes are not spliced");
             // Held back, it looks again whether that is by a pipe.
             let write = timeout(Duration::from_millis(10), self.write(pattern.from(sent, u64::MAX))).await;
-            sent += write.map_or(0, |written| written.expect("connected") as u64);
+            if let Ok(written) = write {
+                sent += written.expect("connected") as u64;
+                progress = Instant::now();
+            } else if progress.elapsed() > STOP {
+                pattern.expect_between(reader, read, sent).await;
+                read = sent;
+            }
         }
-        sent
+        (read, sent)
+    }
+
+    /// Sends a pattern from `start` on that nobody reads, until it is held back while a pipe of the process `pid` holds some of
+    /// it. Returns the places that were read and sent up to.
+    ///
+    /// A sender that happened to be slow just before is no bulk, and held back without a pipe: then all of it is read, and it
+    /// begins anew.
+    pub async fn stall_in_a_pipe(
+        &mut self,
+        reader: &mut (impl AsyncRead + Unpin),
+        pattern: &Pattern,
+        start: u64,
+        pid: u32,
+    ) -> (u64, u64) {
+        const MOST_BYTES: u64 = 96 * 1024 * 1024;
+        let mut read = start;
+        for _ in 0..20 {
+            let sent = self.stuff_from(pattern, read, read + MOST_BYTES).await;
+            assert!(sent < read + MOST_BYTES, "{sent} bytes were taken that nobody reads");
+            if !super::piped_bytes(pid).is_empty() {
+                return (read, sent);
+            }
+            pattern.expect_between(reader, read, sent).await;
+            read = sent;
+        }
+        panic!("{read} bytes are not spliced");
     }
 
     /// The same as [`Peer::stuff`], from one place to another. Returns the place that it got to.
