@@ -161,7 +161,7 @@ pub fn start(config: &Config, log: Option<LogSink>) -> Result<Running, StartErro
         admin_socket,
         lua_requests,
         doors,
-        shared: Shared { access_log, sessions, drain },
+        shared: Shared { access_log, sessions, starvation: Arc::default(), drain },
         drain: drain_control,
     };
     let (stop, stops) = watch::channel(Stop::NotYet);

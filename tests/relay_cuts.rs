@@ -168,6 +168,29 @@ async fn no_byte_on_either_side_of_an_urgent_one_is_lost_or_waits() {
     }
 }
 
+/// The urgent byte is the last thing before the end: it must not stay unread, or closing would reset the client instead of
+/// ending cleanly.
+#[tokio::test]
+async fn an_urgent_byte_before_the_end_makes_no_reset_of_it() {
+    for kind in [Kind::Tcp, Kind::Unix, Kind::Spliced] {
+        let pair = Pair::new(kind, "").await;
+        for bytes in [1, 300, 40_000, 3 * MEGABYTE] {
+            let (mut client, mut backend) = pair.session().await;
+            let pattern = Pattern::new(seed());
+            let send = async {
+                pattern.send_between(&mut client, 0, bytes).await;
+                urgent(&client);
+            };
+            tokio::join!(send, pattern.expect(&mut backend, bytes));
+            client.end().await;
+            backend.hears_the_end().await;
+            backend.say_and_end(b"an answer").await;
+            client.hears(b"an answer").await;
+            client.hears_the_end().await;
+        }
+    }
+}
+
 fn urgent(peer: &Peer) {
     let Peer::Tcp(stream) = peer else { panic!("a unix socket knows no urgent byte here") };
     assert_eq!(SockRef::from(stream).send_out_of_band(b"!").expect("connected"), 1);

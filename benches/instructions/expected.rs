@@ -1,5 +1,7 @@
 //! The figures that are expected, kept in `expected.yaml`: compares, and rewrites the file where that is asked for.
 //!
+//! Another compiler or valgrind counts differently, so figures are compared only where both are the same.
+//!
 //! Fewer instructions than expected fail as well. What was gained would else be lost again without anybody noticing, and
 //! a figure that fell by itself is a case that does not do its work any more.
 
@@ -82,14 +84,21 @@ impl Expected {
             return Ok(true);
         }
 
+        if known.with != valgrind.versions {
+            let expected = if known.with.is_empty() { "nothing" } else { &known.with };
+            println!(
+                "not compared: on {ARCH} the figures were made with {expected}, these with {}",
+                valgrind.versions
+            );
+            println!("to accept these on purpose: {ACCEPT}");
+            return Ok(true);
+        }
         let wrong: Vec<String> = figures.iter().filter_map(|figure| known.complaint(figure)).collect();
         for complaint in &wrong {
             eprintln!("instructions: {complaint}");
         }
         if !wrong.is_empty() {
             eprintln!("instructions: where they went: callgrind_annotate target/instructions/CASE.callgrind");
-            eprintln!("instructions: expected with {}", known.with);
-            eprintln!("instructions: counted with  {}", valgrind.versions);
             eprintln!("instructions: to accept the new figures on purpose: {ACCEPT}");
         }
         Ok(wrong.is_empty())

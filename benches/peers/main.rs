@@ -151,7 +151,7 @@ fn run() -> Result<()> {
     end_on_interrupt()?;
     let cells = run.all(&measures, rounds);
 
-    println!("\nratio: Statera's median divided by the peer's");
+    println!("\nratio: Statera's figure divided by the peer's of the same round, the median of all rounds");
     for cell in &cells {
         print!("{}", report::table(cell));
     }

@@ -16,6 +16,7 @@ use super::meter::{Meter, Window};
 use super::peers::{Kind, Peer, Program, on_path};
 
 const LARGE_BYTES: usize = 16 * 1024;
+/// An answer that fills buffers, and is no bulk yet.
 const BURST_BYTES: usize = 64 * 1024;
 /// More than the sockets on the way hold: a proxy has to wait for both sides of every session at once.
 const BULK_BYTES: usize = 1024 * 1024;
@@ -27,6 +28,8 @@ const TRACED_REQUESTS: u64 = 500;
 /// Many sessions share a wake-up, as they do under load; the requests follow each other, or a tracer that slows the proxy
 /// down would make them share more of them.
 const TRACED_AT_ONCE: usize = 64;
+/// A tracer makes each of them slow.
+const TRACED_ONE_BY_ONE: u64 = 200;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Measure {
@@ -48,6 +51,7 @@ impl Measure {
             let connections = counts(few, &[1, 64, 512]).into_iter();
             all.extend(connections.map(|connections| Self::PingPong { bytes, connections }));
         }
+        all.push(Self::PingPong { bytes: BURST_BYTES, connections: 64 });
         for (way, few) in [(Way::ToClient, &[1, 8][..]), (Way::ToBackend, &[8]), (Way::Both, &[8])] {
             let connections = counts(few, &[1, 8, 64]).into_iter();
             all.extend(connections.map(|connections| Self::Bulk { way, connections }));
@@ -102,7 +106,7 @@ impl Measure {
                 // 0.5 GB a second there and back, and what surrounds it.
                 Duration::from_secs_f64((sessions * BULK_BYTES) as f64 / 0.5e9 + 2.5)
             }
-            Self::SystemCalls => Duration::from_secs(3),
+            Self::SystemCalls => Duration::from_secs(4),
             _ => length + (length / 10).max(Duration::from_millis(100)) + Duration::from_millis(60),
         }
     }
@@ -256,6 +260,10 @@ fn system_calls(peer: &Peer, backend: &Backend) -> Result<Sample> {
     })?;
     let of_sessions = calls / TRACED_SESSIONS as f64;
     backend.wait_until_idle(IDLE_LIMIT);
+    let (calls, _) =
+        traced(peer, || sessions(peer.address, 1, &mut Meter::counted(&peer.processes, TRACED_ONE_BY_ONE)))?;
+    let one_by_one = calls / TRACED_ONE_BY_ONE as f64;
+    backend.wait_until_idle(IDLE_LIMIT);
     let mut connections = Connections::open(peer.address, 1, backend)?;
     let mut requests = 0.0;
     let (calls, _) = traced(peer, || {
@@ -265,7 +273,11 @@ fn system_calls(peer: &Peer, backend: &Backend) -> Result<Sample> {
         Ok(())
     })?;
     connections.cut();
-    let figures = vec![(less("calls/session"), of_sessions), (less("calls/request"), calls / requests)];
+    let figures = vec![
+        (less("calls/session, 1 at a time"), one_by_one),
+        (less("calls/session, 64 at a time"), of_sessions),
+        (less("calls/request"), calls / requests),
+    ];
     let parts = parts.into_iter().map(|(name, calls)| (name, calls / TRACED_SESSIONS as f64)).collect();
     Ok(Sample { figures, parts, ..Sample::default() })
 }

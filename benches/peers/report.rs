@@ -30,11 +30,16 @@ impl Cell {
         longest.map(|sample| sample.figures.iter().map(|(metric, _)| *metric).collect()).unwrap_or_default()
     }
 
-    /// The median of Statera divided by that of `row`.
+    /// Statera's figure divided by that of `row` in the same round: the median of all rounds. Two samples of a round were
+    /// taken within seconds, so that what changes from minute to minute on a shared machine is in both.
     pub fn ratio(&self, row: &Row, metric: Metric) -> Option<f64> {
         let statera = self.rows.iter().find(|row| row.peer == Kind::Statera)?;
-        let (ours, theirs) = (statera.spread(metric)?.median, row.spread(metric)?.median);
-        (row.peer != Kind::Statera && theirs > 0.0).then_some(ours / theirs)
+        if row.peer == Kind::Statera {
+            return None;
+        }
+        let pairs = statera.values(metric).into_iter().zip(row.values(metric));
+        let ratios = pairs.filter(|(_, theirs)| *theirs > 0.0).map(|(ours, theirs)| ours / theirs).collect();
+        Some(Spread::of(ratios)?.median)
     }
 }
 
@@ -53,7 +58,13 @@ impl Row {
     }
 
     pub fn spread(&self, metric: Metric) -> Option<Spread> {
-        let mut values = self.values(metric);
+        Spread::of(self.values(metric))
+    }
+}
+
+impl Spread {
+    /// `None` of nothing.
+    fn of(mut values: Vec<f64>) -> Option<Self> {
         values.sort_by(f64::total_cmp);
         let (min, max) = (*values.first()?, *values.last()?);
         let middle = values.len() / 2;

@@ -156,3 +156,44 @@ async fn accept_the_rest(
 fn count(counters: &ListenerCounters, error: &io::Error) {
     if exhausted(error) { counters.accept_exhausted.add(1) } else { counters.accept_failed.add(1) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::drain;
+    use std::cell::Cell;
+    use std::net::TcpStream;
+    use tokio::task::yield_now;
+
+    /// A session that wants to run every time sees no more than a batch accepted in between.
+    #[tokio::test]
+    async fn a_flood_of_connections_starves_no_session() {
+        // As many as the standard library's queue surely has places.
+        const FLOOD: u32 = 2 * BATCH - 8;
+        let socket = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let address = socket.local_addr().expect("bound");
+        let _clients: Vec<_> = (0..FLOOD).map(|_| TcpStream::connect(address).expect("a place")).collect();
+        socket.set_nonblocking(true).expect("a socket");
+
+        let (control, drain) = drain::channel();
+        control.advance(Phase::Serving);
+        let (accepted, counters) = (Cell::new(0), ListenerCounters::default());
+        let listening = Listening::watch(socket).expect("a runtime");
+        let accepting =
+            run(listening, "web", &counters, &drain, || false, |_, _| accepted.set(accepted.get() + 1));
+        let session = async {
+            let (mut before, mut most) = (0, 0);
+            while accepted.get() < FLOOD {
+                most = most.max(accepted.get() - before);
+                before = accepted.get();
+                yield_now().await;
+            }
+            most
+        };
+        let most = tokio::select! {
+            () = accepting => unreachable!("it accepts until the drain"),
+            most = session => most,
+        };
+        assert!((1..=BATCH).contains(&most), "{most} in one go");
+    }
+}

@@ -157,7 +157,10 @@ pub fn explain(error: &io::Error) -> String {
 #[must_use]
 pub fn exhausted(error: &io::Error) -> bool {
     use rustix::io::Errno;
-    matches!(Errno::from_io_error(error), Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM))
+    matches!(
+        Errno::from_io_error(error),
+        Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM | Errno::NOSPC)
+    )
 }
 
 /// Makes the kernel ignore new handshakes on this socket, as if their packets were lost, while those under way

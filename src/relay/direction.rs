@@ -10,7 +10,7 @@
 //!   a pooled pipe, and what the target would not take waits there.
 //!
 //! Nothing more is read until what waits is gone. So an idle session holds neither buffer nor pipe, a slow reader holds
-//! back a fast writer, and what a direction holds is bounded by half a buffer or one pipe.
+//! back a fast writer, and what a direction holds is bounded by one read or one pipe.
 
 use std::task::{Context, Poll, ready};
 
@@ -27,6 +27,9 @@ const BUDGET_BYTES: usize = 512 * 1024;
 const FIRST_READ_BYTES: usize = BUFFER_BYTES / 2;
 /// Full reads in a row that make a direction bulk. An answer of 64 KiB costs less copied than through a pipe.
 const BULK_READS: u8 = 2;
+/// For how much a direction looks whose target has refused something: twice what was taken, within these.
+const LEAST_LOOK_KIB: u8 = 16;
+const MOST_LOOK_KIB: u8 = (BUFFER_BYTES / 1024) as u8;
 /// Looks in a row that were neither full nor refused, after which a direction copies again.
 const CALM_PEEKS: u8 = 16;
 /// A splice of less is no bulk: copying it takes two system calls, moving it through a pipe three.
@@ -47,6 +50,8 @@ pub(super) struct Direction {
     calm: u8,
     /// The target would not take all that the source has.
     refused: bool,
+    /// How much the next look is for, in KiB; 0: as much as there is room for.
+    look_kib: u8,
 }
 
 #[derive(Debug)]
@@ -148,7 +153,7 @@ impl Direction {
         Poll::Ready(Ok(Some(read)))
     }
 
-    /// Copies what the source has, and takes from it what the target took. `Some(0)`: the source has ended.
+    /// Copies what the source has, and takes from it what the target took. `None`: only a read tells what there is.
     fn poll_peek(
         &mut self,
         cx: &mut Context<'_>,
@@ -158,7 +163,12 @@ impl Direction {
         moved: &mut impl FnMut(u64),
     ) -> Poll<Result<Option<usize>, Broken>> {
         let mut buffer = buffers.copy.borrow_mut();
-        let there = ready!(source.poll_peek(cx, &mut buffer)).map_err(|_| Broken::Source)?;
+        let most = if self.look_kib == 0 { BUFFER_BYTES } else { usize::from(self.look_kib) * 1024 };
+        let there = ready!(source.poll_peek(cx, &mut buffer[..most])).map_err(|_| Broken::Source)?;
+        if there == 0 {
+            self.go(Way::Copy);
+            return Poll::Ready(Ok(None));
+        }
         let mut taken = 0;
         while taken < there && !self.refused {
             match target.poll_write(cx, &buffer[taken..there]) {
@@ -169,11 +179,15 @@ impl Direction {
         }
         if taken > 0 {
             moved(taken as u64);
-            let is_all = !self.refused && there < buffer.len();
+            let is_all = !self.refused && there < most;
             source.discard(&mut buffer[..taken], is_all).map_err(|_| Broken::Source)?;
         }
-        let is_full = there == buffer.len();
-        self.streak = if is_full { self.streak + 1 } else { 0 };
+        // A target that takes little at a time must not make us copy everything each time.
+        let next = u8::try_from(2 * taken / 1024).unwrap_or(u8::MAX).clamp(LEAST_LOOK_KIB, MOST_LOOK_KIB);
+        self.look_kib = if self.refused { next } else { 0 };
+        let is_full = there == BUFFER_BYTES;
+        // Who looks at the same bytes again and again has a slow reader, no bulk, and must not sit on a pipe.
+        self.streak = if is_full && taken >= there / 2 { self.streak + 1 } else { 0 };
         self.calm = if is_full || self.refused { 0 } else { self.calm + 1 };
         if self.streak >= BULK_READS && source.can_splice() && target.can_splice() {
             self.go(Way::Splice);
@@ -186,10 +200,10 @@ impl Direction {
     }
 
     fn go(&mut self, way: Way) {
-        (self.way, self.streak, self.calm) = (way, 0, 0);
+        (self.way, self.streak, self.calm, self.look_kib) = (way, 0, 0, 0);
     }
 
-    /// Moves what the source has into a pipe. `None`: it is to peek.
+    /// Moves what the source has into a pipe. `None`: the way has changed.
     fn poll_splice(
         &mut self,
         cx: &mut Context<'_>,
@@ -210,7 +224,7 @@ impl Direction {
         if read == 0 {
             // The end, or an urgent byte, behind which the stream goes on: only a read tells them apart.
             buffers.pipes.give_back(pipe);
-            self.go(Way::Peek);
+            self.go(Way::Copy);
             return Poll::Ready(Ok(None));
         }
         self.streak = if read < SMALL_SPLICE_BYTES { self.streak + 1 } else { 0 };

@@ -172,10 +172,12 @@ impl Idle<'_> {
         Poll::Pending
     }
 
-    /// True once every few seconds: a stalled session is to look after the socket that it does not read.
+    /// True once every few seconds in which nothing moved: a stalled session is to look after the socket that it does not
+    /// read. While bytes move, what the source sent before it broke is still to be passed on.
     pub(super) fn looks(&mut self) -> bool {
-        let now = self.clock.now.get();
-        let due = now.wrapping_sub(self.last_look) >= self.clock.ticks(LOOK_INTERVAL);
+        let (now, interval) = (self.clock.now.get(), self.clock.ticks(LOOK_INTERVAL));
+        let silent = now.wrapping_sub(self.entry().last_activity) >= interval;
+        let due = silent && now.wrapping_sub(self.last_look) >= interval;
         if due {
             self.last_look = now;
         }

@@ -1,7 +1,7 @@
 //! Pipes that bulk passes through without being copied, pooled by the worker and limited in number.
 //!
 //! A pipe belongs to a direction only while bytes are in it; an empty one goes back to the pool. One that dies with
-//! bytes in it is closed, never used again. Where no pipe is to be had, bytes are copied.
+//! bytes in it is closed, never used again. Where no pipe is to be had, a direction peeks.
 
 use std::cell::{Cell, RefCell};
 use std::os::fd::OwnedFd;

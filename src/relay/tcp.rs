@@ -7,6 +7,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
@@ -38,7 +39,12 @@ impl Tcp {
         reason = "the new form is unsafe for types whose descriptor may change; a Socket's does not"
     )]
     pub fn watch(socket: Socket) -> io::Result<Self> {
-        AsyncFd::with_interest(socket, INTEREST).map(Self)
+        AsyncFd::try_with_interest(socket, INTEREST).map(Self).map_err(|error| {
+            let (socket, error) = error.into_parts();
+            // Nobody may take it for a session that was complete. A failure means that it is gone already.
+            let _ = socket.set_linger(Some(Duration::ZERO));
+            error
+        })
     }
 
     /// For options.
@@ -88,16 +94,15 @@ impl Tcp {
         }
     }
 
-    /// Like [`Tcp::poll_read`], but what it reads stays in the socket.
+    /// Like [`Tcp::poll_read`], but what it reads stays in the socket. 0: the end, or an urgent byte behind which there is
+    /// nothing, and which only a read takes away: left there, it would turn the close into a reset.
     pub(super) fn poll_peek(&self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
         loop {
             let mut guard = ready!(self.0.poll_read_ready(cx))?;
             match recv(self, &mut *buffer, RecvFlags::PEEK) {
                 Ok((there, _)) => return Poll::Ready(Ok(there)),
-                Err(Errno::AGAIN) => {
-                    guard.clear_ready();
-                    self.forget_urgent_byte();
-                }
+                Err(Errno::AGAIN) if self.has_urgent_byte() => return Poll::Ready(Ok(0)),
+                Err(Errno::AGAIN) => guard.clear_ready(),
                 Err(Errno::INTR) => {}
                 Err(error) => return Poll::Ready(Err(error.into())),
             }

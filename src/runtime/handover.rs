@@ -2,12 +2,13 @@
 //!
 //! The kernel chooses a listening socket by a hash of the client's address. That spreads many sessions evenly and costs
 //! nothing, but of two long ones it puts both on one worker every other time, and half of the machine idles. So each worker
-//! compares itself with one other at every accept (one look at two counters), and hands over what would widen a gap that
+//! compares itself with others at every accept (a look at two counters each), and hands over what would widen a gap that
 //! chance alone does not make among many.
 
 use std::cell::Cell;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use socket2::Socket;
 use tokio::sync::mpsc::{self, error::TrySendError};
@@ -15,18 +16,45 @@ use tokio::sync::mpsc::{self, error::TrySendError};
 use crate::session::SessionCounters;
 use crate::telemetry::counters::{PerWorker, WorkerId};
 
+/// Up to so many sessions of its own a worker compares itself with all others: they are few, and each place counts. Above it
+/// with one of them at a time, since a look at another core's counters costs some 50 ns.
+const FEW_SESSIONS: u64 = 16;
 /// Connections that wait for a worker to take them; above this the one that accepted them keeps them.
 const INBOX_CONNECTIONS: usize = 64;
 
-/// A connection that was accepted, and that any worker may serve.
+/// A connection that was accepted, and that any worker may serve. Dropped, it is reset: nobody may take it for a session
+/// that was complete.
 #[derive(Debug)]
 pub struct Connection {
     /// Which of the worker's doors it came through: all workers have the same ones in the same order.
     pub door: usize,
-    /// Watched by no runtime.
-    pub socket: Socket,
     /// Its other end.
     pub client: SocketAddr,
+    /// Watched by no runtime.
+    socket: Option<Socket>,
+}
+
+impl Connection {
+    /// `socket` was accepted at `door`.
+    #[must_use]
+    pub fn new(door: usize, socket: Socket, client: SocketAddr) -> Self {
+        Self { door, client, socket: Some(socket) }
+    }
+
+    /// For the worker that serves it.
+    #[must_use]
+    pub fn into_socket(mut self) -> Socket {
+        self.socket.take().expect("it is there until now")
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        if let Some(socket) = &self.socket {
+            // A failure means that it is gone already.
+            let _ = socket.set_linger(Some(Duration::ZERO));
+        }
+    }
 }
 
 /// What is handed to a worker. Ends when no other worker accepts any more.
@@ -65,21 +93,29 @@ impl Neighbours {
         inbox.try_send(connection).err().map(TrySendError::into_inner)
     }
 
-    /// One other worker, each in its turn, if it has so much less to do.
+    /// A worker that has so much less to do.
     fn less_loaded(&self) -> Option<&mpsc::Sender<Connection>> {
         let own = self.sessions.of(self.own).open();
         // Without a session of its own it cannot have too many.
         if own == 0 || self.inboxes.is_empty() {
             return None;
         }
-        let turn = self.next.replace(self.next.get().wrapping_add(1));
-        let (other, inbox) = &self.inboxes[turn % self.inboxes.len()];
-        let waiting = (inbox.max_capacity() - inbox.capacity()) as u64;
-        is_lopsided(own, self.sessions.of(*other).open() + waiting).then_some(inbox)
+        let load = |(other, inbox): &(WorkerId, mpsc::Sender<Connection>)| {
+            let waiting = (inbox.max_capacity() - inbox.capacity()) as u64;
+            self.sessions.of(*other).open() + waiting
+        };
+        let (other, inbox) = if own <= FEW_SESSIONS {
+            self.inboxes.iter().map(|other| (load(other), &other.1)).min_by_key(|(load, _)| *load)?
+        } else {
+            let turn = self.next.replace(self.next.get().wrapping_add(1));
+            let other = &self.inboxes[turn % self.inboxes.len()];
+            (load(other), &other.1)
+        };
+        is_lopsided(own, other).then_some(inbox)
     }
 }
 
-/// Half as many again, and one: with few sessions the workers differ by two at most; with many, chance alone hardly ever
+/// More than half as many again: with few sessions the workers differ by two at most; with many, chance alone hardly ever
 /// makes such a gap, and nothing is handed over.
 fn is_lopsided(own: u64, other: u64) -> bool {
     own > other + other / 2

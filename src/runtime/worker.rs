@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use tokio::runtime::{Builder, LocalOptions, LocalRuntime};
 use tokio::sync::mpsc;
-use tokio::task::{JoinSet, spawn_local};
+use tokio::task::{JoinError, JoinSet, spawn_local};
 use tracing::{error, warn};
 
 use super::drain::Drain;
@@ -19,7 +19,7 @@ use crate::balance::pool::Pool;
 use crate::config::LogFormat;
 use crate::listen::accept::{self, Listening};
 use crate::relay::Stream;
-use crate::session::{self, Context, Listener, SessionCounters, Settings, Worker};
+use crate::session::{self, Context, Listener, SessionCounters, Settings, Starvation, Worker};
 use crate::telemetry::access_log::AccessLog;
 use crate::telemetry::counters::{PerWorker, WorkerId};
 use crate::telemetry::log_sink::LogSink;
@@ -44,6 +44,8 @@ pub struct Shared {
     pub access_log: Option<(LogFormat, LogSink)>,
     /// How sessions ended.
     pub sessions: Arc<PerWorker<SessionCounters>>,
+    /// Whether sessions lack descriptors.
+    pub starvation: Arc<Starvation>,
     /// When to end.
     pub drain: Drain,
 }
@@ -114,8 +116,13 @@ fn run(runtime: LocalRuntime, id: WorkerId, doors: Vec<Door>, sharing: Sharing, 
     let access_log = shared.access_log.as_ref().map(|(format, sink)| AccessLog::new(*format, sink.clone()));
     let limits = doors.iter().map(|door| &door.settings.limits);
     let shortest = limits.map(|limits| limits.half_closed.min(limits.idle.unwrap_or(Duration::MAX))).min();
-    let worker =
-        Rc::new(Worker::new(id, shortest.unwrap_or(Duration::MAX), access_log, Arc::clone(&shared.sessions)));
+    let worker = Rc::new(Worker::new(
+        id,
+        shortest.unwrap_or(Duration::MAX),
+        access_log,
+        Arc::clone(&shared.sessions),
+        Arc::clone(&shared.starvation),
+    ));
     let cut = runtime.block_on(serve(&worker, doors, sharing, &shared.drain));
     // Sessions that are left end here: their futures are dropped, which resets and reports them.
     drop(runtime);
@@ -147,20 +154,36 @@ async fn serve(worker: &Rc<Worker>, doors: Vec<Door>, sharing: Sharing, drain: &
     }
     // The accept loops alone hold the neighbours: when all have ended everywhere, so do the inboxes.
     drop(neighbours);
-    accepting.spawn_local(take_over(sharing.inbox, contexts));
+    let mut inbox = sharing.inbox;
     let finished = async {
-        while let Some(ended) = accepting.join_next().await {
-            if let Err(error) = ended {
+        let accepted = async {
+            while let Some(ended) = accepting.join_next().await {
                 // A defect of ours. The control plane sees this worker end before the drain, and starts it.
-                return error!(%error, "an accept loop died");
+                ended.inspect_err(|error| error!(%error, "an accept loop died"))?;
             }
+            Ok::<_, JoinError>(())
+        };
+        let taken_over = async {
+            while let Some(connection) = inbox.recv().await {
+                let context = Rc::clone(&contexts[connection.door]);
+                begin(connection, &context);
+            }
+            Ok(())
+        };
+        if tokio::try_join!(accepted, taken_over).is_ok() {
+            worker.idle().await;
         }
-        worker.idle().await;
     };
     tokio::select! {
         biased;
         () = finished => {}
         () = drain.closing() => {}
+    }
+    // What nobody has begun yet is cut like the sessions that are left, and counted and logged like them.
+    inbox.close();
+    while let Ok(connection) = inbox.try_recv() {
+        let context = Rc::clone(&contexts[connection.door]);
+        begin(connection, &context);
     }
     worker.active()
 }
@@ -178,7 +201,7 @@ async fn accept_at(
         Err(error) => return error!(listener = %listener.name, %error, "cannot watch a listening socket"),
     };
     let on_connection = |socket, client| {
-        if let Some(connection) = neighbours.offer(Connection { door, socket, client }) {
+        if let Some(connection) = neighbours.offer(Connection::new(door, socket, client)) {
             begin(connection, &context);
         }
     };
@@ -186,22 +209,64 @@ async fn accept_at(
     accept::run(socket, &listener.name, counters, &drain, || worker.is_starved(), on_connection).await;
 }
 
-/// Serves what other workers have accepted.
-async fn take_over(mut inbox: Inbox, contexts: Vec<Rc<Context>>) {
-    while let Some(connection) = inbox.recv().await {
-        let context = &contexts[connection.door];
-        begin(connection, context);
-    }
-}
-
 fn begin(connection: Connection, context: &Rc<Context>) {
-    let Connection { socket, client, .. } = connection;
-    match Stream::accepted(socket) {
+    let client = connection.client;
+    match Stream::accepted(connection.into_socket()) {
         Ok(stream) => drop(spawn_local(session::serve(stream, client, Rc::clone(context)))),
         Err(error) => {
             let listener = &context.listener;
             listener.counters.of(context.worker.id).accept_failed.add(1);
             warn!(listener = %listener.name, %client, %error, "cannot watch a connection");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read as _;
+    use std::net::TcpStream;
+
+    use super::super::drain::{self, Phase};
+    use super::super::handover;
+    use crate::balance::{Balance, Table};
+    use crate::config::Config;
+
+    /// It was accepted, so it is cut like a session, not lost: counted, logged and reset.
+    #[test]
+    fn a_connection_that_is_handed_over_at_the_very_end_is_cut() {
+        let config = Config::from_yaml(
+            "listeners: {web: {bind: \"127.0.0.1:0\", pool: web}}\npools: {web: {backends: {\"127.0.0.1:9\": 1}}}",
+        )
+        .expect("a valid config");
+        let any = || TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let door = Door {
+            socket: any(),
+            listener: Arc::new(Listener { name: "web".into(), counters: PerWorker::new(1) }),
+            pool: Arc::new(Pool::new("web".into(), 0, Balance::WeightedRandom, Table::default(), None, 1)),
+            settings: Settings::from(&config.pools[0]),
+        };
+        door.socket.set_nonblocking(true).expect("a socket");
+        let other = any();
+        let mut client = TcpStream::connect(other.local_addr().expect("bound")).expect("it listens");
+        let (socket, address) = other.accept().expect("a client");
+
+        let (control, drain) = drain::channel();
+        control.advance(Phase::Closing);
+        let sessions = Arc::new(PerWorker::new(1));
+        let (neighbours, _) = handover::between(1, &sessions).remove(0);
+        let (hand, inbox) = mpsc::channel(1);
+        hand.try_send(Connection::new(0, socket.into(), address)).expect("room");
+        let listener = Arc::clone(&door.listener);
+        let shared =
+            Shared { access_log: None, sessions: Arc::clone(&sessions), starvation: Arc::default(), drain };
+        let runtime = Builder::new_current_thread().enable_all().build_local(LocalOptions::default());
+        let sharing = Sharing { neighbours, inbox };
+        let cut = run(runtime.expect("a runtime"), WorkerId(0), vec![door], sharing, &shared);
+
+        assert_eq!((cut, listener.counters.of(WorkerId(0)).connections.get()), (1, 1));
+        assert_eq!(sessions.of(WorkerId(0)).closed(session::CloseReason::Shutdown).get(), 1);
+        let error = client.read(&mut [0]).expect_err("no clean end");
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
     }
 }

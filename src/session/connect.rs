@@ -154,7 +154,10 @@ async fn open_tcp(address: SocketAddr, congestion: Option<&Congestion>) -> Resul
     let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking(), Some(Protocol::TCP))
         .map_err(classify)?;
     if let Some(congestion) = congestion {
-        socket.set_tcp_congestion(congestion.name().as_bytes()).map_err(classify)?;
+        // The start has checked that the kernel has it. One who takes it away later loses speed, not the pool.
+        let _ = socket
+            .set_tcp_congestion(congestion.name().as_bytes())
+            .inspect_err(|error| debug!(%error, name = congestion.name(), "tcp_congestion cannot be set"));
     }
     if let Err(error) = socket.connect(&SockAddr::from(address))
         && Errno::from_io_error(&error) != Some(Errno::INPROGRESS)

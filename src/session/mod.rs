@@ -6,7 +6,7 @@ mod report;
 mod worker;
 
 pub use report::{CloseReason, SessionCounters};
-pub use worker::Worker;
+pub use worker::{Starvation, Worker};
 
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -105,7 +105,13 @@ mod tests {
             "listeners: {web: {bind: \"127.0.0.1:0\", pool: web}}\npools: {web: {backends: {\"127.0.0.1:9\": 1}}}",
         )
         .expect("a valid config");
-        let worker = Worker::new(WorkerId(0), Duration::from_secs(1), None, Arc::new(PerWorker::new(1)));
+        let worker = Worker::new(
+            WorkerId(0),
+            Duration::from_secs(1),
+            None,
+            Arc::new(PerWorker::new(1)),
+            Arc::default(),
+        );
         let pool = Pool::new("web".into(), 0, Balance::WeightedRandom, Table::default(), None, 1);
         let context = Rc::new(Context {
             worker: Rc::new(worker),

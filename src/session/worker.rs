@@ -3,6 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -21,6 +22,33 @@ const EXHAUSTED_LOG_INTERVAL: Duration = Duration::from_secs(10);
 /// Sessions that lack a descriptor ask again every 10 ms.
 const STARVED_TIME: Duration = Duration::from_millis(30);
 
+/// The want of descriptors, which are the process's: one for all workers.
+#[derive(Debug)]
+pub struct Starvation {
+    epoch: Instant,
+    /// Milliseconds from the epoch on; 0: there was none.
+    until: AtomicU64,
+}
+
+impl Default for Starvation {
+    fn default() -> Self {
+        Self { epoch: Instant::now(), until: AtomicU64::new(0) }
+    }
+}
+
+impl Starvation {
+    fn begin(&self) {
+        let until = self.epoch.elapsed() + STARVED_TIME;
+        self.until.store(u64::try_from(until.as_millis()).unwrap_or(u64::MAX), Relaxed);
+    }
+
+    fn lasts(&self) -> bool {
+        // The clock is asked only where it matters.
+        let until = self.until.load(Relaxed);
+        until > 0 && self.epoch.elapsed() < Duration::from_millis(until)
+    }
+}
+
 /// One thread's own things.
 #[derive(Debug)]
 pub struct Worker {
@@ -36,8 +64,7 @@ pub struct Worker {
     active: Cell<u64>,
     became_idle: Notify,
     exhausted_logged: Cell<Option<Instant>>,
-    /// When a session last lacked a descriptor.
-    starved: Cell<Option<Instant>>,
+    starvation: Arc<Starvation>,
 }
 
 impl Worker {
@@ -48,6 +75,7 @@ impl Worker {
         shortest_limit: Duration,
         access_log: Option<AccessLog>,
         sessions: Arc<PerWorker<SessionCounters>>,
+        starvation: Arc<Starvation>,
     ) -> Self {
         Self {
             id,
@@ -58,7 +86,7 @@ impl Worker {
             active: Cell::new(0),
             became_idle: Notify::new(),
             exhausted_logged: Cell::new(None),
-            starved: Cell::new(None),
+            starvation,
         }
     }
 
@@ -92,13 +120,14 @@ impl Worker {
 
     /// A session lacks a descriptor for its backend.
     pub(super) fn starve(&self) {
-        self.starved.set(Some(Instant::now()));
+        self.starvation.begin();
     }
 
-    /// True while sessions that were accepted lack descriptors: accepting more would take the next ones from them.
+    /// True while sessions that were accepted, here or by another worker, lack descriptors: accepting more would take the
+    /// next ones from them.
     #[must_use]
     pub fn is_starved(&self) -> bool {
-        self.starved.get().is_some_and(|since| since.elapsed() < STARVED_TIME)
+        self.starvation.lasts()
     }
 
     pub(super) fn warn_exhausted(&self, backend: &Backend, error: &io::Error) {
