@@ -41,7 +41,7 @@ const DESCRIPTORS: u64 = 20_000;
 const REPEATS_MAX: u32 = 3;
 static INTERRUPTS: AtomicU32 = AtomicU32::new(0);
 /// The quick run stays below three minutes also on a disturbed machine; the full one may take twice as long there.
-const QUICK_REPEATS: Duration = Duration::from_secs(15);
+const QUICK_REPEATS: Duration = Duration::from_secs(8);
 
 /// Measures Statera and its peers side by side.
 #[derive(Debug, Parser)]
