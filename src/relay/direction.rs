@@ -11,6 +11,8 @@
 //!
 //! Nothing more is read until what waits is gone. So an idle session holds neither buffer nor pipe, a slow reader holds
 //! back a fast writer, and what a direction holds is bounded by one read or one pipe.
+//!
+//! It closes nothing and knows nothing of the other direction: `mod.rs` does. Next: `tcp.rs` for the system calls, `pipe.rs`.
 
 use std::task::{Context, Poll, ready};
 

@@ -121,6 +121,7 @@ impl Stream {
         }
     }
 
+    /// What is spliced has passed here before: bulk begins with large writes.
     fn before_writing(&mut self, bytes: usize) {
         let Kind::Tcp(socket) = &self.kind else { return };
         self.coalescing = match self.coalescing {

@@ -3,6 +3,8 @@
 //! That one takes a read which did not fill the buffer for the last one, and waits for the next event. It saves a system call
 //! each time, but a read also ends short before an urgent byte (MSG_OOB: telnet, FTP, Oracle's break), and what came behind it
 //! would wait for ever. So urgent bytes are watched for too, which costs nothing where there are none.
+//!
+//! It decides nothing: when to read, peek or splice is `direction.rs`'s, how a socket is closed `stream.rs`'s.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};

@@ -4,6 +4,8 @@
 //! nothing, but of two long ones it puts both on one worker every other time, and half of the machine idles. So each worker
 //! compares itself with others at every accept (a look at two counters each), and hands over what would widen a gap that
 //! chance alone does not make among many.
+//!
+//! Only what was just accepted changes hands: a session never moves. Next: `worker.rs` offers and takes over.
 
 use std::cell::Cell;
 use std::net::SocketAddr;

@@ -165,8 +165,8 @@ async fn serve(worker: &Rc<Worker>, doors: Vec<Door>, sharing: Sharing, drain: &
         };
         let taken_over = async {
             while let Some(connection) = inbox.recv().await {
-                let context = Rc::clone(&contexts[connection.door]);
-                begin(connection, &context);
+                let context = &contexts[connection.door];
+                begin(connection, context);
             }
             Ok(())
         };
@@ -182,8 +182,8 @@ async fn serve(worker: &Rc<Worker>, doors: Vec<Door>, sharing: Sharing, drain: &
     // What nobody has begun yet is cut like the sessions that are left, and counted and logged like them.
     inbox.close();
     while let Ok(connection) = inbox.try_recv() {
-        let context = Rc::clone(&contexts[connection.door]);
-        begin(connection, &context);
+        let context = &contexts[connection.door];
+        begin(connection, context);
     }
     worker.active()
 }
