@@ -12,6 +12,7 @@ pub mod cli;
 pub mod config;
 pub mod listen;
 pub mod proxy;
+pub mod reactor;
 pub mod redis;
 pub mod relay;
 pub mod runtime;

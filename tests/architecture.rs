@@ -12,13 +12,22 @@ use std::path::{Path, PathBuf};
 ///
 /// The data plane stands above: it knows nothing of Redis. What Redis says reaches it as snapshots, which `redis`
 /// publishes through `balance`'s plain types; where both need an answer at once (the Lua pick), `balance` owns the channel.
-const ARROWS: [(&str, &[&str]); 10] = [
-    ("balance", &["telemetry::counters"]),
-    ("relay", &["telemetry::counters"]),
-    ("listen", &["config", "runtime::drain", "telemetry::counters"]),
+const ARROWS: [(&str, &[&str]); 11] = [
+    ("reactor", &[]),
+    ("balance", &["reactor", "telemetry::counters"]),
+    ("relay", &["reactor", "telemetry::counters"]),
+    ("listen", &["config", "reactor", "runtime::drain", "telemetry::counters"]),
     (
         "session",
-        &["balance", "config", "listen::socket", "relay", "telemetry::access_log", "telemetry::counters"],
+        &[
+            "balance",
+            "config",
+            "listen::socket",
+            "reactor",
+            "relay",
+            "telemetry::access_log",
+            "telemetry::counters",
+        ],
     ),
     ("config", &["balance"]),
     (
@@ -37,15 +46,18 @@ const ARROWS: [(&str, &[&str]); 10] = [
             "telemetry::counters",
         ],
     ),
-    ("runtime", &["balance", "config", "listen", "relay::Stream", "session", "telemetry"]),
-    ("telemetry", &["balance", "config", "listen::socket", "redis::status", "runtime::drain", "session"]),
+    ("runtime", &["balance", "config", "listen", "reactor", "relay::Stream", "session", "telemetry"]),
+    (
+        "telemetry",
+        &["balance", "config", "listen::socket", "reactor", "redis::status", "runtime::drain", "session"],
+    ),
     ("cli", &["config", "proxy", "telemetry::log_sink"]),
     // The composition root: it alone may know all.
     ("proxy", &["balance", "config", "listen", "redis", "relay", "runtime", "session", "telemetry"]),
 ];
 
 /// These never name Redis, neither the module nor the crate.
-const WITHOUT_REDIS: [&str; 4] = ["balance", "listen", "relay", "session"];
+const WITHOUT_REDIS: [&str; 5] = ["balance", "listen", "reactor", "relay", "session"];
 
 /// Above this, a file has a second subject.
 const FILE_MAX_LINES: usize = 450;

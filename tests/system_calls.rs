@@ -22,7 +22,7 @@ const SHORT_SESSION: [(&str, usize); 8] = [
     ("accept4", 1),
     ("close", 2),
     ("connect", 1),
-    ("epoll_ctl", 4),
+    ("epoll_ctl", 2),
     // There, the client's end, back, the backend's end.
     ("recvfrom", 4),
     ("sendto", 2),
@@ -125,7 +125,7 @@ fn is_shared(call: &str) -> bool {
         // What the standard library and the runtime check of their descriptors in a debug build.
         "fcntl" => cfg!(debug_assertions) && (call.contains("F_GETFD") || call.contains("F_GETFL")),
         // The runtime's: waits for events, and wakes itself for every sixteen sockets that were closed.
-        "epoll_wait" | "write" => true,
+        "epoll_wait" | "epoll_pwait2" | "write" => true,
         // Where the clock is no page that is read.
         "clock_gettime" => true,
         // The allocator's.
@@ -171,7 +171,7 @@ async fn a_short_session_makes_the_calls_of_the_table_and_no_other() {
     bounded(calls, SESSIONS);
     // For the client, its bytes, the backend's readiness, the answer, the client's end, the backend's end; and ticks of the
     // clock.
-    let waits = count(calls, "epoll_wait");
+    let waits = count(calls, "epoll_wait") + count(calls, "epoll_pwait2");
     assert!(waits <= SESSIONS * 7, "{waits} waits in {SESSIONS} sessions");
 }
 

@@ -8,10 +8,11 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
-use tokio::time::timeout;
+use tokio::time::Instant;
 
 use super::backend::Backend;
 use super::{BackendId, Weight};
+use crate::reactor::timeout_at;
 
 /// What Redis picked.
 pub type LuaAnswer = Option<(Arc<Backend>, Weight)>;
@@ -73,7 +74,7 @@ impl LuaPicker {
         let point = (point >> 11) as f64 / 2f64.powi(53);
         let request = LuaRequest { pool, point, tried: tried.to_vec(), answer, _place: place };
         self.requests.try_send(request).ok()?;
-        timeout(self.timeout, answered).await.ok()?.ok()?
+        timeout_at(Instant::now() + self.timeout, answered).await.ok()?.ok()?
     }
 }
 

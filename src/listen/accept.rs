@@ -2,18 +2,20 @@
 //!
 //! It hands each connection on and knows nothing of what becomes of it.
 
+use std::future::poll_fn;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::time::Duration;
 
+use rustix::event::epoll::EventFlags;
+use rustix::io::Errno;
 use rustix::net::{SocketFlags, acceptfrom_with};
 use socket2::Socket;
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::socket::{exhausted, ignore_new_handshakes};
+use crate::reactor::{Ready, Watched, sleep, timeout_at};
 use crate::runtime::drain::{Drain, Phase};
 use crate::telemetry::counters::ListenerCounters;
 
@@ -32,32 +34,35 @@ const BATCH: u32 = 64;
 /// How long a handshake that was under way when the drain began may take: a round trip around the world.
 const HANDSHAKE_TIME: Duration = Duration::from_millis(300);
 
-/// A listening socket that this thread's runtime watches.
+/// A listening socket that this thread's reactor watches.
 #[derive(Debug)]
-pub struct Listening(AsyncFd<TcpListener>);
+pub struct Listening(Watched<TcpListener>);
 
 impl Listening {
     /// Begins to watch `socket`, which must not block.
     ///
     /// # Errors
     /// The kernel can watch no more sockets.
-    #[expect(
-        deprecated,
-        reason = "the new form is unsafe for types whose descriptor may change; this one's does not"
-    )]
     pub fn watch(socket: TcpListener) -> io::Result<Self> {
-        AsyncFd::with_interest(socket, Interest::READABLE).map(Self)
+        Watched::new(socket, EventFlags::IN).map(Self).map_err(|(_, error)| error)
     }
 
     /// The next connection, which nobody watches yet: whoever is to serve it does. Cancel safe.
     async fn accept(&self) -> io::Result<(Socket, SocketAddr)> {
-        let accept = |socket: &TcpListener| {
-            let (socket, client) = acceptfrom_with(socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?;
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        loop {
+            poll_fn(|cx| self.0.poll_ready(cx, Ready::READ)).await;
+            let (socket, client) = match acceptfrom_with(self.0.socket(), flags) {
+                Err(Errno::AGAIN) => {
+                    self.0.clear(Ready::READ);
+                    continue;
+                }
+                result => result?,
+            };
             let client = client.and_then(|client| SocketAddr::try_from(client).ok());
             // Only where the connection is gone already.
-            Ok((socket.into(), client.ok_or(io::ErrorKind::ConnectionAborted)?))
-        };
-        self.0.async_io(Interest::READABLE, accept).await
+            return Ok((socket.into(), client.ok_or(io::ErrorKind::ConnectionAborted)?));
+        }
     }
 }
 
@@ -138,7 +143,7 @@ async fn accept_the_rest(
     counters: &ListenerCounters,
     on_connection: &impl Fn(Socket, SocketAddr),
 ) {
-    if let Err(error) = ignore_new_handshakes(&listener.0) {
+    if let Err(error) = ignore_new_handshakes(listener.0.socket()) {
         warn!(listener = name, %error, "handshakes that complete while the listener closes will be reset");
     }
     let end = Instant::now() + HANDSHAKE_TIME;
@@ -160,6 +165,7 @@ fn count(counters: &ListenerCounters, error: &io::Error) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::reactor::beside_tokio;
     use crate::runtime::drain;
     use std::cell::Cell;
     use std::net::TcpStream;
@@ -178,7 +184,8 @@ mod tests {
         let (control, drain) = drain::channel();
         control.advance(Phase::Serving);
         let (accepted, counters) = (Cell::new(0), ListenerCounters::default());
-        let listening = Listening::watch(socket).expect("a runtime");
+        let _reactor = beside_tokio::install();
+        let listening = Listening::watch(socket).expect("a reactor");
         let accepting =
             run(listening, "web", &counters, &drain, || false, |_, _| accepted.set(accepted.get() + 1));
         let session = async {

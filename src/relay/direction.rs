@@ -12,7 +12,7 @@
 //! Nothing more is read until what waits is gone. So an idle session holds neither buffer nor pipe, a slow reader holds
 //! back a fast writer, and what a direction holds is bounded by one read or one pipe.
 //!
-//! It closes nothing and knows nothing of the other direction: `mod.rs` does. Next: `tcp.rs` for the system calls, `pipe.rs`.
+//! It closes nothing and knows nothing of the other direction: `mod.rs` does. Next: `socket.rs` for the system calls, `pipe.rs`.
 
 use std::task::{Context, Poll, ready};
 
@@ -110,7 +110,7 @@ impl Direction {
         loop {
             ready!(self.poll_waiting(cx, target, buffers, &mut moved))?;
             if self.refused {
-                ready!(target.poll_writable(cx)).map_err(|_| Broken::Target)?;
+                ready!(target.poll_writable(cx));
                 self.refused = false;
             }
             if self.state != State::Open {

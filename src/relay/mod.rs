@@ -7,11 +7,11 @@
 mod direction;
 mod idle;
 mod pipe;
+mod socket;
 mod stream;
-mod tcp;
 
+pub use socket::StreamSocket;
 pub use stream::Stream;
-pub use tcp::Tcp;
 
 use std::cell::RefCell;
 use std::future::poll_fn;
@@ -21,6 +21,7 @@ use std::time::Duration;
 use socket2::TcpKeepalive;
 
 use self::direction::{Broken, Direction};
+use self::idle::Idle;
 pub use self::idle::IdleClock;
 use self::pipe::Pipes;
 use crate::telemetry::counters::{BackendCounters, Counter};
@@ -132,48 +133,21 @@ pub fn relay<'a>(
     backend: &'a mut Stream,
     limits: &'a Limits,
     shared: &'a Shared,
-    mut meter: Meter<'a>,
+    meter: Meter<'a>,
 ) -> impl Future<Output = Ended> + 'a {
-    let mut pair = Pair {
+    let pair = Pair {
         client,
         backend,
         to_backend: Direction::default(),
         to_client: Direction::default(),
         broken: None,
     };
-    let mut idle = shared.clock.enter(limits.settle_time);
+    let idle = shared.clock.enter(limits.settle_time);
+    let mut relaying = Relaying { pair, idle, limits, shared, meter };
     // A block, not an async function: that would keep each of its arguments twice.
     async move {
-        let ended = poll_fn(|cx| {
-            let progress = meter.session.bytes();
-            let was_open = pair.is_open();
-            if let Poll::Ready(ended) = pair.poll(cx, &shared.buffers, &mut meter) {
-                return Poll::Ready(ended);
-            }
-            let is_open = pair.is_open();
-            if is_open != was_open {
-                meter.half_closed.add(1);
-                meter.session.half_closed = true;
-                idle.touch();
-            } else if meter.session.bytes() != progress {
-                idle.touch();
-            }
-            if idle.settles() {
-                pair.backend.keep_alive(&limits.keepalive);
-            }
-            let stalled = pair.holds_bytes();
-            if stalled
-                && idle.looks()
-                && let Some(side) = pair.broken_source()
-            {
-                return Poll::Ready(Ended::Reset(side));
-            }
-            let limit = if is_open { limits.idle } else { Some(limits.half_closed) };
-            ready!(idle.poll_expired(cx, limit, stalled));
-            Poll::Ready(if is_open { Ended::IdleTimeout } else { Ended::HalfCloseTimeout(pair.awaited()) })
-        })
-        .await;
-
+        let ended = poll_fn(|cx| relaying.poll(cx)).await;
+        let Relaying { pair, meter, limits, .. } = &mut relaying;
         let to_deliver = match ended {
             Ended::Reset(Side::Client) if meter.session.to_backend > 0 => Some(&*pair.backend),
             Ended::Reset(Side::Backend) if meter.session.to_client > 0 => Some(&*pair.client),
@@ -191,6 +165,49 @@ pub fn relay<'a>(
             pair.backend.finish();
         }
         ended
+    }
+}
+
+/// All that a relay needs from poll to poll, in one place: what a future refers to from outside it pays for with a pointer
+/// each.
+struct Relaying<'a> {
+    pair: Pair<'a>,
+    idle: Idle<'a>,
+    limits: &'a Limits,
+    shared: &'a Shared,
+    meter: Meter<'a>,
+}
+
+impl Relaying<'_> {
+    /// Moves what can be moved, then looks whether the session has been silent for too long.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Ended> {
+        let Self { pair, idle, limits, shared, meter } = self;
+        let progress = meter.session.bytes();
+        let was_open = pair.is_open();
+        if let Poll::Ready(ended) = pair.poll(cx, &shared.buffers, meter) {
+            return Poll::Ready(ended);
+        }
+        let is_open = pair.is_open();
+        if is_open != was_open {
+            meter.half_closed.add(1);
+            meter.session.half_closed = true;
+            idle.touch();
+        } else if meter.session.bytes() != progress {
+            idle.touch();
+        }
+        if idle.settles() {
+            pair.backend.keep_alive(&limits.keepalive);
+        }
+        let stalled = pair.holds_bytes();
+        if stalled
+            && idle.looks()
+            && let Some(side) = pair.broken_source()
+        {
+            return Poll::Ready(Ended::Reset(side));
+        }
+        let limit = if is_open { limits.idle } else { Some(limits.half_closed) };
+        ready!(idle.poll_expired(cx, limit, stalled));
+        Poll::Ready(if is_open { Ended::IdleTimeout } else { Ended::HalfCloseTimeout(pair.awaited()) })
     }
 }
 
@@ -258,7 +275,7 @@ impl Pair<'_> {
             // Where both have ended, closing says the same and costs one system call less.
             Poll::Ready(Ok(())) if opposite.is_done() => {}
             Poll::Ready(Ok(())) => {
-                if let Poll::Ready(Err(_)) = target.poll_shutdown(cx) {
+                if target.shutdown().is_err() {
                     self.broken = Some(target_side);
                 }
             }

@@ -2,18 +2,16 @@
 
 use std::io;
 use std::os::fd::AsFd;
-use std::pin::Pin;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use socket2::{Socket, TcpKeepalive};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::UnixStream;
-use tokio::time::{Instant, sleep};
+use tokio::time::Instant;
 
 use super::pipe::Pipe;
-use super::tcp::Tcp;
+use super::socket::StreamSocket;
+use crate::reactor::sleep;
 
 /// Between two looks at a socket whose bytes are under way.
 const LONGEST_LOOK_INTERVAL: Duration = Duration::from_millis(50);
@@ -27,7 +25,7 @@ const ONE_PACKET_BYTES: usize = 512;
 /// (a timeout with bytes waiting, shutdown, a reset of the other side) is never taken for a complete one.
 #[derive(Debug)]
 pub struct Stream {
-    kind: Kind,
+    socket: StreamSocket,
     finished: bool,
     coalescing: Coalescing,
 }
@@ -43,93 +41,62 @@ enum Coalescing {
     On,
 }
 
-#[derive(Debug)]
-enum Kind {
-    Tcp(Tcp),
-    Unix(UnixStream),
-}
-
-impl From<UnixStream> for Stream {
-    fn from(socket: UnixStream) -> Self {
-        Self { kind: Kind::Unix(socket), finished: false, coalescing: Coalescing::Off }
-    }
-}
-
 impl Stream {
     /// A connection that was accepted, and has inherited TCP_NODELAY from the listening socket.
     ///
     /// # Errors
     /// The kernel can watch no more sockets.
     pub fn accepted(socket: Socket) -> io::Result<Self> {
-        Ok(Self { kind: Kind::Tcp(Tcp::watch(socket)?), finished: false, coalescing: Coalescing::Off })
+        Ok(Self { socket: StreamSocket::tcp(socket)?, finished: false, coalescing: Coalescing::Off })
     }
 
     /// A connection that was just opened, without TCP_NODELAY: that is set as soon as it makes a difference.
     #[must_use]
-    pub fn opened(socket: Tcp) -> Self {
-        Self { kind: Kind::Tcp(socket), finished: false, coalescing: Coalescing::Unused }
+    pub fn opened(socket: StreamSocket) -> Self {
+        let coalescing = if socket.is_tcp() { Coalescing::Unused } else { Coalescing::Off };
+        Self { socket, finished: false, coalescing }
     }
 
     /// Reads into `buffer`; 0 is the end.
-    pub(super) fn poll_read(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
-        match &mut self.kind {
-            Kind::Tcp(socket) => socket.poll_read(cx, buffer),
-            Kind::Unix(socket) => {
-                let mut target = ReadBuf::new(buffer);
-                ready!(Pin::new(socket).poll_read(cx, &mut target))?;
-                Poll::Ready(Ok(target.filled().len()))
-            }
-        }
+    pub(super) fn poll_read(&self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
+        self.socket.poll_read(cx, buffer)
     }
 
     /// Writes what the socket takes of `bytes`.
     pub(super) fn poll_write(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         self.before_writing(bytes.len());
-        match &mut self.kind {
-            Kind::Tcp(socket) => socket.poll_write(cx, bytes),
-            Kind::Unix(socket) => Pin::new(socket).poll_write(cx, bytes),
-        }
+        self.socket.poll_write(cx, bytes)
     }
 
     /// True where [`Stream::poll_peek`] can be used.
     pub(super) fn can_peek(&self) -> bool {
-        matches!(self.kind, Kind::Tcp(_))
+        self.socket.is_tcp()
     }
 
     /// Like [`Stream::poll_read`], but what it reads stays in the socket.
-    pub(super) fn poll_peek(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
-        match &self.kind {
-            Kind::Tcp(socket) => socket.poll_peek(cx, buffer),
-            Kind::Unix(_) => Poll::Ready(Err(io::ErrorKind::Unsupported.into())),
-        }
+    pub(super) fn poll_peek(&self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
+        self.socket.poll_peek(cx, buffer)
     }
 
     /// Takes what was peeked out of the socket: as much as `peeked` is long, which may be overwritten. `is_all`: nothing
     /// more was there.
-    pub(super) fn discard(&mut self, peeked: &mut [u8], is_all: bool) -> io::Result<()> {
-        match &self.kind {
-            Kind::Tcp(socket) => socket.discard(peeked, is_all),
-            Kind::Unix(_) => Err(io::ErrorKind::Unsupported.into()),
-        }
+    pub(super) fn discard(&self, peeked: &mut [u8], is_all: bool) -> io::Result<()> {
+        self.socket.discard(peeked, is_all)
     }
 
     /// Ready when the socket may take bytes again.
-    pub(super) fn poll_writable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match &self.kind {
-            Kind::Tcp(socket) => socket.poll_writable(cx),
-            Kind::Unix(socket) => socket.poll_write_ready(cx),
-        }
+    pub(super) fn poll_writable(&self, cx: &mut Context<'_>) -> Poll<()> {
+        self.socket.poll_writable(cx)
     }
 
     /// What is spliced has passed here before: bulk begins with large writes.
     fn before_writing(&mut self, bytes: usize) {
-        let Kind::Tcp(socket) = &self.kind else { return };
         self.coalescing = match self.coalescing {
             Coalescing::Off => return,
             Coalescing::Unused if bytes <= ONE_PACKET_BYTES => Coalescing::On,
             Coalescing::Unused | Coalescing::On => {
                 // A socket that takes no option is dead already, and the write says so.
-                let _ = socket.socket().set_tcp_nodelay(true);
+                let _ = self.socket.socket().set_tcp_nodelay(true);
                 Coalescing::Off
             }
         };
@@ -137,48 +104,39 @@ impl Stream {
 
     /// True if the connection was reset or broke, however much it still has to be read.
     pub(super) fn is_broken(&self) -> bool {
-        let Kind::Tcp(socket) = &self.kind else { return false };
-        let mut watched = [PollFd::new(socket, PollFlags::empty())];
-        poll(&mut watched, Some(&Timespec::default())).is_ok()
+        let mut watched = [PollFd::new(&self.socket, PollFlags::empty())];
+        self.socket.is_tcp()
+            && poll(&mut watched, Some(&Timespec::default())).is_ok()
             && watched[0].revents().contains(PollFlags::ERR)
     }
 
     /// Lets the kernel find out whether the peer still lives.
     pub(super) fn keep_alive(&self, keepalive: &TcpKeepalive) {
-        if let Kind::Tcp(socket) = &self.kind {
+        if self.socket.is_tcp() {
             // A socket that takes no option is dead already, and the next read says so.
-            let _ = socket.socket().set_tcp_keepalive(keepalive);
+            let _ = self.socket.socket().set_tcp_keepalive(keepalive);
         }
     }
 
     /// True where the kernel can move pages in and out of a pipe.
     pub(super) fn can_splice(&self) -> bool {
-        matches!(self.kind, Kind::Tcp(_))
+        self.socket.is_tcp()
     }
 
     /// Moves what the socket has into `pipe`, which is empty. 0: the socket is at its end, or at a byte that was sent as
     /// urgent, which no splice gets past; a read tells which.
-    pub(super) fn poll_fill(&mut self, cx: &mut Context<'_>, pipe: &mut Pipe) -> Poll<io::Result<usize>> {
-        match &self.kind {
-            Kind::Tcp(socket) => socket.poll_fill(cx, pipe),
-            Kind::Unix(_) => Poll::Ready(Err(io::ErrorKind::Unsupported.into())),
-        }
+    pub(super) fn poll_fill(&self, cx: &mut Context<'_>, pipe: &mut Pipe) -> Poll<io::Result<usize>> {
+        self.socket.poll_fill(cx, pipe)
     }
 
     /// Moves what the socket takes out of `pipe`, which is not empty.
-    pub(super) fn poll_empty(&mut self, cx: &mut Context<'_>, pipe: &mut Pipe) -> Poll<io::Result<usize>> {
-        match &self.kind {
-            Kind::Tcp(socket) => socket.poll_empty(cx, pipe),
-            Kind::Unix(_) => Poll::Ready(Err(io::ErrorKind::Unsupported.into())),
-        }
+    pub(super) fn poll_empty(&self, cx: &mut Context<'_>, pipe: &mut Pipe) -> Poll<io::Result<usize>> {
+        self.socket.poll_empty(cx, pipe)
     }
 
     /// Ends the half that we write.
-    pub(super) fn poll_shutdown(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match &mut self.kind {
-            Kind::Tcp(socket) => Poll::Ready(socket.shutdown()),
-            Kind::Unix(socket) => Pin::new(socket).poll_shutdown(cx),
-        }
+    pub(super) fn shutdown(&self) -> io::Result<()> {
+        self.socket.shutdown()
     }
 
     /// Waits until the peer's kernel has what was written, at most `limit`: a reset discards what is still under way,
@@ -187,17 +145,19 @@ impl Stream {
     /// # Cancel safety
     /// It only looks.
     pub(super) async fn delivered(&self, limit: Duration) {
-        let Kind::Tcp(socket) = &self.kind else { return };
+        if !self.socket.is_tcp() {
+            return;
+        }
         // The kernel says how much is under way only by an unsafe call. So the buffer, which nobody fills any more, is
         // made so small that the socket counts as writable only when nothing is unsent and at most two packets of a
         // few bytes are not acknowledged. An acknowledgement wakes nobody then: it is looked for.
-        let watched = socket.socket();
+        let watched = self.socket.socket();
         if watched.set_tcp_notsent_lowat(1).and(watched.set_send_buffer_size(0)).is_err() {
             return;
         }
         let deadline = Instant::now() + limit;
         let mut pause = Duration::from_millis(1);
-        while is_writable(socket).is_ok_and(|writable| !writable) && Instant::now() < deadline {
+        while is_writable(&self.socket).is_ok_and(|writable| !writable) && Instant::now() < deadline {
             sleep(pause).await;
             pause = (pause * 2).min(LONGEST_LOOK_INTERVAL);
         }
@@ -218,8 +178,8 @@ fn is_writable(socket: &impl AsFd) -> rustix::io::Result<bool> {
 impl Drop for Stream {
     fn drop(&mut self) {
         // A failure means that the socket is already gone, and with it the peer's chance to mistake a cut for an end.
-        if let (false, Kind::Tcp(socket)) = (self.finished, &self.kind) {
-            let _ = socket.socket().set_linger(Some(Duration::ZERO));
+        if !self.finished && self.socket.is_tcp() {
+            let _ = self.socket.socket().set_linger(Some(Duration::ZERO));
         }
     }
 }

@@ -8,7 +8,6 @@ use std::sync::mpsc::sync_channel;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use tokio::runtime::{Builder, LocalOptions, LocalRuntime};
 use tokio::sync::mpsc;
 use tokio::task::{JoinError, JoinSet, spawn_local};
 use tracing::{error, warn};
@@ -18,6 +17,7 @@ use super::handover::{Connection, Inbox, Neighbours};
 use crate::balance::pool::Pool;
 use crate::config::LogFormat;
 use crate::listen::accept::{self, Listening};
+use crate::reactor::Runtime;
 use crate::relay::Stream;
 use crate::session::{self, Context, Listener, SessionCounters, Settings, Starvation, Worker};
 use crate::telemetry::access_log::AccessLog;
@@ -97,7 +97,7 @@ pub fn spawn(
     let thread = thread::Builder::new().name(format!("statera-{}", id.0)).spawn(move || {
         let mut ended = ended;
         // Made on the thread that drives it: it cannot be sent there.
-        match Builder::new_current_thread().enable_io().enable_time().build_local(LocalOptions::default()) {
+        match Runtime::new() {
             Ok(runtime) => {
                 // `spawn` waits for this.
                 let _ = started.send(Ok(()));
@@ -112,7 +112,7 @@ pub fn spawn(
     Ok(thread)
 }
 
-fn run(runtime: LocalRuntime, id: WorkerId, doors: Vec<Door>, sharing: Sharing, shared: &Shared) -> u64 {
+fn run(mut runtime: Runtime, id: WorkerId, doors: Vec<Door>, sharing: Sharing, shared: &Shared) -> u64 {
     let access_log = shared.access_log.as_ref().map(|(format, sink)| AccessLog::new(*format, sink.clone()));
     let limits = doors.iter().map(|door| &door.settings.limits);
     let shortest = limits.map(|limits| limits.half_closed.min(limits.idle.unwrap_or(Duration::MAX))).min();
@@ -260,9 +260,8 @@ mod tests {
         let listener = Arc::clone(&door.listener);
         let shared =
             Shared { access_log: None, sessions: Arc::clone(&sessions), starvation: Arc::default(), drain };
-        let runtime = Builder::new_current_thread().enable_all().build_local(LocalOptions::default());
         let sharing = Sharing { neighbours, inbox };
-        let cut = run(runtime.expect("a runtime"), WorkerId(0), vec![door], sharing, &shared);
+        let cut = run(Runtime::new().expect("descriptors"), WorkerId(0), vec![door], sharing, &shared);
 
         assert_eq!((cut, listener.counters.of(WorkerId(0)).connections.get()), (1, 1));
         assert_eq!(sessions.of(WorkerId(0)).closed(session::CloseReason::Shutdown).get(), 1);

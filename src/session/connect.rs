@@ -9,8 +9,7 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
-use tokio::net::UnixStream;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::Instant;
 use tracing::debug;
 
 use super::report::{CloseReason, Report};
@@ -18,7 +17,8 @@ use super::{Context, Settings};
 use crate::balance::backend::{Backend, Endpoint};
 use crate::config::Congestion;
 use crate::listen::socket::exhausted;
-use crate::relay::{Stream, Tcp};
+use crate::reactor::{sleep, timeout_at};
+use crate::relay::{Stream, StreamSocket};
 
 /// Between two tries where a descriptor, or a place in a unix socket's queue, may become free at any moment.
 const RETRY_PAUSE: Duration = Duration::from_millis(10);
@@ -65,7 +65,7 @@ pub(super) async fn connect(context: &Context, report: &mut Report) -> Result<St
     for attempt in 0..settings.attempts.get() {
         let pick = context.pool.pick(&tried, context.worker.random(), asked).await;
         let started = Instant::now();
-        report.queue_time += started - asked;
+        report.queued(started - asked);
         let Some(pick) = pick else { break };
         if let Some(failed) = failed.take() {
             failed.counters.of(context.worker.id).retries.add(1);
@@ -76,7 +76,7 @@ pub(super) async fn connect(context: &Context, report: &mut Report) -> Result<St
 
         let result = connect_to(&backend, context, started, deadline).await;
         asked = Instant::now();
-        report.connect_time = (asked - accepted).saturating_sub(report.queue_time);
+        report.attempted(asked - accepted);
         let error = match result {
             Ok(stream) => {
                 report.connected(asked - started);
@@ -164,7 +164,7 @@ async fn open_tcp(address: SocketAddr, congestion: Option<&Congestion>) -> Resul
     {
         return Err(classify(error));
     }
-    let connection = Tcp::watch(socket).map_err(classify)?;
+    let connection = StreamSocket::tcp(socket).map_err(classify)?;
     connection.connected().await.map_err(classify)?;
     // A simultaneous open with oneself needs the kernel to choose the very port that is called, so only ports of its
     // own range are worth the system call.
@@ -178,9 +178,11 @@ async fn open_tcp(address: SocketAddr, congestion: Option<&Congestion>) -> Resul
 
 /// A unix socket whose queue is full says so at once, where TCP would send its handshake again: so it is asked again.
 async fn open_unix(path: &Path) -> Result<Stream, ConnectError> {
+    let address = SockAddr::unix(path).map_err(classify)?;
+    let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None).map_err(classify)?;
     loop {
-        match UnixStream::connect(path).await {
-            Ok(stream) => return Ok(stream.into()),
+        match socket.connect(&address) {
+            Ok(()) => return Ok(Stream::opened(StreamSocket::unix(socket).map_err(classify)?)),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => sleep(RETRY_PAUSE).await,
             Err(error) => return Err(classify(error)),
         }

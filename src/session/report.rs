@@ -101,6 +101,22 @@ impl SessionCounters {
     }
 }
 
+/// A duration of up to 71 minutes in a quarter of the space: a session keeps two of them for all its life.
+#[derive(Clone, Copy, Debug, Default)]
+struct Micros(u32);
+
+impl From<Duration> for Micros {
+    fn from(duration: Duration) -> Self {
+        Self(u32::try_from(duration.as_micros()).unwrap_or(u32::MAX))
+    }
+}
+
+impl From<Micros> for Duration {
+    fn from(Micros(micros): Micros) -> Self {
+        Self::from_micros(micros.into())
+    }
+}
+
 /// One session's report, open as long as the session.
 pub(super) struct Report {
     context: Rc<Context>,
@@ -110,8 +126,8 @@ pub(super) struct Report {
     pick: Option<Pick>,
     connected: bool,
     pub(super) retries: u32,
-    pub(super) queue_time: Duration,
-    pub(super) connect_time: Duration,
+    queue_time: Micros,
+    connect_time: Micros,
     tally: Tally,
     /// Stays [`CloseReason::Shutdown`] if the session is dropped in the middle.
     reason: CloseReason,
@@ -129,8 +145,8 @@ impl Report {
             pick: None,
             connected: false,
             retries: 0,
-            queue_time: Duration::ZERO,
-            connect_time: Duration::ZERO,
+            queue_time: Micros::default(),
+            connect_time: Micros::default(),
             tally: Tally::default(),
             reason: CloseReason::Shutdown,
         }
@@ -145,6 +161,16 @@ impl Report {
         let pool = self.context.pool.counters.of(self.context.worker.id);
         pool.picks[pick.source as usize].add(1);
         self.pick = Some(pick);
+    }
+
+    /// The session has waited for a backend to be named.
+    pub(super) fn queued(&mut self, wait: Duration) {
+        self.queue_time = (Duration::from(self.queue_time) + wait).into();
+    }
+
+    /// An attempt has ended, so long after the accept.
+    pub(super) fn attempted(&mut self, since_accept: Duration) {
+        self.connect_time = since_accept.saturating_sub(self.queue_time.into()).into();
     }
 
     /// The backend that was picked last took the session.
@@ -206,8 +232,8 @@ impl Drop for Report {
                 source: self.pick.as_ref().map(|pick| pick.source.name()),
                 weight: self.pick.as_ref().map(|pick| pick.weight.get()),
                 retries: self.retries,
-                queue_ms: millis(self.queue_time),
-                connect_ms: millis(self.connect_time),
+                queue_ms: millis(self.queue_time.into()),
+                connect_ms: millis(self.connect_time.into()),
                 duration_ms: millis(duration),
                 bytes_in: self.tally.to_backend,
                 bytes_out: self.tally.to_client,

@@ -10,10 +10,10 @@ use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
 use tokio::sync::Notify;
-use tokio::time::sleep;
 
 use super::log_sink::LogSink;
 use crate::config::LogFormat;
+use crate::reactor::sleep;
 
 /// How long a line may wait for others.
 const GATHER_TIME: Duration = Duration::from_millis(50);

@@ -13,6 +13,7 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::time::timeout;
 
 use super::*;
+use crate::reactor::beside_tokio;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 const SMALL_BUFFER_BYTES: u32 = 4096;
@@ -44,7 +45,7 @@ async fn copied() -> (Flow, TcpStream, TcpStream) {
     let flow = Flow {
         source: watched(source),
         direction: Direction::default(),
-        target: Stream::accepted(target.into()).expect("a runtime"),
+        target: Stream::accepted(target.into()).expect("a reactor"),
         target_socket,
         buffers: Buffers::default(),
         moved_bytes: 0,
@@ -53,7 +54,7 @@ async fn copied() -> (Flow, TcpStream, TcpStream) {
 }
 
 fn watched(socket: TcpStream) -> Stream {
-    Stream::accepted(socket.into_std().expect("a socket").into()).expect("a runtime")
+    Stream::accepted(socket.into_std().expect("a socket").into()).expect("a reactor")
 }
 
 /// Both ends of a connection. Little is under way towards the first, so that whoever writes to it is often refused.
@@ -162,6 +163,7 @@ impl Flow {
 
 #[tokio::test]
 async fn an_empty_source_keeps_no_pipe_and_its_next_byte_wakes() {
+    let _reactor = beside_tokio::install();
     let (mut flow, mut writer, reader) = spliced().await;
     let (pipes, mut place) = (flow.free_pipes(), 0);
     for length in [1, 500, 1] {
@@ -185,6 +187,7 @@ async fn an_empty_source_keeps_no_pipe_and_its_next_byte_wakes() {
 
 #[tokio::test]
 async fn a_full_target_leaves_bytes_in_the_pipe_and_nothing_more_is_read() {
+    let _reactor = beside_tokio::install();
     let (mut flow, writer, reader) = spliced().await;
     let written = flow.stall(&writer).await;
     let held = (flow.piped_bytes(), flow.moved_bytes);
@@ -201,6 +204,7 @@ async fn a_full_target_leaves_bytes_in_the_pipe_and_nothing_more_is_read() {
 
 #[tokio::test]
 async fn a_parked_buffer_is_freed_once_the_target_has_taken_it() {
+    let _reactor = beside_tokio::install();
     let (mut flow, writer, reader) = copied().await;
     // Nothing to splice through.
     let _pipes = flow.takes_all_pipes();
@@ -218,6 +222,7 @@ async fn a_parked_buffer_is_freed_once_the_target_has_taken_it() {
 /// With the target full, the source empty, then ended: on both ways the end comes after the bytes.
 #[tokio::test]
 async fn a_source_that_ends_behind_waiting_bytes_is_ended_after_them() {
+    let _reactor = beside_tokio::install();
     for (mut flow, mut writer, reader) in [spliced().await, copied().await] {
         let written = flow.stall(&writer).await;
         writer.shutdown().await.expect("connected");
@@ -234,6 +239,7 @@ async fn a_source_that_ends_behind_waiting_bytes_is_ended_after_them() {
 
 #[tokio::test]
 async fn a_target_that_goes_away_while_a_pipe_holds_its_bytes_breaks_the_direction() {
+    let _reactor = beside_tokio::install();
     let (mut flow, writer, reader) = spliced().await;
     flow.stall(&writer).await;
     reader.set_zero_linger().expect("tcp");
@@ -247,6 +253,7 @@ async fn a_target_that_goes_away_while_a_pipe_holds_its_bytes_breaks_the_directi
 
 #[tokio::test]
 async fn a_source_that_is_reset_breaks_the_direction() {
+    let _reactor = beside_tokio::install();
     let (mut flow, writer, _reader) = spliced().await;
     let pipes = flow.free_pipes();
     assert!(flow.poll_once().await.is_pending());
@@ -259,6 +266,7 @@ async fn a_source_that_is_reset_breaks_the_direction() {
 
 #[tokio::test]
 async fn without_a_pipe_bulk_is_copied_and_with_one_it_is_spliced_again() {
+    let _reactor = beside_tokio::install();
     let (mut flow, writer, reader) = spliced().await;
     let pipes = flow.takes_all_pipes();
     let written = flow.stall(&writer).await;
@@ -291,6 +299,7 @@ async fn without_a_pipe_bulk_is_copied_and_with_one_it_is_spliced_again() {
 /// gets no further than to it: there it says "not now", or "the end" if the source has ended.
 #[tokio::test]
 async fn no_byte_behind_an_urgent_one_is_lost_or_waits() {
+    let _reactor = beside_tokio::install();
     for ended in [false, true] {
         let (mut flow, mut writer, reader) = spliced().await;
         writer.write_all(&bytes(0, 400)).await.expect("connected");

@@ -1,8 +1,8 @@
-//! A TCP socket that this thread's runtime watches: read, written and spliced here, not by the runtime's own stream.
+//! A stream socket that this thread's reactor watches: how it is read, written and spliced.
 //!
-//! That one takes a read which did not fill the buffer for the last one, and waits for the next event. It saves a system call
-//! each time, but a read also ends short before an urgent byte (MSG_OOB: telnet, FTP, Oracle's break), and what came behind it
-//! would wait for ever. So urgent bytes are watched for too, which costs nothing where there are none.
+//! A read that did not fill the buffer is the last one until the next event, which saves a system call each time. But a read also
+//! ends short before an urgent byte (MSG_OOB: telnet, FTP, Oracle's break), and what came behind it would wait for ever. So
+//! urgent bytes are watched for too, which costs nothing where there are none.
 //!
 //! It decides nothing: when to read, peek or splice is `direction.rs`'s, how a socket is closed `stream.rs`'s.
 
@@ -11,48 +11,59 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
 use rustix::pipe::{SpliceFlags, splice};
 use socket2::Socket;
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 
 use super::pipe::Pipe;
+use crate::reactor::{Ready, Watched};
 
 /// Pages are moved, not copied, where they can be.
 const SPLICE_FLAGS: SpliceFlags = SpliceFlags::MOVE.union(SpliceFlags::NONBLOCK);
-const INTEREST: Interest = Interest::READABLE.add(Interest::WRITABLE).add(Interest::PRIORITY);
+const EVENTS: EventFlags =
+    EventFlags::IN.union(EventFlags::OUT).union(EventFlags::PRI).union(EventFlags::RDHUP);
 
-/// A TCP socket that is connected, or about to be.
+/// A TCP or unix socket that is connected, or about to be.
 #[derive(Debug)]
-pub struct Tcp(AsyncFd<Socket>);
+pub struct StreamSocket {
+    watched: Watched<Socket>,
+    is_tcp: bool,
+}
 
-impl Tcp {
+impl StreamSocket {
     /// Begins to watch `socket`, which must not block.
     ///
     /// # Errors
     /// The kernel can watch no more sockets.
     ///
     /// # Panics
-    /// Outside of a runtime.
-    #[expect(
-        deprecated,
-        reason = "the new form is unsafe for types whose descriptor may change; a Socket's does not"
-    )]
-    pub fn watch(socket: Socket) -> io::Result<Self> {
-        AsyncFd::try_with_interest(socket, INTEREST).map(Self).map_err(|error| {
-            let (socket, error) = error.into_parts();
-            // Nobody may take it for a session that was complete. A failure means that it is gone already.
-            let _ = socket.set_linger(Some(Duration::ZERO));
-            error
-        })
+    /// On a thread without a reactor.
+    pub fn tcp(socket: Socket) -> io::Result<Self> {
+        Ok(Self { watched: watch(socket)?, is_tcp: true })
+    }
+
+    /// Like [`StreamSocket::tcp`].
+    ///
+    /// # Errors
+    /// The kernel can watch no more sockets.
+    ///
+    /// # Panics
+    /// On a thread without a reactor.
+    pub fn unix(socket: Socket) -> io::Result<Self> {
+        Ok(Self { watched: watch(socket)?, is_tcp: false })
     }
 
     /// For options.
     #[must_use]
     pub fn socket(&self) -> &Socket {
-        self.0.get_ref()
+        self.watched.socket()
+    }
+
+    /// What can be done by TCP alone: it can be peeked, spliced and reset.
+    pub(super) fn is_tcp(&self) -> bool {
+        self.is_tcp
     }
 
     /// Waits until a connect that is under way has ended.
@@ -66,8 +77,8 @@ impl Tcp {
     /// # Cancel safety
     /// It only waits.
     pub async fn connected(&self) -> io::Result<()> {
-        let ready = self.0.ready(Interest::WRITABLE | Interest::ERROR).await?.ready();
-        if (ready.is_error() || ready.is_write_closed())
+        let ready = std::future::poll_fn(|cx| self.watched.poll_ready(cx, Ready::WRITE)).await;
+        if ready.has(Ready::BROKEN)
             && let Some(error) = self.socket().take_error()?
         {
             return Err(error);
@@ -78,18 +89,16 @@ impl Tcp {
     /// Reads into `buffer`; 0 is the end.
     pub(super) fn poll_read(&self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
         loop {
-            let mut guard = ready!(self.0.poll_read_ready(cx))?;
+            ready!(self.watched.poll_ready(cx, Ready::READ));
             match recv(self, &mut *buffer, RecvFlags::empty()) {
                 Ok((read, _)) => {
-                    if read > 0 && read < buffer.len() && !self.has_urgent_byte() {
-                        guard.clear_ready();
+                    // A unix socket's reads end short at each descriptor that is sent along.
+                    if read > 0 && read < buffer.len() && self.is_tcp {
+                        self.drained();
                     }
                     return Poll::Ready(Ok(read));
                 }
-                Err(Errno::AGAIN) => {
-                    guard.clear_ready();
-                    self.forget_urgent_byte();
-                }
+                Err(Errno::AGAIN) => self.watched.clear(Ready::READ | Ready::URGENT),
                 Err(Errno::INTR) => {}
                 Err(error) => return Poll::Ready(Err(error.into())),
             }
@@ -100,11 +109,11 @@ impl Tcp {
     /// nothing, and which only a read takes away: left there, it would turn the close into a reset.
     pub(super) fn poll_peek(&self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
         loop {
-            let mut guard = ready!(self.0.poll_read_ready(cx))?;
+            ready!(self.watched.poll_ready(cx, Ready::READ));
             match recv(self, &mut *buffer, RecvFlags::PEEK) {
                 Ok((there, _)) => return Poll::Ready(Ok(there)),
                 Err(Errno::AGAIN) if self.has_urgent_byte() => return Poll::Ready(Ok(0)),
-                Err(Errno::AGAIN) => guard.clear_ready(),
+                Err(Errno::AGAIN) => self.watched.clear(Ready::READ),
                 Err(Errno::INTR) => {}
                 Err(error) => return Poll::Ready(Err(error.into())),
             }
@@ -123,32 +132,29 @@ impl Tcp {
                 Err(error) => return Err(error.into()),
             }
         }
-        if is_all && !self.has_urgent_byte() {
-            // "Not now" is what makes the runtime wait for the next event.
-            let _ = self
-                .0
-                .try_io(Interest::READABLE, |_| io::Result::<()>::Err(io::ErrorKind::WouldBlock.into()));
+        if is_all {
+            self.drained();
         }
         Ok(())
     }
 
     /// Ready when the socket may take bytes again.
-    pub(super) fn poll_writable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.0.poll_write_ready(cx).map_ok(drop)
+    pub(super) fn poll_writable(&self, cx: &mut Context<'_>) -> Poll<()> {
+        self.watched.poll_ready(cx, Ready::WRITE).map(drop)
     }
 
     /// Writes what the socket takes of `bytes`.
     pub(super) fn poll_write(&self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         loop {
-            let mut guard = ready!(self.0.poll_write_ready(cx))?;
+            ready!(self.watched.poll_ready(cx, Ready::WRITE));
             match send(self, bytes, SendFlags::NOSIGNAL) {
                 Ok(written) => {
                     if written < bytes.len() {
-                        guard.clear_ready();
+                        self.watched.clear(Ready::WRITE);
                     }
                     return Poll::Ready(Ok(written));
                 }
-                Err(Errno::AGAIN) => guard.clear_ready(),
+                Err(Errno::AGAIN) => self.watched.clear(Ready::WRITE),
                 Err(Errno::INTR) => {}
                 Err(error) => return Poll::Ready(Err(error.into())),
             }
@@ -162,7 +168,7 @@ impl Tcp {
         // read for that would lose the wake-up for good.
         debug_assert_eq!(pipe.held_bytes, 0);
         loop {
-            let mut guard = ready!(self.0.poll_read_ready(cx))?;
+            ready!(self.watched.poll_ready(cx, Ready::READ));
             match splice(self, None, &pipe.writer, None, pipe.capacity_bytes, SPLICE_FLAGS) {
                 Ok(read) => {
                     pipe.held_bytes = read;
@@ -170,7 +176,7 @@ impl Tcp {
                 }
                 // There the kernel says the same as where nothing is: for ever.
                 Err(Errno::AGAIN) if self.has_urgent_byte() => return Poll::Ready(Ok(0)),
-                Err(Errno::AGAIN) => guard.clear_ready(),
+                Err(Errno::AGAIN) => self.watched.clear(Ready::READ),
                 Err(Errno::INTR) => {}
                 Err(error) => return Poll::Ready(Err(error.into())),
             }
@@ -180,14 +186,14 @@ impl Tcp {
     /// Moves what the socket takes out of `pipe`, which is not empty.
     pub(super) fn poll_empty(&self, cx: &mut Context<'_>, pipe: &mut Pipe) -> Poll<io::Result<usize>> {
         loop {
-            let mut guard = ready!(self.0.poll_write_ready(cx))?;
+            ready!(self.watched.poll_ready(cx, Ready::WRITE));
             match splice(&pipe.reader, None, self, None, pipe.held_bytes, SPLICE_FLAGS) {
                 Ok(written) => {
                     pipe.held_bytes -= written;
                     return Poll::Ready(Ok(written));
                 }
                 // The pipe has bytes, so it can only mean that the socket is full.
-                Err(Errno::AGAIN) => guard.clear_ready(),
+                Err(Errno::AGAIN) => self.watched.clear(Ready::WRITE),
                 Err(Errno::INTR) => {}
                 Err(error) => return Poll::Ready(Err(error.into())),
             }
@@ -199,20 +205,30 @@ impl Tcp {
         Ok(shutdown(self, Shutdown::Write)?)
     }
 
+    /// A read got all that there was: what comes next comes with an event of its own. Not so where it may have ended at an
+    /// urgent byte, and where the end has been told already.
+    fn drained(&self) {
+        if !self.has_urgent_byte() {
+            self.watched.clear(Ready::READ);
+        }
+    }
+
     /// True from the event that told of an urgent byte (or of the end, behind which there is nothing to miss) until a read
     /// has found nothing more.
     fn has_urgent_byte(&self) -> bool {
-        self.0.try_io(Interest::PRIORITY, |_| Ok(())).is_ok()
-    }
-
-    fn forget_urgent_byte(&self) {
-        // "Not now" is what makes the runtime forget.
-        let _ =
-            self.0.try_io(Interest::PRIORITY, |_| io::Result::<()>::Err(io::ErrorKind::WouldBlock.into()));
+        self.watched.ready().has(Ready::URGENT | Ready::ENDED)
     }
 }
 
-impl AsFd for Tcp {
+fn watch(socket: Socket) -> io::Result<Watched<Socket>> {
+    Watched::new(socket, EVENTS).map_err(|(socket, error)| {
+        // Nobody may take it for a session that was complete. A failure means that it is gone already, or no TCP.
+        let _ = socket.set_linger(Some(Duration::ZERO));
+        error
+    })
+}
+
+impl AsFd for StreamSocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket().as_fd()
     }

@@ -1,0 +1,208 @@
+//! What the tasks of a worker thread wait on: sockets, points in time, and other threads.
+//!
+//! - `watched.rs`: a socket, and what it is ready for.
+//! - `timer.rs`: `sleep` and `timeout_at`.
+//! - `runtime.rs`: runs the thread's tasks, which are tokio's, until one of them ends.
+//!
+//! Tokio's own drivers do the same for any program, and that is what a short session pays for: a thread-safe registration of
+//! 384 bytes for each socket, a system call to take it out of epoll again (the kernel does so at the close), and a timer wheel
+//! with a lock that is asked at each wait. benches/README.md ("What the runtime costs") has the figures. Nothing here is
+//! thread-safe but waking, and nothing knows what the sockets are for.
+
+mod runtime;
+mod timer;
+mod watched;
+
+pub use runtime::Runtime;
+pub use timer::{Elapsed, sleep, sleep_until, timeout_at};
+pub use watched::{Ready, Watched};
+
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::task::Wake;
+use std::time::Duration;
+
+use rustix::event::epoll::{self, Event, EventData, EventFlags};
+use rustix::event::{EventfdFlags, Timespec, eventfd};
+use rustix::io::Errno;
+use tokio::time::Instant;
+
+use self::timer::Timers;
+use self::watched::Places;
+
+/// Events of one wait. Those that are left over come with the next.
+const EVENTS: usize = 256;
+/// Of `Waking`'s descriptor, which has no place.
+const WOKEN: EventData = EventData::new_u64(u64::MAX);
+
+thread_local! {
+    static OF_THIS_THREAD: RefCell<Option<Rc<Reactor>>> = const { RefCell::new(None) };
+}
+
+/// One thread's.
+#[derive(Debug)]
+struct Reactor {
+    epoll: OwnedFd,
+    places: RefCell<Places>,
+    timers: RefCell<Timers>,
+    waking: Arc<Waking>,
+    /// When it last waited.
+    turned: Cell<Instant>,
+    /// False where tokio's clock runs, which tests can stop.
+    has_timers: bool,
+}
+
+impl Reactor {
+    fn new(has_timers: bool) -> io::Result<Self> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let waking = Waking {
+            event: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            woken: AtomicBool::new(false),
+            asleep: AtomicBool::new(false),
+        };
+        // Edge-triggered, each write is an event of its own, and nobody has to read.
+        epoll::add(&epoll, &waking.event, WOKEN, EventFlags::IN | EventFlags::ET)?;
+        Ok(Self {
+            epoll,
+            places: RefCell::default(),
+            timers: RefCell::default(),
+            waking: Arc::new(waking),
+            turned: Cell::new(Instant::now()),
+            has_timers,
+        })
+    }
+
+    /// Makes it this thread's, until the guard is dropped.
+    fn install(self) -> Installed {
+        let reactor = Rc::new(self);
+        let before = OF_THIS_THREAD.replace(Some(Rc::clone(&reactor)));
+        assert!(before.is_none(), "a thread has one reactor");
+        Installed(reactor)
+    }
+
+    /// Waits for events, at most until the next timer, and not at all if a task was woken meanwhile; then wakes whom they
+    /// concern.
+    fn turn(&self) {
+        let timeout = if self.waking.may_sleep() { self.until_next_timer() } else { Some(Duration::ZERO) };
+        let timeout = timeout.map(|time| Timespec::try_from(time).expect("at most an hour"));
+        let mut events = [const { MaybeUninit::<Event>::uninit() }; EVENTS];
+        let events: &[Event] = match epoll::wait(&self.epoll, &mut events, timeout.as_ref()) {
+            Ok((events, _)) => events,
+            Err(Errno::INTR) => &[],
+            Err(error) => panic!("epoll_wait on a descriptor of our own: {error}"),
+        };
+        self.waking.awake();
+        let mut places = self.places.borrow_mut();
+        for &Event { data, flags, .. } in events {
+            if data != WOKEN {
+                places.on_event(data.u64(), flags);
+            }
+        }
+        drop(places);
+        let mut timers = self.timers.borrow_mut();
+        if !timers.is_empty() {
+            self.turned.set(Instant::now());
+            timers.fire(self.turned.get());
+        }
+    }
+
+    /// From the last look at the clock on, not from now: one look a turn is enough. What has run since makes a timer late by
+    /// as much, as a busy thread does anyway.
+    fn until_next_timer(&self) -> Option<Duration> {
+        /// The kernel takes no wait of more than 24 days.
+        const LONGEST_WAIT: Duration = Duration::from_secs(3600);
+        let next = self.timers.borrow().next()?;
+        Some(next.saturating_duration_since(self.turned.get()).min(LONGEST_WAIT))
+    }
+}
+
+/// A reactor that is its thread's.
+#[derive(Debug)]
+struct Installed(Rc<Reactor>);
+
+impl Drop for Installed {
+    fn drop(&mut self) {
+        OF_THIS_THREAD.take();
+    }
+}
+
+/// `None` on a thread without, and while one ends.
+fn with<T>(f: impl FnOnce(&Reactor) -> T) -> Option<T> {
+    OF_THIS_THREAD.try_with(|reactor| reactor.borrow().as_deref().map(f)).ok().flatten()
+}
+
+/// Wakes a thread that waits for events, from wherever.
+#[derive(Debug)]
+struct Waking {
+    event: OwnedFd,
+    woken: AtomicBool,
+    asleep: AtomicBool,
+}
+
+impl Waking {
+    /// What was woken before runs now.
+    fn begin(&self) {
+        self.woken.store(false, SeqCst);
+    }
+
+    /// False if something was woken since [`Waking::begin`]. From here until [`Waking::awake`] whoever wakes writes to the
+    /// descriptor: either he sees `asleep`, or this sees `woken`.
+    fn may_sleep(&self) -> bool {
+        self.asleep.store(true, SeqCst);
+        !self.woken.load(SeqCst)
+    }
+
+    fn awake(&self) {
+        self.asleep.store(false, SeqCst);
+    }
+}
+
+impl Wake for Waking {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.woken.store(true, SeqCst);
+        if self.asleep.swap(false, SeqCst) {
+            // It can only fail where 2⁶⁴ are unread, and then the thread was woken.
+            let _ = rustix::io::write(self.event.as_fd(), &1u64.to_ne_bytes());
+        }
+    }
+}
+
+/// For tests of what runs on a worker: its sockets, on a runtime of tokio's whose clock can be stopped.
+#[cfg(test)]
+pub mod beside_tokio {
+    use super::*;
+    use tokio::io::unix::AsyncFd;
+
+    /// Until it is dropped, tasks of this thread may watch sockets.
+    #[derive(Debug)]
+    pub struct Beside(#[expect(dead_code, reason = "for its drop")] Installed);
+
+    /// Must be called in a runtime of one thread.
+    #[must_use]
+    pub fn install() -> Beside {
+        let reactor = Reactor::new(false).expect("descriptors");
+        let epoll = reactor.epoll.try_clone().expect("a descriptor");
+        let installed = reactor.install();
+        tokio::spawn(async move {
+            #[expect(deprecated, reason = "the new form is unsafe for types whose descriptor may change")]
+            let epoll = AsyncFd::new(epoll).expect("a runtime");
+            while let Ok(mut ready) = epoll.readable().await {
+                ready.clear_ready();
+                with(|reactor| {
+                    reactor.waking.woken.store(true, SeqCst);
+                    reactor.turn();
+                });
+            }
+        });
+        Beside(installed)
+    }
+}

@@ -1,0 +1,243 @@
+//! Runs the tasks of a worker thread: tokio's, on this thread's reactor.
+
+use std::future::Future;
+use std::io;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::task::{Context, Poll, Wake, Waker};
+
+use tokio::task::LocalSet;
+
+use super::{Installed, Reactor, Waking};
+
+/// A thread's tasks and what they wait on. Dropped, it drops what is left of them.
+///
+/// Neither tokio's timers nor its sockets work here; its channels, its tasks ([`tokio::task::spawn_local`]) and its other ways
+/// to wait for one another do.
+#[derive(Debug)]
+pub struct Runtime {
+    // Before the reactor: tasks that are dropped give back what they waited on.
+    tasks: LocalSet,
+    reactor: Installed,
+}
+
+impl Runtime {
+    /// For this thread.
+    ///
+    /// # Errors
+    /// No descriptor.
+    ///
+    /// # Panics
+    /// It has one already.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self { tasks: LocalSet::new(), reactor: Reactor::new(true)?.install() })
+    }
+
+    /// Runs `future`, and the tasks that it spawns, until it ends: not a step further.
+    pub fn block_on<F: Future>(&mut self, future: F) -> F::Output {
+        let reactor = &self.reactor.0;
+        let of_tasks = Waker::from(Arc::clone(&reactor.waking));
+        let main = Arc::new(Main { due: AtomicBool::new(true), waking: Arc::clone(&reactor.waking) });
+        let of_main = Waker::from(Arc::clone(&main));
+        let mut future = pin!(future);
+        loop {
+            reactor.waking.begin();
+            if main.due.swap(false, SeqCst) {
+                let _entered = self.tasks.enter();
+                if let Poll::Ready(output) = future.as_mut().poll(&mut Context::from_waker(&of_main)) {
+                    return output;
+                }
+            }
+            // Some sixty steps at most, then the sockets are looked at. Whether any task is left does not matter.
+            let _ = pin!(&mut self.tasks).poll(&mut Context::from_waker(&of_tasks));
+            reactor.turn();
+        }
+    }
+}
+
+/// Wakes the future that is blocked on, which need not be looked at whenever a task was woken.
+struct Main {
+    due: AtomicBool,
+    waking: Arc<Waking>,
+}
+
+impl Wake for Main {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.due.store(true, SeqCst);
+        self.waking.wake_by_ref();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Ready, Watched, sleep, sleep_until, timeout_at};
+    use super::*;
+    use std::future::poll_fn;
+    use std::io::{Read as _, Write as _};
+    use std::os::unix::net::UnixStream;
+    use std::thread;
+    use std::time::Duration;
+
+    use rustix::event::epoll::EventFlags;
+    use tokio::sync::oneshot;
+    use tokio::task::spawn_local;
+    use tokio::time::Instant;
+
+    fn run<F: Future>(future: F) -> F::Output {
+        Runtime::new().expect("descriptors").block_on(future)
+    }
+
+    fn pair() -> (Watched<UnixStream>, UnixStream) {
+        let (inner, outer) = UnixStream::pair().expect("descriptors");
+        inner.set_nonblocking(true).expect("a socket");
+        let flags = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP;
+        (Watched::new(inner, flags).expect("a reactor"), outer)
+    }
+
+    async fn read(socket: &Watched<UnixStream>) -> u8 {
+        let mut byte = [0];
+        loop {
+            poll_fn(|cx| socket.poll_ready(cx, Ready::READ)).await;
+            match socket.socket().read(&mut byte) {
+                Ok(_) => return byte[0],
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => socket.clear(Ready::READ),
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_task_is_woken_by_its_socket_by_time_and_by_other_threads() {
+        run(async {
+            let (socket, mut other) = pair();
+            let (told, tells) = oneshot::channel();
+            let writer = spawn_local(async move {
+                sleep(Duration::from_millis(5)).await;
+                other.write_all(&[7]).expect("room");
+                other
+            });
+            assert_eq!(read(&socket).await, 7);
+            let _other = writer.await.expect("it ends");
+            let thread = thread::spawn(move || {
+                thread::sleep(Duration::from_millis(5));
+                told.send(9)
+            });
+            assert_eq!(tells.await, Ok(9));
+            assert_eq!(thread.join().expect("it ends"), Ok(()));
+        });
+    }
+
+    /// As many wake-ups as can be from a thread that is never in step: one that is lost ends the test by its time limit.
+    #[test]
+    fn no_wake_up_of_another_thread_is_lost() {
+        run(async {
+            let (to, from) = std::sync::mpsc::channel::<oneshot::Sender<u32>>();
+            let thread = thread::spawn(move || {
+                for (number, told) in (0u32..).zip(from) {
+                    (0..number % 97).for_each(|_| std::hint::spin_loop());
+                    told.send(number).expect("it is waited for");
+                }
+            });
+            for number in 0..20_000 {
+                let (told, tells) = oneshot::channel();
+                to.send(told).expect("it runs");
+                assert_eq!(tells.await, Ok(number));
+            }
+            drop(to);
+            thread.join().expect("it ends");
+        });
+    }
+
+    #[test]
+    fn timers_fire_in_order_never_early_and_not_once_they_are_dropped() {
+        run(async {
+            let begun = Instant::now();
+            let at = move |millis| begun + Duration::from_millis(millis);
+            assert!(timeout_at(at(5), std::future::pending::<()>()).await.is_err());
+            assert!(Instant::now() >= at(5));
+            // Over already, and still asked once.
+            assert_eq!(timeout_at(at(0), async { 3 }).await, Ok(3));
+            assert!(timeout_at(at(0), std::future::pending::<()>()).await.is_err());
+            let order = std::rc::Rc::new(std::cell::RefCell::new(Vec::new()));
+            let tasks = [30, 10, 20].map(|millis| {
+                let order = std::rc::Rc::clone(&order);
+                spawn_local(async move {
+                    sleep_until(at(millis)).await;
+                    order.borrow_mut().push(millis);
+                })
+            });
+            for task in tasks {
+                task.await.expect("it ends");
+            }
+            assert_eq!(*order.borrow(), [10, 20, 30]);
+            super::super::with(|reactor| assert!(reactor.timers.borrow().is_empty())).expect("a reactor");
+        });
+    }
+
+    /// Its place goes to the next one, and what still comes for it is not taken for the next one's.
+    #[test]
+    fn an_event_of_a_socket_that_is_closed_is_nobody_elses() {
+        run(async {
+            let (first, mut other) = pair();
+            // As a child process that was just forked would: epoll still has it after the close.
+            let forked = first.socket().try_clone().expect("a descriptor");
+            drop(first);
+            let (second, mut to_second) = pair();
+            other.write_all(&[1]).expect("room");
+            let waiting = spawn_local(async move { read(&second).await });
+            sleep(Duration::from_millis(20)).await;
+            assert!(!waiting.is_finished());
+            to_second.write_all(&[2]).expect("room");
+            assert_eq!(waiting.await.expect("it ends"), 2);
+            drop(forked);
+        });
+    }
+
+    /// A task that always wants to run keeps nobody from his socket or his time.
+    #[test]
+    fn a_busy_task_starves_nobody() {
+        run(async {
+            let busy = spawn_local(async {
+                loop {
+                    tokio::task::yield_now().await;
+                }
+            });
+            let (socket, mut other) = pair();
+            let writer = thread::spawn(move || {
+                thread::sleep(Duration::from_millis(5));
+                other.write_all(&[7]).expect("room");
+                other
+            });
+            assert_eq!(read(&socket).await, 7);
+            sleep(Duration::from_millis(5)).await;
+            busy.abort();
+            drop(writer.join().expect("it ends"));
+        });
+    }
+
+    #[test]
+    fn what_is_left_is_dropped_with_the_runtime() {
+        let (told, mut tells) = oneshot::channel::<()>();
+        run(async move {
+            let (socket, other) = pair();
+            spawn_local(async move {
+                let _told = told;
+                let _other = other;
+                read(&socket).await;
+            });
+            tokio::task::yield_now().await;
+        });
+        assert_eq!(tells.try_recv(), Err(oneshot::error::TryRecvError::Closed));
+    }
+
+    #[test]
+    #[should_panic(expected = "a defect")]
+    fn a_panic_of_the_first_task_is_the_threads() {
+        run(async { panic!("a defect") });
+    }
+}

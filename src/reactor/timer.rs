@@ -1,0 +1,110 @@
+//! Points in time that tasks of a worker wait for.
+//!
+//! Few at once (what lasts as long as a session is `relay`'s idle clock's), so a sorted map does. Waiting costs no look at the
+//! clock: the thread has one when it comes from its sockets.
+
+use std::collections::BTreeMap;
+use std::pin::Pin;
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::with;
+
+/// Those who wait, the next one first.
+#[derive(Debug, Default)]
+pub(super) struct Timers {
+    waiting: BTreeMap<(Instant, u64), Waker>,
+    last: u64,
+}
+
+impl Timers {
+    pub(super) fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
+    pub(super) fn next(&self) -> Option<Instant> {
+        self.waiting.first_key_value().map(|((deadline, _), _)| *deadline)
+    }
+
+    /// Wakes those whose time has come by `now`.
+    pub(super) fn fire(&mut self, now: Instant) {
+        while let Some(first) = self.waiting.first_entry()
+            && first.key().0 <= now
+        {
+            first.remove().wake();
+        }
+    }
+
+    fn enter(&mut self, deadline: Instant, waker: Waker) -> u64 {
+        self.last += 1;
+        self.waiting.insert((deadline, self.last), waker);
+        self.last
+    }
+}
+
+/// A place among those who wait, given back when dropped.
+struct Sleep {
+    deadline: Instant,
+    number: Option<u64>,
+}
+
+impl Future for Sleep {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let (deadline, number) = (self.deadline, self.number);
+        with(|reactor| {
+            let mut timers = reactor.timers.borrow_mut();
+            let Some(number) = number else {
+                self.number = Some(timers.enter(deadline, cx.waker().clone()));
+                return Poll::Pending;
+            };
+            // Who is not there any more was woken.
+            let Some(waker) = timers.waiting.get_mut(&(deadline, number)) else { return Poll::Ready(()) };
+            waker.clone_from(cx.waker());
+            Poll::Pending
+        })
+        .unwrap_or(Poll::Pending)
+    }
+}
+
+impl Drop for Sleep {
+    fn drop(&mut self) {
+        if let Some(number) = self.number {
+            with(|reactor| reactor.timers.borrow_mut().waiting.remove(&(self.deadline, number)));
+        }
+    }
+}
+
+/// The time was over before what it was given for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Elapsed;
+
+/// Waits until `deadline` or, where the thread is busy, a little longer. Cancel safe.
+pub async fn sleep_until(deadline: Instant) {
+    if with(|reactor| reactor.has_timers) == Some(true) {
+        Sleep { deadline, number: None }.await;
+    } else {
+        // What workers do is also tested where tokio's clock runs, since that can be stopped.
+        Box::pin(tokio::time::sleep_until(deadline)).await;
+    }
+}
+
+/// Waits for `duration`. Cancel safe.
+pub async fn sleep(duration: Duration) {
+    sleep_until(Instant::now() + duration).await;
+}
+
+/// What `future` gives, until `deadline`; asked once even if that is over.
+///
+/// # Errors
+/// It gave nothing in time, and was dropped.
+pub async fn timeout_at<F: Future>(deadline: Instant, future: F) -> Result<F::Output, Elapsed> {
+    tokio::select! {
+        biased;
+        output = future => Ok(output),
+        () = sleep_until(deadline) => Err(Elapsed),
+    }
+}

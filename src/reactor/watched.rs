@@ -1,0 +1,198 @@
+//! A socket that this thread's reactor watches, and what it is known to be ready for.
+//!
+//! Events are edge-triggered: what a socket is ready for stays known until whoever uses it finds the opposite and says so
+//! ([`Watched::clear`]), and only then is there a new event. So nobody asks the kernel for what is known, and nobody who says
+//! it too early is ever woken again.
+
+use std::io;
+use std::mem;
+use std::ops::BitOr;
+use std::os::fd::AsFd;
+use std::task::{Context, Poll, Waker};
+
+use rustix::event::epoll::{self, EventData, EventFlags};
+
+use super::with;
+
+/// What a socket is ready for, as a set.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ready(u8);
+
+impl Ready {
+    /// A read would not block: bytes, the end or an error.
+    pub const READ: Self = Self(1);
+    /// A write would not block: room or an error.
+    pub const WRITE: Self = Self(2);
+    /// An urgent byte (MSG_OOB) has come.
+    pub const URGENT: Self = Self(4);
+    /// No event will follow for what is still there to be read: the peer has ended, or the connection is broken.
+    pub const ENDED: Self = Self(8);
+    /// The connection is broken, or none came about.
+    pub const BROKEN: Self = Self(16);
+
+    /// True if any of `other` is among it.
+    #[must_use]
+    pub fn has(self, other: Self) -> bool {
+        self.0 & other.0 != 0
+    }
+}
+
+impl BitOr for Ready {
+    type Output = Self;
+
+    fn bitor(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+}
+
+impl From<EventFlags> for Ready {
+    fn from(flags: EventFlags) -> Self {
+        let broken = EventFlags::ERR | EventFlags::HUP;
+        let ended = broken | EventFlags::RDHUP;
+        [
+            (EventFlags::IN | EventFlags::PRI | ended, Self::READ),
+            (EventFlags::OUT | broken, Self::WRITE),
+            // A read that finds nothing must not be taken for one before an urgent byte, whose event came with the end's.
+            (EventFlags::PRI, Self::URGENT),
+            (ended, Self::ENDED),
+            (broken, Self::BROKEN),
+        ]
+        .into_iter()
+        .filter(|(any, _)| flags.intersects(*any))
+        .fold(Self::default(), |ready, (_, this)| ready | this)
+    }
+}
+
+/// The sockets of a thread.
+#[derive(Debug, Default)]
+pub(super) struct Places {
+    places: Vec<Place>,
+    free: Vec<u32>,
+}
+
+/// One socket's. There are two for each idle session, so its size counts.
+#[derive(Debug, Default)]
+struct Place {
+    /// Who waits.
+    waker: Option<Waker>,
+    /// Which of the sockets that had this place one after the other: an event for an earlier one is nobody's.
+    generation: u32,
+    ready: Ready,
+    wanted: Ready,
+}
+
+impl Places {
+    fn take(&mut self) -> u32 {
+        self.free.pop().unwrap_or_else(|| {
+            self.places.push(Place::default());
+            u32::try_from(self.places.len() - 1).expect("descriptors are fewer")
+        })
+    }
+
+    /// Who waited is given to the caller: the last of a task's wakers may drop the task, and with it other sockets.
+    fn give_back(&mut self, place: u32) -> Option<Waker> {
+        let generation = self.of(place).generation.wrapping_add(1);
+        self.free.push(place);
+        mem::replace(self.of(place), Place { generation, ..Place::default() }).waker
+    }
+
+    fn of(&mut self, place: u32) -> &mut Place {
+        &mut self.places[place as usize]
+    }
+
+    fn mark(&mut self, place: u32) -> u64 {
+        u64::from(self.of(place).generation) << 32 | u64::from(place)
+    }
+
+    pub(super) fn on_event(&mut self, mark: u64, flags: EventFlags) {
+        let place = self.of(mark as u32);
+        if u64::from(place.generation) != mark >> 32 {
+            return;
+        }
+        let ready = Ready::from(flags);
+        place.ready = place.ready | ready;
+        if place.wanted.has(ready) {
+            place.wanted = Ready::default();
+            if let Some(waker) = &place.waker {
+                waker.wake_by_ref();
+            }
+        }
+    }
+}
+
+/// A socket of this thread, closed when dropped. One task waits for it at a time.
+#[derive(Debug)]
+pub struct Watched<S> {
+    socket: S,
+    place: u32,
+}
+
+impl<S: AsFd> Watched<S> {
+    /// Begins to watch `socket`, which must not block, for `flags`.
+    ///
+    /// # Errors
+    /// The kernel can watch no more sockets. The socket is given back: it is for the caller to close it as it should be.
+    ///
+    /// # Panics
+    /// On a thread without a reactor.
+    pub fn new(socket: S, flags: EventFlags) -> Result<Self, (S, io::Error)> {
+        let added = with(|reactor| {
+            let mut places = reactor.places.borrow_mut();
+            let place = places.take();
+            let mark = EventData::new_u64(places.mark(place));
+            let added = epoll::add(&reactor.epoll, &socket, mark, flags | EventFlags::ET);
+            added.map(|()| place).inspect_err(|_| drop(places.give_back(place)))
+        });
+        match added.expect("sockets are watched on the threads of workers") {
+            Ok(place) => Ok(Self { socket, place }),
+            Err(error) => Err((socket, error.into())),
+        }
+    }
+}
+
+impl<S> Watched<S> {
+    /// For its options.
+    pub fn socket(&self) -> &S {
+        &self.socket
+    }
+
+    /// Ready once the socket is ready for any of `wanted`; with all that it is ready for.
+    pub fn poll_ready(&self, cx: &mut Context<'_>, wanted: Ready) -> Poll<Ready> {
+        self.with_place(|place| {
+            if place.ready.has(wanted) {
+                return Poll::Ready(place.ready);
+            }
+            place.wanted = place.wanted | wanted;
+            if !place.waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
+                place.waker = Some(cx.waker().clone());
+            }
+            Poll::Pending
+        })
+        .unwrap_or(Poll::Pending)
+    }
+
+    /// All that it is known to be ready for.
+    #[must_use]
+    pub fn ready(&self) -> Ready {
+        self.with_place(|place| place.ready).unwrap_or_default()
+    }
+
+    /// It was found not to be ready for any of `found`: wait for the next event.
+    pub fn clear(&self, found: Ready) {
+        self.with_place(|place| place.ready = Ready(place.ready.0 & !found.0));
+    }
+
+    /// `None` while the thread ends, when nobody will be woken any more.
+    fn with_place<T>(&self, f: impl FnOnce(&mut Place) -> T) -> Option<T> {
+        with(|reactor| f(reactor.places.borrow_mut().of(self.place)))
+    }
+}
+
+impl<S> Drop for Watched<S> {
+    fn drop(&mut self) {
+        // The close that follows takes it out of epoll. Where it does not, because another process was forked with the same
+        // descriptor, events still come, for a generation that is over.
+        let waker = with(|reactor| reactor.places.borrow_mut().give_back(self.place));
+        drop(waker);
+    }
+}
