@@ -72,8 +72,10 @@ enum State {
     Open,
     /// The source has ended; bytes may still wait.
     SourceEnded,
-    /// Everything was passed on, or the target is gone.
+    /// Everything was passed on.
     Done,
+    /// The target is gone.
+    Abandoned,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -298,11 +300,15 @@ impl Direction {
     pub(super) fn abandon(&mut self) {
         self.refused = false;
         self.waiting = None;
-        self.state = State::Done;
+        self.state = State::Abandoned;
     }
 
     pub(super) fn is_done(&self) -> bool {
-        self.state == State::Done
+        matches!(self.state, State::Done | State::Abandoned)
+    }
+
+    pub(super) fn is_abandoned(&self) -> bool {
+        self.state == State::Abandoned
     }
 
     /// True while bytes wait, here or in the source, that the target would not take.

@@ -135,13 +135,7 @@ pub fn relay<'a>(
     shared: &'a Shared,
     meter: Meter<'a>,
 ) -> impl Future<Output = Ended> + 'a {
-    let pair = Pair {
-        client,
-        backend,
-        to_backend: Direction::default(),
-        to_client: Direction::default(),
-        broken: None,
-    };
+    let pair = Pair { client, backend, to_backend: Direction::default(), to_client: Direction::default() };
     let idle = shared.clock.enter(limits.settle_time);
     let mut relaying = Relaying { pair, idle, limits, shared, meter };
     // A block, not an async function: that would keep each of its arguments twice.
@@ -217,8 +211,6 @@ struct Pair<'a> {
     backend: &'a mut Stream,
     to_backend: Direction,
     to_client: Direction,
-    /// A side that refused our bytes. What it sent before is still passed on.
-    broken: Option<Side>,
 }
 
 impl Pair<'_> {
@@ -238,7 +230,7 @@ impl Pair<'_> {
             return Poll::Ready(ended);
         }
         if self.to_backend.is_done() && self.to_client.is_done() {
-            Poll::Ready(self.broken.map_or(Ended::Finished, Ended::Reset))
+            Poll::Ready(self.refused_by().map_or(Ended::Finished, Ended::Reset))
         } else {
             Poll::Pending
         }
@@ -270,17 +262,25 @@ impl Pair<'_> {
             Poll::Ready(Err(Broken::Target)) => {
                 // What the target sent before it went away still waits in its socket: the other direction fetches it.
                 direction.abandon();
-                self.broken = Some(target_side);
             }
             // Where both have ended, closing says the same and costs one system call less.
             Poll::Ready(Ok(())) if opposite.is_done() => {}
             Poll::Ready(Ok(())) => {
                 if target.shutdown().is_err() {
-                    self.broken = Some(target_side);
+                    direction.abandon();
                 }
             }
         }
         None
+    }
+
+    /// A side that would not take our bytes. What it sent before was still passed on.
+    fn refused_by(&self) -> Option<Side> {
+        if self.to_client.is_abandoned() {
+            Some(Side::Client)
+        } else {
+            self.to_backend.is_abandoned().then_some(Side::Backend)
+        }
     }
 
     /// Both halves are open.

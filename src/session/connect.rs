@@ -4,6 +4,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
+use std::rc::Rc;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
@@ -52,7 +53,8 @@ enum ConnectError {
 ///
 /// # Cancel safety
 /// Dropping the future closes a half-open socket.
-pub(super) async fn connect(context: &Context, report: &mut Report) -> Result<Stream, CloseReason> {
+pub(super) async fn connect(report: &mut Report) -> Result<Stream, CloseReason> {
+    let context = Rc::clone(report.context());
     let settings = &context.settings.connect;
     let accepted = report.accepted();
     let deadline = accepted + settings.deadline;
@@ -74,7 +76,7 @@ pub(super) async fn connect(context: &Context, report: &mut Report) -> Result<St
         report.retries = attempt;
         report.picked(pick);
 
-        let result = connect_to(&backend, context, started, deadline).await;
+        let result = connect_to(&backend, &context, started, deadline).await;
         asked = Instant::now();
         report.attempted(asked - accepted);
         let error = match result {

@@ -74,18 +74,18 @@ const LONGEST_SETTLE_TIME: Duration = Duration::from_secs(5);
 /// # Cancel safety
 /// Dropping the future resets both connections and reports the session as cut by the shutdown.
 pub fn serve(mut client: Stream, address: SocketAddr, context: Rc<Context>) -> impl Future<Output = ()> {
-    let mut report = Report::open(Rc::clone(&context), address);
+    let mut report = Report::open(context, address);
     // A block, not an async function: that would keep each of its arguments twice, for as long as the session lives.
     async move {
         // Boxed, so that what only connecting needs (timers, a place to wait for Redis) is given back before the relay,
         // in which a session spends its life.
-        let mut backend = match Box::pin(connect::connect(&context, &mut report)).await {
+        let mut backend = match Box::pin(connect::connect(&mut report)).await {
             Ok(backend) => backend,
             Err(reason) => return report.close(reason),
         };
 
-        let (limits, shared) = (&context.settings.limits, &context.worker.relay);
-        let ended = relay::relay(&mut client, &mut backend, limits, shared, report.meter()).await;
+        let (limits, shared, meter) = report.relaying();
+        let ended = relay::relay(&mut client, &mut backend, limits, shared, meter).await;
         report.close(CloseReason::Relayed(ended));
     }
 }
@@ -125,6 +125,6 @@ mod tests {
         let client = std::net::TcpStream::connect(address).expect("it listens");
         let session = serve(Stream::accepted(client.into()).expect("a runtime"), address, context);
         let bytes = std::mem::size_of_val(&session);
-        assert!(bytes <= 304, "{bytes} bytes: what holds them through the relay?");
+        assert!(bytes <= 280, "{bytes} bytes: what holds them through the relay?");
     }
 }

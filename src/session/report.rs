@@ -2,13 +2,16 @@
 
 use std::net::SocketAddr;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use tokio::time::Instant;
 
 use super::Context;
-use crate::balance::pool::Pick;
-use crate::relay::{Ended, Meter, Side, Tally};
+use crate::balance::Weight;
+use crate::balance::backend::Backend;
+use crate::balance::pool::{Pick, Source};
+use crate::relay::{Ended, Limits, Meter, Shared, Side, Tally};
 use crate::telemetry::access_log::{AccessLine, millis};
 use crate::telemetry::counters::Counter;
 
@@ -123,7 +126,11 @@ pub(super) struct Report {
     client: SocketAddr,
     accepted: Instant,
     /// The backend that was tried last.
-    pick: Option<Pick>,
+    backend: Option<Arc<Backend>>,
+    /// Of the backend, when it was picked.
+    weight: Weight,
+    /// Who named it.
+    source: Source,
     connected: bool,
     pub(super) retries: u32,
     queue_time: Micros,
@@ -142,7 +149,9 @@ impl Report {
             context,
             client,
             accepted: Instant::now(),
-            pick: None,
+            backend: None,
+            weight: Weight::ZERO,
+            source: Source::Snapshot,
             connected: false,
             retries: 0,
             queue_time: Micros::default(),
@@ -160,7 +169,7 @@ impl Report {
     pub(super) fn picked(&mut self, pick: Pick) {
         let pool = self.context.pool.counters.of(self.context.worker.id);
         pool.picks[pick.source as usize].add(1);
-        self.pick = Some(pick);
+        (self.backend, self.weight, self.source) = (Some(pick.backend), pick.weight, pick.source);
     }
 
     /// The session has waited for a backend to be named.
@@ -175,20 +184,26 @@ impl Report {
 
     /// The backend that was picked last took the session.
     pub(super) fn connected(&mut self, attempt: Duration) {
-        if let Some(pick) = &self.pick {
-            let backend = pick.backend.counters.of(self.context.worker.id);
+        if let Some(backend) = &self.backend {
+            let backend = backend.counters.of(self.context.worker.id);
             backend.connections.add(1);
             backend.connect_duration.observe(attempt);
             self.connected = true;
         }
     }
 
-    /// Where the relay counts; what it counted stays here, even if the session is cut.
-    pub(super) fn meter(&mut self) -> Meter<'_> {
-        let pick = self.pick.as_ref().expect("only a session that reached a backend is relayed");
-        let backend = pick.backend.counters.of(self.context.worker.id);
-        let worker = &self.context.worker;
-        Meter { backend, half_closed: &worker.sessions.of(worker.id).half_closed, session: &mut self.tally }
+    /// What the session shares with others.
+    pub(super) fn context(&self) -> &Rc<Context> {
+        &self.context
+    }
+
+    /// How the session is relayed, and where that is counted; what was counted stays here, even if the session is cut.
+    pub(super) fn relaying(&mut self) -> (&Limits, &Shared, Meter<'_>) {
+        let Context { worker, settings, .. } = &*self.context;
+        let backend = self.backend.as_ref().expect("only a session that reached a backend is relayed");
+        let backend = backend.counters.of(worker.id);
+        let half_closed = &worker.sessions.of(worker.id).half_closed;
+        (&settings.limits, &worker.relay, Meter { backend, half_closed, session: &mut self.tally })
     }
 
     fn term(&self) -> &'static str {
@@ -217,8 +232,8 @@ impl Drop for Report {
         if self.reason == CloseReason::NoBackend {
             listener.no_backend.add(1);
         }
-        if let (true, Some(pick)) = (self.connected, &self.pick) {
-            let backend = pick.backend.counters.of(worker.id);
+        if let (true, Some(backend)) = (self.connected, &self.backend) {
+            let backend = backend.counters.of(worker.id);
             backend.closed.add(1);
             backend.session_duration.observe(duration);
         }
@@ -228,9 +243,9 @@ impl Drop for Report {
                 listener: &self.context.listener.name,
                 client: self.client,
                 pool: &self.context.pool.name,
-                backend: self.pick.as_ref().map(|pick| pick.backend.id().as_str()),
-                source: self.pick.as_ref().map(|pick| pick.source.name()),
-                weight: self.pick.as_ref().map(|pick| pick.weight.get()),
+                backend: self.backend.as_ref().map(|backend| backend.id().as_str()),
+                source: self.backend.as_ref().map(|_| self.source.name()),
+                weight: self.backend.as_ref().map(|_| self.weight.get()),
                 retries: self.retries,
                 queue_ms: millis(self.queue_time.into()),
                 connect_ms: millis(self.connect_time.into()),
