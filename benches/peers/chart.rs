@@ -21,6 +21,7 @@ fn colour(peer: Kind) -> &'static str {
         Kind::Baseline => "#f0a878",
         Kind::Haproxy => "#2f5d8a",
         Kind::HaproxySplice => "#6f9bc4",
+        Kind::HaproxyPipes => "#9fbfdc",
         Kind::Nginx => "#3c7a4e",
         Kind::Envoy => "#8a5fa8",
         Kind::Direct => "#b8b8b8",

@@ -22,7 +22,7 @@ const STEP: Duration = Duration::from_millis(20);
 /// For whatever is not measured: connecting, draining.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// 10 GB, half of it each way, at least; nginx took more than 20 s where other programs had half of the machine.
-const ECHO_LIMIT: Duration = Duration::from_secs(60);
+const ECHO_LIMIT: Duration = Duration::from_secs(120);
 /// How many sessions may be on their way at once while many are opened: below every peer's backlog.
 const OPENING_MAX: usize = 128;
 

@@ -121,7 +121,7 @@ impl Measure {
         match kind {
             Kind::Direct => !matches!(self, Self::Memory { .. } | Self::SystemCalls),
             // Short sessions and small requests are done before congestion control matters.
-            Kind::StateraCubic => matches!(self, Self::Bulk { .. }),
+            Kind::StateraCubic | Kind::HaproxyPipes => matches!(self, Self::Bulk { .. }),
             _ => true,
         }
     }

@@ -35,6 +35,8 @@ pub enum Kind {
     Haproxy,
     /// The same, with splice
     HaproxySplice,
+    /// With splice, and pipes of 1 MiB as Statera's are, for bulk only
+    HaproxyPipes,
     /// nginx stream with 2 workers
     Nginx,
     /// Envoy with 2 workers
@@ -44,12 +46,13 @@ pub enum Kind {
 }
 
 impl Kind {
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Statera,
         Self::StateraCubic,
         Self::Baseline,
         Self::Haproxy,
         Self::HaproxySplice,
+        Self::HaproxyPipes,
         Self::Nginx,
         Self::Envoy,
         Self::Direct,
@@ -62,6 +65,7 @@ impl Kind {
             Self::Baseline => "baseline",
             Self::Haproxy => "haproxy",
             Self::HaproxySplice => "haproxy-splice",
+            Self::HaproxyPipes => "haproxy-pipes",
             Self::Nginx => "nginx",
             Self::Envoy => "envoy",
             Self::Direct => "direct",
@@ -74,7 +78,9 @@ impl Kind {
                 ("statera.yaml", include_str!("statera.yaml"))
             }
             Self::Haproxy => ("haproxy.cfg", include_str!("haproxy.cfg")),
-            Self::HaproxySplice => ("haproxy-splice.cfg", include_str!("haproxy-splice.cfg")),
+            Self::HaproxySplice | Self::HaproxyPipes => {
+                ("haproxy-splice.cfg", include_str!("haproxy-splice.cfg"))
+            }
             Self::Nginx => ("nginx.conf", include_str!("nginx.conf")),
             Self::Envoy => ("envoy.yaml", include_str!("envoy.yaml")),
             Self::Direct => ("", ""),
@@ -84,7 +90,7 @@ impl Kind {
     fn arguments(self, config: &str) -> Vec<&str> {
         match self {
             Self::Statera | Self::StateraCubic | Self::Baseline => vec!["run", "-c", config],
-            Self::Haproxy | Self::HaproxySplice => vec!["-db", "-f", config],
+            Self::Haproxy | Self::HaproxySplice | Self::HaproxyPipes => vec!["-db", "-f", config],
             Self::Nginx => vec!["-c", config],
             Self::Envoy => {
                 vec!["--concurrency", "2", "--disable-hot-restart", "--log-level", "error", "-c", config]
@@ -95,7 +101,7 @@ impl Kind {
 
     fn version_argument(self) -> &'static str {
         match self {
-            Self::Haproxy | Self::HaproxySplice | Self::Nginx => "-v",
+            Self::Haproxy | Self::HaproxySplice | Self::HaproxyPipes | Self::Nginx => "-v",
             _ => "--version",
         }
     }
@@ -119,7 +125,7 @@ impl Program {
             Kind::Baseline => {
                 baseline.context("peer baseline: name the other build by --baseline FILE")?.into()
             }
-            Kind::Haproxy | Kind::HaproxySplice => on_path("haproxy", "apt-get install haproxy")?,
+            Kind::Haproxy | Kind::HaproxySplice | Kind::HaproxyPipes => on_path("haproxy", "apt-get install haproxy")?,
             Kind::Nginx => {
                 stream_module()?;
                 on_path("nginx", "apt-get install nginx libnginx-mod-stream")?
@@ -169,6 +175,10 @@ impl Program {
             (
                 "{{CONGESTION}}",
                 if self.kind == Kind::StateraCubic { ", tcp_congestion: cubic" } else { "" }.into(),
+            ),
+            (
+                "{{PIPES}}",
+                if self.kind == Kind::HaproxyPipes { "tune.pipesize 1048576" } else { "" }.into(),
             ),
             ("{{MODULES}}", stream_module().map(|path| path.display().to_string()).unwrap_or_default()),
         ] {
