@@ -125,7 +125,9 @@ impl Program {
             Kind::Baseline => {
                 baseline.context("peer baseline: name the other build by --baseline FILE")?.into()
             }
-            Kind::Haproxy | Kind::HaproxySplice | Kind::HaproxyPipes => on_path("haproxy", "apt-get install haproxy")?,
+            Kind::Haproxy | Kind::HaproxySplice | Kind::HaproxyPipes => {
+                on_path("haproxy", "apt-get install haproxy")?
+            }
             Kind::Nginx => {
                 stream_module()?;
                 on_path("nginx", "apt-get install nginx libnginx-mod-stream")?
@@ -176,10 +178,7 @@ impl Program {
                 "{{CONGESTION}}",
                 if self.kind == Kind::StateraCubic { ", tcp_congestion: cubic" } else { "" }.into(),
             ),
-            (
-                "{{PIPES}}",
-                if self.kind == Kind::HaproxyPipes { "tune.pipesize 1048576" } else { "" }.into(),
-            ),
+            ("{{PIPES}}", if self.kind == Kind::HaproxyPipes { "tune.pipesize 1048576" } else { "" }.into()),
             ("{{MODULES}}", stream_module().map(|path| path.display().to_string()).unwrap_or_default()),
         ] {
             config = config.replace(placeholder, &value);

@@ -147,9 +147,20 @@ async fn accept_the_rest(
         warn!(listener = name, %error, "handshakes that complete while the listener closes will be reset");
     }
     let end = Instant::now() + HANDSHAKE_TIME;
+    let mut accepted = 0u32;
     while let Ok(result) = timeout_at(end, listener.accept()).await {
         match result {
-            Ok((stream, client)) => on_connection(stream, client),
+            Ok((stream, client)) => {
+                on_connection(stream, client);
+                accepted += 1;
+                if accepted.is_multiple_of(BATCH) {
+                    tokio::task::yield_now().await;
+                    // Where new handshakes could not be ignored, the queue may never be empty.
+                    if Instant::now() >= end {
+                        break;
+                    }
+                }
+            }
             Err(error) => {
                 count(counters, &error);
                 sleep(Duration::from_millis(1)).await;

@@ -11,6 +11,7 @@
 
 mod runtime;
 mod timer;
+mod waking;
 mod watched;
 
 pub use runtime::Runtime;
@@ -20,19 +21,18 @@ pub use watched::{Ready, Watched};
 use std::cell::{Cell, RefCell};
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
-use std::task::Wake;
 use std::time::Duration;
 
+use rustix::event::Timespec;
 use rustix::event::epoll::{self, Event, EventData, EventFlags};
-use rustix::event::{EventfdFlags, Timespec, eventfd};
 use rustix::io::Errno;
 use tokio::time::Instant;
 
 use self::timer::Timers;
+use self::waking::Waking;
 use self::watched::Places;
 
 /// Events of one wait. Those that are left over come with the next.
@@ -60,13 +60,9 @@ struct Reactor {
 impl Reactor {
     fn new(has_timers: bool) -> io::Result<Self> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        let waking = Waking {
-            event: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
-            woken: AtomicBool::new(false),
-            asleep: AtomicBool::new(false),
-        };
+        let waking = Waking::new()?;
         // Edge-triggered, each write is an event of its own, and nobody has to read.
-        epoll::add(&epoll, &waking.event, WOKEN, EventFlags::IN | EventFlags::ET)?;
+        epoll::add(&epoll, waking.event(), WOKEN, EventFlags::IN | EventFlags::ET)?;
         Ok(Self {
             epoll,
             places: RefCell::default(),
@@ -86,8 +82,8 @@ impl Reactor {
     }
 
     /// Waits for events, at most until the next timer, and not at all if a task was woken meanwhile; then wakes whom they
-    /// concern.
-    fn turn(&self) {
+    /// concern. Returns how many there were; with [`EVENTS`] of them there may be more.
+    fn turn(&self) -> usize {
         let timeout = if self.waking.may_sleep() { self.until_next_timer() } else { Some(Duration::ZERO) };
         let timeout = timeout.map(|time| Timespec::try_from(time).expect("at most an hour"));
         let mut events = [const { MaybeUninit::<Event>::uninit() }; EVENTS];
@@ -97,6 +93,7 @@ impl Reactor {
             Err(error) => panic!("epoll_wait on a descriptor of our own: {error}"),
         };
         self.waking.awake();
+        self.turned.set(Instant::now());
         let mut places = self.places.borrow_mut();
         for &Event { data, flags, .. } in events {
             if data != WOKEN {
@@ -104,15 +101,12 @@ impl Reactor {
             }
         }
         drop(places);
-        let mut timers = self.timers.borrow_mut();
-        if !timers.is_empty() {
-            self.turned.set(Instant::now());
-            timers.fire(self.turned.get());
-        }
+        timer::fire(&self.timers, self.turned.get());
+        events.len()
     }
 
-    /// From the last look at the clock on, not from now: one look a turn is enough. What has run since makes a timer late by
-    /// as much, as a busy thread does anyway.
+    /// Counted from the end of the last wait, not from now: one look at the clock a turn is enough. The tasks that have run since
+    /// make a timer late by as much as they took.
     fn until_next_timer(&self) -> Option<Duration> {
         /// The kernel takes no wait of more than 24 days.
         const LONGEST_WAIT: Duration = Duration::from_secs(3600);
@@ -136,50 +130,11 @@ fn with<T>(f: impl FnOnce(&Reactor) -> T) -> Option<T> {
     OF_THIS_THREAD.try_with(|reactor| reactor.borrow().as_deref().map(f)).ok().flatten()
 }
 
-/// Wakes a thread that waits for events, from wherever.
-#[derive(Debug)]
-struct Waking {
-    event: OwnedFd,
-    woken: AtomicBool,
-    asleep: AtomicBool,
-}
-
-impl Waking {
-    /// What was woken before runs now.
-    fn begin(&self) {
-        self.woken.store(false, SeqCst);
-    }
-
-    /// False if something was woken since [`Waking::begin`]. From here until [`Waking::awake`] whoever wakes writes to the
-    /// descriptor: either he sees `asleep`, or this sees `woken`.
-    fn may_sleep(&self) -> bool {
-        self.asleep.store(true, SeqCst);
-        !self.woken.load(SeqCst)
-    }
-
-    fn awake(&self) {
-        self.asleep.store(false, SeqCst);
-    }
-}
-
-impl Wake for Waking {
-    fn wake(self: Arc<Self>) {
-        self.wake_by_ref();
-    }
-
-    fn wake_by_ref(self: &Arc<Self>) {
-        self.woken.store(true, SeqCst);
-        if self.asleep.swap(false, SeqCst) {
-            // It can only fail where 2⁶⁴ are unread, and then the thread was woken.
-            let _ = rustix::io::write(self.event.as_fd(), &1u64.to_ne_bytes());
-        }
-    }
-}
-
 /// For tests of what runs on a worker: its sockets, on a runtime of tokio's whose clock can be stopped.
 #[cfg(test)]
 pub mod beside_tokio {
     use super::*;
+    use std::task::Wake as _;
     use tokio::io::unix::AsyncFd;
 
     /// Until it is dropped, tasks of this thread may watch sockets.
@@ -197,10 +152,14 @@ pub mod beside_tokio {
             let epoll = AsyncFd::new(epoll).expect("a runtime");
             while let Ok(mut ready) = epoll.readable().await {
                 ready.clear_ready();
-                with(|reactor| {
-                    reactor.waking.woken.store(true, SeqCst);
-                    reactor.turn();
-                });
+                let all = || {
+                    with(|reactor| {
+                        // Tokio's runtime has waited already.
+                        reactor.waking.wake_by_ref();
+                        reactor.turn()
+                    })
+                };
+                while all() == Some(EVENTS) {}
             }
         });
         Beside(installed)

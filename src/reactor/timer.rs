@@ -3,7 +3,9 @@
 //! Few at once (what lasts as long as a session is `relay`'s idle clock's), so a sorted map does. Waiting costs no look at the
 //! clock: the thread has one when it comes from its sockets.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::mem;
 use std::pin::Pin;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
@@ -20,27 +22,26 @@ pub(super) struct Timers {
 }
 
 impl Timers {
-    pub(super) fn is_empty(&self) -> bool {
-        self.waiting.is_empty()
-    }
-
     pub(super) fn next(&self) -> Option<Instant> {
         self.waiting.first_key_value().map(|((deadline, _), _)| *deadline)
-    }
-
-    /// Wakes those whose time has come by `now`.
-    pub(super) fn fire(&mut self, now: Instant) {
-        while let Some(first) = self.waiting.first_entry()
-            && first.key().0 <= now
-        {
-            first.remove().wake();
-        }
     }
 
     fn enter(&mut self, deadline: Instant, waker: Waker) -> u64 {
         self.last += 1;
         self.waiting.insert((deadline, self.last), waker);
         self.last
+    }
+}
+
+/// Wakes those whose time has come by `now`.
+pub(super) fn fire(timers: &RefCell<Timers>, now: Instant) {
+    let next = || {
+        let mut timers = timers.borrow_mut();
+        let first = timers.waiting.first_entry()?;
+        (first.key().0 <= now).then(|| first.remove())
+    };
+    while let Some(waker) = next() {
+        waker.wake();
     }
 }
 
@@ -63,7 +64,11 @@ impl Future for Sleep {
             };
             // Who is not there any more was woken.
             let Some(waker) = timers.waiting.get_mut(&(deadline, number)) else { return Poll::Ready(()) };
-            waker.clone_from(cx.waker());
+            if !waker.will_wake(cx.waker()) {
+                let before = mem::replace(waker, cx.waker().clone());
+                drop(timers);
+                drop(before);
+            }
             Poll::Pending
         })
         .unwrap_or(Poll::Pending)

@@ -5,9 +5,11 @@
 //! it too early is ever woken again.
 
 use std::io;
+use std::marker::PhantomData;
 use std::mem;
 use std::ops::BitOr;
 use std::os::fd::AsFd;
+use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 
 use rustix::event::epoll::{self, EventData, EventFlags};
@@ -125,6 +127,8 @@ impl Places {
 pub struct Watched<S> {
     socket: S,
     place: u32,
+    /// A place is its thread's: elsewhere the same number is another socket's.
+    of_this_thread: PhantomData<Rc<()>>,
 }
 
 impl<S: AsFd> Watched<S> {
@@ -144,7 +148,7 @@ impl<S: AsFd> Watched<S> {
             added.map(|()| place).inspect_err(|_| drop(places.give_back(place)))
         });
         match added.expect("sockets are watched on the threads of workers") {
-            Ok(place) => Ok(Self { socket, place }),
+            Ok(place) => Ok(Self { socket, place, of_this_thread: PhantomData }),
             Err(error) => Err((socket, error.into())),
         }
     }
@@ -158,17 +162,19 @@ impl<S> Watched<S> {
 
     /// Ready once the socket is ready for any of `wanted`; with all that it is ready for.
     pub fn poll_ready(&self, cx: &mut Context<'_>, wanted: Ready) -> Poll<Ready> {
-        self.with_place(|place| {
+        let waits = self.with_place(|place| {
             if place.ready.has(wanted) {
-                return Poll::Ready(place.ready);
+                return Err(place.ready);
             }
             place.wanted = place.wanted | wanted;
-            if !place.waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
-                place.waker = Some(cx.waker().clone());
-            }
-            Poll::Pending
-        })
-        .unwrap_or(Poll::Pending)
+            let known = place.waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker()));
+            // The one before is dropped by the caller, as in `give_back`.
+            Ok(if known { None } else { place.waker.replace(cx.waker().clone()) })
+        });
+        match waits {
+            Some(Err(ready)) => Poll::Ready(ready),
+            Some(Ok(_)) | None => Poll::Pending,
+        }
     }
 
     /// All that it is known to be ready for.

@@ -25,6 +25,8 @@ mod tests;
 
 /// Bytes that one poll may move before the other sessions of the worker get their turn: some 100 µs of copying.
 const BUDGET_BYTES: usize = 512 * 1024;
+/// What a move counts for at least, so that a peer who trickles bytes as fast as they are moved gets 128 moves, not 500,000.
+const LEAST_COST_BYTES: usize = 4096;
 /// The first read of many. A socket that has nothing under way takes so much at once, so nothing of it is parked.
 const FIRST_READ_BYTES: usize = BUFFER_BYTES / 2;
 /// Full reads in a row that make a direction bulk. An answer of 64 KiB costs less copied than through a pipe.
@@ -130,7 +132,7 @@ impl Direction {
             };
             match read {
                 Some(0) => self.state = State::SourceEnded,
-                Some(read) => budget = budget.saturating_sub(read),
+                Some(read) => budget = budget.saturating_sub(read.max(LEAST_COST_BYTES)),
                 // The way has changed.
                 None => {}
             }

@@ -1,8 +1,7 @@
 //! Tells when a session has been silent for too long, and when it has lived long enough to be worth some care.
 //!
-//! One clock for all sessions of a worker. A timer each would cost every short session an entry in the runtime's timer
-//! wheel and, where that became the next to fire, a write to wake the very thread that set it. Here activity is one store,
-//! and once a tick the worker looks over all its sessions (3 ns each). The price is precision: a session may be closed up
+//! One clock for all sessions of a worker. A timer each would cost every short session a place in the reactor's sorted map,
+//! and every session that moves bytes another one for each move. Here activity is one store, and once a tick the worker looks over all its sessions (3 ns each). The price is precision: a session may be closed up
 //! to two ticks late, never early.
 
 use std::cell::{Cell, RefCell, RefMut};

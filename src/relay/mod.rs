@@ -274,7 +274,7 @@ impl Pair<'_> {
         None
     }
 
-    /// A side that would not take our bytes. What it sent before was still passed on.
+    /// A side that would not take our bytes; the client where neither did. What it sent before was still passed on.
     fn refused_by(&self) -> Option<Side> {
         if self.to_client.is_abandoned() {
             Some(Side::Client)

@@ -105,14 +105,14 @@ impl StreamSocket {
         }
     }
 
-    /// Like [`Tcp::poll_read`], but what it reads stays in the socket. 0: the end, or an urgent byte behind which there is
+    /// Like [`StreamSocket::poll_read`], but what it reads stays in the socket. 0: the end, or an urgent byte behind which there is
     /// nothing, and which only a read takes away: left there, it would turn the close into a reset.
     pub(super) fn poll_peek(&self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
         loop {
             ready!(self.watched.poll_ready(cx, Ready::READ));
             match recv(self, &mut *buffer, RecvFlags::PEEK) {
                 Ok((there, _)) => return Poll::Ready(Ok(there)),
-                Err(Errno::AGAIN) if self.has_urgent_byte() => return Poll::Ready(Ok(0)),
+                Err(Errno::AGAIN) if self.may_end_short() => return Poll::Ready(Ok(0)),
                 Err(Errno::AGAIN) => self.watched.clear(Ready::READ),
                 Err(Errno::INTR) => {}
                 Err(error) => return Poll::Ready(Err(error.into())),
@@ -175,7 +175,7 @@ impl StreamSocket {
                     return Poll::Ready(Ok(read));
                 }
                 // There the kernel says the same as where nothing is: for ever.
-                Err(Errno::AGAIN) if self.has_urgent_byte() => return Poll::Ready(Ok(0)),
+                Err(Errno::AGAIN) if self.may_end_short() => return Poll::Ready(Ok(0)),
                 Err(Errno::AGAIN) => self.watched.clear(Ready::READ),
                 Err(Errno::INTR) => {}
                 Err(error) => return Poll::Ready(Err(error.into())),
@@ -208,14 +208,14 @@ impl StreamSocket {
     /// A read got all that there was: what comes next comes with an event of its own. Not so where it may have ended at an
     /// urgent byte, and where the end has been told already.
     fn drained(&self) {
-        if !self.has_urgent_byte() {
+        if !self.may_end_short() {
             self.watched.clear(Ready::READ);
         }
     }
 
-    /// True from the event that told of an urgent byte (or of the end, behind which there is nothing to miss) until a read
-    /// has found nothing more.
-    fn has_urgent_byte(&self) -> bool {
+    /// A read may end before all that there is: true from the event that told of an urgent byte until a read has found nothing
+    /// more, and once the end was told, after which there is no other event.
+    fn may_end_short(&self) -> bool {
         self.watched.ready().has(Ready::URGENT | Ready::ENDED)
     }
 }

@@ -9,7 +9,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use tokio::sync::mpsc;
-use tokio::task::{JoinError, JoinSet, spawn_local};
+use tokio::task::{JoinError, JoinSet, spawn_local, yield_now};
 use tracing::{error, warn};
 
 use super::drain::Drain;
@@ -167,6 +167,7 @@ async fn serve(worker: &Rc<Worker>, doors: Vec<Door>, sharing: Sharing, drain: &
             while let Some(connection) = inbox.recv().await {
                 let context = &contexts[connection.door];
                 begin(connection, context);
+                yield_now().await;
             }
             Ok(())
         };

@@ -97,8 +97,8 @@ mod tests {
     use crate::config::Config;
     use crate::telemetry::counters::WorkerId;
 
-    /// Five thousand idle sessions are five thousand of these. Up to 432 (16 of them are there only in a debug build), the
-    /// runtime's cell around it takes 512 bytes; one more and it takes 640, since cells are aligned to 128.
+    /// Five thousand idle sessions are five thousand of these. Up to 280, tokio's cell around it takes 384 bytes; one more and it
+    /// takes 512, since cells are aligned to 128.
     #[tokio::test]
     async fn a_session_stays_small() {
         let _reactor = crate::reactor::beside_tokio::install();

@@ -40,9 +40,9 @@ pub struct AccessLine<'a> {
     pub weight: Option<f64>,
     /// Backends tried before the last one.
     pub retries: u32,
-    /// Waiting for a backend to be named.
+    /// Waiting for a backend to be named; in whole microseconds.
     pub queue_ms: f64,
-    /// From the first attempt's begin to the connection; of a session that found none, to the end of the last attempt.
+    /// In whole microseconds, from the first attempt's begin to the connection; of a session that found none, to the end of the last attempt.
     pub connect_ms: f64,
     /// From accept to close.
     pub duration_ms: f64,

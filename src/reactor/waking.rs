@@ -1,0 +1,109 @@
+//! Wakes a thread that waits for events, from any other.
+//!
+//! While the thread runs, a wake-up is a store; only one that comes while it sleeps, or is just about to, costs a system call.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::task::Wake;
+
+use rustix::event::{EventfdFlags, eventfd};
+
+/// One thread's, known to whoever may wake it.
+#[derive(Debug)]
+pub(super) struct Waking {
+    event: OwnedFd,
+    woken: AtomicBool,
+    asleep: AtomicBool,
+}
+
+impl Waking {
+    pub(super) fn new() -> io::Result<Self> {
+        Ok(Self {
+            event: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            woken: AtomicBool::new(false),
+            asleep: AtomicBool::new(false),
+        })
+    }
+
+    /// Readable once it was written to.
+    pub(super) fn event(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+
+    /// What was woken before runs now.
+    pub(super) fn begin(&self) {
+        self.woken.store(false, SeqCst);
+    }
+
+    /// False if something was woken since [`Waking::begin`]. From here until [`Waking::awake`] the first who wakes writes to the
+    /// descriptor: either he sees `asleep`, or this sees `woken`.
+    pub(super) fn may_sleep(&self) -> bool {
+        self.asleep.store(true, SeqCst);
+        !self.woken.load(SeqCst)
+    }
+
+    pub(super) fn awake(&self) {
+        self.asleep.store(false, SeqCst);
+    }
+}
+
+impl Wake for Waking {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.woken.store(true, SeqCst);
+        if self.asleep.swap(false, SeqCst) {
+            // It can only fail where 2⁶⁴ are unread, and then the thread was woken.
+            let _ = rustix::io::write(self.event.as_fd(), &1u64.to_ne_bytes());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicU32;
+    use std::thread;
+
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+    /// Two threads at full speed, so that many wake-ups fall between the last look and the sleep.
+    #[test]
+    fn no_wake_up_is_lost_on_the_way_to_sleep() {
+        const WAKE_UPS: u32 = 300_000;
+        let waking = Arc::new(Waking::new().expect("a descriptor"));
+        let (told, seen) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)));
+        let other = {
+            let (waking, told, seen) = (Arc::clone(&waking), Arc::clone(&told), Arc::clone(&seen));
+            thread::spawn(move || {
+                for number in 1..=WAKE_UPS {
+                    while seen.load(SeqCst) < number - 1 {
+                        std::hint::spin_loop();
+                    }
+                    told.store(number, SeqCst);
+                    waking.wake_by_ref();
+                }
+            })
+        };
+        let limit = Timespec { tv_sec: 10, tv_nsec: 0 };
+        while seen.load(SeqCst) < WAKE_UPS {
+            waking.begin();
+            let number = told.load(SeqCst);
+            if number > seen.load(SeqCst) {
+                seen.store(number, SeqCst);
+                continue;
+            }
+            if waking.may_sleep() {
+                let woken = poll(&mut [PollFd::new(&waking.event, PollFlags::IN)], Some(&limit));
+                assert_eq!(woken, Ok(1), "it sleeps on after {number} wake-ups");
+                rustix::io::read(&waking.event, &mut [0; 8]).expect("it was written");
+            }
+            waking.awake();
+        }
+        other.join().expect("it ends");
+    }
+}
