@@ -13,6 +13,7 @@ mod listen;
 mod lua_pick;
 mod names;
 mod real_programs;
+mod redis_random;
 mod redis_sync;
 mod relay;
 mod relay_bulk;
