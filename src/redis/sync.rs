@@ -239,7 +239,7 @@ impl<'a> Syncer<'a> {
         place: usize,
         since: Instant,
     ) -> Result<Option<usize>, RedisError> {
-        let Followed { pool, key, .. } = &self.followed[place];
+        let Followed { pool, cell, key } = &self.followed[place];
         let answer: Result<Value, RedisError> = redis::cmd("ZRANGE")
             .arg(key)
             .arg(0)
@@ -248,10 +248,11 @@ impl<'a> Syncer<'a> {
             .query_async(connection)
             .await;
         self.status.resyncs.add(1);
+        let is_no_table = matches!(&answer, Err(error) if error.code() == Some("WRONGTYPE"));
         let read = match answer {
             Ok(answer) => decode::table(answer).map_err(|malformed| malformed.to_string()),
             Err(error) if connection::is_refusal(&error) => {
-                let cure = if error.code() == Some("WRONGTYPE") {
+                let cure = if is_no_table {
                     "the key holds something else than a sorted set: delete it and ZADD the members again"
                 } else {
                     connection::cure(&error)
@@ -275,8 +276,18 @@ impl<'a> Syncer<'a> {
             Err(reason) => {
                 self.tables[place].failed_reads.add(1);
                 self.states[place].in_step = false;
+                // Whatever was written over it, the table is gone. Any other refusal says nothing of the table.
+                let refuses = is_no_table && self.on_empty == OnEmpty::Refuse;
+                if refuses {
+                    cell.publish(Table::default());
+                }
                 if let Some((_, held_back)) = self.says(place, Some(Said::Refused(reason.clone()))) {
-                    error!(pool = %pool, key, reason, held_back, "cannot read the weights, keeping the last table");
+                    let then = if refuses {
+                        "cannot read the weights, refusing sessions (redis.on_empty)"
+                    } else {
+                        "cannot read the weights, keeping the last table"
+                    };
+                    error!(pool = %pool, key, reason, held_back, "{then}");
                 }
                 Ok(None)
             }
