@@ -5,10 +5,10 @@
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use arc_swap::{ArcSwap, Guard};
-use tokio::sync::Notify;
+use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::Table;
@@ -24,7 +24,8 @@ pub struct Cell {
     /// What the newest snapshot was made from, to make it again when a backend changes. Only publishers lock it.
     table: Mutex<Table>,
     registry: Registry,
-    published: Notify,
+    /// Says when the newest table came.
+    published: watch::Sender<SystemTime>,
     /// Milliseconds from `epoch` to the last confirmation, or [`NEVER`].
     confirmed: AtomicU64,
     epoch: Instant,
@@ -40,7 +41,7 @@ impl Cell {
             newest: ArcSwap::from_pointee(first),
             table: Mutex::new(configured),
             registry,
-            published: Notify::new(),
+            published: watch::Sender::new(SystemTime::now()),
             confirmed: AtomicU64::new(NEVER),
             epoch: Instant::now(),
         }
@@ -68,15 +69,17 @@ impl Cell {
             let next = newest.next(Origin::Redis, &table, &self.registry);
             self.newest.store(Arc::new(next));
             *current = table;
-            self.published.notify_one();
+            self.published.send_replace(SystemTime::now());
         }
         self.confirm();
         changed
     }
 
-    /// Waits for a new table; one that came since the last call is not missed. For one waiter. Cancel safe.
-    pub async fn published(&self) {
-        self.published.notified().await;
+    /// Hears of every new table from now on, and when it came. Who is slow hears of the newest alone. It works for as long
+    /// as the cell lives.
+    #[must_use]
+    pub fn published(&self) -> watch::Receiver<SystemTime> {
+        self.published.subscribe()
     }
 
     /// Makes the snapshot again from the same table, because a backend changed.
@@ -133,6 +136,20 @@ mod tests {
         assert_eq!((cell.load().version, cell.age()), (version, Some(Duration::ZERO)));
         assert!(cell.publish(table(2.0)));
         assert_eq!(cell.load().version, version + 1);
+    }
+
+    #[tokio::test]
+    async fn everyone_who_listens_hears_of_a_new_table_and_of_no_unchanged_one() {
+        let cell = Cell::new(table(1.0), 1);
+        let listeners = [cell.published(), cell.published()];
+        cell.publish(table(2.0));
+        for mut listener in listeners {
+            assert!(listener.has_changed().expect("the cell lives"));
+            listener.mark_unchanged();
+            cell.publish(table(2.0));
+            cell.refresh();
+            assert!(!listener.has_changed().expect("the cell lives"));
+        }
     }
 
     #[test]

@@ -10,9 +10,9 @@ use std::future::{Future, poll_fn};
 use std::net::{SocketAddr, ToSocketAddrs as _};
 use std::sync::Arc;
 use std::task::Poll;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::{JoinSet, spawn_blocking};
 use tokio::time::{Instant, sleep_until, timeout};
 use tracing::{info, warn};
@@ -43,6 +43,7 @@ static PLACES_OF_FAILING: Semaphore = Semaphore::const_new(32);
 #[derive(Debug)]
 pub struct Names {
     pool: Arc<Pool>,
+    published: watch::Receiver<SystemTime>,
     known: HashMap<BackendId, Known>,
     lookups: JoinSet<(Arc<Backend>, Answer)>,
     /// When the earliest of `known` is due.
@@ -81,6 +82,7 @@ impl Names {
     #[must_use]
     pub fn new(pool: Arc<Pool>) -> Self {
         Self {
+            published: pool.cell.published(),
             pool,
             known: HashMap::new(),
             lookups: JoinSet::new(),
@@ -118,7 +120,8 @@ impl Names {
                     self.take(&backend, result);
                 }
             }
-            () = self.pool.cell.published() => self.look(),
+            // The pool is held here, and with it the cell.
+            Ok(()) = self.published.changed() => self.look(),
         }
     }
 
