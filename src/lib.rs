@@ -3,7 +3,7 @@
 //! Two planes that meet in few places, as ARCHITECTURE.md tells:
 //! - The data plane accepts ([`listen`]), finds a backend ([`session`], [`balance`]) and copies bytes ([`relay`]), on
 //!   threads that share nothing and wait for nothing but their sockets ([`runtime::worker`]).
-//! - The control plane follows [`redis`], resolves names ([`runtime::resolve`]), and shows what happens ([`telemetry`]).
+//! - The control plane follows [`redis`], keeps its tables for the next start ([`state`]), resolves names ([`runtime::resolve`]), and shows what happens ([`telemetry`]).
 //!
 //! [`proxy`] puts them together, [`config`] says how, [`cli`] is what a person types.
 
@@ -17,4 +17,5 @@ pub mod redis;
 pub mod relay;
 pub mod runtime;
 pub mod session;
+pub mod state;
 pub mod telemetry;

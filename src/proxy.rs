@@ -28,6 +28,7 @@ use crate::runtime::handover;
 use crate::runtime::resolve::{self, Names};
 use crate::runtime::worker::{self, Door, Shared};
 use crate::session::{Listener, Settings};
+use crate::state::{self, Kept, SaveStatus};
 use crate::telemetry::admin::{self, AdminBindError, AdminState};
 use crate::telemetry::counters::{PerWorker, WorkerId};
 use crate::telemetry::log_sink::LogSink;
@@ -89,7 +90,8 @@ pub struct Running {
     control: Option<JoinHandle<Summary>>,
 }
 
-/// Starts a proxy: returns when it accepts, at most a little over a second from now, whether Redis answers or not.
+/// Starts a proxy: returns when it accepts, at most a little over a second from now, whether Redis answers or not. A
+/// `state_dir` that hangs may take two more.
 ///
 /// Session lines go to `log` if `config.log.access` is on; other log lines go to whatever `tracing` subscriber the
 /// process has.
@@ -152,6 +154,11 @@ pub fn start(config: &Config, log: Option<LogSink>) -> Result<Running, StartErro
         sessions: Arc::clone(&sessions),
         redis: config.redis.as_ref().map(|_| Arc::default()),
         tables: config.pools.iter().map(|_| TableStatus::default()).collect(),
+        saves: config
+            .redis
+            .as_ref()
+            .and(config.state_dir.as_ref())
+            .map(|_| config.pools.iter().map(|_| SaveStatus::default()).collect()),
         log: log.clone(),
     };
     let access_log = log.filter(|_| config.log.access).map(|sink| (config.log.format, sink));
@@ -308,6 +315,7 @@ impl Control {
                 AdminState { observed: self.observed.clone(), drain: self.shared.drain.clone(), token };
             tasks.spawn(admin::serve(socket, Arc::new(state)));
         }
+        self.keep_tables(tasks).await;
         let (first_try_over, over) = oneshot::channel::<()>();
         self.follow_redis(tasks, first_try_over);
         let mut names: Vec<Names> = self.observed.pools.iter().cloned().map(Names::new).collect();
@@ -323,6 +331,21 @@ impl Control {
         }
         for names in names {
             tasks.spawn(names.run());
+        }
+    }
+
+    /// Begins with what was saved. Redis comes after it: its answer is newer.
+    async fn keep_tables(&self, tasks: &mut JoinSet<()>) {
+        let (Some(redis), Some(folder)) = (&self.config.redis, &self.config.state_dir) else { return };
+        let Some(saves) = &self.observed.saves else { return };
+        let pools = self.observed.pools.iter().zip(&self.config.pools);
+        let kept = pools.map(|(pool, settings)| Kept {
+            pool: Arc::clone(&pool.name),
+            key: settings.weights_key.clone(),
+            cell: Arc::clone(&pool.cell),
+        });
+        for keeper in state::keeper::open(folder, redis.on_empty, kept.collect(), saves).await {
+            tasks.spawn(keeper.run());
         }
     }
 

@@ -29,7 +29,7 @@ fn backends(addresses: &[SocketAddr]) -> String {
 }
 
 /// CONTRACT.md's names, as far as this version has them: the family, its type, its labels.
-const METRICS: [(&str, &str, &[&str]); 28] = [
+const METRICS: [(&str, &str, &[&str]); 29] = [
     ("statera_listener_connections", "counter", &["listener"]),
     ("statera_listener_connections_active", "gauge", &["listener"]),
     ("statera_listener_rejected", "counter", &["listener", "reason"]),
@@ -56,6 +56,7 @@ const METRICS: [(&str, &str, &[&str]); 28] = [
     ("statera_weight_propagation_seconds", "histogram", &[]),
     ("statera_table_rejected_members", "gauge", &["pool"]),
     ("statera_table_failed_reads", "counter", &["pool"]),
+    ("statera_state_writes_failed", "counter", &["pool"]),
     ("statera_log_dropped", "counter", &[]),
     ("statera_build_info", "gauge", &["version"]),
 ];
@@ -74,8 +75,9 @@ for family in families(sys.stdin.read()):
 async fn every_metric_of_the_contract_is_there_and_prometheus_can_read_it() {
     let (backend, redis) = (Backend::echo().await, Redis::start().await);
     redis.set_weights([(&backend, 2.5)]).await;
-    let (program, entry, admin) =
-        statera(&format!("redis: {{url: \"{}\"}}", redis.url()), "", "weights_key: servers").await;
+    let state = tempfile::TempDir::new().expect("a folder");
+    let top = format!("redis: {{url: \"{}\"}}\nstate_dir: {:?}", redis.url(), state.path());
+    let (program, entry, admin) = statera(&top, "", "weights_key: servers").await;
     echo(entry, b"ping").await.expect("an answer");
     // A change makes a notification, and the propagation's first observation.
     redis.run(&format!("ZADD servers 5 {}", backend.address)).await;

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 ///
 /// The data plane stands above: it knows nothing of Redis. What Redis says reaches it as snapshots, which `redis`
 /// publishes through `balance`'s plain types; where both need an answer at once (the Lua pick), `balance` owns the channel.
-const ARROWS: [(&str, &[&str]); 11] = [
+const ARROWS: [(&str, &[&str]); 12] = [
     ("reactor", &[]),
     ("balance", &["reactor", "telemetry::counters"]),
     ("relay", &["reactor", "telemetry::counters"]),
@@ -46,18 +46,29 @@ const ARROWS: [(&str, &[&str]); 11] = [
             "telemetry::counters",
         ],
     ),
+    // What it saves comes out of the snapshot cells, so it has no need to know Redis.
+    ("state", &["balance", "config", "runtime::backoff", "telemetry::counters"]),
     ("runtime", &["balance", "config", "listen", "reactor", "relay::Stream", "session", "telemetry"]),
     (
         "telemetry",
-        &["balance", "config", "listen::socket", "reactor", "redis::status", "runtime::drain", "session"],
+        &[
+            "balance",
+            "config",
+            "listen::socket",
+            "reactor",
+            "redis::status",
+            "runtime::drain",
+            "session",
+            "state::SaveStatus",
+        ],
     ),
     ("cli", &["config", "proxy", "telemetry::log_sink"]),
     // The composition root: it alone may know all.
-    ("proxy", &["balance", "config", "listen", "redis", "relay", "runtime", "session", "telemetry"]),
+    ("proxy", &["balance", "config", "listen", "redis", "relay", "runtime", "session", "state", "telemetry"]),
 ];
 
 /// These never name Redis, neither the module nor the crate.
-const WITHOUT_REDIS: [&str; 5] = ["balance", "listen", "reactor", "relay", "session"];
+const WITHOUT_REDIS: [&str; 6] = ["balance", "listen", "reactor", "relay", "session", "state"];
 
 /// Above this, a file has a second subject.
 const FILE_MAX_LINES: usize = 450;

@@ -95,7 +95,7 @@ fn the_shipped_example_loads() {
 fn what_is_left_out_takes_the_defaults_of_the_contract() {
     let config = load(&fs::read_to_string(folder("valid/minimal.yaml")).unwrap()).unwrap();
     let pool = &config.pools[0];
-    assert!(config.redis.is_none() && config.admin.is_none());
+    assert!(config.redis.is_none() && config.admin.is_none() && config.state_dir.is_none());
     assert_eq!(config.workers, std::thread::available_parallelism().unwrap());
     assert_eq!(pool.weights_key, "statera:{web}:weights");
     assert_eq!((pool.connect.attempts.get(), pool.connect.deadline), (3, Duration::from_secs(3)));
@@ -109,6 +109,14 @@ fn what_is_left_out_takes_the_defaults_of_the_contract() {
     assert_eq!(redis.address, RedisAddress::Tcp { host: "127.0.0.1".into(), port: 6379 });
     assert_eq!((redis.watch, redis.on_empty), (Watch::Auto, OnEmpty::KeepLast));
     assert_eq!(redis.max_stale, Duration::from_secs(5));
+}
+
+#[test]
+fn a_state_dir_that_a_variable_left_empty_is_none() {
+    let state_dir =
+        |file: &str| load(&fs::read_to_string(folder("valid").join(file)).unwrap()).unwrap().state_dir;
+    assert_eq!(state_dir("no_state_dir.yaml"), None);
+    assert_eq!(state_dir("everything.yaml"), Some(PathBuf::from("/var/lib/statera")));
 }
 
 #[test]

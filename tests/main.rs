@@ -20,6 +20,7 @@ mod relay_bulk;
 mod relay_cuts;
 mod relay_random;
 mod shutdown;
+mod state;
 mod storm;
 mod support;
 mod system_calls;

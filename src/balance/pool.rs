@@ -19,7 +19,7 @@ pub enum Source {
     Snapshot,
     /// Redis itself, by the Lua script.
     Lua,
-    /// The last snapshot of Redis, however old.
+    /// The last snapshot of Redis, however old: also one that was saved before this process began.
     Stale,
     /// The `backends` of config.yaml.
     Configured,
@@ -106,7 +106,7 @@ impl Pool {
 
     /// A backend that is not in `tried`; `random` is uniform over all of `u64`. A fresh snapshot is asked first; where
     /// it is missing, stale or has none left, Redis; then the last snapshot however old, which at the start is the
-    /// configured one. `None`: there is none.
+    /// saved or the configured one. `None`: there is none.
     ///
     /// A fresh snapshot without any weight is an answer too ("no new sessions"), so nobody else is asked then.
     ///
@@ -142,6 +142,8 @@ impl Pool {
         let member = snapshot.pick(point, tried)?;
         let source = match (snapshot.origin, fresh) {
             (Origin::Configured, _) => Source::Configured,
+            // However fresh: Redis confirms it only for want of members (`on_empty: keep_last`).
+            (Origin::Saved, _) => Source::Stale,
             (Origin::Redis, true) => Source::Snapshot,
             (Origin::Redis, false) => Source::Stale,
         };
@@ -207,6 +209,15 @@ mod tests {
 
         pool.cell.confirm();
         assert_eq!(pick(&pool, &[]).await, named("10.0.0.2:80", Source::Snapshot));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_saved_table_is_stale_even_where_an_emptied_redis_lets_it_stand() {
+        let pool = pool(Some(Sync { max_stale: MAX_STALE, lua: None }));
+        pool.cell.restore(table(&[("10.0.0.9:80", 1.0)]));
+        assert_eq!(pick(&pool, &[]).await, named("10.0.0.9:80", Source::Stale));
+        pool.cell.confirm();
+        assert_eq!(pick(&pool, &[]).await, named("10.0.0.9:80", Source::Stale));
     }
 
     #[tokio::test(start_paused = true)]

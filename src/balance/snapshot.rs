@@ -15,6 +15,8 @@ use super::{BackendId, Table, Weight};
 pub enum Origin {
     /// In config.yaml.
     Configured,
+    /// In Redis, before this process began; it was found in a file of `state_dir`.
+    Saved,
     /// In Redis.
     Redis,
 }
@@ -25,6 +27,7 @@ impl Origin {
     pub fn name(self) -> &'static str {
         match self {
             Self::Configured => "configured",
+            Self::Saved => "saved",
             Self::Redis => "redis",
         }
     }

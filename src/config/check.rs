@@ -20,8 +20,8 @@ use super::file::{ConfigFile, Unreadable, environment};
 use super::{Config, Congestion, Redis};
 
 const ROOT: Keys = Keys {
-    now: &["workers", "redis", "lua_pick", "listeners", "pools", "admin", "log", "shutdown"],
-    later: &["state_dir"],
+    now: &["workers", "redis", "lua_pick", "state_dir", "listeners", "pools", "admin", "log", "shutdown"],
+    later: &[],
 };
 const NAME_MAX_BYTES: usize = 64;
 
@@ -128,6 +128,7 @@ fn config(root: &Section<'_>) -> Config {
     }
     Config {
         workers: process::workers(root),
+        state_dir: process::state_dir(root),
         lua_pick,
         admin: root.has("admin").then(|| listeners.admin(&root.section("admin", listeners::ADMIN))).flatten(),
         log: process::log(&root.section("log", process::LOG)),

@@ -30,6 +30,8 @@ pub struct Config {
     pub redis: Option<Redis>,
     /// How Redis may be asked to pick when a snapshot cannot be trusted.
     pub lua_pick: LuaPick,
+    /// Where the last tables from Redis are kept for a start without it; `None` keeps none.
+    pub state_dir: Option<PathBuf>,
     /// In the order of the file; names and addresses are unique.
     pub listeners: Vec<Listener>,
     /// In the order of the file; names are unique.

@@ -18,6 +18,7 @@ use crate::balance::backend::Backend;
 use crate::balance::pool::{Pool, Source};
 use crate::redis::status::{RedisStatus, TableStatus, WatchMode};
 use crate::session::{CloseReason, Listener, SessionCounters};
+use crate::state::SaveStatus;
 use crate::telemetry::counters::PerWorker;
 
 /// The content type of [`encode`]'s text.
@@ -36,6 +37,8 @@ pub struct Observed {
     pub redis: Option<Arc<RedisStatus>>,
     /// One for each pool.
     pub tables: Arc<[TableStatus]>,
+    /// One for each pool; `None`: no tables are saved.
+    pub saves: Option<Arc<[SaveStatus]>>,
     /// Where log lines go.
     pub log: Option<LogSink>,
 }
@@ -232,6 +235,15 @@ impl Observed {
             "Reads of the table that Redis refused, or that gave no table",
             tables().map(|(labels, table)| (labels, table.failed_reads.get())),
         )?;
+        if let Some(saves) = &self.saves {
+            let by_pool = self.pools.iter().zip(saves.iter());
+            counters(
+                encoder,
+                "statera_state_writes_failed",
+                "Tries to save the table in state_dir that failed",
+                by_pool.map(|(pool, save)| ([("pool", pool.name.to_string())], save.failed_writes.get())),
+            )?;
+        }
         let mut propagation = HistogramTotal::default();
         redis.propagation.add_to(&mut propagation);
         histograms(

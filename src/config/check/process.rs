@@ -1,6 +1,7 @@
-//! `workers`, `log` and `shutdown`: how the process itself runs and ends.
+//! `workers`, `state_dir`, `log` and `shutdown`: how the process itself runs and ends.
 
 use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use tracing::Level;
@@ -27,6 +28,17 @@ pub(super) fn workers(root: &Section<'_>) -> NonZeroUsize {
     }
     field.refuse(format_args!("write auto, or a whole number from 1 to {WORKERS_MAX}"));
     NonZeroUsize::MIN
+}
+
+/// An empty text is what `${STATE_DIR:-}` leaves behind, and means that there is none. Whether the folder can be used is
+/// known where it runs, and may change: see `state/`.
+pub(super) fn state_dir(root: &Section<'_>) -> Option<PathBuf> {
+    let field = root.field("state_dir")?;
+    let text = field.text().filter(|text| !text.is_empty())?;
+    if !Path::new(text).is_absolute() || text.chars().any(char::is_control) {
+        field.refuse("the absolute path of a folder is needed, like /var/lib/statera");
+    }
+    Some(text.into())
 }
 
 pub(super) fn log(section: &Section<'_>) -> Log {

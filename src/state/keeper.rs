@@ -1,0 +1,199 @@
+//! Reads the saved tables at the start, and saves new ones, one task a pool.
+//!
+//! Runs on the control plane, and leaves everything that touches the disk to a thread that may wait for it: a disk that
+//! hangs holds back neither a start nor Redis. Writes take turns, and a pool rests after each; of the tables that come
+//! meanwhile the newest counts. A write that failed is tried again for as long as the process lives.
+
+use std::future::pending;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use tokio::sync::{Semaphore, watch};
+use tokio::task::spawn_blocking;
+use tokio::time::{Instant, sleep, timeout};
+use tracing::{error, info, warn};
+
+use super::file::{self, WriteError};
+use super::format::{self, Saved};
+use super::health::Health;
+use super::{Kept, SaveStatus, Unusable};
+use crate::balance::snapshot::Snapshot;
+use crate::config::OnEmpty;
+use crate::runtime::backoff::Backoff;
+
+/// How long a start waits for the saved tables: a disk that is slower has failed.
+const READ_TIME: Duration = Duration::from_secs(1);
+/// A write that takes longer is told of, and waited for.
+const WRITE_TIME: Duration = Duration::from_secs(10);
+/// Between two writes of one pool's file.
+const REST: Duration = Duration::from_millis(100);
+/// After a failed write.
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// Without a failure for this long, the next one is a first one. A disk that is full every other moment is not.
+const CALM: Duration = Duration::from_secs(60);
+
+/// Saves the tables of one pool.
+#[derive(Debug)]
+pub struct Keeper {
+    place: usize,
+    kept: Kept,
+    published: watch::Receiver<SystemTime>,
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    folder: PathBuf,
+    statuses: Arc<[SaveStatus]>,
+    /// One disk, one write at a time.
+    turn: Semaphore,
+    health: Mutex<Health>,
+}
+
+/// Gives the pools what was saved of them, and returns who saves their next tables. Whatever is wrong with the folder
+/// or with a file is said in the log; at most two seconds go by.
+///
+/// To be called before Redis is followed. `statuses` has one place for each of `kept`.
+pub async fn open(
+    folder: &Path,
+    on_empty: OnEmpty,
+    kept: Vec<Kept>,
+    statuses: &Arc<[SaveStatus]>,
+) -> Vec<Keeper> {
+    let shared = Arc::new(Shared {
+        folder: folder.to_owned(),
+        statuses: Arc::clone(statuses),
+        turn: Semaphore::new(1),
+        health: Mutex::default(),
+    });
+    shared.restore(on_empty, &kept).await;
+    shared.prepare().await;
+    let keeper = |(place, kept): (usize, Kept)| {
+        // What was restored is saved already: only Redis publishes from now on.
+        let published = kept.cell.published();
+        Keeper { place, kept, published, shared: Arc::clone(&shared) }
+    };
+    kept.into_iter().enumerate().map(keeper).collect()
+}
+
+impl Shared {
+    async fn restore(&self, on_empty: OnEmpty, kept: &[Kept]) {
+        let (folder, wanted) = (self.folder.clone(), kept.to_vec());
+        let read = move || -> Vec<_> { wanted.iter().map(|kept| read(&folder, kept)).collect() };
+        let results = match timeout(READ_TIME, spawn_blocking(read)).await {
+            Ok(Ok(results)) => results,
+            Ok(Err(error)) => {
+                return error!(%error, "reading the saved tables failed: starting without them");
+            }
+            Err(_) => {
+                let state_dir = self.folder.display();
+                return warn!(%state_dir, "state_dir does not answer: starting without the saved tables");
+            }
+        };
+        for (kept, result) in kept.iter().zip(results) {
+            let file = self.folder.join(file::name_of(&kept.pool));
+            let (pool, file) = (&*kept.pool, file.display());
+            match result {
+                Ok(None) => {}
+                Ok(Some(saved)) if saved.table.is_empty() && on_empty == OnEmpty::KeepLast => {
+                    // Left there by an `on_empty: refuse` that no longer holds.
+                    info!(pool, %file, "the saved table has no members: starting with the configured backends");
+                }
+                Ok(Some(Saved { table, time })) => {
+                    let (backends, saved) = (table.members().len(), humantime::format_rfc3339_seconds(time));
+                    kept.cell.restore(table);
+                    info!(pool, %file, backends, %saved, "starting with the saved table, until redis answers");
+                }
+                Err(reason) => warn!(pool, %file, %reason, "the saved table is ignored"),
+            }
+        }
+    }
+
+    async fn prepare(&self) {
+        let folder = self.folder.clone();
+        match timeout(READ_TIME, spawn_blocking(move || file::prepare(&folder))).await {
+            Ok(Ok(Ok(()))) => {}
+            Ok(Ok(Err(error))) => self.fails(None, &error.to_string(), error.cure()),
+            Ok(Err(panic)) => self.fails(None, &panic.to_string(), "it is a defect"),
+            Err(_) => self.fails(None, "the folder does not answer", "look after its disk"),
+        }
+    }
+
+    fn fails(&self, place: Option<usize>, reason: &str, cure: &str) {
+        if self.health.lock().unwrap_or_else(PoisonError::into_inner).fails(place, reason) {
+            let state_dir = self.folder.display();
+            warn!(%state_dir, reason, cure, "cannot save tables: it is tried again until it works");
+        }
+    }
+
+    fn works(&self, place: usize) {
+        if self.health.lock().unwrap_or_else(PoisonError::into_inner).works(place) {
+            let state_dir = self.folder.display();
+            info!(%state_dir, "tables are saved again");
+        }
+    }
+}
+
+fn read(folder: &Path, kept: &Kept) -> Result<Option<Saved>, Unusable> {
+    let bytes = file::read(&folder.join(file::name_of(&kept.pool)))?;
+    bytes.map(|bytes| format::decode(&bytes, &kept.pool, &kept.key)).transpose()
+}
+
+fn write(folder: &Path, kept: &Kept, time: SystemTime, snapshot: &Snapshot) -> Result<(), WriteError> {
+    let text = format::encode(&kept.pool, &kept.key, time, snapshot.members());
+    file::write(folder, &file::name_of(&kept.pool), text.as_bytes())
+}
+
+impl Keeper {
+    /// Saves each new table from Redis, or the newest of those that came during the last write. Never ends.
+    ///
+    /// # Cancel safety
+    /// Dropping the future lets a write that is under way go on; whether or not it ends, the file is whole.
+    pub async fn run(mut self) {
+        let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+        let mut failed: Option<Instant> = None;
+        loop {
+            if self.published.changed().await.is_err() {
+                // The cell is gone; it is held here, so it is not.
+                return pending().await;
+            }
+            while !self.save().await {
+                if failed.replace(Instant::now()).is_some_and(|failed| failed.elapsed() > CALM) {
+                    backoff.reset();
+                }
+                sleep(backoff.pause()).await;
+            }
+            sleep(REST).await;
+        }
+    }
+
+    /// Returns true if the newest table was saved.
+    async fn save(&mut self) -> bool {
+        // Never closed; held until the write has ended, however long that takes.
+        let _turn = self.shared.turn.acquire().await;
+        let time = *self.published.borrow_and_update();
+        let snapshot = Arc::clone(&self.kept.cell.load());
+        let (shared, kept) = (Arc::clone(&self.shared), self.kept.clone());
+        let mut write = spawn_blocking(move || write(&shared.folder, &kept, time, &snapshot));
+        let ended = match timeout(WRITE_TIME, &mut write).await {
+            Ok(ended) => ended,
+            Err(_) => {
+                self.fails("the disk takes longer than 10 s for a write", "look after it");
+                write.await
+            }
+        };
+        match &ended {
+            Ok(Ok(())) => self.shared.works(self.place),
+            Ok(Err(error)) => self.fails(&error.to_string(), error.cure()),
+            Err(panic) => self.fails(&panic.to_string(), "it is a defect"),
+        }
+        matches!(ended, Ok(Ok(())))
+    }
+
+    fn fails(&self, reason: &str, cure: &str) {
+        self.shared.statuses[self.place].failed_writes.add(1);
+        self.shared.fails(Some(self.place), reason, cure);
+    }
+}
