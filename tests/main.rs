@@ -15,6 +15,7 @@ mod names;
 mod real_programs;
 mod redis_random;
 mod redis_sync;
+mod redis_tls;
 mod relay;
 mod relay_bulk;
 mod relay_cuts;

@@ -49,6 +49,8 @@ pub struct Config {
 pub struct Redis {
     /// Where the server is.
     pub address: RedisAddress,
+    /// How TLS is spoken; there whenever `address` is [`RedisAddress::Tls`].
+    pub tls: Option<Tls>,
     /// The database number, from the URL's path.
     pub database: u32,
     /// An ACL user; `None` is the default user.
@@ -85,17 +87,48 @@ pub enum RedisAddress {
         /// 6379 where the URL names none.
         port: u16,
     },
+    /// `rediss://host:port`
+    Tls {
+        /// A name or an address, without brackets; the server's certificate must be for it.
+        host: String,
+        /// 6379 where the URL names none.
+        port: u16,
+    },
     /// `unix:///path`
     Unix(PathBuf),
 }
 
 impl fmt::Display for RedisAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Tcp { host, port } if host.contains(':') => write!(f, "redis://[{host}]:{port}"),
-            Self::Tcp { host, port } => write!(f, "redis://{host}:{port}"),
-            Self::Unix(path) => write!(f, "unix://{}", path.display()),
+        let (scheme, host, port) = match self {
+            Self::Tcp { host, port } => ("redis", host, port),
+            Self::Tls { host, port } => ("rediss", host, port),
+            Self::Unix(path) => return write!(f, "unix://{}", path.display()),
+        };
+        if host.contains(':') {
+            write!(f, "{scheme}://[{host}]:{port}")
+        } else {
+            write!(f, "{scheme}://{host}:{port}")
         }
+    }
+}
+
+/// How TLS is spoken to Redis: whom to trust, and the certificate to show. Read from its files once.
+#[derive(Clone)]
+pub struct Tls(Arc<rustls::ClientConfig>);
+
+impl Tls {
+    /// For a connection.
+    #[must_use]
+    pub fn client_config(&self) -> Arc<rustls::ClientConfig> {
+        Arc::clone(&self.0)
+    }
+}
+
+impl fmt::Debug for Tls {
+    // It holds a private key.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Tls(…)")
     }
 }
 

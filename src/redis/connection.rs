@@ -1,17 +1,32 @@
-//! Opens a connection to Redis: addressed, authenticated, on the right database, speaking RESP3, with a deadline on
-//! everything.
+//! Opens a connection to Redis: addressed, encrypted where that is wanted, authenticated, on the right database, speaking
+//! RESP3, with a deadline on everything.
+//!
+//! What can go wrong, and its cures, are in `trouble.rs`.
 
+use std::io;
+use std::ops::{Deref, DerefMut};
+use std::sync::Arc;
 use std::time::Duration;
 
-use redis::aio::MultiplexedConnection;
-use redis::io::tcp::{TcpSettings, socket2::TcpKeepalive};
+use redis::aio::{ConnectionLike, MultiplexedConnection};
 use redis::{
-    AsyncConnectionConfig, Client, ConnectionAddr, ErrorKind, IntoConnectionInfo as _, ProtocolVersion,
-    PushInfo, RedisConnectionInfo, RedisError, RedisResult, ServerErrorKind, Value,
+    AsyncConnectionConfig, Cmd, ErrorKind, ProtocolVersion, PushInfo, RedisConnectionInfo, RedisError,
+    RedisFuture, RedisResult, Value,
 };
-use tokio::time::timeout;
+use rustls::pki_types::ServerName;
+use socket2::{SockRef, TcpKeepalive};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout_at};
+use tokio_rustls::TlsConnector;
 
-use crate::config::{Redis, RedisAddress};
+use super::trouble::Trouble;
+pub(super) use super::trouble::{cure, is_not_ready, is_refusal};
+use crate::config::{Redis, RedisAddress, Tls};
+
+/// Silence on the wire before the kernel asks whether the peer is still there.
+const KEEPALIVE: Duration = Duration::from_secs(30);
 
 /// What a server says of itself in answer to HELLO.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -20,51 +35,140 @@ pub(super) struct Server {
     pub(super) role: String,
 }
 
+/// A connection that answers. Its last clone closes it, whatever is still under way on it.
+#[derive(Clone, Debug)]
+pub(super) struct Connection {
+    multiplexed: MultiplexedConnection,
+    /// Left alone, it would wait for the answers of a server that is frozen.
+    _driver: Arc<JoinSet<()>>,
+}
+
+impl Deref for Connection {
+    type Target = MultiplexedConnection;
+
+    fn deref(&self) -> &MultiplexedConnection {
+        &self.multiplexed
+    }
+}
+
+impl DerefMut for Connection {
+    fn deref_mut(&mut self) -> &mut MultiplexedConnection {
+        &mut self.multiplexed
+    }
+}
+
+impl ConnectionLike for Connection {
+    fn req_packed_command<'a>(&'a mut self, command: &'a Cmd) -> RedisFuture<'a, Value> {
+        self.multiplexed.req_packed_command(command)
+    }
+
+    fn req_packed_commands<'a>(
+        &'a mut self,
+        pipeline: &'a redis::Pipeline,
+        offset: usize,
+        count: usize,
+    ) -> RedisFuture<'a, Vec<Value>> {
+        self.multiplexed.req_packed_commands(pipeline, offset, count)
+    }
+
+    fn get_db(&self) -> i64 {
+        self.multiplexed.get_db()
+    }
+}
+
+trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
+
 /// Connects. Pushed messages go to `on_push`, which must not wait.
 pub(super) async fn open(
     settings: &Redis,
     on_push: impl Fn(PushInfo) + Send + Sync + 'static,
-) -> RedisResult<MultiplexedConnection> {
-    let address = match &settings.address {
-        RedisAddress::Tcp { host, port } => ConnectionAddr::Tcp(host.clone(), *port),
-        RedisAddress::Unix(path) => ConnectionAddr::Unix(path.clone()),
-    };
+) -> RedisResult<Connection> {
+    let mut identity = identity(settings.username.as_deref(), settings.password.as_ref().map(|p| p.expose()));
+    identity = identity.set_db(i64::from(settings.database));
+    connect(settings, &settings.address, &identity, on_push).await
+}
+
+fn identity(username: Option<&str>, password: Option<&str>) -> RedisConnectionInfo {
     let mut identity = RedisConnectionInfo::default()
-        .set_db(i64::from(settings.database))
         .set_protocol(ProtocolVersion::RESP3)
         // CLIENT SETINFO is unknown to Redis 7.0 and would be refused to a user of few rights.
         .set_skip_set_lib_name();
-    if let Some(username) = &settings.username {
+    if let Some(username) = username {
         identity = identity.set_username(username);
     }
-    if let Some(password) = &settings.password {
-        identity = identity.set_password(password.expose());
+    if let Some(password) = password {
+        identity = identity.set_password(password);
     }
-    // A peer that vanished without a word is noticed by the heartbeat; this frees its socket.
-    let tcp = TcpSettings::default()
-        .set_nodelay(true)
-        .set_keepalive(TcpKeepalive::new().with_time(Duration::from_secs(30)))
-        .set_user_timeout(settings.response_timeout + settings.heartbeat_interval);
-    let info = address.into_connection_info()?.set_tcp_settings(tcp).set_redis_settings(identity);
+    identity
+}
+
+async fn connect(
+    settings: &Redis,
+    address: &RedisAddress,
+    identity: &RedisConnectionInfo,
+    on_push: impl Fn(PushInfo) + Send + Sync + 'static,
+) -> RedisResult<Connection> {
+    let deadline = Instant::now() + settings.connect_timeout + settings.response_timeout;
+    let stream = stream(settings, address, deadline).await?;
     let config = AsyncConnectionConfig::new()
-        .set_connection_timeout(Some(settings.connect_timeout))
         .set_response_timeout(Some(settings.response_timeout))
         .set_push_sender(move |push| -> Result<(), redis::aio::SendError> {
             on_push(push);
             Ok(())
         });
-    // The library's own timeout covers the TCP handshake alone, not HELLO and AUTH.
-    let opening = Client::open(info)?;
-    timeout(
-        settings.connect_timeout + settings.response_timeout,
-        opening.get_multiplexed_async_connection_with_config(&config),
-    )
-    .await
-    .unwrap_or_else(|_| Err(RedisError::from((ErrorKind::Io, "no answer in time"))))
+    // HELLO, AUTH and SELECT; the library has no deadline for them.
+    let greeting = MultiplexedConnection::new_with_config(identity, stream, config);
+    let (multiplexed, driver) = match timeout_at(deadline, greeting).await {
+        Ok(Err(error)) if error.is_connection_dropped() && matches!(address, RedisAddress::Tcp { .. }) => {
+            return Err(Trouble::ClosedAtOnce.into());
+        }
+        Ok(greeted) => greeted?,
+        Err(_) => return Err(Trouble::Silent.into()),
+    };
+    let mut drivers = JoinSet::new();
+    drivers.spawn(driver);
+    Ok(Connection { multiplexed, _driver: Arc::new(drivers) })
+}
+
+async fn stream(settings: &Redis, address: &RedisAddress, deadline: Instant) -> RedisResult<Box<dyn Stream>> {
+    let connected = async {
+        match address {
+            RedisAddress::Unix(path) => Ok(Box::new(UnixStream::connect(path).await?) as Box<dyn Stream>),
+            RedisAddress::Tcp { host, port } => Ok(Box::new(tcp(settings, host, *port).await?) as _),
+            RedisAddress::Tls { host, port } => {
+                let (tcp, tls) = (tcp(settings, host, *port).await?, settings.tls.as_ref());
+                let secured = secured(tcp, host, tls);
+                match timeout_at(deadline, secured).await {
+                    Ok(stream) => Ok(Box::new(stream.map_err(Trouble::Handshake)?) as _),
+                    Err(_) => Err(Trouble::SilentHandshake.into()),
+                }
+            }
+        }
+    };
+    timeout_at(deadline, connected).await.unwrap_or_else(|_| Err(Trouble::Silent.into()))
+}
+
+async fn tcp(settings: &Redis, host: &str, port: u16) -> RedisResult<TcpStream> {
+    let limit = Instant::now() + settings.connect_timeout;
+    let stream = timeout_at(limit, TcpStream::connect((host, port))).await.map_err(|_| Trouble::Silent)??;
+    stream.set_nodelay(true)?;
+    // A peer that vanished without a word is noticed by the heartbeat; this frees its socket.
+    let socket = SockRef::from(&stream);
+    socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEPALIVE))?;
+    socket.set_tcp_user_timeout(Some(settings.response_timeout + settings.heartbeat_interval))?;
+    Ok(stream)
+}
+
+async fn secured(tcp: TcpStream, host: &str, tls: Option<&Tls>) -> io::Result<impl Stream + use<>> {
+    let name = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
+    let tls = tls.ok_or_else(|| io::Error::other("there is no configuration for TLS"))?;
+    TlsConnector::from(tls.client_config()).connect(name, tcp).await
 }
 
 /// Asks the server who it is. It needs no right but `+@connection`, so it is the heartbeat too.
-pub(super) async fn hello(connection: &mut MultiplexedConnection) -> RedisResult<Server> {
+pub(super) async fn hello(connection: &mut Connection) -> RedisResult<Server> {
     let answer: Value = redis::cmd("HELLO").query_async(connection).await?;
     let fields: Vec<(Value, Value)> = match answer {
         Value::Map(fields) => fields,
@@ -87,34 +191,10 @@ pub(super) async fn hello(connection: &mut MultiplexedConnection) -> RedisResult
     Ok(server)
 }
 
-fn text(value: Value) -> Option<String> {
+pub(super) fn text(value: Value) -> Option<String> {
     match value {
         Value::BulkString(bytes) => String::from_utf8(bytes).ok(),
         Value::SimpleString(text) => Some(text),
         _ => None,
-    }
-}
-
-/// True where the connection still works and only this command was refused.
-pub(super) fn is_refusal(error: &RedisError) -> bool {
-    error.code().is_some() && !is_not_ready(error)
-}
-
-/// True where the server will answer later: it loads its data, or follows a primary that is down.
-pub(super) fn is_not_ready(error: &RedisError) -> bool {
-    matches!(error.kind(), ErrorKind::Server(ServerErrorKind::BusyLoading | ServerErrorKind::MasterDown))
-}
-
-/// What a person can do about it, if anything is known.
-pub(super) fn cure(error: &RedisError) -> &'static str {
-    match error.kind() {
-        ErrorKind::AuthenticationFailed => "check redis.username and redis.password",
-        ErrorKind::Server(ServerErrorKind::NoPerm) => "grant the ACL user what the message names",
-        ErrorKind::RESP3NotSupported => "redis 6 or newer is needed",
-        ErrorKind::Parse => "check redis.url: what answers there does not speak redis's protocol",
-        _ if error.code() == Some("NOAUTH") => "set redis.password",
-        _ if error.code() == Some("WRONGPASS") => "check redis.username and redis.password",
-        _ if error.is_connection_refusal() => "start redis, or check redis.url",
-        _ => "it is tried again until it works",
     }
 }

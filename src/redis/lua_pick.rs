@@ -7,7 +7,6 @@
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use redis::aio::MultiplexedConnection;
 use redis::{RedisError, Script, Value};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
@@ -57,7 +56,7 @@ pub async fn run(settings: &Redis, limits: &LuaPick, followed: &[Followed], mut 
 /// A connection on which the script was loaded.
 #[derive(Clone)]
 struct Session {
-    connection: MultiplexedConnection,
+    connection: connection::Connection,
     sha: String,
     /// [`READ_ONLY`], or EVALSHA where there is none (before Redis 7).
     command: &'static str,

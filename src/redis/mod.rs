@@ -10,6 +10,7 @@ mod flags;
 pub mod lua_pick;
 pub mod status;
 mod sync;
+mod trouble;
 pub mod watch;
 
 use std::sync::Arc;

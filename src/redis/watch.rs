@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
-use redis::aio::MultiplexedConnection;
 use redis::{ErrorKind, PushInfo, PushKind, RedisError, Value};
 use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{info, warn};
@@ -94,7 +93,7 @@ struct Connection<'a> {
 
 /// A connection that answers.
 struct Opened {
-    connection: MultiplexedConnection,
+    connection: connection::Connection,
     changes: Arc<Changes>,
     lost: Arc<AtomicBool>,
     server: Server,
@@ -210,7 +209,7 @@ impl Connection<'_> {
     /// `refused` says why there is no subscription.
     async fn choose_mode(
         &self,
-        connection: &mut MultiplexedConnection,
+        connection: &mut connection::Connection,
         refused: Option<&RedisError>,
         warned: &mut Warned,
     ) -> Result<WatchMode, RedisError> {
@@ -252,7 +251,7 @@ impl Connection<'_> {
     }
 
     /// What the server lacks of the events that are needed, after adding it where that is allowed.
-    async fn missing_flags(&self, connection: &mut MultiplexedConnection) -> Result<String, RedisError> {
+    async fn missing_flags(&self, connection: &mut connection::Connection) -> Result<String, RedisError> {
         let missing = flags::missing(&read_flags(connection).await?);
         if missing.is_empty() || !self.settings.manage_notifications {
             return Ok(missing);
@@ -278,7 +277,7 @@ impl Connection<'_> {
 /// Subscribes to all channels and waits for the confirmations; even where the server is not known to send events, that
 /// costs nothing and may help. Returns the refusal where this user may not.
 async fn subscribe(
-    connection: &mut MultiplexedConnection,
+    connection: &mut connection::Connection,
     changes: &Changes,
 ) -> Result<Option<RedisError>, RedisError> {
     for channel in changes.channels() {
@@ -290,7 +289,7 @@ async fn subscribe(
     Ok(None)
 }
 
-async fn read_flags(connection: &mut MultiplexedConnection) -> Result<String, RedisError> {
+async fn read_flags(connection: &mut connection::Connection) -> Result<String, RedisError> {
     let (_, flags): (String, String) = redis::cmd("CONFIG")
         .arg("GET")
         .arg("notify-keyspace-events")

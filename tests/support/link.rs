@@ -1,6 +1,7 @@
 //! A TCP link in front of a server, which a scenario slows down, silences or cuts.
 
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering::Relaxed};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -28,6 +29,7 @@ pub enum Passing {
 /// dropped.
 pub struct Link {
     pub port: u16,
+    target: Arc<AtomicU16>,
     passing: watch::Sender<Passing>,
     thread: Option<JoinHandle<()>>,
 }
@@ -38,6 +40,8 @@ impl Link {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
         let own_port = listener.local_addr().expect("bound").port();
         let (passing, mut passings) = watch::channel(Passing::All);
+        let target = Arc::new(AtomicU16::new(port));
+        let targets = Arc::clone(&target);
         let thread = std::thread::spawn(move || {
             let runtime =
                 tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
@@ -47,7 +51,7 @@ impl Link {
                 let connections = passings.clone();
                 let accepting = async {
                     while let Ok((client, _)) = listener.accept().await {
-                        tokio::spawn(carry(client, port, connections.clone()));
+                        tokio::spawn(carry(client, targets.load(Relaxed), connections.clone()));
                     }
                 };
                 tokio::select! {
@@ -57,7 +61,12 @@ impl Link {
                 }
             });
         });
-        Self { port: own_port, passing, thread: Some(thread) }
+        Self { port: own_port, target, passing, thread: Some(thread) }
+    }
+
+    /// New connections go to another port.
+    pub fn lead_to(&self, port: u16) {
+        self.target.store(port, Relaxed);
     }
 
     pub fn pass(&self, passing: Passing) {

@@ -2,6 +2,7 @@
 //! process ([`Proxy`]) or as a program ([`Program`]), clients, and [`eventually`].
 
 mod backend;
+mod certificates;
 mod client;
 mod http;
 mod link;
@@ -16,6 +17,7 @@ mod server;
 mod traffic;
 
 pub use backend::{Backend, dead_address, silent_address};
+pub use certificates::{Authority, Identity, path_text};
 pub use client::{echo, greeting};
 pub use http::{Answer, ask, get, sum_of};
 pub use link::{Link, Passing};

@@ -3,13 +3,14 @@
 use std::time::Duration;
 
 use super::redis_url::{self, RedisUrl};
-use super::{non_zero_usize, secret_file};
+use super::{non_zero_usize, redis_tls, secret_file};
 use crate::config::decode::{Keys, Section, path_of_key};
 use crate::config::{LuaPick, OnEmpty, Pool, Redis, RedisAddress, Secret, Watch};
 
 pub(super) const REDIS: Keys = Keys {
     now: &[
         "url",
+        "tls",
         "username",
         "password",
         "password_file",
@@ -23,7 +24,7 @@ pub(super) const REDIS: Keys = Keys {
         "max_stale",
         "on_empty",
     ],
-    later: &["sentinel", "cluster", "tls"],
+    later: &["sentinel", "cluster"],
 };
 pub(super) const LUA_PICK: Keys = Keys { now: &["enabled", "timeout", "max_in_flight"], later: &[] };
 
@@ -40,6 +41,7 @@ pub(super) fn redis(section: &Section<'_>) -> Redis {
     let watches = [("auto", Watch::Auto), ("notifications", Watch::Notifications), ("poll", Watch::Poll)];
     let meanings = [("keep_last", OnEmpty::KeepLast), ("refuse", OnEmpty::Refuse)];
     let redis = Redis {
+        tls: redis_tls::tls(section, &address),
         address,
         database,
         username: username_beside(section, username),

@@ -1,4 +1,4 @@
-//! `redis.url`: `redis://[user[:password]@]host[:port][/db]` or `unix:///path[?db=N]`.
+//! `redis.url`: `redis://[user[:password]@]host[:port][/db]`, the same with `rediss://` for TLS, or `unix:///path[?db=N]`.
 //!
 //! The URL may hold a password, so no message shows more of it than [`shown`] lets through.
 
@@ -23,14 +23,12 @@ pub(super) struct RedisUrl {
 
 /// The error is a cure, without the value.
 pub(super) fn parse(url: &str) -> Result<RedisUrl, &'static str> {
-    if url.starts_with("rediss://") {
-        return Err("TLS is not supported yet: write redis://");
-    }
     if let Some(rest) = url.strip_prefix("unix://") {
         return parse_unix(rest);
     }
-    let Some(rest) = url.strip_prefix("redis://") else {
-        return Err("write it like redis://127.0.0.1:6379/0 or unix:///run/redis.sock");
+    let secure = url.strip_prefix("rediss://");
+    let Some(rest) = secure.or_else(|| url.strip_prefix("redis://")) else {
+        return Err("write it like redis://127.0.0.1:6379/0, rediss://… for TLS, or unix:///run/redis.sock");
     };
     if rest.contains(['?', '#']) {
         return Err("nothing may follow the database: options are keys beside url");
@@ -44,7 +42,7 @@ pub(super) fn parse(url: &str) -> Result<RedisUrl, &'static str> {
         None => (String::new(), String::new()),
     };
     Ok(RedisUrl {
-        address: parse_authority(authority)?,
+        address: parse_authority(authority, secure.is_some())?,
         database: parse_database(database)?,
         username: Some(username).filter(|text| !text.is_empty()),
         password: Some(password).filter(|text| !text.is_empty()).map(Secret::new),
@@ -61,17 +59,24 @@ fn parse_unix(rest: &str) -> Result<RedisUrl, &'static str> {
     Ok(RedisUrl { address, database: parse_database(database)?, username: None, password: None })
 }
 
-/// Backends have the same rules for hosts, apart from the port that may be left out here.
-fn parse_authority(authority: &str) -> Result<RedisAddress, &'static str> {
+fn parse_authority(authority: &str, secure: bool) -> Result<RedisAddress, &'static str> {
     let cure = "the host is missing or wrong: write it like redis://127.0.0.1:6379/0 or redis://[::1]:6379/0";
+    host_and_port(authority, PORT).map(|(host, port)| address(host, port, secure)).ok_or(cure)
+}
+
+/// Where TLS is spoken or not.
+pub(super) fn address(host: String, port: u16, secure: bool) -> RedisAddress {
+    if secure { RedisAddress::Tls { host, port } } else { RedisAddress::Tcp { host, port } }
+}
+
+/// Backends have the same rules for hosts, apart from the port that may be left out here.
+pub(super) fn host_and_port(authority: &str, default_port: u16) -> Option<(String, u16)> {
     let has_port = authority.rsplit_once(':').is_some_and(|(_, port)| !port.ends_with(']'));
-    let with_port = if has_port { authority.to_owned() } else { format!("{authority}:{PORT}") };
+    let with_port = if has_port { authority.to_owned() } else { format!("{authority}:{default_port}") };
     match with_port.parse::<Address>() {
-        Ok(Address::Socket(address)) => {
-            Ok(RedisAddress::Tcp { host: address.ip().to_string(), port: address.port() })
-        }
-        Ok(Address::Name { host, port }) => Ok(RedisAddress::Tcp { host: host.to_string(), port }),
-        Ok(Address::Unix(_)) | Err(_) => Err(cure),
+        Ok(Address::Socket(address)) => Some((address.ip().to_string(), address.port())),
+        Ok(Address::Name { host, port }) => Some((host.to_string(), port)),
+        Ok(Address::Unix(_)) | Err(_) => None,
     }
 }
 
@@ -130,6 +135,8 @@ mod tests {
             ("redis://[::1]:7000/15", tcp("::1", 7000), 15),
             ("redis://[::1]/2", tcp("::1", 6379), 2),
             ("redis://h:1/", tcp("h", 1), 0),
+            ("rediss://[::1]:7000/15", RedisAddress::Tls { host: "::1".into(), port: 7000 }, 15),
+            ("rediss://h", RedisAddress::Tls { host: "h".into(), port: 6379 }, 0),
             ("unix:///run/redis.sock", RedisAddress::Unix("/run/redis.sock".into()), 0),
             ("unix:///run/redis.sock?db=3", RedisAddress::Unix("/run/redis.sock".into()), 3),
         ] {
@@ -170,7 +177,7 @@ mod tests {
             ("redis://h/0?password=geheim", "redis://h/0"),
             ("unix://relative", "unix://relative"),
             ("unix:///a?password=geheim", "unix:///a"),
-            ("rediss://u:geheim@h", "rediss://…@h"),
+            ("rediss://u:geheim@h:x", "rediss://…@h:x"),
         ] {
             assert!(parse(url).is_err(), "{url} was taken");
             assert_eq!(shown(url), expected, "{url}");
@@ -179,7 +186,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_url_makes_the_reader_panic(url in "(redis|unix)://[a-z0-9:@/?%\\[\\]é]{0,40}|.{0,40}") {
+        fn no_url_makes_the_reader_panic(url in "(rediss?|unix)://[a-z0-9:@/?%\\[\\]é]{0,40}|.{0,40}") {
             let _ = parse(&url);
             prop_assert!(!shown(&url).chars().any(char::is_control));
         }

@@ -1,4 +1,4 @@
-//! Reads a secret that stands in a file of its own: a password, a token.
+//! Reads what stands in a file of its own: a password, a token, a certificate, a key.
 //!
 //! Read once, when the config is loaded; a reload reads it again. Nothing of its content is ever shown.
 
@@ -10,21 +10,12 @@ use crate::config::decode::Field;
 
 /// A file larger than this holds no password; it is the wrong file.
 const SECRET_MAX_BYTES: usize = 64 * 1024;
+/// The roots of all the world are 220 KiB.
+const PEM_MAX_BYTES: usize = 1024 * 1024;
 
 /// Reads the file that `field` names. One line end at its end is not part of the secret: editors and `echo` add it.
 pub(super) fn read(field: &Field<'_>) -> Option<Secret> {
-    let path = field.text()?;
-    let mut bytes = Vec::new();
-    let opened = File::open(path);
-    if let Err(error) = opened.and_then(|file| file.take(SECRET_MAX_BYTES as u64 + 1).read_to_end(&mut bytes))
-    {
-        field.refuse(cure_for(&error));
-        return None;
-    }
-    if bytes.len() > SECRET_MAX_BYTES {
-        field.refuse("the file is larger than 64 KiB: is it the right one?");
-        return None;
-    }
+    let bytes = read_bytes(field, SECRET_MAX_BYTES)?;
     let Ok(mut text) = String::from_utf8(bytes) else {
         field.refuse("the file is not UTF-8: save it as UTF-8");
         return None;
@@ -40,6 +31,26 @@ pub(super) fn read(field: &Field<'_>) -> Option<Secret> {
         return None;
     }
     Some(Secret::new(text))
+}
+
+/// Reads the file of certificates or keys that `field` names.
+pub(super) fn read_pem(field: &Field<'_>) -> Option<Vec<u8>> {
+    read_bytes(field, PEM_MAX_BYTES)
+}
+
+fn read_bytes(field: &Field<'_>, most: usize) -> Option<Vec<u8>> {
+    let path = field.text()?;
+    let mut bytes = Vec::new();
+    let opened = File::open(path);
+    if let Err(error) = opened.and_then(|file| file.take(most as u64 + 1).read_to_end(&mut bytes)) {
+        field.refuse(cure_for(&error));
+        return None;
+    }
+    if bytes.len() > most {
+        field.refuse(format_args!("the file is larger than {} KiB: is it the right one?", most / 1024));
+        return None;
+    }
+    Some(bytes)
 }
 
 fn cure_for(error: &io::Error) -> String {

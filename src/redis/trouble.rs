@@ -1,0 +1,139 @@
+//! What can be wrong with Redis, and what a person can do about it.
+//!
+//! The library's errors say what the server or the kernel said; [`Trouble`] is what only we know. Everything here travels as
+//! a `RedisError`, so that callers have one kind to look at.
+
+use std::error::Error as _;
+use std::io;
+use std::sync::Arc;
+
+use redis::{ErrorKind, RedisError, ServerErrorKind};
+use rustls::{AlertDescription, CertificateError};
+
+/// What the library has no word for.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Trouble {
+    #[error("no answer in time")]
+    Silent,
+    #[error("no answer to the TLS handshake in time")]
+    SilentHandshake,
+    #[error("the TLS handshake failed: {0}")]
+    Handshake(io::Error),
+    #[error("the connection was closed before the first answer")]
+    ClosedAtOnce,
+}
+
+impl From<Trouble> for RedisError {
+    fn from(trouble: Trouble) -> Self {
+        io::Error::other(trouble).into()
+    }
+}
+
+/// True where the connection still works and only this command was refused.
+pub(super) fn is_refusal(error: &RedisError) -> bool {
+    error.code().is_some() && !is_not_ready(error)
+}
+
+/// True where the server will answer later: it loads its data, or follows a primary that is down.
+pub(super) fn is_not_ready(error: &RedisError) -> bool {
+    matches!(error.kind(), ErrorKind::Server(ServerErrorKind::BusyLoading | ServerErrorKind::MasterDown))
+}
+
+/// What a person can do about it, if anything is known.
+pub(super) fn cure(error: &RedisError) -> &'static str {
+    if let Some(tls) = of_tls(error) {
+        return cure_of_tls(tls);
+    }
+    match trouble(error) {
+        Some(Trouble::SilentHandshake | Trouble::Handshake(_)) => return SPEAKS_NO_TLS,
+        Some(Trouble::ClosedAtOnce) => {
+            return "if that port speaks TLS, write rediss:// in redis.url; else redis's log may say why";
+        }
+        Some(Trouble::Silent) | None => {}
+    }
+    match error.kind() {
+        ErrorKind::AuthenticationFailed => "check redis.username and redis.password",
+        ErrorKind::Server(ServerErrorKind::NoPerm) => "grant the ACL user what the message names",
+        ErrorKind::RESP3NotSupported => "redis 6 or newer is needed",
+        ErrorKind::Parse => {
+            "check redis.url: what answers there does not speak redis's protocol; if it is TLS, write rediss://"
+        }
+        _ if error.code() == Some("NOAUTH") => "set redis.password",
+        _ if error.code() == Some("WRONGPASS") => "check redis.username and redis.password",
+        _ if error.is_connection_refusal() => "start redis, or check redis.url",
+        _ => "it is tried again until it works",
+    }
+}
+
+const SPEAKS_NO_TLS: &str =
+    "if that port speaks plain redis, write redis:// in redis.url or name the server's tls-port";
+
+fn cure_of_tls(error: &rustls::Error) -> &'static str {
+    match error {
+        rustls::Error::InvalidMessage(_) => SPEAKS_NO_TLS,
+        rustls::Error::InvalidCertificate(certificate) => match certificate {
+            CertificateError::UnknownIssuer | CertificateError::BadSignature => {
+                "set redis.tls.ca_file to the certificate of the authority that signed the server's"
+            }
+            CertificateError::Expired | CertificateError::ExpiredContext { .. } => {
+                "renew the server's certificate, or set this machine's clock"
+            }
+            CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
+                "set this machine's clock, or wait until the server's certificate begins"
+            }
+            CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
+                "reach the server by a name or address that its certificate is for, or have that added to it"
+            }
+            _ => {
+                "have the server's certificate issued anew, for a server and by the authority in redis.tls.ca_file"
+            }
+        },
+        rustls::Error::AlertReceived(AlertDescription::CertificateRequired) => {
+            "the server asks for a certificate: set redis.tls.cert_file and redis.tls.key_file"
+        }
+        rustls::Error::AlertReceived(_) => {
+            "if the server asks for a certificate, set redis.tls.cert_file and key_file to one that it trusts"
+        }
+        _ => "check redis.tls and the server's certificate",
+    }
+}
+
+fn trouble(error: &RedisError) -> Option<&Trouble> {
+    of_io(error)?.get_ref()?.downcast_ref()
+}
+
+/// From the handshake, or from the first answer: in TLS 1.3 a server looks at our certificate after it.
+fn of_tls(error: &RedisError) -> Option<&rustls::Error> {
+    let io = match trouble(error) {
+        Some(Trouble::Handshake(io)) => io,
+        _ => of_io(error)?,
+    };
+    io.get_ref()?.downcast_ref()
+}
+
+fn of_io(error: &RedisError) -> Option<&io::Error> {
+    // So the library keeps it; its own way there is private.
+    let kept: &Arc<dyn std::error::Error + Send + Sync> = error.source()?.downcast_ref()?;
+    kept.downcast_ref()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_wrapped_is_found_again_and_has_its_cure() {
+        let silent = RedisError::from(Trouble::SilentHandshake);
+        assert_eq!(silent.to_string(), "no answer to the TLS handshake in time");
+        assert_eq!(cure(&silent), SPEAKS_NO_TLS);
+        let unknown = || rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer);
+        let wrapped = RedisError::from(Trouble::Handshake(io::Error::other(unknown())));
+        assert!(cure(&wrapped).contains("redis.tls.ca_file"), "{}", cure(&wrapped));
+        let late = RedisError::from(io::Error::other(rustls::Error::AlertReceived(
+            AlertDescription::CertificateRequired,
+        )));
+        assert!(cure(&late).contains("redis.tls.cert_file"), "{}", cure(&late));
+        let refused = RedisError::from(io::Error::from(io::ErrorKind::ConnectionRefused));
+        assert!(cure(&refused).contains("start redis"));
+    }
+}

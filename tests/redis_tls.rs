@@ -1,0 +1,258 @@
+//! Redis behind TLS: followed where both sides can prove who they are, and told apart in words where they cannot.
+
+use std::path::Path;
+use std::process::Command;
+
+use crate::support::{
+    Authority, Backend, Identity, Link, Passing, Program, Proxy, Redis, Traffic, eventually, free_port,
+    greeting, path_text,
+};
+
+/// A redis-server that speaks TLS at one port of 127.0.0.1, and plain at another, where the scenario talks to it.
+struct Secure {
+    redis: Redis,
+    port: u16,
+}
+
+impl Secure {
+    async fn start(authority: &Authority, identity: &Identity, clients: &str) -> Self {
+        let port = free_port();
+        let (certificate, key, ca) = (&identity.certificate, &identity.key, authority.file());
+        let redis = Redis::start_with(&[
+            "--notify-keyspace-events",
+            "KA",
+            "--tls-port",
+            &port.to_string(),
+            "--tls-cert-file",
+            path_text(certificate),
+            "--tls-key-file",
+            path_text(key),
+            "--tls-ca-cert-file",
+            path_text(&ca),
+            "--tls-auth-clients",
+            clients,
+        ])
+        .await;
+        Self { redis, port }
+    }
+
+    fn url(&self) -> String {
+        format!("rediss://127.0.0.1:{}/0", self.port)
+    }
+}
+
+fn follow(url: &str, tls: &str) -> Proxy {
+    Proxy::web(
+        &format!("redis: {{url: \"{url}\", tls: {{{tls}}}, resync_interval: 1h}}"),
+        "weights_key: servers",
+    )
+}
+
+fn trusting(ca: &Path) -> String {
+    format!("ca_file: \"{}\"", path_text(ca))
+}
+
+fn showing(ca: &Path, identity: &Identity) -> String {
+    let (certificate, key) = (path_text(&identity.certificate), path_text(&identity.key));
+    format!("{}, cert_file: \"{certificate}\", key_file: \"{key}\"", trusting(ca))
+}
+
+async fn follows(proxy: &Proxy, redis: &Redis) {
+    redis.run("ZADD servers 1 10.0.0.1:80").await;
+    let first = [("10.0.0.1:80".to_owned(), 1.0)];
+    eventually("the table arrives", || async { proxy.weights() == first }).await;
+    redis.run("ZADD servers 2 10.0.0.1:80").await;
+    let second = [("10.0.0.1:80".to_owned(), 2.0)];
+    eventually("a change is told", || async { proxy.weights() == second }).await;
+    assert_eq!(proxy.metric("statera_redis_watch_mode{mode=\"notifications\"}"), Some(1.0));
+}
+
+#[tokio::test]
+async fn redis_behind_tls_is_followed_where_its_certificate_is_trusted() {
+    let authority = Authority::new();
+    let secure = Secure::start(&authority, &authority.signs("127.0.0.1"), "no").await;
+    let proxy = follow(&secure.url(), &trusting(&authority.file()));
+    follows(&proxy, &secure.redis).await;
+}
+
+#[tokio::test]
+async fn redis_that_asks_for_a_certificate_is_shown_one_on_both_connections() {
+    let authority = Authority::new();
+    let secure = Secure::start(&authority, &authority.signs("127.0.0.1"), "yes").await;
+    let backend = Backend::named("backend").await;
+    secure.redis.set_weights([(&backend, 1.0)]).await;
+    let tls = showing(&authority.file(), &authority.signs("statera"));
+    let proxy = follow(&secure.url(), &tls);
+    eventually("the table arrives", || async { proxy.weights().len() == 1 }).await;
+    // The Lua pick has a connection of its own.
+    eventually("both connections are made", || async {
+        let list = secure.redis.run("CLIENT LIST").await;
+        let list: String = redis::from_redis_value(list).expect("a text");
+        list.lines().filter(|line| line.contains(&format!("laddr=127.0.0.1:{}", secure.port))).count() >= 2
+    })
+    .await;
+    assert_eq!(greeting(proxy.address()).await.expect("an answer"), "backend");
+}
+
+#[tokio::test]
+async fn without_a_ca_file_the_roots_of_the_system_are_trusted() {
+    let authority = Authority::new();
+    let secure = Secure::start(&authority, &authority.signs("127.0.0.1"), "no").await;
+    let backend = Backend::named("backend").await;
+    secure.redis.set_weights([(&backend, 1.0)]).await;
+    let mut launcher = Command::new("env");
+    launcher.arg(format!("SSL_CERT_FILE={}", path_text(&authority.file()))).arg(Program::path());
+    let program = Program::run_by(launcher, &config(&secure.url(), ""));
+    program.says("connected to redis").await;
+    let address = program.address().await;
+    eventually("it serves", || async { greeting(address).await.is_ok_and(|name| name == "backend") }).await;
+}
+
+fn config(url: &str, tls: &str) -> String {
+    let tls = if tls.is_empty() { String::new() } else { format!(", tls: {{{tls}}}") };
+    format!(
+        "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\npools: {{web: {{weights_key: servers}}}}\n\
+         redis: {{url: \"{url}\"{tls}}}\n"
+    )
+}
+
+/// The first line that says why Redis cannot be watched: its error, then its cure.
+async fn refusal(url: &str, tls: &str) -> (String, String) {
+    let program = Program::run(&config(url, tls));
+    let line = program.says("cannot watch redis").await;
+    let field = |name: &str| line[name].as_str().expect("a text").to_owned();
+    assert_eq!(line["level"], "WARN");
+    (field("error"), field("cure"))
+}
+
+fn assert_says((error, cure): &(String, String), wanted_error: &str, wanted_cure: &str) {
+    assert!(error.contains(wanted_error), "error: {error}");
+    assert!(cure.contains(wanted_cure), "cure: {cure} (of {error})");
+}
+
+#[tokio::test]
+async fn a_certificate_that_proves_nothing_is_refused_with_its_cure() {
+    let (authority, stranger) = (Authority::new(), Authority::new());
+    let secure = Secure::start(&authority, &authority.signs("127.0.0.1"), "no").await;
+    let unknown = refusal(&secure.url(), &trusting(&stranger.file())).await;
+    assert_says(&unknown, "UnknownIssuer", "set redis.tls.ca_file");
+
+    let elsewhere = secure.url().replace("127.0.0.1", "localhost");
+    let misnamed = refusal(&elsewhere, &trusting(&authority.file())).await;
+    assert_says(&misnamed, "not valid for name", "a name or address that its certificate is for");
+
+    let expired = Secure::start(&authority, &authority.signed_long_ago("127.0.0.1"), "no").await;
+    let over = refusal(&expired.url(), &trusting(&authority.file())).await;
+    assert_says(&over, "expired", "renew the server's certificate");
+}
+
+#[tokio::test]
+async fn a_server_that_asks_for_a_certificate_is_told_from_one_that_is_broken() {
+    let (authority, stranger) = (Authority::new(), Authority::new());
+    let secure = Secure::start(&authority, &authority.signs("127.0.0.1"), "yes").await;
+    let none = refusal(&secure.url(), &trusting(&authority.file())).await;
+    assert_says(&none, "", "redis.tls.cert_file");
+    let foreign = refusal(&secure.url(), &showing(&authority.file(), &stranger.signs("statera"))).await;
+    assert_says(&foreign, "", "redis.tls.cert_file and key_file to one that it trusts");
+}
+
+#[tokio::test]
+async fn tls_and_plain_at_the_wrong_port_are_told_by_name() {
+    let authority = Authority::new();
+    let secure = Secure::start(&authority, &authority.signs("127.0.0.1"), "no").await;
+    // Redis takes a handshake for the beginning of a line, and waits for its end, or refuses the line.
+    let tls_to_plain = secure.url().replace(&secure.port.to_string(), &secure.redis.port.to_string());
+    let silent = refusal(&tls_to_plain, &trusting(&authority.file())).await;
+    assert_says(&silent, "TLS handshake", "write redis://");
+
+    let plain_to_tls = format!("redis://127.0.0.1:{}/0", secure.port);
+    let closed = refusal(&plain_to_tls, "").await;
+    assert_says(&closed, "", "write rediss://");
+}
+
+/// Someone moves TLS to another port, and what answers at the old one is plain.
+#[tokio::test]
+async fn a_tls_port_that_turns_plain_keeps_the_last_table_and_the_traffic() {
+    let authority = Authority::new();
+    let secure = Secure::start(&authority, &authority.signs("127.0.0.1"), "no").await;
+    let backend = Backend::named("backend").await;
+    secure.redis.set_weights([(&backend, 1.0)]).await;
+    let link = Link::to(secure.port);
+    let url = format!("rediss://127.0.0.1:{}/0", link.port);
+    let proxy = follow(&url, &trusting(&authority.file()));
+    eventually("the table arrives", || async { proxy.weights().len() == 1 }).await;
+    let traffic = Traffic::start(proxy.address());
+    traffic.more(20).await;
+    link.lead_to(secure.redis.port);
+    link.pass(Passing::Resets);
+    let connected = || proxy.metric("statera_redis_connected");
+    eventually("it is away", || async { connected() == Some(0.0) }).await;
+    link.pass(Passing::All);
+    traffic.more(50).await;
+    assert_eq!((connected(), proxy.weights().len()), (Some(0.0), 1));
+
+    link.lead_to(secure.port);
+    eventually("it is back", || async { connected() == Some(1.0) }).await;
+    secure.redis.run(&format!("ZADD servers 7 {}", backend.address)).await;
+    eventually("a change arrives", || async { proxy.weights() == [(backend.address.to_string(), 7.0)] })
+        .await;
+    assert!(traffic.stop().await.served["backend"] > 0);
+}
+
+/// A frozen server is noticed as fast behind TLS as without it.
+#[tokio::test]
+async fn a_frozen_redis_behind_tls_is_noticed_in_time() {
+    let authority = Authority::new();
+    let secure = Secure::start(&authority, &authority.signs("127.0.0.1"), "no").await;
+    let tls = trusting(&authority.file());
+    let proxy = Proxy::web(
+        &format!(
+            "redis: {{url: \"{}\", tls: {{{tls}}}, heartbeat_interval: 200ms, response_timeout: 1s}}",
+            secure.url()
+        ),
+        "weights_key: servers",
+    );
+    let connected = || proxy.metric("statera_redis_connected");
+    eventually("it is there", || async { connected() == Some(1.0) }).await;
+    secure.redis.freeze();
+    let frozen = tokio::time::Instant::now();
+    eventually("it is away", || async { connected() == Some(0.0) }).await;
+    let took = frozen.elapsed();
+    assert!(took < std::time::Duration::from_millis(1_400 + 5_000), "it took {took:?}");
+    secure.redis.thaw();
+    eventually("it is back", || async { connected() == Some(1.0) }).await;
+}
+
+#[test]
+fn files_that_prove_nothing_are_refused_with_path_and_cure() {
+    let (authority, other) = (Authority::new(), Authority::new());
+    let (one, two) = (authority.signs("one"), other.signs("two"));
+    let message = |tls: &str| {
+        let text = config("rediss://h", tls);
+        statera::config::Config::from_yaml(&text).expect_err("it was taken").to_string()
+    };
+    let (ca, certificate, key) = (authority.file(), path_text(&one.certificate), path_text(&one.key));
+    let trusted = trusting(&ca);
+    for (tls, path, cure) in [
+        (format!("ca_file: \"{key}\""), "redis.tls.ca_file: /", "it holds no certificate"),
+        (format!("{trusted}, cert_file: \"{certificate}\""), "redis.tls.cert_file: /", "key_file is missing"),
+        (format!("{trusted}, key_file: \"{key}\""), "redis.tls.key_file: /", "cert_file is missing"),
+        (
+            format!("{trusted}, cert_file: \"{certificate}\", key_file: \"{certificate}\""),
+            "redis.tls.key_file: /",
+            "it holds no private key",
+        ),
+        (
+            format!("{trusted}, cert_file: \"{certificate}\", key_file: \"{}\"", path_text(&two.key)),
+            "redis.tls.key_file: /",
+            "it does not fit cert_file",
+        ),
+        ("ca_file: /nowhere.pem".to_owned(), "redis.tls.ca_file: /nowhere.pem", "there is no such file"),
+    ] {
+        let message = message(&tls);
+        assert!(message.contains(path) && message.contains(cure), "{tls}: {message}");
+        assert!(!message.contains("PRIVATE"), "{message}");
+    }
+    let whole = config("rediss://h", &showing(&ca, &one));
+    statera::config::Config::from_yaml(&whole).expect("all of it fits");
+}
