@@ -22,7 +22,7 @@ use crate::balance::pool::{Pool, Sync};
 use crate::config::{Config, Shutdown};
 use crate::listen::socket::{self, BindError, Options};
 use crate::redis::status::TableStatus;
-use crate::redis::{self, Followed};
+use crate::redis::{self, Followed, Primary};
 use crate::runtime::drain::{self, DrainControl, Phase};
 use crate::runtime::handover;
 use crate::runtime::resolve::{self, Names};
@@ -364,16 +364,20 @@ impl Control {
                 key: settings.weights_key.clone(),
             })
             .collect();
+        let primary = Arc::new(Primary::of(&settings));
         if let Some(requests) = self.lua_requests.take() {
             let (settings, limits, followed) =
                 (settings.clone(), self.config.lua_pick.clone(), Arc::clone(&followed));
-            tasks.spawn(async move { redis::lua_pick::run(&settings, &limits, &followed, requests).await });
+            let primary = Arc::clone(&primary);
+            tasks.spawn(async move {
+                redis::lua_pick::run(&settings, &limits, &followed, &primary, requests).await;
+            });
         }
         let tables = Arc::clone(&self.observed.tables);
         tasks.spawn(async move {
             // Nobody waits any more once the start has gone on without Redis.
             let first_try_over = || first_try_over.send(()).unwrap_or_default();
-            redis::watch::run(&settings, &followed, &status, &tables, first_try_over).await;
+            redis::watch::run(&settings, &followed, &primary, &status, &tables, first_try_over).await;
         });
     }
 }

@@ -14,6 +14,7 @@ mod lua_pick;
 mod names;
 mod real_programs;
 mod redis_random;
+mod redis_sentinel;
 mod redis_sync;
 mod redis_tls;
 mod relay;

@@ -7,6 +7,7 @@ mod listeners;
 mod pools;
 mod process;
 mod redis;
+mod redis_sentinel;
 mod redis_tls;
 mod redis_url;
 mod secret_file;

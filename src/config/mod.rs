@@ -44,14 +44,14 @@ pub struct Config {
     pub shutdown: Shutdown,
 }
 
-/// The `redis` section: one server, and how hard to watch it.
+/// The `redis` section: one server, or who knows it, and how hard to watch it.
 #[derive(Clone, Debug)]
 pub struct Redis {
     /// Where the server is.
     pub address: RedisAddress,
-    /// How TLS is spoken; there whenever `address` is [`RedisAddress::Tls`].
+    /// How TLS is spoken; there whenever `address`, or a node of it, is [`RedisAddress::Tls`].
     pub tls: Option<Tls>,
-    /// The database number, from the URL's path.
+    /// The database number, from the URL's path or from `sentinel.database`.
     pub database: u32,
     /// An ACL user; `None` is the default user.
     pub username: Option<String>,
@@ -77,7 +77,7 @@ pub struct Redis {
     pub on_empty: OnEmpty,
 }
 
-/// Where a Redis server listens.
+/// Where a Redis server listens, or who knows where it does.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RedisAddress {
     /// `redis://host:port`
@@ -96,6 +96,8 @@ pub enum RedisAddress {
     },
     /// `unix:///path`
     Unix(PathBuf),
+    /// The primary that sentinels name.
+    Sentinel(Arc<Sentinel>),
 }
 
 impl fmt::Display for RedisAddress {
@@ -104,6 +106,7 @@ impl fmt::Display for RedisAddress {
             Self::Tcp { host, port } => ("redis", host, port),
             Self::Tls { host, port } => ("rediss", host, port),
             Self::Unix(path) => return write!(f, "unix://{}", path.display()),
+            Self::Sentinel(sentinel) => return write!(f, "sentinels of {}", sentinel.master),
         };
         if host.contains(':') {
             write!(f, "{scheme}://[{host}]:{port}")
@@ -111,6 +114,19 @@ impl fmt::Display for RedisAddress {
             write!(f, "{scheme}://{host}:{port}")
         }
     }
+}
+
+/// `redis.sentinel`: who knows which server is the primary.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Sentinel {
+    /// The name that the sentinels know it by.
+    pub master: String,
+    /// At least one, each once: [`RedisAddress::Tcp`] or [`RedisAddress::Tls`].
+    pub nodes: Vec<RedisAddress>,
+    /// An ACL user of the sentinels; `None` is their default user.
+    pub username: Option<String>,
+    /// `None` sends them no AUTH.
+    pub password: Option<Secret>,
 }
 
 /// How TLS is spoken to Redis: whom to trust, and the certificate to show. Read from its files once.

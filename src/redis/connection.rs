@@ -22,8 +22,8 @@ use tokio::time::{Instant, timeout_at};
 use tokio_rustls::TlsConnector;
 
 use super::trouble::Trouble;
-pub(super) use super::trouble::{cure, is_not_ready, is_refusal};
-use crate::config::{Redis, RedisAddress, Tls};
+pub(super) use super::trouble::{cure, is_move, is_not_ready, is_refusal};
+use crate::config::{Redis, RedisAddress, Sentinel, Tls};
 
 /// Silence on the wire before the kernel asks whether the peer is still there.
 const KEEPALIVE: Duration = Duration::from_secs(30);
@@ -80,14 +80,39 @@ trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
 
-/// Connects. Pushed messages go to `on_push`, which must not wait.
+/// Connects to the server that the config names, be it through its sentinels.
+#[allow(dead_code, reason = "for commands that ask once and go")]
 pub(super) async fn open(
     settings: &Redis,
     on_push: impl Fn(PushInfo) + Send + Sync + 'static,
 ) -> RedisResult<Connection> {
+    let address = match &settings.address {
+        RedisAddress::Sentinel(sentinel) => super::sentinel::find(settings, sentinel).await?,
+        address => address.clone(),
+    };
+    open_at(settings, &address, on_push).await
+}
+
+/// Connects to the server at `address`. Pushed messages go to `on_push`, which must not wait.
+pub(super) async fn open_at(
+    settings: &Redis,
+    address: &RedisAddress,
+    on_push: impl Fn(PushInfo) + Send + Sync + 'static,
+) -> RedisResult<Connection> {
     let mut identity = identity(settings.username.as_deref(), settings.password.as_ref().map(|p| p.expose()));
     identity = identity.set_db(i64::from(settings.database));
-    connect(settings, &settings.address, &identity, on_push).await
+    connect(settings, address, &identity, on_push).await
+}
+
+/// Connects to a sentinel, which has users of its own.
+pub(super) async fn open_sentinel(
+    settings: &Redis,
+    sentinel: &Sentinel,
+    node: &RedisAddress,
+    on_push: impl Fn(PushInfo) + Send + Sync + 'static,
+) -> RedisResult<Connection> {
+    let password = sentinel.password.as_ref().map(|password| password.expose());
+    connect(settings, node, &identity(sentinel.username.as_deref(), password), on_push).await
 }
 
 fn identity(username: Option<&str>, password: Option<&str>) -> RedisConnectionInfo {
@@ -145,6 +170,8 @@ async fn stream(settings: &Redis, address: &RedisAddress, deadline: Instant) -> 
                     Err(_) => Err(Trouble::SilentHandshake.into()),
                 }
             }
+            // It was asked for one.
+            RedisAddress::Sentinel(_) => Err(Trouble::NoPrimary.into()),
         }
     };
     timeout_at(deadline, connected).await.unwrap_or_else(|_| Err(Trouble::Silent.into()))

@@ -12,11 +12,13 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tracing::{debug, warn};
 
+use super::connection::Server;
 use super::decode::{decode_member, number, printable};
-use super::{Followed, connection};
+use super::trouble::Trouble;
+use super::{Followed, Primary, connection};
 use crate::balance::lua_pick::{LuaRequest, LuaRequests};
 use crate::balance::{BackendId, Weight};
-use crate::config::{LuaPick, Redis};
+use crate::config::{LuaPick, Redis, RedisAddress};
 use crate::runtime::backoff::Backoff;
 
 const SCRIPT: &str = include_str!("pick.lua");
@@ -32,24 +34,37 @@ const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
 /// Answers `requests` until all pickers are gone, or until it is dropped.
-pub async fn run(settings: &Redis, limits: &LuaPick, followed: &[Followed], mut requests: LuaRequests) {
+pub async fn run(
+    settings: &Redis,
+    limits: &LuaPick,
+    followed: &[Followed],
+    primary: &Primary,
+    mut requests: LuaRequests,
+) {
     let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
     loop {
-        match open(settings, followed).await {
-            Ok(session) => {
-                requests.answering.store(true, Relaxed);
-                let result = serve(session, settings, limits, followed, &mut requests, &mut backoff).await;
-                requests.answering.store(false, Relaxed);
-                match result {
-                    Ok(()) => return,
-                    Err(error) => debug!(%error, "redis does not pick any more"),
-                }
-            }
-            Err(error) => debug!(%error, "redis cannot be asked to pick"),
+        let address = primary.known().await;
+        let answering = async {
+            let session = open(settings, &address, followed, primary).await?;
+            requests.answering.store(true, Relaxed);
+            serve(session, settings, limits, followed, primary, &mut requests, &mut backoff).await
+        };
+        let result = tokio::select! {
+            biased;
+            () = primary.moved_from(&address) => Err(Trouble::Moved.into()),
+            result = answering => result,
+        };
+        requests.answering.store(false, Relaxed);
+        match result {
+            Ok(()) => return,
+            Err(error) => debug!(%error, "redis does not pick now"),
         }
         // Sessions that asked before the door was closed are told now, not when Redis is back.
         while requests.queue.try_recv().is_ok() {}
-        sleep(backoff.pause()).await;
+        tokio::select! {
+            () = primary.moved_from(&address) => backoff.reset(),
+            () = sleep(backoff.pause()) => {}
+        }
     }
 }
 
@@ -62,8 +77,14 @@ struct Session {
     command: &'static str,
 }
 
-async fn open(settings: &Redis, followed: &[Followed]) -> Result<Session, RedisError> {
-    let connection = connection::open(settings, |_| {}).await?;
+async fn open(
+    settings: &Redis,
+    address: &RedisAddress,
+    followed: &[Followed],
+    primary: &Primary,
+) -> Result<Session, RedisError> {
+    let mut connection = connection::open_at(settings, address, |_| {}).await?;
+    primary.check(&connection::hello(&mut connection).await?)?;
     let sha = Script::new(SCRIPT).get_hash().to_owned();
     let mut session = Session { connection, sha, command: READ_ONLY };
     session.load().await?;
@@ -138,24 +159,31 @@ async fn serve(
     settings: &Redis,
     limits: &LuaPick,
     followed: &[Followed],
+    primary: &Primary,
     requests: &mut LuaRequests,
     backoff: &mut Backoff,
 ) -> Result<(), RedisError> {
-    let mut answers: JoinSet<Result<(), RedisError>> = JoinSet::new();
+    // Of a heartbeat: what the server says of itself.
+    let mut answers: JoinSet<Result<Option<Server>, RedisError>> = JoinSet::new();
     let mut heartbeat = Instant::now() + settings.heartbeat_interval;
     loop {
         tokio::select! {
             biased;
             Some(done) = answers.join_next() => match done {
                 // In time, so the next trouble is a new one. A server that only takes connections does not get here.
-                Ok(Ok(())) => backoff.reset(),
+                Ok(Ok(server)) => {
+                    if let Some(server) = server {
+                        primary.check(&server)?;
+                    }
+                    backoff.reset();
+                }
                 Ok(Err(error)) => return Err(error),
                 // A panic would be a defect of ours; its session was told "no" by the drop of its request.
                 Err(error) => warn!(%error, "a lua pick died"),
             },
             () = sleep_until(heartbeat) => {
                 let mut connection = session.connection.clone();
-                answers.spawn(async move { connection::hello(&mut connection).await.map(drop) });
+                answers.spawn(async move { connection::hello(&mut connection).await.map(Some) });
                 heartbeat = Instant::now() + settings.heartbeat_interval;
             }
             request = requests.queue.recv() => {
@@ -174,7 +202,7 @@ async fn serve(
                         let answer = picked.map(|(id, weight)| (cell.registry().get_or_create(&id), weight));
                         // The session may have given up meanwhile.
                         drop(request.answer.send(answer));
-                        Ok(())
+                        Ok(None)
                     });
                 }
             }

@@ -8,10 +8,14 @@ mod connection;
 mod decode;
 mod flags;
 pub mod lua_pick;
+mod primary;
+mod sentinel;
 pub mod status;
 mod sync;
 mod trouble;
 pub mod watch;
+
+pub use primary::Primary;
 
 use std::sync::Arc;
 

@@ -21,6 +21,14 @@ pub(super) enum Trouble {
     Handshake(io::Error),
     #[error("the connection was closed before the first answer")]
     ClosedAtOnce,
+    #[error("no sentinel names a primary that is up")]
+    NoPrimary,
+    #[error("the sentinels know no primary of that name")]
+    UnknownMaster,
+    #[error("it says that it is a {0}, and not the primary")]
+    NotPrimary(String),
+    #[error("another server is the primary now")]
+    Moved,
 }
 
 impl From<Trouble> for RedisError {
@@ -49,9 +57,13 @@ pub(super) fn cure(error: &RedisError) -> &'static str {
         Some(Trouble::ClosedAtOnce) => {
             return "if that port speaks TLS, write rediss:// in redis.url; else redis's log may say why";
         }
-        Some(Trouble::Silent) | None => {}
+        Some(Trouble::UnknownMaster) => return "check redis.sentinel.master",
+        Some(Trouble::NoPrimary | Trouble::NotPrimary(_) | Trouble::Moved | Trouble::Silent) | None => {}
     }
     match error.kind() {
+        _ if error.to_string().contains("unknown command 'SENTINEL'") => {
+            "it is no sentinel: check redis.sentinel.nodes"
+        }
         ErrorKind::AuthenticationFailed => "check redis.username and redis.password",
         ErrorKind::Server(ServerErrorKind::NoPerm) => "grant the ACL user what the message names",
         ErrorKind::RESP3NotSupported => "redis 6 or newer is needed",
@@ -96,6 +108,11 @@ fn cure_of_tls(error: &rustls::Error) -> &'static str {
         }
         _ => "check redis.tls and the server's certificate",
     }
+}
+
+/// True where the server is fine, and just not the one to follow any more.
+pub(super) fn is_move(error: &RedisError) -> bool {
+    matches!(trouble(error), Some(Trouble::Moved))
 }
 
 fn trouble(error: &RedisError) -> Option<&Trouble> {

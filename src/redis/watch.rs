@@ -1,5 +1,7 @@
 //! Hears of changes in Redis, for as long as the process lives, over one connection after the other.
 //!
+//! Where sentinels name the primary, the connection is left as soon as they name another.
+//!
 //! On each connection: subscribe, wait for the confirmations, *then* read, so that no change falls between. After that
 //! a heartbeat proves that the connection still delivers, and a full read every `resync_interval` mends what no
 //! notification told of (FLUSHALL and SWAPDB tell nobody).
@@ -9,14 +11,15 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use redis::{ErrorKind, PushInfo, PushKind, RedisError, Value};
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tracing::{info, warn};
 
 use super::connection::{self, Server};
 use super::status::{RedisStatus, TableStatus, WatchMode};
 use super::sync::{Changes, Syncer, changed};
-use super::{Followed, flags};
-use crate::config::{Redis, Watch};
+use super::trouble::Trouble;
+use super::{Followed, Primary, flags, sentinel};
+use crate::config::{Redis, RedisAddress, Watch};
 use crate::runtime::backoff::{Backoff, jittered};
 
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
@@ -29,33 +32,71 @@ const NOT_READY_PAUSE: Duration = Duration::from_millis(100);
 pub async fn run(
     settings: &Redis,
     followed: &[Followed],
+    primary: &Primary,
     status: &Arc<RedisStatus>,
     tables: &[TableStatus],
     first_try_over: impl FnOnce(),
 ) {
+    let syncer = Syncer::new(followed, settings.on_empty, status, tables);
+    let following = follow_tables(settings, followed, primary, status, syncer, first_try_over);
+    match &settings.address {
+        // Two halves of one task: neither ends, and they are dropped together.
+        RedisAddress::Sentinel(nodes) => {
+            tokio::join!(following, sentinel::follow(settings, nodes, primary));
+        }
+        _ => following.await,
+    }
+}
+
+async fn follow_tables(
+    settings: &Redis,
+    followed: &[Followed],
+    primary: &Primary,
+    status: &Arc<RedisStatus>,
+    mut syncer: Syncer<'_>,
+    first_try_over: impl FnOnce(),
+) {
     let mut first_try_over = Some(first_try_over);
-    let mut syncer = Syncer::new(followed, settings.on_empty, status, tables);
     let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
     let mut last_error: Option<String> = None;
     let mut connections = 0u64;
     let mut warned = Warned::default();
     loop {
-        let watch = Connection { settings, followed, status };
-        let error = match watch.open().await {
+        let address = known(settings, primary).await;
+        let redis = address.as_ref().unwrap_or(&settings.address);
+        let watch = Connection { settings, followed, primary, address: redis, status };
+        // In the middle of whatever is waited for: it may be a server that is frozen.
+        let moved = || async {
+            primary.moved_from(redis).await;
+            RedisError::from(Trouble::Moved)
+        };
+        let opened = match &address {
+            Some(_) => tokio::select! {
+                biased;
+                error = moved() => Err(error),
+                opened = watch.open() => opened,
+            },
+            None => Err(Trouble::NoPrimary.into()),
+        };
+        let error = match opened {
             Ok(opened) => {
                 if connections > 0 {
                     status.reconnects.add(1);
                 }
                 connections += 1;
                 let begun = Instant::now();
-                let error = watch.follow(opened, &mut syncer, &mut warned, &mut first_try_over).await;
+                let error = tokio::select! {
+                    biased;
+                    error = moved() => error,
+                    error = watch.follow(opened, &mut syncer, &mut warned, &mut first_try_over) => error,
+                };
                 // A server that takes connections and drops them at once is not asked twenty times a second.
                 if begun.elapsed() > LONGEST_PAUSE {
                     backoff.reset();
                 }
-                if status.is_connected() {
+                if status.is_connected() && !connection::is_move(&error) {
                     warn!(
-                        redis = %settings.address, %error,
+                        %redis, %error,
                         "redis lost, picking from the last snapshots: it is tried again until it works"
                     );
                     last_error = Some(error.to_string());
@@ -64,6 +105,11 @@ pub async fn run(
             }
             Err(error) => error,
         };
+        if connection::is_move(&error) {
+            info!(left = %redis, "the primary is elsewhere");
+            backoff.reset();
+            continue;
+        }
         status.set_mode(WatchMode::None);
         if let Some(over) = first_try_over.take() {
             over();
@@ -72,11 +118,20 @@ pub async fn run(
         let text = error.to_string();
         if last_error.as_ref() != Some(&text) {
             let cure = connection::cure(&error);
-            warn!(redis = %settings.address, error = text, cure, "cannot watch redis");
+            warn!(%redis, error = text, cure, "cannot watch redis");
             last_error = Some(text);
         }
-        sleep(backoff.pause()).await;
+        tokio::select! {
+            () = primary.moved_from(redis) => backoff.reset(),
+            () = sleep(backoff.pause()) => {}
+        }
     }
+}
+
+/// Where it is. `None`: the sentinels have been asked for as long as a connection may take, and named nobody.
+async fn known(settings: &Redis, primary: &Primary) -> Option<RedisAddress> {
+    let patience = settings.connect_timeout + settings.response_timeout;
+    timeout(patience, primary.known()).await.ok()
 }
 
 /// What was warned of, so that a reconnect does not repeat it.
@@ -88,6 +143,8 @@ struct Warned {
 struct Connection<'a> {
     settings: &'a Redis,
     followed: &'a [Followed],
+    primary: &'a Primary,
+    address: &'a RedisAddress,
     status: &'a Arc<RedisStatus>,
 }
 
@@ -116,8 +173,9 @@ impl Connection<'_> {
                 _ => {}
             }
         };
-        let mut connection = connection::open(self.settings, on_push).await?;
+        let mut connection = connection::open_at(self.settings, self.address, on_push).await?;
         let server = connection::hello(&mut connection).await?;
+        self.primary.check(&server)?;
         Ok(Opened { connection, changes, lost, server })
     }
 
@@ -146,7 +204,7 @@ impl Connection<'_> {
         let mut refused = subscribe(&mut connection, &changes).await?;
         let mut mode = self.choose_mode(&mut connection, refused.as_ref(), warned).await?;
         self.status.set_mode(mode);
-        info!(redis = %self.settings.address, version = server.version, role = server.role, watch = mode.name(), "connected to redis");
+        info!(redis = %self.address, version = server.version, role = server.role, watch = mode.name(), "connected to redis");
 
         changes.notice_all();
         let mut heartbeat = Instant::now() + self.settings.heartbeat_interval;
@@ -176,7 +234,7 @@ impl Connection<'_> {
             tokio::select! {
                 biased;
                 () = sleep_until(heartbeat) => {
-                    connection::hello(&mut connection).await?;
+                    self.primary.check(&connection::hello(&mut connection).await?)?;
                     if mode == WatchMode::Notifications {
                         syncer.confirm(&changes);
                     }

@@ -13,6 +13,7 @@ mod program;
 mod program_log;
 mod proxy;
 mod redis_server;
+mod sentinels;
 mod server;
 mod traffic;
 
@@ -27,6 +28,7 @@ pub use pipes::{pipe_ends, piped_bytes};
 pub use program::{Program, require};
 pub use proxy::Proxy;
 pub use redis_server::Redis;
+pub use sentinels::{Sentinels, info};
 pub use server::{Server, free_port, output};
 pub use traffic::{Outcome, Traffic};
 

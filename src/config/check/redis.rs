@@ -1,15 +1,17 @@
 //! `redis` and `lua_pick`.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::redis_url::{self, RedisUrl};
-use super::{non_zero_usize, redis_tls, secret_file};
+use super::{non_zero_usize, redis_sentinel, redis_tls, secret_file};
 use crate::config::decode::{Keys, Section, path_of_key};
 use crate::config::{LuaPick, OnEmpty, Pool, Redis, RedisAddress, Secret, Watch};
 
 pub(super) const REDIS: Keys = Keys {
     now: &[
         "url",
+        "sentinel",
         "tls",
         "username",
         "password",
@@ -24,7 +26,7 @@ pub(super) const REDIS: Keys = Keys {
         "max_stale",
         "on_empty",
     ],
-    later: &["sentinel", "cluster"],
+    later: &["cluster"],
 };
 pub(super) const LUA_PICK: Keys = Keys { now: &["enabled", "timeout", "max_in_flight"], later: &[] };
 
@@ -37,7 +39,15 @@ pub(super) const LUA_TIMEOUT: Duration = Duration::from_millis(50);
 const IN_FLIGHT_MAX: u64 = 65_536;
 
 pub(super) fn redis(section: &Section<'_>) -> Redis {
-    let RedisUrl { address, database, username, password } = url(section);
+    let RedisUrl { address, database, username, password } = match redis_sentinel::sentinel(section) {
+        Some((sentinel, database)) => RedisUrl {
+            address: RedisAddress::Sentinel(Arc::new(sentinel)),
+            database,
+            username: None,
+            password: None,
+        },
+        None => url(section),
+    };
     let watches = [("auto", Watch::Auto), ("notifications", Watch::Notifications), ("poll", Watch::Poll)];
     let meanings = [("keep_last", OnEmpty::KeepLast), ("refuse", OnEmpty::Refuse)];
     let redis = Redis {
@@ -85,7 +95,7 @@ fn username_beside(section: &Section<'_>, from_url: Option<String>) -> Option<St
     username.or(from_url)
 }
 
-fn password_beside(section: &Section<'_>, from_url: Option<Secret>) -> Option<Secret> {
+pub(super) fn password_beside(section: &Section<'_>, from_url: Option<Secret>) -> Option<Secret> {
     let field = section.field("password");
     let written = field.as_ref().and_then(|field| field.secret()).filter(|text| !text.is_empty());
     let file = section.field("password_file");

@@ -1,0 +1,232 @@
+//! The primary is the one that the sentinels name: found at the start, left as soon as they name another.
+//!
+//! Each scenario has a set of its own: one primary, two replicas, three sentinels.
+
+use std::time::Duration;
+
+use rustix::process::Signal;
+use tokio::time::Instant;
+
+use crate::support::{
+    Backend, Program, Proxy, Redis, Sentinels, Traffic, eventually, free_port, greeting, info,
+};
+
+const HEARTBEAT: Duration = Duration::from_millis(500);
+/// A reconnect or a re-read tells nothing in time: what arrives was followed. The deadlines are a busy machine's.
+const SETTINGS: &str = "heartbeat_interval: 500ms, resync_interval: 1h, response_timeout: 2s, connect_timeout: 2s, max_stale: 10s";
+/// A server that is frozen is not left for its silence, but only because the sentinels say so.
+const PATIENT: &str = "heartbeat_interval: 500ms, resync_interval: 1h, response_timeout: 60s, connect_timeout: 2s, max_stale: 2m";
+
+/// A proxy that follows the sentinels' primary, a backend in its table, and traffic.
+struct Scene {
+    set: Sentinels,
+    proxy: Proxy,
+    backend: Backend,
+    traffic: Traffic,
+}
+
+impl Scene {
+    async fn start(settings: &str) -> Self {
+        let (set, backend) = (Sentinels::start().await, Backend::named("backend").await);
+        set.servers[0].set_weights([(&backend, 1.0)]).await;
+        let proxy = follow(&set, settings);
+        eventually("the table arrives", || async { proxy.weights().len() == 1 }).await;
+        replicated(&set, 0).await;
+        let traffic = Traffic::start(proxy.address());
+        traffic.more(20).await;
+        Self { set, proxy, backend, traffic }
+    }
+
+    async fn write(&self, server: usize, weight: f64) {
+        self.set.servers[server].run(&format!("ZADD servers {weight} {}", self.backend.address)).await;
+    }
+
+    fn weight(&self) -> f64 {
+        self.proxy.weights()[0].1
+    }
+
+    /// Writes to a server, and tells how long the change took.
+    async fn arrives(&self, server: usize, weight: f64) -> Duration {
+        self.write(server, weight).await;
+        let written = Instant::now();
+        eventually("the change arrives", || async { self.weight() == weight }).await;
+        written.elapsed()
+    }
+
+    /// The first server takes writes as a primary, and what it takes does not reach us.
+    async fn is_not_fed_by_the_old_one(&self, primary: usize) {
+        let role = info(&self.set.servers[0], "replication").await;
+        assert!(role.contains("role:master"), "{role}");
+        self.write(0, 99.0).await;
+        let written = Instant::now();
+        eventually("two heartbeats have passed", || async {
+            assert_ne!(self.weight(), 99.0, "the old primary feeds us");
+            written.elapsed() > 2 * HEARTBEAT
+        })
+        .await;
+        self.write(primary, 6.0).await;
+        eventually("the next change comes from the new one", || async {
+            assert_ne!(self.weight(), 99.0, "the old primary feeds us");
+            self.weight() == 6.0
+        })
+        .await;
+    }
+}
+
+fn follow(set: &Sentinels, settings: &str) -> Proxy {
+    Proxy::web(&format!("redis: {{{}, {settings}}}", set.section()), "weights_key: servers")
+}
+
+/// Whatever was written is on the replicas, so that no failover loses it.
+async fn replicated(set: &Sentinels, primary: usize) {
+    let acknowledged = set.servers[primary].run("WAIT 2 20000").await;
+    assert_eq!(acknowledged, redis::Value::Int(2));
+}
+
+/// On an idle machine it is one second; the tests' machine has two cores and other tests.
+const AT_ONCE: Duration = Duration::from_secs(1 + 2);
+
+#[tokio::test]
+async fn a_planned_failover_fails_no_session_and_new_weights_arrive_at_once() {
+    let scene = Scene::start(SETTINGS).await;
+    scene.set.fail_over().await;
+    let primary = scene.set.new_primary(0).await;
+    let took = scene.arrives(primary, 5.0).await;
+    println!("new weights took {took:?}");
+    assert!(took < AT_ONCE, "it took {took:?}");
+    let took = scene.arrives(primary, 6.0).await;
+    assert!(took < AT_ONCE, "it took {took:?}");
+    assert_eq!(scene.proxy.metric("statera_redis_connected"), Some(1.0));
+    let outcome = scene.traffic.stop().await;
+    assert!(outcome.served["backend"] > 20, "{:?}", outcome.served);
+}
+
+#[tokio::test]
+async fn a_primary_that_is_killed_is_followed_by_the_next_one_and_no_session_fails() {
+    let mut scene = Scene::start(SETTINGS).await;
+    scene.set.servers[0].kill();
+    let primary = scene.set.new_primary(0).await;
+    let took = scene.arrives(primary, 5.0).await;
+    println!("new weights took {took:?}");
+    assert!(took < AT_ONCE, "it took {took:?}");
+    scene.traffic.more(20).await;
+    scene.traffic.stop().await;
+}
+
+/// The old primary was frozen, and goes on as one when it wakes up: it takes writes, and tells of them.
+#[tokio::test]
+async fn an_old_primary_that_wakes_up_does_not_feed_us_after_the_failover() {
+    let scene = Scene::start(PATIENT).await;
+    scene.set.servers[0].freeze();
+    let primary = scene.set.new_primary(0).await;
+    let took = scene.arrives(primary, 5.0).await;
+    println!("new weights took {took:?}");
+
+    // Nobody must tell the old one that it is a replica now, or there would be no split to see.
+    for sentinel in 0..3 {
+        scene.set.signal_sentinel(sentinel, Signal::STOP);
+    }
+    scene.set.servers[0].thaw();
+    scene.is_not_fed_by_the_old_one(primary).await;
+    for sentinel in 0..3 {
+        scene.set.signal_sentinel(sentinel, Signal::CONT);
+    }
+    scene.traffic.stop().await;
+}
+
+/// A network that is cut in two: the old primary answers us all the time, and nobody else.
+#[tokio::test]
+async fn an_old_primary_that_never_stopped_does_not_feed_us_after_the_failover() {
+    let scene = Scene::start(SETTINGS).await;
+    // To the sentinels it looks dead, and it obeys them no more.
+    scene.set.servers[0].run("ACL SETUSER default -ping -slaveof -replicaof").await;
+    let primary = scene.set.new_primary(0).await;
+    let took = scene.arrives(primary, 5.0).await;
+    println!("new weights took {took:?}");
+    scene.is_not_fed_by_the_old_one(primary).await;
+    scene.traffic.stop().await;
+}
+
+#[tokio::test]
+async fn the_primary_that_is_known_is_followed_while_no_sentinel_answers() {
+    let set = Sentinels::start().await;
+    let backend = Backend::named("backend").await;
+    set.servers[0].set_weights([(&backend, 1.0)]).await;
+    let program = program(&set.section());
+    let connected = program.says("connected to redis").await;
+    let primary = format!("redis://127.0.0.1:{}", set.servers[0].port);
+    assert_eq!(connected["redis"], primary);
+    let address = program.address().await;
+    let mut set = set;
+    for sentinel in 0..3 {
+        set.kill_sentinel(sentinel);
+    }
+    let line = program.says("no sentinel answers").await;
+    assert_eq!((&line["level"], &line["primary"]), (&"WARN".into(), &primary.into()));
+    let other = Backend::named("other").await;
+    set.servers[0].set_weights([(&other, 1.0)]).await;
+    eventually("a change arrives", || async { greeting(address).await.is_ok_and(|name| name == "other") })
+        .await;
+    assert_eq!(program.messages("no sentinel answers").len(), 1);
+    assert_eq!(program.messages("connected to redis").len(), 1);
+}
+
+#[tokio::test]
+async fn some_sentinels_that_are_away_or_frozen_do_not_matter() {
+    let mut set = Sentinels::start().await;
+    set.servers[0].run("ZADD servers 1 10.0.0.1:80").await;
+    set.kill_sentinel(0);
+    set.signal_sentinel(1, Signal::STOP);
+    let proxy = follow(&set, SETTINGS);
+    eventually("the table arrives", || async { proxy.weights().len() == 1 }).await;
+    set.signal_sentinel(1, Signal::CONT);
+}
+
+fn program(section: &str) -> Program {
+    Program::run(&format!(
+        "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\npools: {{web: {{weights_key: servers}}}}\n\
+         redis: {{{section}, heartbeat_interval: 200ms}}\n"
+    ))
+}
+
+#[tokio::test]
+async fn sentinels_that_know_no_such_primary_or_are_none_are_told_with_their_cure() {
+    let set = Sentinels::start().await;
+    let unknown = program(&set.section().replace("mymaster", "another"));
+    let line = unknown.says("no sentinel names a primary").await;
+    assert_eq!(line["cure"], "check redis.sentinel.master", "{line}");
+    let nobody = program(&format!("sentinel: {{master: mymaster, nodes: [\"127.0.0.1:{}\"]}}", free_port()));
+    let line = nobody.says("no sentinel names a primary").await;
+    assert!(line["error"].as_str().is_some_and(|error| error.contains("refused")), "{line}");
+    let server: &Redis = &set.servers[0];
+    let plain = program(&format!("sentinel: {{master: mymaster, nodes: [\"127.0.0.1:{}\"]}}", server.port));
+    let line = plain.says("no sentinel names a primary").await;
+    assert!(line["cure"].as_str().is_some_and(|cure| cure.contains("redis.sentinel.nodes")), "{line}");
+}
+
+/// What the README tells people to grant on their sentinels.
+const LEAST_RIGHTS: &str = "resetkeys resetchannels &+switch-master &+promoted-slave nocommands +hello +auth \
+                            +sentinel|master +sentinel|get-master-addr-by-name +subscribe";
+
+#[tokio::test]
+async fn sentinels_and_servers_with_passwords_are_each_given_their_own() {
+    let set = Sentinels::start_with(&format!("user statera on >of-sentinels {LEAST_RIGHTS}")).await;
+    set.servers[0].run("ZADD servers 1 10.0.0.1:80").await;
+    set.servers[0].run("ACL SETUSER statera on >of-servers ~* &* +@all").await;
+    let section = set.section().replace("]}", "], username: statera, password: of-sentinels}");
+    let proxy = Proxy::web(
+        &format!("redis: {{{section}, username: statera, password: of-servers, {SETTINGS}}}"),
+        "weights_key: servers",
+    );
+    eventually("the table arrives", || async { proxy.weights().len() == 1 }).await;
+    set.fail_over().await;
+    let primary = set.new_primary(0).await;
+    set.servers[primary].run("ACL SETUSER statera on >of-servers ~* &* +@all").await;
+    set.servers[primary].run("ZADD servers 2 10.0.0.1:80").await;
+    eventually("the failover is followed", || async { proxy.weights()[0].1 == 2.0 }).await;
+
+    let wrong = program(&section.replace("of-sentinels", "wr0ng"));
+    let line = wrong.says("no sentinel names a primary").await;
+    assert!(line["cure"].as_str().is_some_and(|cure| cure.contains("redis.sentinel.password")), "{line}");
+    assert!(!wrong.log().contains("wr0ng"), "the password is in the log");
+}
