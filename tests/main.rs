@@ -17,6 +17,7 @@ mod redis_random;
 mod redis_sentinel;
 mod redis_sync;
 mod redis_tls;
+mod redis_watch;
 mod relay;
 mod relay_bulk;
 mod relay_cuts;

@@ -51,7 +51,20 @@ fn failed_reads(proxy: &Proxy) -> f64 {
 #[tokio::test]
 async fn every_kind_of_write_that_leaves_a_sorted_set_is_noticed() {
     let redis = Redis::start().await;
-    let proxy = follow(&redis, NOTIFIED);
+    notices_every_kind_of_write(&redis, NOTIFIED, "notifications").await;
+}
+
+#[tokio::test]
+async fn every_kind_of_write_is_noticed_by_notifications_alone_and_by_tracking_alone() {
+    let (notifying, silent) = (Redis::start().await, Redis::start_with(&[]).await);
+    let alone = |watch: &str| format!("watch: {watch}, {NOTIFIED}");
+    notices_every_kind_of_write(&notifying, &alone("notifications"), "notifications").await;
+    notices_every_kind_of_write(&silent, &alone("tracking"), "tracking").await;
+}
+
+async fn notices_every_kind_of_write(redis: &Redis, settings: &str, mode: &str) {
+    let proxy = follow(redis, settings);
+    mode_becomes(&proxy, mode).await;
     let (a, b) = ("10.0.0.1:80", "10.0.0.2:80");
     redis.run("ZADD one 1 10.0.0.1:80").await;
     redis.run("ZADD two 2 10.0.0.2:80").await;
@@ -107,10 +120,16 @@ async fn every_kind_of_write_that_leaves_a_sorted_set_is_noticed() {
 
 #[tokio::test]
 async fn a_key_of_another_type_is_noticed_the_last_table_is_kept_and_a_sorted_set_mends_it() {
+    for watch in ["notifications", "tracking"] {
+        outlives_a_key_of_another_type(watch).await;
+    }
+}
+
+async fn outlives_a_key_of_another_type(watch: &str) {
     let redis = Redis::start().await;
     redis.run("SADD a_set 10.0.0.9:80").await;
     redis.run("ZADD servers 1 10.0.0.1:80").await;
-    let proxy = follow(&redis, "resync_interval: 1h, on_empty: keep_last");
+    let proxy = follow(&redis, &format!("watch: {watch}, resync_interval: 1h, on_empty: keep_last"));
     table_becomes(&proxy, "the start", &[("10.0.0.1:80", 1.0)]).await;
     let overwrites = [
         "SET servers 10.0.0.9:80",
@@ -246,7 +265,7 @@ async fn without_notifications_changes_are_polled_and_the_log_tells_the_cure_onc
     let (old, new) = (Backend::named("old").await, Backend::named("new").await);
     let redis = Redis::start_with(&[]).await;
     redis.set_weights([(&old, 1.0)]).await;
-    let program = program(&redis.url(), HASTY, &[], "");
+    let program = program(&redis.url(), &format!("watch: notifications, {HASTY}"), &[], "");
     let address = program.address().await;
     next_greeting_is(address, "old").await;
     redis.set_weights([(&new, 1.0)]).await;
@@ -276,16 +295,6 @@ fn config_answer(flags: &str) -> Value {
 }
 
 #[tokio::test]
-async fn without_notifications_the_watch_mode_says_poll() {
-    let redis = Redis::start_with(&[]).await;
-    let proxy = follow(&redis, HASTY);
-    mode_becomes(&proxy, "poll").await;
-    assert_eq!(proxy.metric("statera_redis_watch_mode{mode=\"notifications\"}"), Some(0.0));
-    redis.run("ZADD servers 1 10.0.0.1:80").await;
-    table_becomes(&proxy, "ZADD", &[("10.0.0.1:80", 1.0)]).await;
-}
-
-#[tokio::test]
 async fn manage_notifications_adds_what_is_missing_and_keeps_what_is_there() {
     let redis = Redis::start_with(&["--notify-keyspace-events", "Ext"]).await;
     let proxy = follow(&redis, &format!("manage_notifications: true, {NOTIFIED}"));
@@ -309,20 +318,6 @@ async fn manage_notifications_that_redis_refuses_ends_in_polling() {
     mode_becomes(&proxy, "poll").await;
     redis.run("ZADD servers 1 10.0.0.1:80").await;
     table_becomes(&proxy, "ZADD", &[("10.0.0.1:80", 1.0)]).await;
-}
-
-#[tokio::test]
-async fn notifications_that_someone_switches_off_or_on_are_noticed_at_the_next_full_read() {
-    let redis = Redis::start().await;
-    let proxy = follow(&redis, HASTY);
-    mode_becomes(&proxy, "notifications").await;
-    redis.run_words(&["CONFIG", "SET", "notify-keyspace-events", ""]).await;
-    mode_becomes(&proxy, "poll").await;
-    redis.run("ZADD servers 1 10.0.0.1:80").await;
-    table_becomes(&proxy, "ZADD", &[("10.0.0.1:80", 1.0)]).await;
-    redis.run("CONFIG SET notify-keyspace-events KA").await;
-    mode_becomes(&proxy, "notifications").await;
-    assert_eq!(proxy.metric("statera_redis_reconnects_total"), Some(0.0));
 }
 
 #[tokio::test]

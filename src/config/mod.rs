@@ -175,10 +175,12 @@ impl fmt::Debug for Secret {
 /// How a change in Redis is noticed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Watch {
-    /// Notifications where the server is known to send them, else polling.
+    /// Notifications where the server is known to send them, else tracking, else polling.
     Auto,
     /// Notifications, even where the server's settings cannot be read.
     Notifications,
+    /// The server remembers what was read, and tells when it changes; polling where it refuses to.
+    Tracking,
     /// A read every `poll_interval`.
     Poll,
 }

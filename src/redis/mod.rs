@@ -8,6 +8,7 @@ mod connection;
 mod decode;
 mod flags;
 pub mod lua_pick;
+mod mode;
 mod primary;
 mod sentinel;
 pub mod status;

@@ -11,13 +11,15 @@ pub enum WatchMode {
     None = 0,
     /// Keyspace notifications.
     Notifications = 1,
+    /// The server remembers what was read, and tells when it changes.
+    Tracking = 2,
     /// A read every `poll_interval`.
-    Poll = 2,
+    Poll = 3,
 }
 
 impl WatchMode {
     /// In the order of their declaration.
-    pub const ALL: [Self; 3] = [Self::None, Self::Notifications, Self::Poll];
+    pub const ALL: [Self; 4] = [Self::None, Self::Notifications, Self::Tracking, Self::Poll];
 
     /// As in the metric's label.
     #[must_use]
@@ -25,6 +27,7 @@ impl WatchMode {
         match self {
             Self::None => "none",
             Self::Notifications => "notifications",
+            Self::Tracking => "tracking",
             Self::Poll => "poll",
         }
     }

@@ -2,9 +2,9 @@
 //!
 //! Where sentinels name the primary, the connection is left as soon as they name another.
 //!
-//! On each connection: subscribe, wait for the confirmations, *then* read, so that no change falls between. After that
-//! a heartbeat proves that the connection still delivers, and a full read every `resync_interval` mends what no
-//! notification told of (FLUSHALL and SWAPDB tell nobody).
+//! On each connection: subscribe and track (`mode.rs`), wait for the confirmations, *then* read, so that no change falls
+//! between. After that a heartbeat proves that the connection still delivers, and a full read every `resync_interval` mends
+//! what nothing told of (SWAPDB tells nobody), and proves the mode again.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -15,11 +15,12 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tracing::{info, warn};
 
 use super::connection::{self, Server};
+use super::mode::{Armed, Warned};
 use super::status::{RedisStatus, TableStatus, WatchMode};
 use super::sync::{Changes, Syncer, changed};
 use super::trouble::Trouble;
-use super::{Followed, Primary, flags, sentinel};
-use crate::config::{Redis, RedisAddress, Watch};
+use super::{Followed, Primary, sentinel};
+use crate::config::{Redis, RedisAddress};
 use crate::runtime::backoff::{Backoff, jittered};
 
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
@@ -128,16 +129,17 @@ async fn follow_tables(
     }
 }
 
-/// Where it is. `None`: the sentinels have been asked for as long as a connection may take, and named nobody.
-async fn known(settings: &Redis, primary: &Primary) -> Option<RedisAddress> {
-    let patience = settings.connect_timeout + settings.response_timeout;
-    timeout(patience, primary.known()).await.ok()
+/// What `Changes` knows a key by. Tracking knows no databases: the same key in another one costs a read.
+fn channels_of(database: u32) -> impl Fn(&[u8]) -> Vec<u8> {
+    let prefix = format!("__keyspace@{database}__:").into_bytes();
+    move |key| [&prefix, key].concat()
 }
 
-/// What was warned of, so that a reconnect does not repeat it.
-#[derive(Debug, Default)]
-struct Warned {
-    polling: bool,
+/// Where it is. `None`: the sentinels have been asked for as long as a connection may take, and a beat longer, and named
+/// nobody.
+async fn known(settings: &Redis, primary: &Primary) -> Option<RedisAddress> {
+    let patience = settings.connect_timeout + settings.response_timeout + settings.heartbeat_interval;
+    timeout(patience, primary.known()).await.ok()
 }
 
 struct Connection<'a> {
@@ -162,10 +164,24 @@ impl Connection<'_> {
         let lost = Arc::new(AtomicBool::new(false));
         let on_push = {
             let (changes, lost, status) = (Arc::clone(&changes), Arc::clone(&lost), Arc::clone(self.status));
+            let channel_of = channels_of(self.settings.database);
             move |push: PushInfo| match (push.kind, push.data.first()) {
                 (PushKind::Message, Some(Value::BulkString(channel))) if changes.notice(channel) => {
                     status.notifications.add(1);
                 }
+                (PushKind::Invalidate, Some(Value::Array(keys))) => {
+                    for key in keys {
+                        // Where the same change is told twice, it is counted once.
+                        if let Value::BulkString(key) = key
+                            && changes.notice(&channel_of(key))
+                            && status.mode() == WatchMode::Tracking
+                        {
+                            status.notifications.add(1);
+                        }
+                    }
+                }
+                // Everything is gone: FLUSHALL, FLUSHDB, or a replica that is filled anew.
+                (PushKind::Invalidate, _) => changes.notice_all(),
                 (PushKind::Disconnection, _) => {
                     lost.store(true, Relaxed);
                     changes.noticed.notify_one();
@@ -201,8 +217,8 @@ impl Connection<'_> {
         first_try_over: &mut Option<impl FnOnce()>,
     ) -> Result<std::convert::Infallible, RedisError> {
         let Opened { mut connection, changes, lost, server } = opened;
-        let mut refused = subscribe(&mut connection, &changes).await?;
-        let mut mode = self.choose_mode(&mut connection, refused.as_ref(), warned).await?;
+        let mut armed = Armed::new(self.settings, &changes);
+        let mut mode = armed.prove(&mut connection, warned).await?;
         self.status.set_mode(mode);
         info!(redis = %self.address, version = server.version, role = server.role, watch = mode.name(), "connected to redis");
 
@@ -235,7 +251,8 @@ impl Connection<'_> {
                 biased;
                 () = sleep_until(heartbeat) => {
                     self.primary.check(&connection::hello(&mut connection).await?)?;
-                    if mode == WatchMode::Notifications {
+                    // What told of a change before this answer came before it.
+                    if mode != WatchMode::Poll {
                         syncer.confirm(&changes);
                     }
                     heartbeat = Instant::now() + self.settings.heartbeat_interval;
@@ -246,10 +263,7 @@ impl Connection<'_> {
                 }
                 () = sleep_until(resync) => {
                     // The flags, or what this user may do, may have been changed by someone else meanwhile.
-                    if refused.is_some() {
-                        refused = subscribe(&mut connection, &changes).await?;
-                    }
-                    let now = self.choose_mode(&mut connection, refused.as_ref(), warned).await?;
+                    let now = armed.prove(&mut connection, warned).await?;
                     if now != mode {
                         info!(watch = now.name(), "changes are noticed in another way now");
                         (mode, poll) = (now, Instant::now());
@@ -262,99 +276,4 @@ impl Connection<'_> {
             }
         }
     }
-
-    /// Finds out how changes can be noticed, and switches notifications on where that is allowed.
-    /// `refused` says why there is no subscription.
-    async fn choose_mode(
-        &self,
-        connection: &mut connection::Connection,
-        refused: Option<&RedisError>,
-        warned: &mut Warned,
-    ) -> Result<WatchMode, RedisError> {
-        match (self.settings.watch, refused) {
-            (Watch::Poll, _) => return Ok(WatchMode::Poll),
-            (Watch::Notifications, Some(error)) => return Err(error.clone()),
-            (Watch::Auto, Some(error)) => {
-                let reason = format!("redis refuses to subscribe ({error}): grant the ACL user the channels");
-                return Ok(self.poll(&reason, warned));
-            }
-            (Watch::Notifications | Watch::Auto, None) => {}
-        }
-        let reason = match self.missing_flags(connection).await {
-            Ok(missing) if missing.is_empty() => None,
-            Ok(missing) => Some(format!(
-                "notify-keyspace-events lacks \"{missing}\": CONFIG SET it, or set redis.manage_notifications: true"
-            )),
-            Err(error) if connection::is_refusal(&error) && self.settings.watch == Watch::Notifications => {
-                None
-            }
-            Err(error) if connection::is_refusal(&error) => Some(format!(
-                "the server does not show its notify-keyspace-events ({error}): if they are on, set redis.watch: \
-                 notifications"
-            )),
-            Err(error) => return Err(error),
-        };
-        let Some(reason) = reason else {
-            warned.polling = false;
-            return Ok(WatchMode::Notifications);
-        };
-        Ok(self.poll(&reason, warned))
-    }
-
-    fn poll(&self, reason: &str, warned: &mut Warned) -> WatchMode {
-        if !std::mem::replace(&mut warned.polling, true) {
-            warn!(reason, poll_interval = ?self.settings.poll_interval, "no notifications from redis, polling");
-        }
-        WatchMode::Poll
-    }
-
-    /// What the server lacks of the events that are needed, after adding it where that is allowed.
-    async fn missing_flags(&self, connection: &mut connection::Connection) -> Result<String, RedisError> {
-        let missing = flags::missing(&read_flags(connection).await?);
-        if missing.is_empty() || !self.settings.manage_notifications {
-            return Ok(missing);
-        }
-        let all = read_flags(connection).await? + &missing;
-        let set: Result<Value, RedisError> = redis::cmd("CONFIG")
-            .arg("SET")
-            .arg("notify-keyspace-events")
-            .arg(&all)
-            .query_async(connection)
-            .await;
-        match set {
-            Ok(_) => info!(flags = all, "switched keyspace notifications on"),
-            Err(error) if connection::is_refusal(&error) => {
-                warn!(%error, "redis refused to switch keyspace notifications on");
-            }
-            Err(error) => return Err(error),
-        }
-        Ok(flags::missing(&read_flags(connection).await?))
-    }
-}
-
-/// Subscribes to all channels and waits for the confirmations; even where the server is not known to send events, that
-/// costs nothing and may help. Returns the refusal where this user may not.
-async fn subscribe(
-    connection: &mut connection::Connection,
-    changes: &Changes,
-) -> Result<Option<RedisError>, RedisError> {
-    for channel in changes.channels() {
-        match connection.subscribe(channel).await {
-            Err(error) if connection::is_refusal(&error) => return Ok(Some(error)),
-            result => result?,
-        }
-    }
-    Ok(None)
-}
-
-async fn read_flags(connection: &mut connection::Connection) -> Result<String, RedisError> {
-    let (_, flags): (String, String) = redis::cmd("CONFIG")
-        .arg("GET")
-        .arg("notify-keyspace-events")
-        .query_async::<Vec<(String, String)>>(connection)
-        .await?
-        .into_iter()
-        .next()
-        .unwrap_or_default();
-    Ok(flags)
 }

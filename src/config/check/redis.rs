@@ -48,7 +48,12 @@ pub(super) fn redis(section: &Section<'_>) -> Redis {
         },
         None => url(section),
     };
-    let watches = [("auto", Watch::Auto), ("notifications", Watch::Notifications), ("poll", Watch::Poll)];
+    let watches = [
+        ("auto", Watch::Auto),
+        ("notifications", Watch::Notifications),
+        ("tracking", Watch::Tracking),
+        ("poll", Watch::Poll),
+    ];
     let meanings = [("keep_last", OnEmpty::KeepLast), ("refuse", OnEmpty::Refuse)];
     let redis = Redis {
         tls: redis_tls::tls(section, &address),
@@ -56,7 +61,7 @@ pub(super) fn redis(section: &Section<'_>) -> Redis {
         database,
         username: username_beside(section, username),
         password: password_beside(section, password),
-        watch: section.choice("watch", &watches, &["tracking"], Watch::Auto),
+        watch: section.choice("watch", &watches, &[], Watch::Auto),
         manage_notifications: section.flag("manage_notifications", false),
         heartbeat_interval: section.interval_up_to(WAIT_MAX, "heartbeat_interval", SECOND),
         resync_interval: section.interval("resync_interval", Duration::from_secs(15)),
@@ -114,15 +119,15 @@ pub(super) fn password_beside(section: &Section<'_>, from_url: Option<Secret>) -
 }
 
 /// A healthy snapshot is confirmed once per beat, or once per poll, so it would go stale between two of them. `auto` may
-/// become either, whenever someone changes the server's settings.
+/// become either, whenever someone changes the server's settings, and `tracking` where it is refused.
 fn check_max_stale(section: &Section<'_>, redis: &Redis) {
     let poll = ("poll_interval", redis.poll_interval);
     let heartbeat = ("heartbeat_interval", redis.heartbeat_interval);
     let (key, interval) = match redis.watch {
         Watch::Poll => poll,
         Watch::Notifications => heartbeat,
-        Watch::Auto if redis.poll_interval > redis.heartbeat_interval => poll,
-        Watch::Auto => heartbeat,
+        Watch::Auto | Watch::Tracking if redis.poll_interval > redis.heartbeat_interval => poll,
+        Watch::Auto | Watch::Tracking => heartbeat,
     };
     if redis.max_stale > interval {
         return;

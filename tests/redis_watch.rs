@@ -1,0 +1,218 @@
+//! The ways of noticing a change: which one is taken, what each of them misses, and what happens when it is taken away.
+
+use crate::support::{Backend, Program, Proxy, Redis, Traffic, eventually};
+
+/// Nothing but the server can tell of a change within the scenario's patience.
+const TOLD: &str = "resync_interval: 1h, on_empty: refuse, poll_interval: 1h, max_stale: 2h";
+/// The mode is proven again every second.
+const HASTY: &str = "resync_interval: 1s, poll_interval: 50ms, heartbeat_interval: 200ms, max_stale: 2s";
+/// All that each of the ways needs.
+const RIGHTS: &str = "on >secret resetkeys %R~servers* resetchannels &__keyspace@0__:servers* nocommands +hello +auth +ping \
+                      +select +client|setname +client|id +client|tracking +subscribe +unsubscribe +zrange +zcard +eval_ro \
+                      +evalsha_ro +script|load +config|get";
+
+fn follow(redis: &Redis, more: &str) -> Proxy {
+    Proxy::web(&format!("redis: {{url: \"{}\", {more}}}", redis.url()), "weights_key: servers")
+}
+
+fn follow_as_user(redis: &Redis, more: &str) -> Proxy {
+    follow(redis, &format!("username: statera, password: secret, {more}"))
+}
+
+async fn mode_becomes(proxy: &Proxy, mode: &str) {
+    let series = format!("statera_redis_watch_mode{{mode=\"{mode}\"}}");
+    eventually(&series, || async { proxy.metric(&series) == Some(1.0) }).await;
+}
+
+/// Writes another weight, and waits for it.
+async fn follows(proxy: &Proxy, redis: &Redis, weight: f64) {
+    redis.run(&format!("ZADD servers {weight} 10.0.0.1:80")).await;
+    let wanted = [("10.0.0.1:80".to_owned(), weight)];
+    eventually(&format!("the weight becomes {weight}"), || async { proxy.weights() == wanted }).await;
+}
+
+async fn empties(proxy: &Proxy, redis: &Redis, command: &str) {
+    redis.run(command).await;
+    eventually(command, || async { proxy.weights().is_empty() }).await;
+}
+
+#[tokio::test]
+async fn without_notifications_the_server_is_asked_to_track() {
+    let redis = Redis::start_with(&[]).await;
+    let proxy = follow(&redis, TOLD);
+    mode_becomes(&proxy, "tracking").await;
+    assert_eq!(proxy.metric("statera_redis_watch_mode{mode=\"notifications\"}"), Some(0.0));
+    for weight in 1..=5 {
+        follows(&proxy, &redis, f64::from(weight)).await;
+    }
+    assert!(proxy.metric("statera_redis_notifications_total") >= Some(5.0), "each change was told");
+}
+
+#[tokio::test]
+async fn a_flush_is_told_at_once_where_the_server_tracks() {
+    let (notifying, silent) = (Redis::start().await, Redis::start_with(&[]).await);
+    for (redis, watch, mode) in [
+        (&notifying, "auto", "notifications"),
+        (&silent, "auto", "tracking"),
+        (&notifying, "tracking", "tracking"),
+    ] {
+        let proxy = follow(redis, &format!("watch: {watch}, {TOLD}"));
+        mode_becomes(&proxy, mode).await;
+        for command in ["FLUSHALL", "FLUSHDB ASYNC"] {
+            follows(&proxy, redis, 1.0).await;
+            empties(&proxy, redis, command).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_change_that_is_told_twice_is_counted_once() {
+    let redis = Redis::start().await;
+    let proxy = follow(&redis, TOLD);
+    mode_becomes(&proxy, "notifications").await;
+    for weight in 1..=20 {
+        follows(&proxy, &redis, f64::from(weight)).await;
+    }
+    assert_eq!(proxy.metric("statera_redis_notifications_total"), Some(20.0));
+    let reads = proxy.metric("statera_redis_resyncs_total").expect("it is counted");
+    // Both messages come in one packet. A busy machine may read between them.
+    assert!(reads <= 30.0, "{reads} reads for 20 changes");
+}
+
+#[tokio::test]
+async fn pools_whose_keys_begin_alike_are_all_tracked() {
+    let redis = Redis::start_with(&[]).await;
+    let proxy = Proxy::start(&format!(
+        "workers: 1\nlisteners: {{a: {{bind: \"127.0.0.1:0\", pool: one}}}}\nredis: {{url: \"{}\", {TOLD}}}\n\
+         pools: {{one: {{weights_key: web}}, two: {{weights_key: web2}}}}\n",
+        redis.url()
+    ));
+    mode_becomes(&proxy, "tracking").await;
+    for (pool, key) in [(0, "web"), (1, "web2"), (0, "web")] {
+        let weight =
+            || proxy.running.observed.pools[pool].cell.load().members().first().map(|m| m.weight.get());
+        let next = weight().unwrap_or(0.0) + 1.0;
+        redis.run(&format!("ZADD {key} {next} 10.0.0.1:80")).await;
+        eventually("the pool sees it", || async { weight() == Some(next) }).await;
+    }
+}
+
+#[tokio::test]
+async fn tracking_outlives_a_reconnect() {
+    let redis = Redis::start_with(&[]).await;
+    let proxy = follow(&redis, TOLD);
+    follows(&proxy, &redis, 1.0).await;
+    for round in 1..=3 {
+        // It is subscribed, too, though nothing is published.
+        redis.run("CLIENT KILL TYPE pubsub").await;
+        let reconnects = f64::from(round);
+        eventually("it has connected again", || async {
+            proxy.metric("statera_redis_reconnects_total") >= Some(reconnects)
+        })
+        .await;
+        mode_becomes(&proxy, "tracking").await;
+        follows(&proxy, &redis, 10.0 + reconnects).await;
+    }
+}
+
+#[tokio::test]
+async fn notifications_that_someone_switches_off_are_replaced_and_taken_again() {
+    let redis = Redis::start().await;
+    let proxy = follow(&redis, HASTY);
+    mode_becomes(&proxy, "notifications").await;
+    redis.run_words(&["CONFIG", "SET", "notify-keyspace-events", ""]).await;
+    // Tracking was there all the time.
+    follows(&proxy, &redis, 1.0).await;
+    mode_becomes(&proxy, "tracking").await;
+    follows(&proxy, &redis, 2.0).await;
+    redis.run("CONFIG SET notify-keyspace-events KA").await;
+    mode_becomes(&proxy, "notifications").await;
+    follows(&proxy, &redis, 3.0).await;
+    assert_eq!(proxy.metric("statera_redis_reconnects_total"), Some(0.0));
+}
+
+#[tokio::test]
+async fn notifications_alone_that_someone_switches_off_end_in_polling_and_come_back() {
+    let redis = Redis::start().await;
+    let proxy = follow(&redis, &format!("watch: notifications, {HASTY}"));
+    mode_becomes(&proxy, "notifications").await;
+    redis.run_words(&["CONFIG", "SET", "notify-keyspace-events", ""]).await;
+    mode_becomes(&proxy, "poll").await;
+    follows(&proxy, &redis, 1.0).await;
+    redis.run("CONFIG SET notify-keyspace-events KA").await;
+    mode_becomes(&proxy, "notifications").await;
+    assert_eq!(proxy.metric("statera_redis_reconnects_total"), Some(0.0));
+}
+
+#[tokio::test]
+async fn channels_that_are_revoked_leave_tracking_and_rights_that_are_granted_bring_them_back() {
+    let redis = Redis::start().await;
+    redis.run(&format!("ACL SETUSER statera {RIGHTS}")).await;
+    let proxy = follow_as_user(&redis, HASTY);
+    mode_becomes(&proxy, "notifications").await;
+    redis.run("ACL SETUSER statera resetchannels").await;
+    mode_becomes(&proxy, "tracking").await;
+    follows(&proxy, &redis, 1.0).await;
+    redis.run("ACL SETUSER statera &__keyspace@0__:servers*").await;
+    mode_becomes(&proxy, "notifications").await;
+    follows(&proxy, &redis, 2.0).await;
+}
+
+#[tokio::test]
+async fn a_user_who_may_do_nothing_but_read_is_served_by_polling_until_more_is_granted() {
+    let redis = Redis::start().await;
+    redis.run(&format!("ACL SETUSER statera {RIGHTS} resetchannels -client|tracking")).await;
+    let proxy = follow_as_user(&redis, HASTY);
+    mode_becomes(&proxy, "poll").await;
+    follows(&proxy, &redis, 1.0).await;
+    redis.run("ACL SETUSER statera +client|tracking").await;
+    mode_becomes(&proxy, "tracking").await;
+    follows(&proxy, &redis, 2.0).await;
+    assert_eq!(proxy.metric("statera_redis_reconnects_total"), Some(0.0));
+}
+
+#[tokio::test]
+async fn tracking_that_is_refused_is_told_once_with_its_cure_and_polled_for() {
+    let redis = Redis::start().await;
+    redis.run(&format!("ACL SETUSER statera {RIGHTS} -client|tracking")).await;
+    redis.run("ZADD servers 1 10.0.0.1:80").await;
+    let program = Program::run(&format!(
+        "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\npools: {{web: {{weights_key: servers}}}}\n\
+         redis: {{url: \"{}\", username: statera, password: secret, watch: tracking, {HASTY}}}\n",
+        redis.url()
+    ));
+    let connected = program.says("connected to redis").await;
+    assert_eq!(connected["watch"], "poll");
+    redis.run("ACL SETUSER statera +client|tracking").await;
+    let line = program.says("changes are noticed in another way now").await;
+    assert_eq!(line["watch"], "tracking");
+    let told = program.messages("redis does not tell of changes, polling");
+    assert_eq!(told.len(), 1, "{}", program.log());
+    assert!(
+        told[0]["reason"].as_str().is_some_and(|reason| reason.contains("grant +client|tracking")),
+        "{}",
+        told[0]
+    );
+}
+
+#[tokio::test]
+async fn a_user_that_is_deleted_costs_no_session_and_is_followed_again_when_it_is_back() {
+    let (redis, backend) = (Redis::start().await, Backend::named("backend").await);
+    redis.run(&format!("ACL SETUSER statera {RIGHTS}")).await;
+    redis.set_weights([(&backend, 1.0)]).await;
+    let proxy = follow_as_user(&redis, HASTY);
+    eventually("the table arrives", || async { proxy.weights().len() == 1 }).await;
+    let traffic = Traffic::start(proxy.address());
+    traffic.more(20).await;
+    redis.run("ACL DELUSER statera").await;
+    mode_becomes(&proxy, "none").await;
+    traffic.more(50).await;
+    assert_eq!(proxy.weights().len(), 1);
+
+    redis.run(&format!("ACL SETUSER statera {RIGHTS}")).await;
+    mode_becomes(&proxy, "notifications").await;
+    redis.run(&format!("ZADD servers 7 {}", backend.address)).await;
+    eventually("a change arrives", || async { proxy.weights() == [(backend.address.to_string(), 7.0)] })
+        .await;
+    assert!(traffic.stop().await.served["backend"] > 70);
+}
