@@ -373,6 +373,12 @@ impl Control {
                 redis::lua_pick::run(&settings, &limits, &followed, &primary, requests).await;
             });
         }
+        let (reporting, reported, drain) =
+            (settings.clone(), Arc::clone(&followed), self.shared.drain.clone());
+        let reported_to = Arc::clone(&primary);
+        tasks.spawn(async move {
+            redis::applied::run(&reporting, &reported, &reported_to, drain.started()).await;
+        });
         let tables = Arc::clone(&self.observed.tables);
         tasks.spawn(async move {
             // Nobody waits any more once the start has gone on without Redis.

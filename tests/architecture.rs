@@ -62,7 +62,17 @@ const ARROWS: [(&str, &[&str]); 12] = [
             "state::SaveStatus",
         ],
     ),
-    ("cli", &["config", "proxy", "telemetry::log_sink"]),
+    (
+        "cli",
+        &[
+            "balance::BackendId",
+            "balance::Weight",
+            "config",
+            "proxy",
+            "redis::weights",
+            "telemetry::log_sink",
+        ],
+    ),
     // The composition root: it alone may know all.
     ("proxy", &["balance", "config", "listen", "redis", "relay", "runtime", "session", "state", "telemetry"]),
 ];

@@ -110,7 +110,7 @@ async fn version_and_help_are_answers_and_what_is_unknown_is_code_2() {
     for arguments in [&["--help"][..], &["help"], &["-h"]] {
         let (code, said, errors) = statera(arguments).await;
         assert_eq!((code, errors.as_str()), (Some(0), ""), "{arguments:?}");
-        for command in ["run", "check", "demo", "version"] {
+        for command in ["run", "check", "demo", "weights", "version"] {
             assert!(said.contains(&format!("\n  {command} ")), "{command}: {said}");
         }
     }

@@ -3,6 +3,7 @@
 mod check;
 mod demo;
 mod run;
+mod weights;
 
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
@@ -16,6 +17,8 @@ use crate::config::Config;
 /// Exit codes that scripts rely on.
 const FAILED: u8 = 1;
 const INVALID: u8 = 2;
+const NOT_CONVERGED: u8 = 3;
+const UNREACHABLE: u8 = 4;
 
 /// A layer-4 TCP load balancer whose weights are kept live in Redis.
 #[derive(Debug, Parser)]
@@ -33,6 +36,9 @@ enum Command {
     Check(ConfigArgument),
     /// Show it at work: three tiny backends, a private Redis, live shares.
     Demo(demo::DemoArguments),
+    /// Show and change a pool's weights in Redis, with their history.
+    #[command(subcommand)]
+    Weights(weights::WeightsCommand),
     /// Print the version.
     Version,
 }
@@ -61,6 +67,7 @@ pub fn main() -> ExitCode {
             with_config(&argument.config, |config| check::check(&argument.config, config))
         }
         Command::Demo(arguments) => report(demo::demo(&arguments)),
+        Command::Weights(command) => weights::weights(&command),
         Command::Version => report(say(concat!("statera ", env!("CARGO_PKG_VERSION"), "\n"))),
     }
 }

@@ -80,8 +80,7 @@ trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
 
-/// Connects to the server that the config names, be it through its sentinels.
-#[allow(dead_code, reason = "for commands that ask once and go")]
+/// Connects to the server that the config names, be it through its sentinels: for commands that ask once and go.
 pub(super) async fn open(
     settings: &Redis,
     on_push: impl Fn(PushInfo) + Send + Sync + 'static,

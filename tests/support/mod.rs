@@ -4,6 +4,7 @@
 mod backend;
 mod certificates;
 mod client;
+mod desk;
 mod http;
 mod link;
 mod namespace;
@@ -20,6 +21,7 @@ mod traffic;
 pub use backend::{Backend, dead_address, silent_address};
 pub use certificates::{Authority, Identity, path_text};
 pub use client::{echo, greeting};
+pub use desk::{Desk, Typed};
 pub use http::{Answer, ask, get, sum_of};
 pub use link::{Link, Passing};
 pub use namespace::in_own_network;

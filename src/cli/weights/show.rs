@@ -1,0 +1,281 @@
+//! How the answers of `statera weights` read: as lines for a person, as JSON for a program. Both are safe for a terminal,
+//! whatever stands in Redis.
+
+use std::fmt::Write as _;
+
+use serde_json::{Value, json};
+
+use super::wait::Fleet;
+use crate::config::{OnEmpty, Pool};
+use crate::redis::weights::{Change, Changes, ContentHash, Done, Entry, History, Report, Seen};
+
+/// Of one entry or answer; JSON has them all.
+const MOST_CHANGES_SHOWN: usize = 20;
+
+/// What does not print as itself is written as its escape.
+pub(super) fn printable(text: &str) -> String {
+    let mut safe = String::with_capacity(text.len());
+    for character in text.chars() {
+        if matches!(character, '"' | '\'' | '\\' | '\n') {
+            safe.push(character);
+        } else {
+            safe.extend(character.escape_debug());
+        }
+    }
+    safe
+}
+
+/// The same on one line.
+fn word(text: &str) -> String {
+    printable(text).replace('\n', "\\n")
+}
+
+/// JSON, with \u escapes for what a terminal might act on (C1 controls, text that runs backwards): those characters stand
+/// in texts only.
+fn json_text(value: &Value) -> String {
+    let mut safe = String::new();
+    for character in value.to_string().chars() {
+        if character.is_ascii() && character != '\x7f' || character.escape_debug().count() == 1 {
+            safe.push(character);
+        } else {
+            let mut units = [0; 2];
+            for unit in character.encode_utf16(&mut units) {
+                safe += &format!("\\u{unit:04x}");
+            }
+        }
+    }
+    safe + "\n"
+}
+
+/// The answer to `get`.
+pub(super) fn table(pool: &Pool, seen: &Seen, reports: &[Report], as_json: bool) -> String {
+    if as_json { table_json(pool, seen, reports) } else { table_text(pool, seen, reports) }
+}
+
+fn table_text(pool: &Pool, seen: &Seen, reports: &[Report]) -> String {
+    let mut text = format!("pool {}, key {}, version {}\n", pool.name, word(&pool.weights_key), seen.version);
+    match &seen.newest {
+        Some(entry) => text += &format!("last change: {}\n", headline(entry)),
+        None if seen.version == 0 => text += "no command has changed it yet\n",
+        None => {}
+    }
+    if seen.newest.is_some() && seen.outside.count > 0 {
+        text += &format!("{} changed since by another program:\n", members(seen.outside.count));
+        text += &lines(&seen.outside);
+    }
+    if !reports.is_empty() {
+        let (have, have_not) = divide(reports, &seen.hash());
+        text += &if have_not.is_empty() {
+            format!("applied by {}", proxies(have.len()))
+        } else {
+            let names: Vec<String> =
+                have_not.iter().take(MOST_CHANGES_SHOWN).map(|name| word(name)).collect();
+            let more = if have_not.len() > names.len() { ", …" } else { "" };
+            format!(
+                "applied by {} of {}, not by {}{more}",
+                have.len(),
+                proxies(reports.len()),
+                names.join(", ")
+            )
+        };
+        text.push('\n');
+    }
+    text.push('\n');
+    if seen.table.is_empty() && seen.left_out.is_empty() {
+        return text + "the table is empty\n";
+    }
+    let width =
+        seen.table.members().iter().map(|(id, _)| id.as_str().chars().count()).max().unwrap_or(0).max(6);
+    let _ = writeln!(text, "{:width$}  {:>12}  {:>7}", "MEMBER", "WEIGHT", "SHARE");
+    for ((id, weight), share) in seen.table.members().iter().zip(shares(seen)) {
+        let (id, weight) = (id.as_str(), weight.to_string());
+        let _ = writeln!(text, "{id:width$}  {weight:>12}  {share:>5.1} %");
+    }
+    for left_out in &seen.left_out {
+        let _ = writeln!(text, "left out: {}: {}", left_out.member, left_out.reason);
+    }
+    text
+}
+
+fn table_json(pool: &Pool, seen: &Seen, reports: &[Report]) -> String {
+    let members: Vec<Value> = seen
+        .table
+        .members()
+        .iter()
+        .zip(shares(seen))
+        .map(|((id, weight), share)| json!({"member": id.as_str(), "weight": weight.get(), "share_percent": share}))
+        .collect();
+    let left_out: Vec<Value> = seen
+        .left_out
+        .iter()
+        .map(|left_out| json!({"member": left_out.member, "reason": left_out.reason}))
+        .collect();
+    let (have, have_not) = divide(reports, &seen.hash());
+    json_text(&json!({
+        "pool": &*pool.name,
+        "key": pool.weights_key,
+        "version": seen.version,
+        "hash": seen.hash().to_string(),
+        "last_change": seen.newest.as_ref().map(entry_json),
+        "changed_outside": changes_json(&seen.outside),
+        "members": members,
+        "left_out": left_out,
+        "applied": {"have": have, "have_not": have_not},
+    }))
+}
+
+/// In percent. Dividing by the largest keeps the sum of huge weights finite.
+fn shares(seen: &Seen) -> impl Iterator<Item = f64> {
+    let weights = || seen.table.members().iter().map(|(_, weight)| weight.get());
+    let largest = weights().fold(0.0, f64::max);
+    let part = move |weight: f64| if largest > 0.0 { weight / largest } else { 0.0 };
+    let total: f64 = weights().map(part).sum();
+    weights().map(move |weight| if total > 0.0 { part(weight) / total * 100.0 } else { 0.0 })
+}
+
+fn divide<'a>(reports: &'a [Report], hash: &ContentHash) -> (Vec<&'a str>, Vec<&'a str>) {
+    let (have, have_not): (Vec<&Report>, Vec<&Report>) = reports.iter().partition(|r| r.hash == *hash);
+    let names = |reports: Vec<&'a Report>| reports.into_iter().map(|report| report.proxy.as_str()).collect();
+    (names(have), names(have_not))
+}
+
+/// The answer to what changes a table.
+pub(super) fn done(pool: &Pool, done: &Done, on_empty: OnEmpty) -> String {
+    let mut text = String::new();
+    if done.outside > 0 {
+        text +=
+            &format!("{} had been changed by another program: the history tells\n", members(done.outside));
+    }
+    if done.version == done.before {
+        return text + &format!("{}: nothing to change, version {} stays\n", pool.name, done.version);
+    }
+    let back = done.back_to.map(|version| format!(", version {version} again")).unwrap_or_default();
+    text += &format!("{}: version {}{back}\n{}", pool.name, done.version, lines(&done.changes));
+    if done.table.is_empty() {
+        text += match on_empty {
+            OnEmpty::KeepLast => {
+                "the table is empty: proxies go on with the last one (redis.on_empty: keep_last)\n"
+            }
+            OnEmpty::Refuse => "the table is empty: proxies refuse sessions (redis.on_empty: refuse)\n",
+        };
+    }
+    text
+}
+
+/// The same in JSON, with who has applied it where that was waited for.
+pub(super) fn done_json(pool: &Pool, done: &Done, fleet: Option<&Fleet>) -> String {
+    json_text(&json!({
+        "pool": &*pool.name,
+        "key": pool.weights_key,
+        "version": done.version,
+        "version_before": done.before,
+        "back_to": done.back_to,
+        "hash": done.hash().to_string(),
+        "changes": changes_json(&done.changes),
+        "changed_outside": done.outside,
+        "applied": fleet.map(|fleet| json!({"have": fleet.have, "have_not": fleet.have_not})),
+    }))
+}
+
+/// The answer to `history`.
+pub(super) fn history(pool: &str, history: &History, as_json: bool) -> String {
+    if as_json {
+        let entries: Vec<Value> = history.entries.iter().map(entry_json).collect();
+        let unsaved = history.unsaved.as_ref().map(changes_json);
+        return json_text(&json!({"pool": pool, "entries": entries, "not_entered": unsaved}));
+    }
+    let mut text = String::new();
+    if let Some(changes) = &history.unsaved {
+        text += &format!(
+            "now, by another program, not entered since this user may not write\n{}",
+            lines(changes)
+        );
+    }
+    for entry in &history.entries {
+        text += &format!("{}\n{}", headline(entry), lines(&entry.changes));
+    }
+    if text.is_empty() {
+        text = "nothing has changed yet\n".to_owned();
+    }
+    text
+}
+
+/// `version 7  2026-01-02T03:04:05Z  jo@edge-1  set: why`
+fn headline(entry: &Entry) -> String {
+    let when = entry.when.map_or_else(
+        || "at an unknown time".to_owned(),
+        |when| humantime::format_rfc3339_seconds(when).to_string(),
+    );
+    if entry.what == "outside" {
+        return format!("version {}  noticed {when}  changed by another program", entry.version);
+    }
+    let back = entry.back_to.map(|version| format!(" to version {version}")).unwrap_or_default();
+    let why = if entry.why.is_empty() { String::new() } else { format!(": {}", word(&entry.why)) };
+    format!("version {}  {when}  {}  {}{back}{why}", entry.version, word(&entry.who), word(&entry.what))
+}
+
+fn lines(changes: &Changes) -> String {
+    let mut text = String::new();
+    let shown = changes.kept.iter().take(MOST_CHANGES_SHOWN);
+    let width = shown.clone().map(|change| word(&change.member).chars().count()).max().unwrap_or(0);
+    for Change { member, old, new } in shown.clone() {
+        let member = word(member);
+        let _ = match (old.as_deref().map(word), new.as_deref().map(word)) {
+            (Some(old), Some(new)) => writeln!(text, "    {member:width$}  {old} -> {new}"),
+            (None, Some(new)) => writeln!(text, "    {member:width$}  new, {new}"),
+            (Some(old), None) => writeln!(text, "    {member:width$}  {old}, removed"),
+            (None, None) => Ok(()),
+        };
+    }
+    let more = changes.count.saturating_sub(shown.count() as u64);
+    if more > 0 {
+        let _ = writeln!(text, "    and {} more", members(more));
+    }
+    text
+}
+
+fn entry_json(entry: &Entry) -> Value {
+    json!({
+        "version": entry.version,
+        "what": entry.what,
+        "back_to": entry.back_to,
+        "time": entry.when.map(|when| humantime::format_rfc3339_millis(when).to_string()),
+        "who": entry.who,
+        "why": entry.why,
+        "changes": changes_json(&entry.changes),
+        "hash": entry.hash,
+    })
+}
+
+/// A list, or its length where it was too long to be kept.
+fn changes_json(changes: &Changes) -> Value {
+    if changes.kept.is_empty() && changes.count > 0 {
+        return json!({"count": changes.count});
+    }
+    changes.kept.iter().map(|c| json!({"member": c.member, "old": c.old, "new": c.new})).collect()
+}
+
+fn members(count: u64) -> String {
+    format!("{count} {}", if count == 1 { "member" } else { "members" })
+}
+
+/// `3 proxies`.
+pub(super) fn proxies(count: usize) -> String {
+    format!("{count} {}", if count == 1 { "proxy" } else { "proxies" })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_that_stands_in_redis_reaches_a_terminal_raw() {
+        let hostile = "a\x1b[2J\u{9b}31m\u{202e}\x7f\n\t";
+        for text in [word(hostile), json_text(&json!({ hostile: hostile }))] {
+            let raw = text.trim_end().chars().find(|c| c.is_control() || *c == '\u{202e}');
+            assert_eq!(raw, None, "{text:?}");
+        }
+        let back: Value = serde_json::from_str(&json_text(&json!([hostile, "ü\u{1f600}"]))).expect("JSON");
+        assert_eq!(back, json!([hostile, "ü\u{1f600}"]), "it still says the same");
+    }
+}

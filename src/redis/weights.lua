@@ -1,0 +1,199 @@
+-- Reads and writes a pool's weights for a person, whole or not at all, and keeps the history of it.
+--
+-- KEYS, all of one slot: the weights (a sorted set), their version (a number), their history (a stream, newest last) and
+-- the table as the history knows it (a sorted set: what differs from it was changed by other hands).
+-- ARGV: what is wanted (look, notice, set, remove, rollback), the version that is expected or "", who, why, the largest
+-- table, the longest history, the most changes that one entry keeps; then what is wanted's own: members and weights,
+-- members, a version or "".
+-- Returns the outcome and the version before it, then what goes with the outcome (src/redis/weights.rs reads it).
+-- For Redis 6.2 and later, Cluster too. Weights stay texts: a number would lose digits in cjson.
+
+local key, version_key, history, known_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local wanted, expected, who, why = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local most_members, longest_history, most_changes = tonumber(ARGV[5]), ARGV[6], tonumber(ARGV[7])
+local FIRST = 8
+-- Lua's stack holds some 8,000 arguments of one call.
+local ARGUMENTS = 4000
+-- No backend's name.
+local NOBODY = '\0'
+
+-- Ends the script: told with the command and the key, which Redis's own messages lack.
+local function refuse(command, target, reason)
+    error({ command, target, reason }, 0)
+end
+
+local function call(command, target, ...)
+    local answer = redis.pcall(command, target, ...)
+    if type(answer) == 'table' and answer.err then refuse(command, target, answer.err) end
+    return answer
+end
+
+local function read(from)
+    local list, held = call('ZRANGE', from, 0, most_members, 'WITHSCORES'), {}
+    if #list > 2 * most_members then refuse('ZRANGE', from, 'TOOLARGE') end
+    for i = 1, #list, 2 do held[list[i]] = list[i + 1] end
+    return held, list
+end
+
+-- Servers before and after an upgrade write the same number differently.
+local function is_same(a, b)
+    return a == b or (a and b and tonumber(a) ~= nil and tonumber(a) == tonumber(b))
+end
+
+-- What makes `new` of `old`: { member, old weight or null, new weight or null }.
+local function difference(old, new)
+    local changes = {}
+    for member, weight in pairs(new) do
+        if not is_same(old[member], weight) then
+            changes[#changes + 1] = { member, old[member] or cjson.null, weight }
+        end
+    end
+    for member, weight in pairs(old) do
+        if not new[member] then changes[#changes + 1] = { member, weight, cjson.null } end
+    end
+    return changes
+end
+
+local function encode(changes)
+    if #changes > most_changes then return '' end
+    return #changes == 0 and '[]' or cjson.encode(changes)
+end
+
+-- As src/redis/content.rs does it, which is what proxies say that they have applied: what cannot be a weight or a backend
+-- is left out, by lighter rules.
+local function hash(list)
+    local parts = {}
+    for i = 1, #list, 2 do
+        local member, weight = list[i], tonumber(list[i + 1])
+        if weight and weight >= 0 and weight < math.huge
+            and (member:find(':%d+$') or member:sub(1, 5) == 'unix:') then
+            parts[#parts + 1] = member .. '\0' .. struct.pack('>d', weight + 0)
+        end
+    end
+    return redis.sha1hex(table.concat(parts))
+end
+
+local function record(what, version, by, reason, back_to, changes, list)
+    call('XADD', history, 'MAXLEN', '~', longest_history, '*', 'version', version, 'what', what, 'back_to', back_to,
+        'who', by, 'why', reason, 'count', #changes, 'changes', encode(changes), 'hash', hash(list))
+end
+
+-- Redis does not take back what a script did before it failed. So everything that is going to be written is tried first
+-- in a form that changes nothing: no right, no memory, a replica, all that shows here.
+local function prove(version, held)
+    if wanted ~= 'notice' then
+        call('ZADD', key, 'XX', 'GT', '-inf', NOBODY)
+        if not held[NOBODY] then call('ZREM', key, NOBODY) end
+    end
+    call('SET', version_key, version)
+    call('ZRANGESTORE', known_key, known_key, 0, -1)
+    local answer = redis.pcall('XADD', history, '0-0', 'a', 'b')
+    if not answer.err:find('greater than 0-0', 1, true) then refuse('XADD', history, answer.err) end
+end
+
+-- In pieces that fit on the stack.
+local function in_pieces(command, words)
+    for from = 1, #words, ARGUMENTS do
+        call(command, key, unpack(words, from, math.min(from + ARGUMENTS - 1, #words)))
+    end
+end
+
+local function write(changes)
+    local added, removed = {}, {}
+    for _, change in ipairs(changes) do
+        if change[3] == cjson.null then
+            removed[#removed + 1] = change[1]
+        else
+            added[#added + 1] = change[3]
+            added[#added + 1] = change[1]
+        end
+    end
+    in_pieces('ZADD', added)
+    in_pieces('ZREM', removed)
+end
+
+local function fields(entry)
+    local map = {}
+    for i = 1, #entry[2], 2 do map[entry[2][i]] = entry[2][i + 1] end
+    return map
+end
+
+-- The table at `target`, made from `held`, the one that the newest entry left, by undoing entry after entry. A version
+-- lasts until the next one: what was changed by other hands meanwhile belongs to it. Only of the present version is
+-- that undone, else going back to it would do nothing. Without a table: why, and the version in question.
+local function table_at(target, version, held)
+    local oldest, from = version + 1, '+'
+    while true do
+        local entries = call('XREVRANGE', history, from, '-', 'COUNT', 100)
+        for _, entry in ipairs(entries) do
+            local said = fields(entry)
+            local at = tonumber(said.version)
+            if not at or not said.changes then refuse('XREVRANGE', history, 'FOREIGN') end
+            if at < target or at == target and (target < version or said.what ~= 'outside') then return held end
+            if said.changes == '' then return nil, 'too_large', at end
+            for _, change in ipairs(cjson.decode(said.changes)) do
+                held[change[1]] = change[2] ~= cjson.null and change[2] or nil
+            end
+            oldest = said.what == 'outside' and at + 1 or at
+            from = '(' .. entry[1]
+        end
+        if #entries == 0 then break end
+    end
+    if oldest == target + 1 then return held end
+    return nil, 'forgotten', oldest
+end
+
+local function run()
+    local text = call('GET', version_key) or '0'
+    local version = tonumber(text)
+    if not version then refuse('GET', version_key, 'FOREIGN') end
+    local newest = call('XREVRANGE', history, '+', '-', 'COUNT', 1)[1]
+    -- A version key that was deleted must not make old numbers mean something new.
+    if newest then version = math.max(version, tonumber(fields(newest).version) or 0) end
+    local held, list = read(key)
+    local known = read(known_key)
+    local outside = difference(known, held)
+    if wanted == 'look' then
+        return { 'seen', version, list, encode(outside), #outside, newest or false }
+    end
+    if expected ~= '' and tonumber(expected) ~= version then return { 'conflict', version } end
+
+    local target, back_to = {}, ''
+    for member, weight in pairs(held) do target[member] = weight end
+    if wanted == 'set' then
+        for i = FIRST, #ARGV, 2 do target[ARGV[i]] = ARGV[i + 1] end
+    elseif wanted == 'remove' then
+        local missing = {}
+        for i = FIRST, #ARGV do
+            if not held[ARGV[i]] then missing[#missing + 1] = ARGV[i] end
+            target[ARGV[i]] = nil
+        end
+        if #missing > 0 then return { 'missing', version, missing } end
+    elseif wanted == 'rollback' then
+        back_to = ARGV[FIRST] == '' and version - 1 or tonumber(ARGV[FIRST])
+        if back_to < 0 or back_to > version then return { 'no_such_version', version } end
+        local found, reason, at = table_at(back_to, version, known)
+        if not found then return { reason, version, at, back_to } end
+        target = found
+    end
+
+    local before, changes = version, difference(held, target)
+    if #outside > 0 or #changes > 0 then
+        prove(version, held)
+        if #outside > 0 then record('outside', version, '', '', '', outside, list) end
+        if #changes > 0 then
+            write(changes)
+            version = version + 1
+            call('SET', version_key, version)
+            list = call('ZRANGE', key, 0, -1, 'WITHSCORES')
+            record(wanted, version, who, why, back_to, changes, list)
+        end
+        call('ZRANGESTORE', known_key, key, 0, -1)
+    end
+    return { 'done', before, version, list, encode(changes), #changes, #outside, back_to }
+end
+
+local done, result = pcall(run)
+if done then return result end
+if type(result) == 'table' and result[3] then return { 'refused', 0, result[1], result[2], result[3] } end
+return redis.error_reply(type(result) == 'table' and result.err or result)

@@ -1,0 +1,183 @@
+//! A pool's weights as a person changes them: whole or not at all, with a version and a history.
+//!
+//! All that is written is written by one script (`weights.lua`), so that no other client ever sees half of a change. A
+//! weights key needs none of this: who writes it by other means is noticed, and stands in the history as such.
+//! `answer.rs` reads answers, `refusal.rs` finds the words for what Redis refuses, `applied.rs` tells who has the table.
+
+mod answer;
+mod refusal;
+
+pub use answer::{Change, Changes, Done, Entry, History, LeftOut, Seen};
+pub use refusal::WeightsError;
+
+pub use super::applied::Report;
+pub use super::content::ContentHash;
+
+use redis::{RedisError, Value};
+
+use super::applied;
+use super::companion::Companions;
+use super::connection::{self, Connection};
+use crate::balance::{BackendId, Weight};
+use crate::config::Redis;
+
+const SCRIPT: &str = include_str!("weights.lua");
+/// As many as a proxy reads (`sync.rs`).
+const MAX_MEMBERS: usize = 100_000;
+/// Some 10 MB at ten changes an entry; XADD trims whole nodes, so a hundred more may stand there.
+pub const LONGEST_HISTORY: usize = 1_000;
+/// An entry of more changed members (somebody renamed a large table) keeps their number alone, and nothing behind it can
+/// be rolled back to. As many are taken by one command.
+pub const MOST_CHANGES: usize = 10_000;
+
+/// Who changes weights, and why: for the history.
+#[derive(Clone, Debug, Default)]
+pub struct Author {
+    /// `user@host`.
+    pub who: String,
+    /// May be empty.
+    pub why: String,
+}
+
+/// What may be done to a table.
+#[derive(Clone, Debug)]
+pub enum Order {
+    /// Members get these weights, whether they are there or not.
+    Set(Vec<(BackendId, Weight)>),
+    /// Members go; they may be anything that stands in a sorted set.
+    Remove(Vec<Vec<u8>>),
+    /// The table as it was at this version; `None`: at the one before the present.
+    Rollback(Option<u64>),
+}
+
+/// The weights, version and history of one pool.
+#[derive(Debug)]
+pub struct Ledger {
+    connection: Connection,
+    address: String,
+    key: String,
+    companions: Companions,
+}
+
+impl Ledger {
+    /// Connects to Redis for the table under `key`.
+    ///
+    /// # Errors
+    /// Redis is not there, or refuses this user.
+    pub async fn open(settings: &Redis, key: &str) -> Result<Self, WeightsError> {
+        let address = settings.address.to_string();
+        match connection::open(settings, |_| {}).await {
+            Ok(connection) => {
+                Ok(Self { connection, address, key: key.to_owned(), companions: Companions::of(key) })
+            }
+            Err(error) => Err(refusal::not_connected(&address, &error)),
+        }
+    }
+
+    /// Reads the table, and writes nothing.
+    ///
+    /// # Errors
+    /// Redis is away, or refuses.
+    pub async fn look(&mut self) -> Result<Seen, WeightsError> {
+        let mut answer = self.ask("EVAL_RO", "look", None, &Author::default(), &[]).await;
+        // Redis 6.2 does not know it, and an older ACL does not name it.
+        if answer.as_ref().is_err_and(connection::is_refusal) {
+            answer = self.ask("EVAL", "look", None, &Author::default(), &[]).await;
+        }
+        let answer = answer.map_err(|error| self.refused(&error, refusal::Asked::ToRead))?;
+        answer::seen(answer, &self.key)
+    }
+
+    /// Does what `order` says, if the table is at the version that is `expected`, where one is.
+    ///
+    /// # Errors
+    /// Nothing was changed, unless the message says that it may have been: the connection broke before the answer came.
+    pub async fn change(
+        &mut self,
+        order: &Order,
+        expected: Option<u64>,
+        author: &Author,
+    ) -> Result<Done, WeightsError> {
+        let text = |text: String| text.into_bytes();
+        let (wanted, words): (&str, Vec<Vec<u8>>) = match order {
+            Order::Set(members) => {
+                let words = members.iter().flat_map(|(id, w)| [text(id.to_string()), text(w.to_string())]);
+                ("set", words.collect())
+            }
+            Order::Remove(members) => ("remove", members.clone()),
+            Order::Rollback(version) => {
+                ("rollback", vec![text(version.map(|v| v.to_string()).unwrap_or_default())])
+            }
+        };
+        let answer = self.ask("EVAL", wanted, expected, author, &words).await;
+        let answer = answer.map_err(|error| self.refused(&error, refusal::Asked::ToWrite))?;
+        answer::done(answer, &self.key, expected)
+    }
+
+    /// The newest `limit` entries, newest first. What other hands have changed is entered first, if this user may.
+    ///
+    /// # Errors
+    /// Redis is away, or refuses.
+    pub async fn history(&mut self, limit: usize) -> Result<History, WeightsError> {
+        let noticed = self.ask("EVAL", "notice", None, &Author::default(), &[]).await;
+        let noticed = match noticed {
+            Err(error) if !connection::is_refusal(&error) => {
+                return Err(self.refused(&error, refusal::Asked::ToRead));
+            }
+            Err(_) => false,
+            Ok(answer) => answer::done(answer, &self.key, None).is_ok(),
+        };
+        let unsaved = if noticed { None } else { Some(self.look().await?.outside) };
+        let entries = redis::cmd("XREVRANGE")
+            .arg(&self.companions.history)
+            .arg("+")
+            .arg("-")
+            .arg("COUNT")
+            .arg(limit)
+            .query_async::<Vec<Value>>(&mut self.connection)
+            .await
+            .map_err(|error| self.refused(&error, refusal::Asked::ToRead))?;
+        Ok(History {
+            entries: entries.into_iter().filter_map(answer::entry).collect(),
+            unsaved: unsaved.filter(|changes| changes.count > 0),
+        })
+    }
+
+    /// The proxies whose lease has not ended, in the order of their names.
+    ///
+    /// # Errors
+    /// Redis is away, or refuses.
+    pub async fn applied(&mut self) -> Result<Vec<Report>, WeightsError> {
+        let live = applied::live(&mut self.connection, &self.companions).await;
+        live.map_err(|error| self.refused(&error, refusal::Asked::WhoHasIt))
+    }
+
+    async fn ask(
+        &mut self,
+        command: &str,
+        wanted: &str,
+        expected: Option<u64>,
+        author: &Author,
+        words: &[Vec<u8>],
+    ) -> Result<Vec<Value>, RedisError> {
+        let Companions { version, history, known, .. } = &self.companions;
+        redis::cmd(command)
+            .arg(SCRIPT)
+            .arg(4)
+            .arg(&[&self.key, version, history, known])
+            .arg(wanted)
+            .arg(expected.map(|version| version.to_string()).unwrap_or_default())
+            .arg(&author.who)
+            .arg(&author.why)
+            .arg(MAX_MEMBERS)
+            .arg(LONGEST_HISTORY)
+            .arg(MOST_CHANGES)
+            .arg(words)
+            .query_async(&mut self.connection)
+            .await
+    }
+
+    fn refused(&self, error: &RedisError, asked: refusal::Asked) -> WeightsError {
+        refusal::of_redis(&self.address, &self.key, &self.companions, error, asked)
+    }
+}

@@ -1,0 +1,301 @@
+//! What `weights.lua` and the history answer, made of Redis's values. Everything in them may have been written by
+//! anybody: texts are neither trusted nor fit for a terminal.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use redis::{FromRedisValue as _, Value};
+
+use super::refusal::{WeightsError, of_script};
+use crate::balance::Table;
+use crate::redis::content::ContentHash;
+use crate::redis::decode;
+
+/// One member's change. Weights are texts, since they may be no weights (`inf`); `None`: the member was or is not there.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Change {
+    /// What is not UTF-8 in it is replaced.
+    pub member: String,
+    /// Before.
+    pub old: Option<String>,
+    /// After.
+    pub new: Option<String>,
+}
+
+/// All that changed at once.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Changes {
+    /// How many members.
+    pub count: u64,
+    /// In the order of their names; empty where there are more than are kept.
+    pub kept: Vec<Change>,
+}
+
+/// A member that is no backend, and why. Fit for a terminal.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LeftOut {
+    /// Shortened.
+    pub member: String,
+    /// For a person.
+    pub reason: String,
+}
+
+/// A table as it is.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    /// 0: no command has changed it yet.
+    pub version: u64,
+    /// What proxies go by.
+    pub table: Table,
+    /// What they leave out.
+    pub left_out: Vec<LeftOut>,
+    /// What other hands have changed since the newest entry.
+    pub outside: Changes,
+    /// The newest entry of the history.
+    pub newest: Option<Entry>,
+}
+
+/// What a command did.
+#[derive(Clone, Debug)]
+pub struct Done {
+    /// The version before.
+    pub before: u64,
+    /// The version now; the same if there was nothing to change.
+    pub version: u64,
+    /// The table now.
+    pub table: Table,
+    /// Of this command.
+    pub changes: Changes,
+    /// Members that other hands had changed, entered into the history now.
+    pub outside: u64,
+    /// For a rollback: the version that is there again.
+    pub back_to: Option<u64>,
+}
+
+/// One entry of the history.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// That it led to; of an outside change: during which it was noticed.
+    pub version: u64,
+    /// `set`, `remove`, `rollback` or `outside`.
+    pub what: String,
+    /// For a rollback: the version that was there again.
+    pub back_to: Option<u64>,
+    /// By the server's clock; `None` where it cannot be a time.
+    pub when: Option<SystemTime>,
+    /// Empty for an outside change.
+    pub who: String,
+    /// May be empty.
+    pub why: String,
+    /// What it changed.
+    pub changes: Changes,
+    /// Of the table after it.
+    pub hash: String,
+}
+
+/// What is kept of the past.
+#[derive(Clone, Debug)]
+pub struct History {
+    /// Newest first.
+    pub entries: Vec<Entry>,
+    /// An outside change that this user may not enter.
+    pub unsaved: Option<Changes>,
+}
+
+impl Seen {
+    /// What a proxy reports that has applied this table.
+    #[must_use]
+    pub fn hash(&self) -> ContentHash {
+        hash(&self.table)
+    }
+}
+
+impl Done {
+    /// What a proxy reports that has applied this table.
+    #[must_use]
+    pub fn hash(&self) -> ContentHash {
+        hash(&self.table)
+    }
+}
+
+fn hash(table: &Table) -> ContentHash {
+    ContentHash::of(table.members().iter().map(|(id, weight)| (id.as_str(), *weight)))
+}
+
+pub(super) fn seen(answer: Vec<Value>, key: &str) -> Result<Seen, WeightsError> {
+    let mut answer = Answer(answer.into_iter());
+    match answer.text().as_str() {
+        "seen" => {}
+        other => return Err(failure(other, &mut answer, key, None)),
+    }
+    let version = answer.number();
+    let decoded = decode::table(answer.value()).map_err(|error| malformed(&error))?;
+    let left_out = decoded.rejected.into_iter();
+    Ok(Seen {
+        version,
+        table: decoded.table,
+        left_out: left_out.map(|r| LeftOut { member: r.member, reason: r.reason.to_string() }).collect(),
+        outside: changes(&answer.text(), answer.number()),
+        newest: entry(answer.value()),
+    })
+}
+
+pub(super) fn done(answer: Vec<Value>, key: &str, expected: Option<u64>) -> Result<Done, WeightsError> {
+    let mut answer = Answer(answer.into_iter());
+    match answer.text().as_str() {
+        "done" => {}
+        other => return Err(failure(other, &mut answer, key, expected)),
+    }
+    let (before, version) = (answer.number(), answer.number());
+    let decoded = decode::table(answer.value()).map_err(|error| malformed(&error))?;
+    Ok(Done {
+        before,
+        version,
+        table: decoded.table,
+        changes: changes(&answer.text(), answer.number()),
+        outside: answer.number(),
+        back_to: u64::from_redis_value(answer.value()).ok(),
+    })
+}
+
+fn failure(outcome: &str, answer: &mut Answer, key: &str, expected: Option<u64>) -> WeightsError {
+    let version = answer.number();
+    WeightsError::Refused(match outcome {
+        "refused" => return of_script(&answer.text(), &answer.text(), &answer.text()),
+        "conflict" => format!(
+            "{key} is at version {version}, not at {}: nothing was changed",
+            expected.map(|version| version.to_string()).unwrap_or_default()
+        ),
+        "missing" => {
+            let members: Vec<Value> = Vec::from_redis_value(answer.value()).unwrap_or_default();
+            let names: Vec<String> = members.iter().take(10).map(printable).collect();
+            let more = if members.len() > names.len() { ", …" } else { "" };
+            format!("{key} has no member {}{more}: nothing was changed", names.join(", "))
+        }
+        "no_such_version" if version == 0 => {
+            format!("no command has changed {key} yet: there is no version to go back to")
+        }
+        "no_such_version" => format!("{key} has no such version: the newest is {version}"),
+        "forgotten" => {
+            let oldest = answer.number().saturating_sub(1);
+            let wanted = answer.number();
+            format!(
+                "version {wanted} of {key} is not in the history any more: the oldest to go back to is {oldest}"
+            )
+        }
+        "too_large" => {
+            let at = answer.number();
+            format!("{key} cannot go back behind a change at version {at} that was too large to be kept")
+        }
+        _ => "redis answered the script with something unknown".to_owned(),
+    })
+}
+
+fn malformed(error: &decode::Malformed) -> WeightsError {
+    WeightsError::Refused(error.to_string())
+}
+
+fn printable(value: &Value) -> String {
+    match value {
+        Value::BulkString(bytes) => decode::printable(bytes),
+        _ => String::new(),
+    }
+}
+
+/// An entry of a stream; `None` where it is none of ours.
+pub(super) fn entry(value: Value) -> Option<Entry> {
+    let Value::Array(parts) = value else { return None };
+    let [id, fields] = <[Value; 2]>::try_from(parts).ok()?;
+    let (id, Value::Array(fields)) = (text(id), fields) else { return None };
+    let mut named = std::collections::HashMap::new();
+    let mut fields = fields.into_iter();
+    while let (Some(name), Some(value)) = (fields.next(), fields.next()) {
+        named.insert(text(name), text(value));
+    }
+    let mut take = |name: &str| named.remove(name).unwrap_or_default();
+    Some(Entry {
+        version: take("version").parse().ok()?,
+        what: take("what"),
+        back_to: take("back_to").parse().ok(),
+        when: time_of(&id),
+        who: take("who"),
+        why: take("why"),
+        changes: changes(&take("changes"), take("count").parse().unwrap_or_default()),
+        hash: take("hash"),
+    })
+}
+
+/// The first part of an entry's id is the server's time in milliseconds.
+fn time_of(id: &str) -> Option<SystemTime> {
+    /// The end of the year 9999: what cannot be written as a date is none.
+    const LAST: u64 = 253_402_300_799_999;
+    let millis = id.split_once('-')?.0.parse().ok().filter(|millis| *millis <= LAST)?;
+    UNIX_EPOCH.checked_add(Duration::from_millis(millis))
+}
+
+fn changes(json: &str, count: u64) -> Changes {
+    type Written = (String, Option<String>, Option<String>);
+    let written: Vec<Written> = serde_json::from_str(json).unwrap_or_default();
+    // Redis before 7.2 writes 0.1 as 0.10000000000000001.
+    let weight = |text: String| text.parse::<f64>().map_or(text, |number| number.to_string());
+    let mut kept: Vec<Change> = written
+        .into_iter()
+        .map(|(member, old, new)| Change { member, old: old.map(weight), new: new.map(weight) })
+        .collect();
+    kept.sort();
+    Changes { count, kept }
+}
+
+fn text(value: Value) -> String {
+    match value {
+        Value::BulkString(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
+        Value::SimpleString(text) => text,
+        _ => String::new(),
+    }
+}
+
+/// The script's answer, from the front. What is not there, or of another kind, reads as empty: the script is ours.
+struct Answer(std::vec::IntoIter<Value>);
+
+impl Answer {
+    fn value(&mut self) -> Value {
+        self.0.next().unwrap_or(Value::Nil)
+    }
+
+    fn text(&mut self) -> String {
+        text(self.value())
+    }
+
+    fn number(&mut self) -> u64 {
+        u64::from_redis_value(self.value()).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bulk(text: &str) -> Value {
+        Value::BulkString(text.as_bytes().to_vec())
+    }
+
+    #[test]
+    fn an_entry_that_anybody_wrote_is_read_or_left_out_and_never_panics() {
+        let entry_of = |id: &str, fields: &[&str]| {
+            entry(Value::Array(vec![bulk(id), Value::Array(fields.iter().map(|f| bulk(f)).collect())]))
+        };
+        let good = entry_of(
+            "1000-0",
+            &["version", "3", "what", "set", "count", "1", "changes", "[[\"a:1\",null,\"5\"]]"],
+        );
+        let good = good.expect("it is whole");
+        assert_eq!(good.when, Some(UNIX_EPOCH + Duration::from_secs(1)));
+        assert_eq!(good.changes.kept, [Change { member: "a:1".into(), old: None, new: Some("5".into()) }]);
+
+        assert_eq!(entry_of("1-0", &["version", "-1"]), None);
+        assert_eq!(entry_of("1-0", &["version"]), None);
+        assert_eq!(entry(Value::Nil), None);
+        let late = entry_of("18446744073709551615-0", &["version", "1", "changes", "{[", "count", "x"]);
+        let late = late.expect("it has a version");
+        assert_eq!((late.when, late.changes), (None, Changes::default()));
+    }
+}

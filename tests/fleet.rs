@@ -1,0 +1,147 @@
+//! Who has applied which weights: every proxy reports it under a lease, and `--wait` waits for all that are alive.
+
+use rustix::process::Signal;
+use serde_json::{Value, json};
+
+use crate::support::{Desk, Program, eventually};
+
+const A: &str = "10.0.0.1:80";
+const B: &str = "10.0.0.2:80";
+
+/// How many proxies have the table, and how many have not.
+async fn fleet(desk: &Desk) -> (usize, usize) {
+    let get = desk.json("get web").await;
+    let count = |who: &str| get["applied"][who].as_array().map_or(0, Vec::len);
+    (count("have"), count("have_not"))
+}
+
+async fn fleet_becomes(desk: &Desk, why: &str, wanted: (usize, usize)) {
+    eventually(why, || async { fleet(desk).await == wanted }).await;
+}
+
+#[tokio::test]
+async fn wait_returns_when_all_live_proxies_have_it_and_names_one_that_has_not() {
+    let desk = Desk::start().await;
+    desk.redis.run(&format!("ZADD servers 1 {A}")).await;
+    let (first, second) = (Program::run(&desk.yaml("")), Program::run(&desk.yaml("")));
+    fleet_becomes(&desk, "both report", (2, 0)).await;
+    let set = desk.weights(&format!("set web {A}=2 --wait=15s")).await;
+    assert_eq!((set.code, set.errors.as_str()), (Some(0), ""));
+    assert!(set.said.ends_with("applied by 2 proxies\n"), "{set:?}");
+
+    second.signal(Signal::STOP);
+    eventually("it stands still", || async { second.is_stopped() }).await;
+    let set = desk.weights(&format!("set web {A}=3 --wait=2s")).await;
+    assert_eq!(set.code, Some(3), "{set:?}");
+    assert!(
+        set.errors.contains("version 2 is written, but 1 of 2 proxies have not applied it within 2s: "),
+        "{set:?}"
+    );
+    let named = |program: &Program| set.errors.contains(&format!("/{}/", program.pid()));
+    assert!(named(&second) && !named(&first), "{set:?}");
+    assert!(set.said.starts_with("web: version 2\n"), "{set:?}");
+
+    let get = desk.weights("get web").await;
+    assert!(get.said.contains("applied by 1 of 2 proxies, not by "), "{get:?}");
+
+    second.signal(Signal::CONT);
+    let rollback = desk.weights("rollback web --wait=15s --json").await;
+    assert_eq!((rollback.code, rollback.errors.as_str()), (Some(0), ""), "{rollback:?}");
+    let rollback: Value = serde_json::from_str(&rollback.said).expect("JSON");
+    assert_eq!(rollback["applied"]["have"].as_array().map(Vec::len), Some(2));
+}
+
+#[tokio::test]
+async fn a_proxy_that_ended_is_not_waited_for() {
+    let desk = Desk::start().await;
+    desk.redis.run(&format!("ZADD servers 1 {A}")).await;
+    let (_stays, mut goes) = (Program::run(&desk.yaml("")), Program::run(&desk.yaml("")));
+    fleet_becomes(&desk, "both report", (2, 0)).await;
+    goes.signal(Signal::TERM);
+    assert_eq!(goes.wait().code(), Some(0));
+    assert_eq!(fleet(&desk).await, (1, 0), "it took its report back");
+
+    // What a killed one leaves behind: a lease that ends, by the server's clock.
+    desk.redis.run_words(&["HSET", "{servers}:applied", "edge/1/dead", "1000 0123"]).await;
+    let set = desk.weights(&format!("set web {A}=2 --wait=15s")).await;
+    assert!(set.code == Some(0) && set.said.ends_with("applied by 1 proxy\n"), "{set:?}");
+    desk.redis.run_words(&["HSET", "{servers}:applied", "edge/1/late", "99999999999999 0123"]).await;
+    let set = desk.weights(&format!("set web {A}=3 --wait=1s")).await;
+    assert!(set.code == Some(3) && set.errors.ends_with(": edge/1/late\n"), "{set:?}");
+    // Another one that starts cleans up, and leaves alone whose lease has not ended.
+    let _comes = Program::run(&desk.yaml(""));
+    eventually("the dead one's report is gone", || async {
+        desk.redis.run("HEXISTS {servers}:applied edge/1/dead").await == redis::Value::Int(0)
+    })
+    .await;
+    assert_eq!(desk.redis.run("HEXISTS {servers}:applied edge/1/late").await, redis::Value::Int(1));
+    let lease = desk.redis.run("PTTL {servers}:applied").await;
+    assert!(matches!(lease, redis::Value::Int(1..=15_000)), "the key ends with its last lease: {lease:?}");
+}
+
+#[tokio::test]
+async fn where_no_proxy_reports_wait_says_that_nothing_is_known() {
+    let desk = Desk::start().await;
+    let set = desk.weights(&format!("set web {A}=1 --wait=100ms")).await;
+    assert_eq!(set.code, Some(3));
+    assert!(set.errors.contains("version 1 is written, but no proxy reports within 100ms"), "{set:?}");
+    assert_eq!(desk.table().await, [(A.to_owned(), 1.0)]);
+}
+
+#[tokio::test]
+async fn a_user_who_may_not_see_the_proxies_learns_the_right_and_that_the_change_is_made() {
+    let desk = Desk::start().await;
+    desk.redis
+        .run("ACL SETUSER bob on >geheim ~servers ~{servers}:* +hello +select +eval +@sortedset +@stream +get +set")
+        .await;
+    desk.write_config("username: bob, password: geheim,");
+    let set = desk.weights(&format!("set web {A}=1 --wait --json")).await;
+    assert_eq!(set.code, Some(1));
+    let json: Value = serde_json::from_str(&set.said).expect("JSON");
+    assert_eq!((&json["version"], &json["applied"]), (&json!(1), &Value::Null));
+    assert!(set.errors.contains("version 1 is written, but who has it is not known"), "{set:?}");
+    assert!(set.errors.contains("+eval +time +hlen +hgetall ~{servers}:applied"), "{set:?}");
+}
+
+#[tokio::test]
+async fn a_proxy_that_may_not_write_says_so_once_and_follows_all_the_same() {
+    let desk = Desk::start().await;
+    desk.redis.run(&format!("ZADD servers 1 {A}")).await;
+    desk.redis
+        .run("ACL SETUSER proxy on >geheim %R~servers &* +hello +select +subscribe +zrange +config|get")
+        .await;
+    let backend = crate::support::Backend::named("found").await;
+    let program = Program::run(&desk.yaml("username: proxy, password: geheim, heartbeat_interval: 100ms,"));
+    let line = program.says("cannot report which weights are applied").await;
+    assert_eq!(line["level"], json!("INFO"));
+    assert!(
+        line["cure"]
+            .as_str()
+            .is_some_and(|cure| cure.contains("+eval +time +hset") && cure.ends_with("~{servers}:applied")),
+        "{line}"
+    );
+    let entry = program.listens().await[0];
+    desk.redis.run(&format!("ZADD servers 0 {A} 1 {}", backend.address)).await;
+    eventually("it follows", || async {
+        crate::support::greeting(entry).await.is_ok_and(|greeting| greeting == "found")
+    })
+    .await;
+    assert_eq!(program.messages("cannot report").len(), 1);
+    assert_eq!(desk.redis.run("EXISTS {servers}:applied").await, redis::Value::Int(0));
+}
+
+#[tokio::test]
+async fn the_history_and_the_proxies_name_one_table_by_one_hash() {
+    let desk = Desk::start().await;
+    // Ties, fractions, zeros, and what proxies leave out.
+    desk.redis.run(&format!("ZADD servers 0.1 {A} 0.1 {B} -0 a:1 -5 b:1 inf c:1 1 no-port 1e300 d:1")).await;
+    let _program = Program::run(&desk.yaml(""));
+    fleet_becomes(&desk, "it reports", (1, 0)).await;
+    for change in ["e:1=0.3333333333333333", "f:1=5e-324 a:1=7", "unix:/run/x=2"] {
+        let set = desk.weights(&format!("set web {change} --wait=15s --json")).await;
+        assert_eq!(set.code, Some(0), "{set:?}");
+        let set: Value = serde_json::from_str(&set.said).expect("JSON");
+        let history = desk.json("history web --limit 1").await;
+        assert_eq!(history["entries"][0]["hash"], set["hash"], "{change}");
+    }
+}

@@ -1,0 +1,95 @@
+//! Where a person sits: a config file, a Redis, and `statera weights …` typed at it.
+
+use std::process::Command;
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::{Program, Redis, output};
+
+/// One pool `web` with the key `servers`, unless it was started with another.
+pub struct Desk {
+    pub redis: Redis,
+    folder: TempDir,
+    key: String,
+}
+
+/// What a command did.
+#[derive(Debug)]
+pub struct Typed {
+    pub code: Option<i32>,
+    pub said: String,
+    pub errors: String,
+}
+
+impl Desk {
+    pub async fn start() -> Self {
+        Self::with(Redis::start().await, "servers")
+    }
+
+    pub fn with(redis: Redis, key: &str) -> Self {
+        let folder = TempDir::new().expect("a folder");
+        let desk = Self { redis, folder, key: key.to_owned() };
+        desk.write_config("");
+        desk
+    }
+
+    /// For a proxy on this desk's table. `more` goes into the `redis` section, before the patience of a busy machine.
+    pub fn yaml(&self, more: &str) -> String {
+        format!(
+            "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
+             pools: {{web: {{weights_key: \"{}\", backends: {{\"127.0.0.1:9\": 1}}}}}}\n\
+             redis: {{url: \"{}\", {more} connect_timeout: 10s, response_timeout: 10s}}\n",
+            self.key,
+            self.redis.url()
+        )
+    }
+
+    /// The commands typed from now on are another user's: `username: bob, password: geheim,`.
+    pub fn write_config(&self, more: &str) {
+        std::fs::write(self.folder.path().join("config.yaml"), self.yaml(more)).expect("a file");
+    }
+
+    /// The program with these words before `-c`, ready to be started.
+    pub fn command<S: AsRef<std::ffi::OsStr>>(&self, words: &[S]) -> Command {
+        let mut command = Command::new(Program::path());
+        command.arg("weights").args(words).arg("-c").arg(self.folder.path().join("config.yaml"));
+        command.env("USER", "jo");
+        command
+    }
+
+    /// `statera weights` and these words, split at spaces.
+    pub async fn weights(&self, words: &str) -> Typed {
+        self.weights_of(&words.split(' ').collect::<Vec<_>>()).await
+    }
+
+    /// The same with words that may hold anything.
+    pub async fn weights_of<S: AsRef<std::ffi::OsStr>>(&self, words: &[S]) -> Typed {
+        Typed::of(self.command(words)).await
+    }
+
+    /// The same of what must succeed, in JSON.
+    pub async fn json(&self, words: &str) -> Value {
+        let typed = self.weights(&format!("{words} --json")).await;
+        assert_eq!((typed.code, typed.errors.as_str()), (Some(0), ""), "{words}");
+        serde_json::from_str(&typed.said).unwrap_or_else(|error| panic!("{error}: {}", typed.said))
+    }
+
+    /// The table itself, as Redis has it.
+    pub async fn table(&self) -> Vec<(String, f64)> {
+        let mut connection = self.redis.connection().await;
+        let mut zrange = redis::cmd("ZRANGE");
+        let table = zrange.arg(&self.key).arg(0).arg(-1).arg("WITHSCORES").query_async(&mut connection).await;
+        let mut table: Vec<(String, f64)> = table.expect("a sorted set");
+        table.sort_by(|a, b| a.0.cmp(&b.0));
+        table
+    }
+}
+
+impl Typed {
+    pub async fn of(command: Command) -> Self {
+        let ended = output(command).await;
+        let text = |bytes| String::from_utf8(bytes).expect("a text");
+        Self { code: ended.status.code(), said: text(ended.stdout), errors: text(ended.stderr) }
+    }
+}

@@ -1,0 +1,462 @@
+//! `statera weights`: whole changes or none, a version, a history, and the way back.
+
+use std::os::unix::ffi::OsStrExt as _;
+
+use serde_json::{Value, json};
+use tokio::task::JoinSet;
+
+use crate::support::{Desk, Proxy, Redis, Typed, eventually};
+
+const A: &str = "10.0.0.1:80";
+const B: &str = "10.0.0.2:80";
+const C: &str = "unix:/run/c.sock";
+
+fn table(members: &[(&str, f64)]) -> Vec<(String, f64)> {
+    members.iter().map(|(member, weight)| ((*member).to_owned(), *weight)).collect()
+}
+
+async fn done(desk: &Desk, words: &str) {
+    let typed = desk.weights(words).await;
+    assert_eq!((typed.code, typed.errors.as_str()), (Some(0), ""), "{words}");
+}
+
+/// `version what`, newest first.
+fn outline(history: &Value) -> Vec<String> {
+    let entries = history["entries"].as_array().expect("a list");
+    entries.iter().map(|e| format!("{} {}", e["version"], e["what"].as_str().expect("a text"))).collect()
+}
+
+#[tokio::test]
+async fn several_members_are_set_at_once_and_get_shows_shares_version_and_author() {
+    let desk = Desk::start().await;
+    let proxy = Proxy::start(&desk.yaml("resync_interval: 1h,"));
+    let set = desk
+        .weights_of(&[
+            "set",
+            "web",
+            &format!("{A}=300"),
+            &format!("{B}=0.1"),
+            &format!("{C}=0"),
+            "--reason",
+            "new rack",
+        ])
+        .await;
+    assert_eq!((set.code, set.errors.as_str()), (Some(0), ""));
+    assert!(set.said.starts_with("web: version 1\n") && set.said.contains("new, 300"), "{}", set.said);
+    assert_eq!(desk.table().await, table(&[(A, 300.0), (B, 0.1), (C, 0.0)]));
+    eventually("the proxy has it", || async { proxy.weights() == table(&[(A, 300.0), (B, 0.1), (C, 0.0)]) })
+        .await;
+
+    done(&desk, &format!("set web {B}=100")).await;
+    let set = desk.json(&format!("set web {A}=300 {B}=100")).await;
+    assert_eq!(
+        (&set["version"], &set["changes"]),
+        (&json!(2), &json!([])),
+        "nothing to change is no version"
+    );
+
+    let get = desk.weights("get web").await;
+    assert_eq!((get.code, get.errors.as_str()), (Some(0), ""));
+    for part in ["pool web, key servers, version 2", "jo@", "MEMBER", "75.0 %", "25.0 %", "0.0 %", C] {
+        assert!(get.said.contains(part), "{part}: {}", get.said);
+    }
+    let get = desk.json("get web").await;
+    assert_eq!(get["members"][0], json!({"member": A, "weight": 300.0, "share_percent": 75.0}));
+    assert_eq!(get["last_change"]["changes"], json!([{"member": B, "old": "0.1", "new": "100"}]));
+    assert!(get["last_change"]["who"].as_str().expect("a text").starts_with("jo@"), "{get}");
+
+    done(&desk, &format!("remove web {A} {C}")).await;
+    assert_eq!(desk.table().await, table(&[(B, 100.0)]));
+}
+
+#[tokio::test]
+async fn nothing_is_changed_unless_all_of_it_can_be() {
+    let desk = Desk::start().await;
+    done(&desk, &format!("set web {A}=1")).await;
+    for (words, code, why) in [
+        (format!("set web {A}=5 {B}=-1"), 2, "-1 is not a weight"),
+        (format!("set web {A}=5 10.0.0.256:80=1"), 2, "10.0.0.256:80=1: its host is neither"),
+        (format!("set web {A}=5 {A}=6"), 2, "named twice"),
+        (format!("set web {A}=5 {B}=5 --if-version 7"), 1, "servers is at version 1, not at 7"),
+        (format!("remove web {A} {B}"), 1, "servers has no member 10.0.0.2:80"),
+        (format!("remove web {A} --if-version 0"), 1, "servers is at version 1, not at 0"),
+        ("rollback web 2".to_owned(), 1, "no such version: the newest is 1"),
+        (format!("set wep {A}=5"), 2, "there is no pool \"wep\""),
+        ("set web".to_owned(), 2, "MEMBER=WEIGHT"),
+    ] {
+        let typed = desk.weights(&words).await;
+        assert_eq!((typed.code, typed.said.as_str()), (Some(code), ""), "{words}: {}", typed.errors);
+        assert!(typed.errors.contains(why), "{words}: {}", typed.errors);
+        assert_eq!(desk.table().await, table(&[(A, 1.0)]), "{words}");
+    }
+    assert_eq!(outline(&desk.json("history web").await), ["1 set"]);
+}
+
+#[tokio::test]
+async fn of_writers_that_expect_the_same_version_exactly_one_wins() {
+    let desk = Desk::start().await;
+    for round in 0..5 {
+        let mut writers = JoinSet::new();
+        for writer in 1..=6 {
+            let command = desk.command(&[
+                "set",
+                "web",
+                &format!("{A}={writer}"),
+                &format!("{B}={round}"),
+                "--if-version",
+                &round.to_string(),
+            ]);
+            writers.spawn(async move { (writer, Typed::of(command).await) });
+        }
+        let all = writers.join_all().await;
+        let won: Vec<i32> =
+            all.iter().filter(|(_, typed)| typed.code == Some(0)).map(|(writer, _)| *writer).collect();
+        assert_eq!(won.len(), 1, "{all:?}");
+        for (_, lost) in all.iter().filter(|(_, typed)| typed.code != Some(0)) {
+            assert_eq!(lost.code, Some(1));
+            let both = format!("is at version {}, not at {round}", round + 1);
+            assert!(lost.errors.contains(&both), "{}", lost.errors);
+        }
+        assert_eq!(desk.table().await, table(&[(A, f64::from(won[0])), (B, f64::from(round))]));
+    }
+}
+
+#[tokio::test]
+async fn a_change_by_hand_stands_in_the_history_once_noticed() {
+    let desk = Desk::start().await;
+    desk.redis.run(&format!("ZADD servers 1 {A}")).await;
+    assert!(desk.weights("get web").await.said.contains("no command has changed it yet"));
+    done(&desk, &format!("set web {A}=2")).await;
+    desk.redis.run(&format!("ZADD servers 0.1 {B}")).await;
+    let get = desk.weights("get web").await;
+    assert!(
+        get.said.contains("version 1") && get.said.contains("1 member changed since by another program"),
+        "{}",
+        get.said
+    );
+    // Noticed by the next change, which is another one.
+    done(&desk, &format!("set web {C}=3")).await;
+    desk.redis.run(&format!("ZREM servers {A}")).await;
+    // Noticed by who looks.
+    let history = desk.json("history web").await;
+    assert_eq!(outline(&history), ["2 outside", "2 set", "1 outside", "1 set", "0 outside"]);
+    assert_eq!(history["entries"][0]["changes"], json!([{"member": A, "old": "2", "new": null}]));
+    assert_eq!(history["entries"][1]["changes"], json!([{"member": C, "old": null, "new": "3"}]));
+    assert_eq!(history["entries"][2]["changes"][0]["member"], B);
+    assert_eq!(outline(&desk.json("history web").await).len(), 5, "noticed once");
+    let text = desk.weights("history web --limit 1").await.said;
+    assert!(
+        text.contains("changed by another program") && text.contains("2, removed") && !text.contains("jo@"),
+        "{text}"
+    );
+}
+
+#[tokio::test]
+async fn rollback_brings_back_the_table_of_a_version_as_a_new_version() {
+    let desk = Desk::start().await;
+    desk.redis.run(&format!("ZADD servers 0.1 {A}")).await;
+    done(&desk, &format!("set web {A}=1 {B}=1")).await;
+    // Drained by hand: part of version 1 when version 2 is made.
+    desk.redis.run(&format!("ZADD servers 0 {B}")).await;
+    done(&desk, &format!("set web {A}=9")).await;
+    let back = desk.weights_of(&["rollback", "web", "--reason", "too much"]).await;
+    assert!(back.said.starts_with("web: version 3, version 1 again\n"), "{back:?}");
+    assert_eq!(desk.table().await, table(&[(A, 1.0), (B, 0.0)]));
+    done(&desk, "rollback web 2").await;
+    assert_eq!(desk.table().await, table(&[(A, 9.0), (B, 0.0)]));
+    desk.redis.run(&format!("ZADD servers 7 {C}")).await;
+    // Of the present version: what was changed by hand since, entered already or not.
+    assert_eq!(outline(&desk.json("history web --limit 1").await), ["4 outside"]);
+    desk.redis.run(&format!("ZADD servers 8 {C}")).await;
+    done(&desk, "rollback web 4").await;
+    assert_eq!(desk.table().await, table(&[(A, 9.0), (B, 0.0)]));
+    done(&desk, "rollback web 0").await;
+    assert_eq!(desk.table().await, table(&[(A, 0.1)]));
+    let history = desk.json("history web").await;
+    assert_eq!(outline(&history)[..4], ["6 rollback", "5 rollback", "4 outside", "4 outside"]);
+    assert_eq!(
+        (&history["entries"][5]["back_to"], &history["entries"][5]["why"]),
+        (&json!(1), &json!("too much"))
+    );
+}
+
+#[tokio::test]
+async fn an_emptied_table_is_said_to_be_without_effect() {
+    let desk = Desk::start().await;
+    done(&desk, &format!("set web {A}=1")).await;
+    let removed = desk.weights(&format!("remove web {A}")).await;
+    assert!(
+        removed.said.contains("proxies go on with the last one (redis.on_empty: keep_last)"),
+        "{removed:?}"
+    );
+    assert!(desk.weights("get web").await.said.contains("the table is empty"));
+    done(&desk, "rollback web").await;
+    assert_eq!(desk.table().await, table(&[(A, 1.0)]));
+}
+
+#[tokio::test]
+async fn the_history_stays_short_and_says_what_it_has_forgotten() {
+    let desk = Desk::start().await;
+    let mut pipe = redis::pipe();
+    for version in 1..=3_000 {
+        let changes = format!("[[\"{A}\",\"{}\",\"{version}\"]]", version - 1);
+        pipe.cmd("XADD")
+            .arg("{servers}:history")
+            .arg("*")
+            .arg("version")
+            .arg(version)
+            .arg("what")
+            .arg("set")
+            .arg("changes")
+            .arg(changes)
+            .ignore();
+    }
+    for key in ["servers", "{servers}:known"] {
+        pipe.cmd("ZADD").arg(key).arg(3_000).arg(A).ignore();
+    }
+    pipe.query_async::<()>(&mut desk.redis.connection().await).await.expect("written");
+    let set = desk.weights(&format!("set web {A}=1")).await;
+    assert!(set.said.starts_with("web: version 3001\n"), "{set:?}");
+    let length = desk.redis.run("XLEN {servers}:history").await;
+    assert!(matches!(length, redis::Value::Int(1_000..=1_100)), "{length:?}");
+    let back = desk.weights("rollback web 1500").await;
+    assert_eq!(back.code, Some(1));
+    assert!(back.errors.contains("version 1500 of servers is not in the history any more"), "{back:?}");
+    done(&desk, "rollback web 2500").await;
+    assert_eq!(desk.table().await, table(&[(A, 2_500.0)]));
+}
+
+#[tokio::test]
+async fn large_tables_are_changed_whole_and_larger_ones_refused() {
+    let desk = Desk::start().await;
+    let fill = async |from: u32, to: u32| {
+        let mut zadd = redis::cmd("ZADD");
+        zadd.arg("servers");
+        for member in from..to {
+            zadd.arg(1).arg(format!("10.{}.{}.{}:80", member >> 16, member >> 8 & 255, member & 255));
+        }
+        zadd.query_async::<()>(&mut desk.redis.connection().await).await.expect("written");
+    };
+    fill(0, 10_000).await;
+    done(&desk, "set web 10.0.0.1:80=5").await;
+    desk.redis.run("RENAME servers elsewhere").await;
+    done(&desk, &format!("set web {A}=1")).await;
+    // The 10,000 that vanished come back, and the one that came goes.
+    done(&desk, "rollback web").await;
+    assert_eq!(desk.table().await.len(), 0);
+    fill(0, 10_001).await;
+    done(&desk, "set web 10.0.0.1:80=5").await;
+    let back = desk.weights("rollback web 1").await;
+    assert_eq!(back.code, Some(1));
+    assert!(back.errors.contains("too large to be kept"), "{back:?}");
+    let history = desk.json("history web").await;
+    assert_eq!(history["entries"][1]["changes"], json!({"count": 10_001}));
+    fill(10_001, 100_001).await;
+    for words in ["get web".to_owned(), format!("set web {A}=1")] {
+        let typed = desk.weights(&words).await;
+        assert_eq!(typed.code, Some(1));
+        assert!(typed.errors.contains("servers has more than 100000 members: split the pool"), "{typed:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_missing_right_is_named_and_nothing_is_half_changed() {
+    let desk = Desk::start().await;
+    done(&desk, &format!("set web {A}=1")).await;
+    let commands = ["eval", "zrange", "zadd", "zrem", "get", "set", "xadd", "xrevrange", "zrangestore"];
+    for missing in commands.iter().skip(1) {
+        let mut user = vec![
+            "ACL",
+            "SETUSER",
+            "bob",
+            "reset",
+            "on",
+            ">geheim",
+            "~servers",
+            "~{servers}:*",
+            "+hello",
+            "+select",
+        ];
+        let granted: Vec<String> =
+            commands.iter().filter(|c| *c != missing).map(|c| format!("+{c}")).collect();
+        user.extend(granted.iter().map(String::as_str));
+        desk.redis.run_words(&user).await;
+        desk.write_config("username: bob, password: geheim,");
+        let typed = desk.weights(&format!("set web {A}=7 {B}=5")).await;
+        assert_eq!(typed.code, Some(1), "{missing}: {typed:?}");
+        assert!(typed.errors.contains(&format!("+{missing} ~")), "{missing}: {}", typed.errors);
+        assert_eq!(desk.table().await, table(&[(A, 1.0)]), "{missing}");
+        desk.write_config("");
+        assert_eq!(outline(&desk.json("history web").await), ["1 set"], "{missing}");
+    }
+    // The same list without a gap is enough, so nothing else is missing above.
+    let mut user = vec!["ACL", "SETUSER", "bob"];
+    let all: Vec<String> = commands.iter().map(|c| format!("+{c}")).collect();
+    user.extend(all.iter().map(String::as_str));
+    desk.redis.run_words(&user).await;
+    desk.write_config("username: bob, password: geheim,");
+    done(&desk, &format!("set web {A}=7 {B}=5")).await;
+    done(&desk, "rollback web").await;
+}
+
+#[tokio::test]
+async fn a_user_who_may_only_read_sees_all_and_writes_nothing() {
+    let desk = Desk::start().await;
+    done(&desk, &format!("set web {A}=1")).await;
+    desk.redis.run(&format!("ZADD servers 2 {B}")).await;
+    desk.redis.run("ACL SETUSER bob on >geheim %R~servers %R~{servers}:* +hello +select +eval_ro +zrange +get +xrevrange").await;
+    desk.write_config("username: bob, password: geheim,");
+    let get = desk.json("get web").await;
+    assert_eq!(get["changed_outside"], json!([{"member": B, "old": null, "new": "2"}]));
+    let history = desk.json("history web").await;
+    assert_eq!(outline(&history), ["1 set"]);
+    assert_eq!(history["not_entered"], json!([{"member": B, "old": null, "new": "2"}]));
+    assert!(desk.weights("history web").await.said.contains("not entered since this user may not write"));
+    let set = desk.weights(&format!("set web {A}=5")).await;
+    assert_eq!(set.code, Some(1));
+    assert!(set.errors.contains("grant the ACL user +eval ~servers ~{servers}:*"), "{}", set.errors);
+}
+
+#[tokio::test]
+async fn what_stands_in_the_way_is_named_with_its_cure_and_exit_code() {
+    let mut desk = Desk::start().await;
+    for (command, words, why) in [
+        ("SET servers x", "get web", "servers holds something else than a sorted set: rename or delete it"),
+        ("SET {servers}:history x", "history web", "{servers}:history holds something else than a stream"),
+        (
+            "LPUSH {servers}:version x",
+            "set web a:1=1",
+            "{servers}:version holds something else than a number",
+        ),
+        ("SET {servers}:version x", "get web", "{servers}:version was written by something else"),
+        ("XADD {servers}:history * a b", "rollback web 0", "{servers}:history was written by something else"),
+    ] {
+        desk.redis.run("FLUSHALL").await;
+        desk.redis.run(command).await;
+        desk.redis.run("INCRBY {other} 1").await;
+        if words.starts_with("rollback") {
+            desk.redis.run("SET {servers}:version 1").await;
+        }
+        let typed = desk.weights(words).await;
+        assert_eq!((typed.code, typed.said.as_str()), (Some(1), ""), "{command}");
+        assert!(typed.errors.contains(why), "{command}: {}", typed.errors);
+    }
+    desk.redis.run("FLUSHALL").await;
+    let typed = desk.weights("rollback web").await;
+    assert!(typed.errors.contains("no command has changed servers yet"), "{typed:?}");
+    let unknown = desk.weights("get db").await;
+    assert_eq!(unknown.code, Some(2));
+    assert!(
+        unknown.errors.contains("there is no pool \"db\"") && unknown.errors.contains("it has web"),
+        "{unknown:?}"
+    );
+    desk.redis.kill();
+    for words in ["get web", "set web a:1=1", "history web", "remove web a:1", "rollback web"] {
+        let typed = desk.weights(words).await;
+        assert_eq!((typed.code, typed.said.as_str()), (Some(4), ""), "{words}");
+        assert!(
+            typed.errors.contains("redis at redis://127.0.0.1:") && typed.errors.contains("is it up"),
+            "{typed:?}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_pool_without_redis_has_no_weights_to_change() {
+    let desk = Desk::start().await;
+    let folder = tempfile::TempDir::new().expect("a folder");
+    let path = folder.path().join("alone.yaml");
+    let yaml = desk.yaml("");
+    let alone = yaml.split("redis:").next().expect("a part").replace("weights_key: \"servers\", ", "");
+    std::fs::write(&path, alone).expect("a file");
+    let mut command = std::process::Command::new(crate::support::Program::path());
+    command.args(["weights", "get", "web", "-c"]).arg(&path);
+    let typed = Typed::of(command).await;
+    assert_eq!(typed.code, Some(2));
+    assert!(typed.errors.contains("has no redis section"), "{typed:?}");
+}
+
+#[tokio::test]
+async fn a_replica_and_a_full_server_refuse_with_the_cure_and_change_nothing() {
+    let desk = Desk::start().await;
+    done(&desk, &format!("set web {A}=1")).await;
+    desk.redis.run("CONFIG SET maxmemory 1").await;
+    let full = desk.weights(&format!("set web {A}=2")).await;
+    assert_eq!(full.code, Some(1));
+    assert!(full.errors.contains("memory"), "{full:?}");
+    desk.redis.run("CONFIG SET maxmemory 0").await;
+    let primary = Redis::start().await;
+    desk.redis.run("CONFIG SET replica-serve-stale-data yes").await;
+    desk.redis.run(&format!("REPLICAOF 127.0.0.1 {}", primary.port)).await;
+    eventually("a replica refuses", || async {
+        let typed = desk.weights(&format!("set web {A}=2")).await;
+        typed.code == Some(1) && typed.errors.contains("primary")
+    })
+    .await;
+    desk.redis.run("REPLICAOF NO ONE").await;
+}
+
+#[tokio::test]
+async fn in_a_cluster_all_keys_of_a_pool_share_one_slot() {
+    let redis = Redis::start_with(&["--cluster-enabled", "yes", "--notify-keyspace-events", "KA"]).await;
+    // Redis 6.2 knows no ranges here.
+    let slots = (0..16_384).map(|slot| slot.to_string());
+    redis
+        .run_words(&["CLUSTER", "ADDSLOTS"].map(String::from).into_iter().chain(slots).collect::<Vec<_>>())
+        .await;
+    eventually("the cluster is up", || async {
+        let info = redis.run("CLUSTER INFO").await;
+        format!("{info:?}").contains("cluster_state:ok")
+    })
+    .await;
+    let mut desk = Desk::with(redis, "servers");
+    for key in ["servers", "statera:{web}:weights"] {
+        desk = Desk::with(desk.redis, key);
+        done(&desk, &format!("set web {A}=1 {B}=2")).await;
+        done(&desk, &format!("remove web {B}")).await;
+        done(&desk, "rollback web").await;
+        assert_eq!(desk.table().await, table(&[(A, 1.0), (B, 2.0)]), "{key}");
+        assert_eq!(outline(&desk.json("history web").await), ["3 rollback", "2 remove", "1 set"], "{key}");
+    }
+    assert!(matches!(desk.redis.run("EXISTS statera:{web}:version").await, redis::Value::Int(1)));
+    // No key in braces can share its slot.
+    let desk = Desk::with(desk.redis, "a}b");
+    let typed = desk.weights(&format!("set web {A}=1")).await;
+    assert_eq!(typed.code, Some(1));
+    assert!(typed.errors.contains("without stray braces"), "{typed:?}");
+}
+
+#[tokio::test]
+async fn hostile_names_are_shown_escaped_and_can_be_removed() {
+    let desk = Desk::start().await;
+    let hostile = b"a\x1b[2J\xc2\x9b31m\n\xff:80";
+    desk.redis.run_words(&[b"ZADD".as_slice(), b"servers", b"1", hostile]).await;
+    desk.redis.run(&format!("ZADD servers -5 {A} inf {B}")).await;
+    let reason = "look\x1b[31m\nhere\u{202e}";
+    let set = desk.weights_of(&["set", "web", &format!("{C}=1"), "--reason", reason]).await;
+    assert_eq!(set.code, Some(0));
+    for words in ["get web", "get web --json", "history web", "history web --json", "remove web nobody"] {
+        let typed = desk.weights(words).await;
+        for text in [&typed.said, &typed.errors] {
+            let raw = text.chars().find(|c| c.is_control() && *c != '\n' || *c == '\u{202e}');
+            assert_eq!(raw, None, "{words}: {text:?}");
+        }
+    }
+    let get = desk.json("get web").await;
+    assert_eq!(
+        (get["members"].as_array().map(Vec::len), get["left_out"].as_array().map(Vec::len)),
+        (Some(1), Some(3))
+    );
+    let hostile = std::ffi::OsStr::from_bytes(hostile);
+    let removed = desk
+        .weights_of(&[std::ffi::OsStr::new("remove"), "web".as_ref(), hostile, A.as_ref(), B.as_ref()])
+        .await;
+    assert_eq!(removed.code, Some(0), "{removed:?}");
+    assert_eq!(desk.table().await, table(&[(C, 1.0)]));
+    // And back again, byte by byte.
+    done(&desk, "rollback web").await;
+    let count = desk.redis.run("ZCARD servers").await;
+    assert_eq!(count, redis::Value::Int(4));
+    let score = desk.redis.run_words(&[b"ZSCORE".as_slice(), b"servers", hostile.as_bytes()]).await;
+    assert!(!matches!(score, redis::Value::Nil), "{score:?}");
+}
