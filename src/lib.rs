@@ -2,8 +2,9 @@
 //!
 //! Two planes that meet in few places, as ARCHITECTURE.md tells:
 //! - The data plane accepts ([`listen`]), finds a backend ([`session`], [`balance`]) and copies bytes ([`relay`]), on
-//!   threads that share nothing and wait for nothing but their sockets ([`runtime::worker`]).
-//! - The control plane follows [`redis`], keeps its tables for the next start ([`state`]), resolves names ([`runtime::resolve`]), and shows what happens ([`telemetry`]).
+//!   threads that share nothing and wait for nothing but their sockets ([`runtime::worker`], [`reactor`]).
+//! - The control plane follows [`redis`], keeps its tables for the next start ([`state`]), resolves names
+//!   ([`runtime::resolve`]), and shows what happens ([`telemetry`]).
 //!
 //! [`proxy`] puts them together, [`config`] says how, [`cli`] is what a person types.
 

@@ -2,7 +2,8 @@
 //!
 //! - `watched.rs`: a socket, and what it is ready for.
 //! - `timer.rs`: `sleep` and `timeout_at`.
-//! - `runtime.rs`: runs the thread's tasks, which are tokio's, until one of them ends.
+//! - `waking.rs`: how other threads wake this one.
+//! - `runtime.rs`: runs the thread's tasks, which are tokio's, until the first of them ends.
 //!
 //! Tokio's own drivers do the same for any program, and that is what a short session pays for: a thread-safe registration of
 //! 384 bytes for each socket, a system call to take it out of epoll again (the kernel does so at the close), and a timer wheel

@@ -1,4 +1,4 @@
-//! Runs the tasks of a worker thread: tokio's, on this thread's reactor.
+//! Runs the tasks of a worker thread: tokio's, on this thread's reactor. Who works for whom is `runtime/worker.rs`'s.
 
 use std::future::Future;
 use std::io;

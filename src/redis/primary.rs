@@ -1,6 +1,6 @@
 //! Which server is followed: the one that the config names, or the one that the sentinels name just now.
 //!
-//! Known to both connections, so that they leave together. `sentinel.rs` finds it out.
+//! Known to all connections to it, so that they leave together. `sentinel.rs` finds it out.
 
 use redis::RedisError;
 use tokio::sync::watch;
