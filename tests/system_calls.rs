@@ -193,7 +193,16 @@ async fn sessions_at_once_make_no_other_calls() {
     session(traced.entry, 1).await;
     let calls = traced.calls().await;
     let calls = window(&calls, SESSIONS);
-    assert_eq!(own(calls), times(SESSIONS));
+    // Under a tracer the worker is busy: it may hold a handshake back, which it may have to end without bytes.
+    let switches = |held: &str| calls.iter().filter(|call| call.contains(held)).count();
+    let (held, ended) = (switches("TCP_QUICKACK, [0]"), switches("TCP_QUICKACK, [1]"));
+    assert!(ended <= held && held <= SESSIONS, "{held} handshakes held, {ended} ended without bytes");
+    let mut all_else = own(calls);
+    if let Some(count) = all_else.get_mut("setsockopt") {
+        *count -= held + ended;
+    }
+    all_else.retain(|_, count| *count > 0);
+    assert_eq!(all_else, times(SESSIONS));
     bounded(calls, SESSIONS);
 }
 

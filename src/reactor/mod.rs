@@ -38,6 +38,8 @@ use self::watched::Places;
 
 /// Events of one wait. Those that are left over come with the next.
 const EVENTS: usize = 256;
+/// So many in one wait, and the next turn is some time away.
+const MANY_EVENTS: usize = EVENTS / 4;
 /// Of `Waking`'s descriptor, which has no place.
 const WOKEN: EventData = EventData::new_u64(u64::MAX);
 
@@ -54,6 +56,10 @@ struct Reactor {
     waking: Arc<Waking>,
     /// When it last waited.
     turned: Cell<Instant>,
+    /// How often it has waited, modulo 256.
+    turns: Cell<u8>,
+    /// The last wait brought [`MANY_EVENTS`].
+    is_busy: Cell<bool>,
     /// False where tokio's clock runs, which tests can stop.
     has_timers: bool,
 }
@@ -70,6 +76,8 @@ impl Reactor {
             timers: RefCell::default(),
             waking: Arc::new(waking),
             turned: Cell::new(Instant::now()),
+            turns: Cell::default(),
+            is_busy: Cell::default(),
             has_timers,
         })
     }
@@ -95,6 +103,8 @@ impl Reactor {
         };
         self.waking.awake();
         self.turned.set(Instant::now());
+        self.turns.set(self.turns.get().wrapping_add(1));
+        self.is_busy.set(events.len() >= MANY_EVENTS);
         let mut places = self.places.borrow_mut();
         for &Event { data, flags, .. } in events {
             if data != WOKEN {
@@ -124,6 +134,18 @@ impl Drop for Installed {
     fn drop(&mut self) {
         OF_THIS_THREAD.take();
     }
+}
+
+/// How often this thread has looked for events, modulo 256.
+#[must_use]
+pub fn turns() -> u8 {
+    with(|reactor| reactor.turns.get()).unwrap_or_default()
+}
+
+/// True if this thread found much to do when it last looked, so that it may be some time until it looks again.
+#[must_use]
+pub fn is_busy() -> bool {
+    with(|reactor| reactor.is_busy.get()).unwrap_or_default()
 }
 
 /// `None` on a thread without, and while one ends.

@@ -6,10 +6,12 @@
 
 mod direction;
 mod idle;
+mod opening;
 mod pipe;
 mod socket;
 mod stream;
 
+pub use opening::Opening;
 pub use socket::StreamSocket;
 pub use stream::Stream;
 
@@ -181,6 +183,7 @@ impl Relaying<'_> {
         if let Poll::Ready(ended) = pair.poll(cx, &shared.buffers, meter) {
             return Poll::Ready(ended);
         }
+        pair.backend.poll_opening(cx);
         let is_open = pair.is_open();
         if is_open != was_open {
             meter.half_closed.add(1);

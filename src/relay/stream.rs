@@ -9,15 +9,13 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use socket2::{Socket, TcpKeepalive};
 use tokio::time::Instant;
 
+use super::opening::Opening;
 use super::pipe::Pipe;
 use super::socket::StreamSocket;
 use crate::reactor::sleep;
 
 /// Between two looks at a socket whose bytes are under way.
 const LONGEST_LOOK_INTERVAL: Duration = Duration::from_millis(50);
-
-/// What fits into one packet on every path that TCP is used on (536 bytes are the least that IPv4 hosts take).
-const ONE_PACKET_BYTES: usize = 512;
 
 /// A connected socket.
 ///
@@ -27,18 +25,7 @@ const ONE_PACKET_BYTES: usize = 512;
 pub struct Stream {
     socket: StreamSocket,
     finished: bool,
-    coalescing: Coalescing,
-}
-
-/// Whether the kernel may hold back a small packet until an earlier one is acknowledged (Nagle's algorithm), which a relay
-/// must never want. Nothing is held back while nothing is under way, so a session whose backend gets a single small
-/// request does without the system call that switches it off.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Coalescing {
-    Off,
-    /// Nothing was written yet.
-    Unused,
-    On,
+    opening: Opening,
 }
 
 impl Stream {
@@ -47,14 +34,23 @@ impl Stream {
     /// # Errors
     /// The kernel can watch no more sockets.
     pub fn accepted(socket: Socket) -> io::Result<Self> {
-        Ok(Self { socket: StreamSocket::tcp(socket)?, finished: false, coalescing: Coalescing::Off })
+        Ok(Self { socket: StreamSocket::tcp(socket)?, finished: false, opening: Opening::Over })
     }
 
-    /// A connection that was just opened, without TCP_NODELAY: that is set as soon as it makes a difference.
+    /// A connection that was just opened.
     #[must_use]
-    pub fn opened(socket: StreamSocket) -> Self {
-        let coalescing = if socket.is_tcp() { Coalescing::Unused } else { Coalescing::Off };
-        Self { socket, finished: false, coalescing }
+    pub fn opened(socket: StreamSocket, opening: Opening) -> Self {
+        Self { socket, finished: false, opening }
+    }
+
+    #[cfg(test)]
+    pub(super) fn opening(&self) -> Opening {
+        self.opening
+    }
+
+    /// To be called while nothing is there to be written.
+    pub(super) fn poll_opening(&mut self, cx: &mut Context<'_>) {
+        self.opening.wait(self.socket.socket(), cx);
     }
 
     /// Reads into `buffer`; 0 is the end.
@@ -64,7 +60,8 @@ impl Stream {
 
     /// Writes what the socket takes of `bytes`.
     pub(super) fn poll_write(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.before_writing(bytes.len());
+        // What is spliced has passed here before: bulk begins with large writes.
+        self.opening.before_write(self.socket.socket(), bytes.len());
         self.socket.poll_write(cx, bytes)
     }
 
@@ -87,19 +84,6 @@ impl Stream {
     /// Ready when the socket may take bytes again.
     pub(super) fn poll_writable(&self, cx: &mut Context<'_>) -> Poll<()> {
         self.socket.poll_writable(cx)
-    }
-
-    /// What is spliced has passed here before: bulk begins with large writes.
-    fn before_writing(&mut self, bytes: usize) {
-        self.coalescing = match self.coalescing {
-            Coalescing::Off => return,
-            Coalescing::Unused if bytes <= ONE_PACKET_BYTES => Coalescing::On,
-            Coalescing::Unused | Coalescing::On => {
-                // A socket that takes no option is dead already, and the write says so.
-                let _ = self.socket.socket().set_tcp_nodelay(true);
-                Coalescing::Off
-            }
-        };
     }
 
     /// True if the connection was reset or broke, however much it still has to be read.

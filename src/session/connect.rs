@@ -19,7 +19,7 @@ use crate::balance::backend::{Backend, Endpoint};
 use crate::config::Congestion;
 use crate::listen::socket::exhausted;
 use crate::reactor::{sleep, timeout_at};
-use crate::relay::{Stream, StreamSocket};
+use crate::relay::{Opening, Stream, StreamSocket};
 
 /// Between two tries where a descriptor, or a place in a unix socket's queue, may become free at any moment.
 const RETRY_PAUSE: Duration = Duration::from_millis(10);
@@ -161,6 +161,7 @@ async fn open_tcp(address: SocketAddr, congestion: Option<&Congestion>) -> Resul
             .set_tcp_congestion(congestion.name().as_bytes())
             .inspect_err(|error| debug!(%error, name = congestion.name(), "tcp_congestion cannot be set"));
     }
+    let opening = Opening::before_connect(&socket);
     if let Err(error) = socket.connect(&SockAddr::from(address))
         && Errno::from_io_error(&error) != Some(Errno::INPROGRESS)
     {
@@ -175,7 +176,7 @@ async fn open_tcp(address: SocketAddr, congestion: Option<&Congestion>) -> Resul
     {
         return Err(ConnectError::ToItself);
     }
-    Ok(Stream::opened(connection))
+    Ok(Stream::opened(connection, opening))
 }
 
 /// A unix socket whose queue is full says so at once, where TCP would send its handshake again: so it is asked again.
@@ -184,7 +185,9 @@ async fn open_unix(path: &Path) -> Result<Stream, ConnectError> {
     let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None).map_err(classify)?;
     loop {
         match socket.connect(&address) {
-            Ok(()) => return Ok(Stream::opened(StreamSocket::unix(socket).map_err(classify)?)),
+            Ok(()) => {
+                return Ok(Stream::opened(StreamSocket::unix(socket).map_err(classify)?, Opening::Over));
+            }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => sleep(RETRY_PAUSE).await,
             Err(error) => return Err(classify(error)),
         }

@@ -19,6 +19,8 @@ use crate::reactor::sleep;
 const GATHER_TIME: Duration = Duration::from_millis(50);
 /// A buffer this full does not wait.
 const CHUNK_BYTES: usize = 60 * 1024;
+/// Room for that, and for the line that fills it: a buffer that grew step by step would be copied each time.
+const BUFFER_BYTES: usize = 64 * 1024;
 
 /// What is written of a session. The names are the contract's.
 #[derive(Debug, Serialize)]
@@ -86,6 +88,7 @@ impl AccessLog {
     pub fn write(&self, line: &AccessLine<'_>) {
         let mut lines = self.lines.borrow_mut();
         if lines.is_empty() {
+            lines.reserve(BUFFER_BYTES);
             self.waiting.notify_one();
         }
         match self.format {
