@@ -63,7 +63,8 @@ pub struct Redis {
     pub manage_notifications: bool,
     /// Between two pings on the watching connection.
     pub heartbeat_interval: Duration,
-    /// Between two full reads that no notification asked for; jittered by 10 %.
+    /// Between two full reads that no notification asked for; up to a fifth less, by chance, so that a fleet does not read
+    /// in step.
     pub resync_interval: Duration,
     /// Between two reads where changes are noticed by polling.
     pub poll_interval: Duration,

@@ -31,7 +31,8 @@ const RENEWAL: Duration = Duration::from_secs(5);
 const LEASE: Duration = Duration::from_secs(15);
 /// Every so many reports, the first among them, those whose lease has ended are forgotten: it costs a read of all.
 const REPORTS_PER_CLEANING: u32 = 100;
-const FIRST_PAUSE: Duration = Duration::from_millis(50);
+/// Nobody but a person who waits for a report needs this connection: it is the last that Redis gets back.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// Rights are seldom granted, and then nobody waits.
 const REFUSED_PAUSE: Duration = Duration::from_secs(60);
@@ -141,7 +142,7 @@ impl Reporter<'_> {
                         self.say_what_is_missing(&error);
                     }
                     debug!(%error, "not reported what is applied");
-                    if is_refusal { REFUSED_PAUSE } else { backoff.pause() }
+                    if is_refusal { jittered(REFUSED_PAUSE) } else { backoff.pause() }
                 }
                 // The watching connection says what is wrong, and says it once.
                 Err(_) => backoff.pause(),

@@ -5,7 +5,6 @@
 //! once, and it opens again when a new connection has proved itself.
 
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::Duration;
 
 use redis::{RedisError, Script, Value};
 use tokio::task::JoinSet;
@@ -15,11 +14,11 @@ use tracing::{debug, warn};
 use super::connection::Server;
 use super::decode::{decode_member, number, printable};
 use super::trouble::Trouble;
-use super::{Followed, Primary, connection};
+use super::{FIRST_PAUSE, Followed, LONGEST_MOVE, LONGEST_PAUSE, Primary, connection};
 use crate::balance::lua_pick::{LuaRequest, LuaRequests};
 use crate::balance::{BackendId, Weight};
 use crate::config::{LuaPick, Redis, RedisAddress};
-use crate::runtime::backoff::Backoff;
+use crate::runtime::backoff::{Backoff, jittered, spread};
 
 const SCRIPT: &str = include_str!("pick.lua");
 /// Read whole, a set of this size blocks Redis for some 0.4 ms.
@@ -30,8 +29,6 @@ const HEAVIEST: usize = 100;
 const MOST_QUESTIONS: usize = 4;
 /// What a user without writing rights may call.
 const READ_ONLY: &str = "EVALSHA_RO";
-const FIRST_PAUSE: Duration = Duration::from_millis(50);
-const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
 /// Answers `requests` until all pickers are gone, or until it is dropped.
 pub async fn run(
@@ -62,7 +59,10 @@ pub async fn run(
         // Sessions that asked before the door was closed are told now, not when Redis is back.
         while requests.queue.try_recv().is_ok() {}
         tokio::select! {
-            () = primary.moved_from(&address) => backoff.reset(),
+            () = primary.moved_from(&address) => {
+                backoff.reset();
+                sleep(spread(LONGEST_MOVE)).await;
+            }
             () = sleep(backoff.pause()) => {}
         }
     }
@@ -165,7 +165,7 @@ async fn serve(
 ) -> Result<(), RedisError> {
     // Of a heartbeat: what the server says of itself.
     let mut answers: JoinSet<Result<Option<Server>, RedisError>> = JoinSet::new();
-    let mut heartbeat = Instant::now() + settings.heartbeat_interval;
+    let mut heartbeat = Instant::now() + jittered(settings.heartbeat_interval);
     loop {
         tokio::select! {
             biased;
@@ -184,7 +184,7 @@ async fn serve(
             () = sleep_until(heartbeat) => {
                 let mut connection = session.connection.clone();
                 answers.spawn(async move { connection::hello(&mut connection).await.map(Some) });
-                heartbeat = Instant::now() + settings.heartbeat_interval;
+                heartbeat = Instant::now() + jittered(settings.heartbeat_interval);
             }
             request = requests.queue.recv() => {
                 let Some(request) = request else { return Ok(()) };

@@ -24,8 +24,17 @@ pub mod weights;
 pub use primary::Primary;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::balance::cell::Cell;
+
+/// The first pause after a connection is lost: a fleet loses them all at once, and its whole reads come back spread over so
+/// long.
+const FIRST_PAUSE: Duration = Duration::from_millis(500);
+/// Between two tries at a server that is away: whoever waits hears within a second that it is back.
+const LONGEST_PAUSE: Duration = Duration::from_millis(900);
+/// Before the new primary is asked, at most: a whole fleet is told of it in one moment.
+const LONGEST_MOVE: Duration = Duration::from_millis(200);
 
 /// A key that a pool's weights stand under, and where its tables are published.
 #[derive(Clone, Debug)]

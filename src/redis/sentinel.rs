@@ -19,6 +19,7 @@ use super::connection::{self, Connection};
 use super::primary::Primary;
 use super::trouble::Trouble;
 use crate::config::{Redis, RedisAddress, Sentinel};
+use crate::runtime::backoff::{jittered, spread};
 
 /// Of a failover: the new primary has taken over; everybody knows. The first comes up to seconds before the other.
 const EVENTS: [&str; 2] = ["+promoted-slave", "+switch-master"];
@@ -193,7 +194,7 @@ impl Listener {
             if self.said.send((self.place, Err(error))).await.is_err() {
                 return;
             }
-            sleep(self.settings.heartbeat_interval).await;
+            sleep(spread(self.settings.heartbeat_interval)).await;
         }
     }
 
@@ -223,7 +224,8 @@ impl Listener {
                 return std::future::pending().await;
             }
             sleep(SHORTEST_PAUSE).await;
-            let next = (asked + settings.heartbeat_interval).saturating_duration_since(Instant::now());
+            let next =
+                (asked + jittered(settings.heartbeat_interval)).saturating_duration_since(Instant::now());
             let _ = timeout(next, told.notified()).await;
         }
     }

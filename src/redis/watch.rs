@@ -19,14 +19,12 @@ use super::mode::{Armed, Warned};
 use super::status::{RedisStatus, TableStatus, WatchMode};
 use super::sync::{Changes, Syncer, changed};
 use super::trouble::Trouble;
-use super::{Followed, Primary, sentinel};
+use super::{FIRST_PAUSE, Followed, LONGEST_MOVE, LONGEST_PAUSE, Primary, sentinel};
 use crate::config::{Redis, RedisAddress};
-use crate::runtime::backoff::{Backoff, jittered};
+use crate::runtime::backoff::{Backoff, jittered, spread};
 
-const FIRST_PAUSE: Duration = Duration::from_millis(50);
-const LONGEST_PAUSE: Duration = Duration::from_secs(2);
-/// Between two tries at a server that loads its data.
-const NOT_READY_PAUSE: Duration = Duration::from_millis(100);
+/// Between two tries at a server that loads its data, at most: when it has, everybody reads.
+const LONGEST_LOADING_PAUSE: Duration = Duration::from_millis(400);
 
 /// Follows the tables of `followed` until it is dropped. `first_try_over` is called when the first connection has read
 /// them all, or failed.
@@ -109,6 +107,7 @@ async fn follow_tables(
         if connection::is_move(&error) {
             info!(left = %redis, "the primary is elsewhere");
             backoff.reset();
+            sleep(spread(LONGEST_MOVE)).await;
             continue;
         }
         status.set_mode(WatchMode::None);
@@ -123,7 +122,10 @@ async fn follow_tables(
             last_error = Some(text);
         }
         tokio::select! {
-            () = primary.moved_from(redis) => backoff.reset(),
+            () = primary.moved_from(redis) => {
+                backoff.reset();
+                sleep(spread(LONGEST_MOVE)).await;
+            }
             () = sleep(backoff.pause()) => {}
         }
     }
@@ -223,14 +225,14 @@ impl Connection<'_> {
         info!(redis = %self.address, version = server.version, role = server.role, watch = mode.name(), "connected to redis");
 
         changes.notice_all();
-        let mut heartbeat = Instant::now() + self.settings.heartbeat_interval;
+        let mut heartbeat = Instant::now() + jittered(self.settings.heartbeat_interval);
         let mut resync = Instant::now() + jittered(self.settings.resync_interval);
-        let mut poll = Instant::now() + self.settings.poll_interval;
+        let mut poll = Instant::now() + jittered(self.settings.poll_interval);
         loop {
             let rest_ends = match syncer.read_changed(&mut connection, &changes).await {
                 Ok(next) => next,
                 Err(error) if connection::is_not_ready(&error) => {
-                    sleep(NOT_READY_PAUSE).await;
+                    sleep(spread(LONGEST_LOADING_PAUSE)).await;
                     connection::hello(&mut connection).await.or_else(|e| {
                         if connection::is_not_ready(&e) { Ok(Server::default()) } else { Err(e) }
                     })?;
@@ -255,11 +257,11 @@ impl Connection<'_> {
                     if mode != WatchMode::Poll {
                         syncer.confirm(&changes);
                     }
-                    heartbeat = Instant::now() + self.settings.heartbeat_interval;
+                    heartbeat = Instant::now() + jittered(self.settings.heartbeat_interval);
                 }
                 () = sleep_until(poll), if mode == WatchMode::Poll => {
                     changes.notice_all();
-                    poll = Instant::now() + self.settings.poll_interval;
+                    poll = Instant::now() + jittered(self.settings.poll_interval);
                 }
                 () = sleep_until(resync) => {
                     // The flags, or what this user may do, may have been changed by someone else meanwhile.
