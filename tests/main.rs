@@ -14,6 +14,7 @@ mod listen;
 mod lua_pick;
 mod names;
 mod real_programs;
+mod redis_bad_input;
 mod redis_random;
 mod redis_sentinel;
 mod redis_sync;

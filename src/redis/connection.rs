@@ -1,5 +1,5 @@
 //! Opens a connection to Redis: addressed, encrypted where that is wanted, authenticated, on the right database, speaking
-//! RESP3, with a deadline on everything.
+//! RESP3, with a deadline on everything and a largest size of an answer.
 //!
 //! What can go wrong, and its cures, are in `trouble.rs`.
 
@@ -21,8 +21,9 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout_at};
 use tokio_rustls::TlsConnector;
 
+use super::reply_limit::Limited;
 use super::trouble::Trouble;
-pub(super) use super::trouble::{cure, is_move, is_not_ready, is_refusal};
+pub(super) use super::trouble::{cure, is_move, is_not_ready, is_oversized, is_refusal};
 use crate::config::{Redis, RedisAddress, Sentinel, Tls};
 
 /// Silence on the wire before the kernel asks whether the peer is still there.
@@ -135,7 +136,7 @@ async fn connect(
     on_push: impl Fn(PushInfo) + Send + Sync + 'static,
 ) -> RedisResult<Connection> {
     let deadline = Instant::now() + settings.connect_timeout + settings.response_timeout;
-    let stream = stream(settings, address, deadline).await?;
+    let stream = Limited::new(stream(settings, address, deadline).await?);
     let config = AsyncConnectionConfig::new()
         .set_response_timeout(Some(settings.response_timeout))
         .set_push_sender(move |push| -> Result<(), redis::aio::SendError> {

@@ -31,11 +31,23 @@ pub(super) enum Reason {
 
 /// The answer is not members with scores.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("redis answered something that is not a list of members and scores")]
+#[error(
+    "redis answered something that is not a list of members and scores: check what stands between statera and redis, and \
+     that it is redis"
+)]
 pub(super) struct Malformed;
 
 /// Characters of a member that are shown; names are at most 253 bytes, members up to 512 MB.
 const SHOWN_CHARS: usize = 80;
+
+/// How many members an answer holds, before it is decoded. 0 where it is no list.
+pub(super) fn members(answer: &Value) -> usize {
+    match answer {
+        Value::Array(items) if matches!(items.first(), Some(Value::Array(_))) => items.len(),
+        Value::Array(items) => items.len() / 2,
+        _ => 0,
+    }
+}
 
 /// Decodes the answer to ZRANGE … WITHSCORES: pairs in RESP3, one flat list in RESP2.
 pub(super) fn table(answer: Value) -> Result<Decoded, Malformed> {

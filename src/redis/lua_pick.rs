@@ -2,9 +2,11 @@
 //! table that is being read.
 //!
 //! It answers only while Redis does. The first pick that is not answered in time closes the door for all sessions at
-//! once, and it opens again when a new connection has proved itself.
+//! once, and it opens again when a new connection has proved itself. Nor is it asked about a table whose members are so
+//! long that they block Redis: the first answer that says so closes the door of that pool for a while.
 
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
 
 use redis::{RedisError, Script, Value};
 use tokio::task::JoinSet;
@@ -29,6 +31,11 @@ const HEAVIEST: usize = 100;
 const MOST_QUESTIONS: usize = 4;
 /// What a user without writing rights may call.
 const READ_ONLY: &str = "EVALSHA_RO";
+/// What the script answers where members are so long that reading them blocks Redis.
+const TOO_LARGE: &str = "TOOLARGE";
+/// Before such a table is asked about again, at most: 100 MB block Redis for a tenth of a second.
+const FIRST_REST: Duration = Duration::from_secs(5);
+const LONGEST_REST: Duration = Duration::from_secs(60);
 
 /// Answers `requests` until all pickers are gone, or until it is dropped.
 pub async fn run(
@@ -39,12 +46,15 @@ pub async fn run(
     mut requests: LuaRequests,
 ) {
     let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+    let rests = followed.iter().map(|_| Rest::new()).collect();
+    let mut doors = Doors { rests, suspect: 0, command: READ_ONLY };
     loop {
         let address = primary.known().await;
         let answering = async {
-            let session = open(settings, &address, followed, primary).await?;
+            let session = open(settings, &address, followed, primary, &mut doors).await?;
             requests.answering.store(true, Relaxed);
-            serve(session, settings, limits, followed, primary, &mut requests, &mut backoff).await
+            let server = Serving { session, settings, limits, followed, primary };
+            server.serve(&mut requests, &mut backoff, &mut doors).await
         };
         let result = tokio::select! {
             biased;
@@ -68,6 +78,54 @@ pub async fn run(
     }
 }
 
+/// Which pools' tables may be asked about.
+struct Doors {
+    rests: Vec<Rest>,
+    /// The pool that the next connection proves itself by: the last one of which a pick did not come in time.
+    suspect: usize,
+    /// What the server knows and this user may call, as far as is known.
+    command: &'static str,
+}
+
+impl Doors {
+    /// The pool whose table a new connection is to be asked about. `None`: all rest.
+    fn to_be_proved(&self) -> Option<usize> {
+        let all = 0..self.rests.len();
+        std::iter::once(self.suspect)
+            .chain(all)
+            .find(|place| self.rests.get(*place).is_some_and(Rest::is_over))
+    }
+}
+
+struct Rest {
+    ends: Option<Instant>,
+    backoff: Backoff,
+}
+
+impl Rest {
+    fn new() -> Self {
+        Self { ends: None, backoff: Backoff::new(FIRST_REST, LONGEST_REST) }
+    }
+
+    fn is_over(&self) -> bool {
+        self.ends.is_none_or(|ends| ends <= Instant::now())
+    }
+
+    fn begins(&mut self, pool: &str) {
+        // Of several answers on their way the first counts.
+        if self.is_over() {
+            debug!(pool, "its members are too long for redis to pick");
+            self.ends = Some(Instant::now() + FIRST_REST + self.backoff.pause());
+        }
+    }
+
+    fn is_needless(&mut self) {
+        if self.ends.take().is_some() {
+            self.backoff.reset();
+        }
+    }
+}
+
 /// A connection on which the script was loaded.
 #[derive(Clone)]
 struct Session {
@@ -82,20 +140,26 @@ async fn open(
     address: &RedisAddress,
     followed: &[Followed],
     primary: &Primary,
+    doors: &mut Doors,
 ) -> Result<Session, RedisError> {
     let mut connection = connection::open_at(settings, address, |_| {}).await?;
     primary.check(&connection::hello(&mut connection).await?)?;
     let sha = Script::new(SCRIPT).get_hash().to_owned();
-    let mut session = Session { connection, sha, command: READ_ONLY };
+    let mut session = Session { connection, sha, command: doors.command };
     session.load().await?;
     // A first question tells which of the two this server knows and this user may call.
-    let key = followed.first().map_or("", |followed| &followed.key);
+    let Some(place) = doors.to_be_proved() else { return Ok(session) };
+    let Followed { pool, key, .. } = &followed[place];
     for command in [READ_ONLY, "EVALSHA"] {
         session.command = command;
         match session.ask(key, 0.0, &[]).await {
-            Err(error) if connection::is_refusal(&error) => {}
-            answer => return answer.map(|_| session),
+            Err(error) if error.code() == Some(TOO_LARGE) => doors.rests[place].begins(pool),
+            Err(error) if connection::is_refusal(&error) => continue,
+            Err(error) => return Err(error),
+            Ok(_) => {}
         }
+        doors.command = command;
+        return Ok(session);
     }
     // Both refused: it may be the key, and that may be granted later.
     session.command = READ_ONLY;
@@ -153,59 +217,89 @@ impl Session {
     }
 }
 
-/// Ends with an error when Redis does not answer in time, and with `Ok` when nobody can ask any more.
-async fn serve(
+/// A session, and what it serves.
+struct Serving<'a> {
     session: Session,
-    settings: &Redis,
-    limits: &LuaPick,
-    followed: &[Followed],
-    primary: &Primary,
-    requests: &mut LuaRequests,
-    backoff: &mut Backoff,
-) -> Result<(), RedisError> {
-    // Of a heartbeat: what the server says of itself.
-    let mut answers: JoinSet<Result<Option<Server>, RedisError>> = JoinSet::new();
-    let mut heartbeat = Instant::now() + jittered(settings.heartbeat_interval);
-    loop {
-        tokio::select! {
-            biased;
-            Some(done) = answers.join_next() => match done {
-                // In time, so the next trouble is a new one. A server that only takes connections does not get here.
-                Ok(Ok(server)) => {
-                    if let Some(server) = server {
-                        primary.check(&server)?;
+    settings: &'a Redis,
+    limits: &'a LuaPick,
+    followed: &'a [Followed],
+    primary: &'a Primary,
+}
+
+/// What came of a question: of the server, or of a pool.
+enum Said {
+    Beat(Server),
+    Picked(usize),
+    TooLarge(usize),
+    /// Nothing, in time.
+    Silent(usize),
+    /// The key is of another type, or not for us: the connection is sound.
+    Refused,
+}
+
+impl Serving<'_> {
+    /// Ends with an error when Redis does not answer in time, and with `Ok` when nobody can ask any more.
+    async fn serve(
+        self,
+        requests: &mut LuaRequests,
+        backoff: &mut Backoff,
+        doors: &mut Doors,
+    ) -> Result<(), RedisError> {
+        let mut answers: JoinSet<Result<Said, RedisError>> = JoinSet::new();
+        let beats = self.settings.heartbeat_interval;
+        let mut heartbeat = Instant::now() + jittered(beats);
+        loop {
+            tokio::select! {
+                biased;
+                Some(done) = answers.join_next() => match done {
+                    // In time, so the next trouble is a new one. A server that only takes connections does not get here.
+                    Ok(said) => {
+                        match said? {
+                            Said::Beat(server) => self.primary.check(&server)?,
+                            Said::Picked(pool) => doors.rests[pool].is_needless(),
+                            Said::TooLarge(pool) => doors.rests[pool].begins(&self.followed[pool].pool),
+                            Said::Silent(pool) => {
+                                doors.suspect = pool;
+                                return Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into());
+                            }
+                            Said::Refused => {}
+                        }
+                        backoff.reset();
                     }
-                    backoff.reset();
+                    // A panic would be a defect of ours; its session was told "no" by the drop of its request.
+                    Err(error) => warn!(%error, "a lua pick died"),
+                },
+                () = sleep_until(heartbeat) => {
+                    let mut connection = self.session.connection.clone();
+                    answers.spawn(async move { connection::hello(&mut connection).await.map(Said::Beat) });
+                    heartbeat = Instant::now() + jittered(beats);
                 }
+                request = requests.queue.recv() => {
+                    let Some(request) = request else { return Ok(()) };
+                    // Dropped, it tells its session "no".
+                    if !request.answer.is_closed() && doors.rests[request.pool].is_over() {
+                        answers.spawn(self.answer(request));
+                    }
+                }
+            }
+        }
+    }
+
+    fn answer(&self, request: LuaRequest) -> impl Future<Output = Result<Said, RedisError>> + use<> {
+        let Followed { cell, key, .. } = self.followed[request.pool].clone();
+        let (mut session, limit) = (self.session.clone(), self.limits.timeout);
+        async move {
+            let (picked, said) = match timeout(limit, session.pick(&key, &request)).await {
+                Ok(Ok(picked)) => (picked, Said::Picked(request.pool)),
+                Ok(Err(error)) if error.code() == Some(TOO_LARGE) => (None, Said::TooLarge(request.pool)),
+                Ok(Err(error)) if connection::is_refusal(&error) => (None, Said::Refused),
                 Ok(Err(error)) => return Err(error),
-                // A panic would be a defect of ours; its session was told "no" by the drop of its request.
-                Err(error) => warn!(%error, "a lua pick died"),
-            },
-            () = sleep_until(heartbeat) => {
-                let mut connection = session.connection.clone();
-                answers.spawn(async move { connection::hello(&mut connection).await.map(Some) });
-                heartbeat = Instant::now() + jittered(settings.heartbeat_interval);
-            }
-            request = requests.queue.recv() => {
-                let Some(request) = request else { return Ok(()) };
-                if !request.answer.is_closed() {
-                    let Followed { cell, key, .. } = followed[request.pool].clone();
-                    let (mut session, limit) = (session.clone(), limits.timeout);
-                    answers.spawn(async move {
-                        let picked = match timeout(limit, session.pick(&key, &request)).await {
-                            Ok(Ok(picked)) => picked,
-                            // The key is of another type, or not for us: the connection is sound.
-                            Ok(Err(error)) if connection::is_refusal(&error) => None,
-                            Ok(Err(error)) => return Err(error),
-                            Err(_) => return Err(RedisError::from(std::io::Error::from(std::io::ErrorKind::TimedOut))),
-                        };
-                        let answer = picked.map(|(id, weight)| (cell.registry().get_or_create(&id), weight));
-                        // The session may have given up meanwhile.
-                        drop(request.answer.send(answer));
-                        Ok(None)
-                    });
-                }
-            }
+                Err(_) => return Ok(Said::Silent(request.pool)),
+            };
+            let answer = picked.map(|(id, weight)| (cell.registry().get_or_create(&id), weight));
+            // The session may have given up meanwhile.
+            drop(request.answer.send(answer));
+            Ok(said)
         }
     }
 }

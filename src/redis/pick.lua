@@ -2,7 +2,8 @@
 --
 -- ARGV: a uniform number from 0 to 1 (exclusive), a seed from 1 to 2147483646, the largest set that is read whole, how
 -- many of the heaviest are read of a larger one, then the members that are not to be picked. Returns the member and its
--- score as texts (a number would lose its fraction), or nil. Reads only, with ZCARD and ZRANGE.
+-- score as texts (a number would lose its fraction), or nil. Reads only, with ZCARD and ZRANGE. Where members are so long that
+-- reading them blocks Redis, it answers the error TOOLARGE, and is not to be asked again soon.
 --
 -- The caller brings the randomness: Redis's own math.random repeats itself on every call (6.2) or after every restart.
 
@@ -11,10 +12,19 @@ local whole, heaviest = tonumber(ARGV[3]), tonumber(ARGV[4])
 local tried = {}
 for i = 5, #ARGV do tried[ARGV[i]] = true end
 
+-- No address is longer (a name has 253 bytes, a unix socket's path 107), and 500 of them have fewer bytes together.
+local longest, most_bytes = 300, 262144
+
+local function too_large(members)
+    local bytes = 0
+    for i = 1, #members, 2 do bytes = bytes + #members[i] end
+    return bytes > most_bytes and redis.error_reply('TOOLARGE the members are too long to be picked from')
+end
+
 -- A negative or infinite score is no weight, and what cannot be an address is no backend.
 local function weight(member, score)
     local number = tonumber(score)
-    if number and number > 0 and number < math.huge and not tried[member]
+    if number and number > 0 and number < math.huge and #member <= longest and not tried[member]
         and (member:find(':%d+$') or member:sub(1, 5) == 'unix:') then
         return number
     end
@@ -35,6 +45,8 @@ else
     list = redis.call('ZRANGE', key, '(+inf', '(0', 'BYSCORE', 'REV', 'LIMIT', 0, heaviest, 'WITHSCORES')
 end
 if #list == 0 then return false end
+local refusal = too_large(list)
+if refusal then return refusal end
 
 -- Dividing by the largest weight keeps the sum of huge weights finite.
 local weights, largest, total = {}, 0, 0
@@ -75,6 +87,8 @@ for _ = 1, 64 do
     if target < total then return from_list(target) end
     local rank = math.min(math.floor((target - total) / room), size - 1)
     local hit = redis.call('ZRANGE', key, rank, rank, 'WITHSCORES')
+    refusal = too_large(hit)
+    if refusal then return refusal end
     if hit[1] and not listed[hit[1]] and uniform() * room < weight(hit[1], hit[2]) / largest then return hit end
     point = uniform()
 end

@@ -16,21 +16,28 @@ use tokio::time::{Instant, timeout_at};
 use tracing::{debug, error, info, warn};
 
 use super::decode::{self, Decoded, Rejected};
+use super::pace::{HeldBack, Pace};
 use super::status::{RedisStatus, TableStatus};
+use super::trouble::Trouble;
 use super::{Followed, connection};
 use crate::balance::Table;
 use crate::config::OnEmpty;
+use crate::runtime::backoff::{Backoff, jittered};
 
 /// A table of this size is read in some 50 ms and picked from in 20 ns; one that is larger is a mistake or an attack.
-const MAX_MEMBERS: usize = 100_000;
+pub(super) const MAX_MEMBERS: usize = 100_000;
 /// Rest after a read, for each member that it gave: a read costs Redis 0.5 µs a member, so it is never busy with us for
 /// more than a twentieth of its time.
 const REST_PER_MEMBER: Duration = Duration::from_micros(10);
 const LONGEST_REST: Duration = Duration::from_millis(100);
+/// A read that took long, because Redis is busy with a whole fleet's, is followed by a rest of so many times that. Then all
+/// of them together, however many, take a fifth of its time.
+const REST_PER_READ: u32 = 4;
+const LONGEST_REST_OF_A_FLEET: Duration = Duration::from_millis(400);
 /// Between two tries at a key that cannot be read.
 const REST_AFTER_REFUSAL: Duration = Duration::from_secs(1);
-/// A writer that flips between a good table and a bad one makes thousands of changes a second, each of them news.
-const LOG_WINDOW: Duration = Duration::from_secs(10);
+/// The same of an answer that is too large: Redis makes up the whole of it each time, for each proxy.
+const LONGEST_REST_AFTER_OVERSIZED: Duration = Duration::from_secs(30);
 /// Reports of members left out in one window, of up to 11 lines each.
 const MOST_REPORTS: u32 = 1;
 /// Lines in one window that say how a key can be read: enough to see a fault, its cure and one more of both at once.
@@ -119,11 +126,19 @@ struct State {
     rejected: Vec<Rejected>,
     reports: Pace,
     rest_until: Option<Instant>,
+    /// It had more than [`MAX_MEMBERS`] when it was last read: they are counted before it is read again.
+    had_too_many: bool,
+    oversized: Backoff,
+    /// Times in a row that a read ended with the connection.
+    cut_offs: u32,
 }
 
 impl State {
     fn new() -> Self {
         Self {
+            had_too_many: false,
+            oversized: Backoff::new(REST_AFTER_REFUSAL, LONGEST_REST_AFTER_OVERSIZED),
+            cut_offs: 0,
             in_step: false,
             said: None,
             states: Pace::new(MOST_STATES),
@@ -133,38 +148,6 @@ impl State {
         }
     }
 }
-
-/// Allows so many lines in each [`LOG_WINDOW`], and counts the others. What is held back is not lost: whoever asks
-/// compares with what was last *said*, so a later read says where it ended.
-#[derive(Clone, Debug)]
-struct Pace {
-    most: u32,
-    said: u32,
-    window_ends: Option<Instant>,
-    held_back: u64,
-}
-
-impl Pace {
-    fn new(most: u32) -> Self {
-        Self { most, said: 0, window_ends: None, held_back: 0 }
-    }
-
-    /// `None`: not now. Otherwise what was held back since the last time, for the line.
-    fn may_say(&mut self, now: Instant) -> Option<HeldBack> {
-        if self.window_ends.is_none_or(|ends| ends <= now) {
-            (self.window_ends, self.said) = (Some(now + LOG_WINDOW), 0);
-        }
-        if self.said >= self.most {
-            self.held_back += 1;
-            return None;
-        }
-        self.said += 1;
-        Some(Some(std::mem::take(&mut self.held_back)).filter(|count| *count > 0))
-    }
-}
-
-/// How many lines were not written; a field of a log line that is left out where there are none.
-type HeldBack = Option<u64>;
 
 #[derive(Clone, Debug, PartialEq)]
 enum Said {
@@ -203,23 +186,39 @@ impl<'a> Syncer<'a> {
             }
             // Taken before the read: a change that comes during it is a new one.
             let Some(since) = changes.take(place) else { continue };
-            let rest = match self.read(connection, place, since).await? {
-                Some(members) => {
-                    (REST_PER_MEMBER * u32::try_from(members).unwrap_or(u32::MAX)).min(LONGEST_REST)
-                }
-                None => {
+            let read = self.read(connection, place, since).await;
+            let rest = match read.map_err(|error| self.cut_off(place, error)) {
+                Ok(Some(members)) => rest_after(members, now.elapsed()),
+                Ok(None) => {
                     // A right that is granted, or a script that ends, is announced by no event.
                     changes.mark(std::iter::once(place));
-                    REST_AFTER_REFUSAL
+                    jittered(REST_AFTER_REFUSAL)
                 }
+                Err(error) if connection::is_oversized(&error) => {
+                    let rest = self.states[place].oversized.pause();
+                    // The next connection finds it resting.
+                    self.states[place].rest_until = Some(Instant::now() + rest);
+                    self.refuses(place, format!("{error}: {}", connection::cure(&error)));
+                    return Err(error);
+                }
+                Err(error) => return Err(error),
             };
-            let rest_until = now + rest;
+            let rest_until = Instant::now() + rest;
             self.states[place].rest_until = Some(rest_until);
             if changes.is_marked(place) {
                 next = Some(next.map_or(rest_until, |other| other.min(rest_until)));
             }
         }
         Ok(next)
+    }
+
+    /// Redis cuts off a subscriber whom it owes more than 32 MB, and says so in its own log alone. Once, it may have ended.
+    fn cut_off(&mut self, place: usize, error: RedisError) -> RedisError {
+        if !error.is_connection_dropped() {
+            return error;
+        }
+        self.states[place].cut_offs += 1;
+        if self.states[place].cut_offs > 1 { Trouble::CutOff.into() } else { error }
     }
 
     /// Nothing has changed, says a heartbeat that was answered after every notification before it: what is in step and
@@ -239,7 +238,12 @@ impl<'a> Syncer<'a> {
         place: usize,
         since: Instant,
     ) -> Result<Option<usize>, RedisError> {
-        let Followed { pool, cell, key } = &self.followed[place];
+        let key = &self.followed[place].key;
+        self.status.resyncs.add(1);
+        if self.states[place].had_too_many && has_too_many(connection, key).await? {
+            self.refuses(place, too_many());
+            return Ok(None);
+        }
         let answer: Result<Value, RedisError> = redis::cmd("ZRANGE")
             .arg(key)
             .arg(0)
@@ -247,9 +251,11 @@ impl<'a> Syncer<'a> {
             .arg("WITHSCORES")
             .query_async(connection)
             .await;
-        self.status.resyncs.add(1);
         let is_no_table = matches!(&answer, Err(error) if error.code() == Some("WRONGTYPE"));
+        let members = answer.as_ref().map_or(0, decode::members);
+        self.states[place].had_too_many = members > MAX_MEMBERS;
         let read = match answer {
+            Ok(_) if members > MAX_MEMBERS => Err(too_many()),
             Ok(answer) => decode::table(answer).map_err(|malformed| malformed.to_string()),
             Err(error) if connection::is_refusal(&error) => {
                 let cure = if is_no_table {
@@ -261,36 +267,37 @@ impl<'a> Syncer<'a> {
             }
             Err(error) => return Err(error),
         };
-        let members = read.as_ref().map_or(0, |d| d.table.members().len() + d.rejected.len());
-        let read = read.and_then(|decoded| {
-            if members > MAX_MEMBERS {
-                return Err(format!("the key has more than {MAX_MEMBERS} members: split the pool"));
-            }
-            Ok(decoded)
-        });
         match read {
             Ok(decoded) => {
+                self.states[place].oversized.reset();
+                self.states[place].cut_offs = 0;
                 self.take(place, decoded, since);
                 Ok(Some(members))
             }
             Err(reason) => {
-                self.tables[place].failed_reads.add(1);
-                self.states[place].in_step = false;
                 // Whatever was written over it, the table is gone. Any other refusal says nothing of the table.
-                let refuses = is_no_table && self.on_empty == OnEmpty::Refuse;
-                if refuses {
-                    cell.publish(Table::default());
-                }
-                if let Some((_, held_back)) = self.says(place, Some(Said::Refused(reason.clone()))) {
-                    let then = if refuses {
-                        "cannot read the weights, refusing sessions (redis.on_empty)"
-                    } else {
-                        "cannot read the weights, keeping the last table"
-                    };
-                    error!(pool = %pool, key, reason, held_back, "{then}");
+                if is_no_table && self.on_empty == OnEmpty::Refuse {
+                    self.followed[place].cell.publish(Table::default());
+                    self.says_refused(place, reason, "refusing sessions (redis.on_empty)");
+                } else {
+                    self.refuses(place, reason);
                 }
                 Ok(None)
             }
+        }
+    }
+
+    /// It cannot be read, which says nothing of the table.
+    fn refuses(&mut self, place: usize, reason: String) {
+        self.says_refused(place, reason, "keeping the last table");
+    }
+
+    fn says_refused(&mut self, place: usize, reason: String, then: &str) {
+        self.tables[place].failed_reads.add(1);
+        self.states[place].in_step = false;
+        if let Some((_, held_back)) = self.says(place, Some(Said::Refused(reason.clone()))) {
+            let Followed { pool, key, .. } = &self.followed[place];
+            error!(pool = %pool, key, reason, held_back, "cannot read the weights, {then}");
         }
     }
 
@@ -365,6 +372,26 @@ impl<'a> Syncer<'a> {
     }
 }
 
+fn too_many() -> String {
+    format!("the key has more than {MAX_MEMBERS} members: split the pool")
+}
+
+/// Costs Redis nothing, where to find it out by reading would block it for 50 ms each time.
+async fn has_too_many(connection: &mut MultiplexedConnection, key: &str) -> Result<bool, RedisError> {
+    match redis::cmd("ZCARD").arg(key).query_async::<usize>(connection).await {
+        Ok(members) => Ok(members > MAX_MEMBERS),
+        // It is another type now, or this user may not ask: reading tells.
+        Err(error) if connection::is_refusal(&error) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// How long to rest after a read of so many members that took so long.
+fn rest_after(members: usize, took: Duration) -> Duration {
+    let of_members = REST_PER_MEMBER * u32::try_from(members).unwrap_or(u32::MAX);
+    of_members.min(LONGEST_REST).max((took * REST_PER_READ).min(LONGEST_REST_OF_A_FLEET))
+}
+
 /// Waits for a change, at most until `rest_ends`, when something that changed before has rested. Cancel safe.
 pub(super) async fn changed(changes: &Changes, rest_ends: Option<Instant>) {
     match rest_ends {
@@ -375,20 +402,20 @@ pub(super) async fn changed(changes: &Changes, rest_ends: Option<Instant>) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::pace::LOG_WINDOW;
     use super::*;
     use crate::balance::cell::Cell;
     use std::sync::Arc;
     use tokio::time::advance;
 
-    #[tokio::test(start_paused = true)]
-    async fn a_window_has_its_lines_and_the_next_one_tells_what_was_held_back() {
-        let mut pace = Pace::new(2);
-        let mut says = || pace.may_say(Instant::now());
-        assert_eq!((says(), says(), says(), says()), (Some(None), Some(None), None, None));
-        advance(LOG_WINDOW - Duration::from_millis(1)).await;
-        assert_eq!(says(), None);
-        advance(Duration::from_millis(1)).await;
-        assert_eq!((says(), says(), says()), (Some(Some(3)), Some(None), None));
+    #[test]
+    fn a_rest_grows_with_the_table_and_with_what_the_read_took_up_to_a_bound() {
+        let (micros, millis) = (Duration::from_micros, Duration::from_millis);
+        assert_eq!(rest_after(10, micros(20)), micros(100));
+        assert_eq!(rest_after(10_000, millis(10)), millis(100));
+        assert_eq!(rest_after(MAX_MEMBERS, millis(20)), millis(100));
+        assert_eq!(rest_after(10, millis(50)), millis(200), "whoever waits for redis is one of many");
+        assert_eq!(rest_after(usize::MAX, Duration::from_secs(20)), LONGEST_REST_OF_A_FLEET);
     }
 
     #[tokio::test(start_paused = true)]

@@ -10,6 +10,8 @@ use std::sync::Arc;
 use redis::{ErrorKind, RedisError, ServerErrorKind};
 use rustls::{AlertDescription, CertificateError};
 
+use super::reply_limit::{LARGEST_REPLY_BYTES, MOST_VALUES};
+
 /// What the library has no word for.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Trouble {
@@ -29,6 +31,10 @@ pub(super) enum Trouble {
     NotPrimary(String),
     #[error("another server is the primary now")]
     Moved,
+    #[error("an answer of more than {} MiB or {MOST_VALUES} values, which is not taken in", LARGEST_REPLY_BYTES >> 20)]
+    Oversized,
+    #[error("the connection is closed whenever the table is asked for")]
+    CutOff,
 }
 
 impl From<Trouble> for RedisError {
@@ -58,6 +64,15 @@ pub(super) fn cure(error: &RedisError) -> &'static str {
             return "if that port speaks TLS, write rediss:// in redis.url; else redis's log may say why";
         }
         Some(Trouble::UnknownMaster) => return "check redis.sentinel.master",
+        Some(Trouble::Oversized) => {
+            return "remove the members that are no addresses (`redis-cli ZRANGE KEY 0 -1 | cut -c1-300` shows them), or \
+                    split the pool";
+        }
+        // Of a client that has subscribed: 32 MB by default.
+        Some(Trouble::CutOff) => {
+            return "redis's log says why; if it is the output buffer limit, remove the members that are no addresses \
+                    (`redis-cli ZRANGE KEY 0 -1 | cut -c1-300` shows them)";
+        }
         Some(Trouble::NoPrimary | Trouble::NotPrimary(_) | Trouble::Moved | Trouble::Silent) | None => {}
     }
     match error.kind() {
@@ -113,6 +128,12 @@ fn cure_of_tls(error: &rustls::Error) -> &'static str {
 /// True where the server is fine, and just not the one to follow any more.
 pub(super) fn is_move(error: &RedisError) -> bool {
     matches!(trouble(error), Some(Trouble::Moved))
+}
+
+/// True where an answer is too large for us, or for Redis itself. The connection is of no use any more, since the rest of
+/// the answer would have to be read.
+pub(super) fn is_oversized(error: &RedisError) -> bool {
+    matches!(trouble(error), Some(Trouble::Oversized | Trouble::CutOff))
 }
 
 fn trouble(error: &RedisError) -> Option<&Trouble> {

@@ -93,7 +93,9 @@ async fn follow_tables(
                 if begun.elapsed() > LONGEST_PAUSE {
                     backoff.reset();
                 }
-                if status.is_connected() && !connection::is_move(&error) {
+                // Of an answer that is too large, the pool's line has said it.
+                let is_told = connection::is_move(&error) || connection::is_oversized(&error);
+                if status.is_connected() && !is_told {
                     warn!(
                         %redis, %error,
                         "redis lost, picking from the last snapshots: it is tried again until it works"

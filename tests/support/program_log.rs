@@ -52,8 +52,17 @@ impl Program {
 
     /// How much memory it occupies.
     pub fn resident_kilobytes(&self) -> u64 {
+        self.kilobytes("VmRSS:")
+    }
+
+    /// How much it has occupied at most.
+    pub fn peak_kilobytes(&self) -> u64 {
+        self.kilobytes("VmHWM:")
+    }
+
+    fn kilobytes(&self, name: &str) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("it runs");
-        let value = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("Linux tells it");
+        let value = status.lines().find_map(|line| line.strip_prefix(name)).expect("Linux tells it");
         value.trim().trim_end_matches(" kB").parse().expect("a number")
     }
 

@@ -1,0 +1,262 @@
+//! What no Redis should answer, and what no table should hold: named with its cure, in bounded memory, while the last table
+//! serves.
+
+use redis::Value;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::time::{Duration, sleep};
+
+use crate::support::{Backend, Program, Redis, ScriptedRedis, eventually, greeting, sum_of};
+
+/// Read again and again, whatever is told; a busy machine has time to answer.
+const POLLED: &str = "watch: poll, poll_interval: 20ms, connect_timeout: 10s, response_timeout: 10s";
+
+/// A program with a pool `web` on the key `servers` and `other` on the key `others`.
+fn program(port: u16, more: &str, configured: &Backend) -> Program {
+    Program::run(&format!(
+        "workers: 1\nadmin: {{bind: \"127.0.0.1:0\"}}\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
+         pools:\n  web: {{weights_key: servers, backends: {{\"{}\": 1}}}}\n  other: {{weights_key: others}}\n\
+         redis: {{url: \"redis://127.0.0.1:{port}/0\", {more}}}\n\
+         lua_pick: {{timeout: 2500ms}}\n",
+        configured.address
+    ))
+}
+
+async fn serves(program: &Program, wanted: &str) {
+    let address = program.addresses().await.0[0];
+    eventually(&format!("sessions reach {wanted}"), || async {
+        greeting(address).await.is_ok_and(|name| name == wanted)
+    })
+    .await;
+}
+
+/// Twenty sessions, one after the other.
+async fn goes_on_serving(program: &Program, wanted: &str) {
+    let address = program.addresses().await.0[0];
+    for _ in 0..20 {
+        assert_eq!(greeting(address).await.expect("an answer"), wanted);
+    }
+}
+
+async fn weight_of_pool_becomes(program: &Program, pool: &str, wanted: f64) {
+    let label = format!("pool=\"{pool}\"");
+    eventually(&format!("{pool} has the weight {wanted}"), || async {
+        sum_of(&program.metrics().await, "statera_backend_weight", &label) == wanted
+    })
+    .await;
+}
+
+async fn failed_reads(program: &Program) -> f64 {
+    program.metric("statera_table_failed_reads_total", "pool=\"web\"").await
+}
+
+/// What the server counts of a command: its calls.
+async fn calls(redis: &Redis, command: &str) -> u64 {
+    let Value::BulkString(info) = redis.run("INFO commandstats").await else { panic!("no statistics") };
+    let info = String::from_utf8_lossy(&info).into_owned();
+    let line = info.lines().find_map(|line| line.strip_prefix(&format!("cmdstat_{command}:calls=")));
+    line.and_then(|line| line.split(',').next()?.parse().ok()).unwrap_or(0)
+}
+
+fn one_member(backend: &Backend, weight: u32) -> Vec<u8> {
+    let name = backend.address.to_string();
+    format!("*1\r\n*2\r\n${}\r\n{name}\r\n,{weight}\r\n", name.len()).into()
+}
+
+/// Of another shape than members with scores, and sound as answers.
+const WRONG_SHAPES: [&str; 9] = [
+    ":3\r\n",
+    "+OK\r\n",
+    "_\r\n",
+    "$11\r\n10.0.0.1:80\r\n",
+    "%1\r\n$11\r\n10.0.0.1:80\r\n,1\r\n",
+    "*3\r\n$11\r\n10.0.0.1:80\r\n$1\r\n1\r\n$11\r\n10.0.0.2:80\r\n",
+    "*1\r\n*1\r\n$11\r\n10.0.0.1:80\r\n",
+    "*1\r\n*2\r\n*1\r\n$11\r\n10.0.0.1:80\r\n,1\r\n",
+    "*2\r\n*2\r\n$11\r\n10.0.0.1:80\r\n,1\r\n:7\r\n",
+];
+
+#[tokio::test]
+async fn an_answer_of_the_wrong_shape_is_named_and_the_last_table_serves() {
+    let (configured, known) = (Backend::named("configured").await, Backend::named("known").await);
+    let redis = ScriptedRedis::answering(&one_member(&known, 1));
+    let program = program(redis.port, POLLED, &configured);
+    serves(&program, "known").await;
+    for (weight, shape) in (2..).zip(WRONG_SHAPES) {
+        let failed = failed_reads(&program).await;
+        redis.answer(shape.as_bytes());
+        eventually(shape, || async { failed_reads(&program).await > failed }).await;
+        assert_eq!(greeting(program.addresses().await.0[0]).await.expect("an answer"), "known", "{shape:?}");
+        redis.answer(&one_member(&known, weight));
+        weight_of_pool_becomes(&program, "web", f64::from(weight)).await;
+    }
+    let line = program.says("cannot read the weights, keeping the last table").await;
+    let reason = line["reason"].as_str().expect("a text");
+    assert!(reason.contains("not a list of members and scores: check what stands between"), "{reason}");
+    assert_eq!(program.metric("statera_redis_reconnects_total", "").await, 0.0, "the connection is sound");
+}
+
+#[tokio::test]
+async fn what_is_no_answer_at_all_is_named_and_the_last_table_serves() {
+    let (configured, known) = (Backend::named("configured").await, Backend::named("known").await);
+    let redis = ScriptedRedis::answering(&one_member(&known, 1));
+    let program = program(redis.port, POLLED, &configured);
+    serves(&program, "known").await;
+    let nested = "*1\r\n".repeat(10_000);
+    let broken = ["?3\r\n", "*1\r\n$abc\r\n", "$3\r\n10.0.0.1:80\r\n", ",one\r\n", nested.as_str(), ""];
+    for (weight, answer) in (2..).zip(broken) {
+        let reconnects = program.metric("statera_redis_reconnects_total", "").await;
+        redis.answer(answer.as_bytes());
+        eventually("it connects again", || async {
+            program.metric("statera_redis_reconnects_total", "").await > reconnects
+        })
+        .await;
+        goes_on_serving(&program, "known").await;
+        redis.answer(&one_member(&known, weight));
+        weight_of_pool_becomes(&program, "web", f64::from(weight)).await;
+    }
+    program.says("redis lost, picking from the last snapshots").await;
+}
+
+#[tokio::test]
+async fn an_answer_that_announces_more_than_memory_is_named_before_it_is_taken_in() {
+    let (configured, known) = (Backend::named("configured").await, Backend::named("known").await);
+    let redis = ScriptedRedis::answering(&one_member(&known, 1));
+    let program = program(redis.port, POLLED, &configured);
+    serves(&program, "known").await;
+    let before = program.peak_kilobytes();
+    // The last one comes whole: a line that does not end.
+    let flood = [b"+".as_slice(), &vec![b'x'; 64 << 20]].concat();
+    let announced: [&[u8]; 4] = [b"$536870912\r\nx", b"*1000000000\r\n", b"*1\r\n%4000000000\r\n", &flood];
+    for (weight, answer) in (2..).zip(announced) {
+        let failed = failed_reads(&program).await;
+        redis.answer(answer);
+        eventually("it is refused", || async { failed_reads(&program).await > failed }).await;
+        goes_on_serving(&program, "known").await;
+        redis.answer(&one_member(&known, weight));
+        weight_of_pool_becomes(&program, "web", f64::from(weight)).await;
+    }
+    let line = program.says("cannot read the weights, keeping the last table").await;
+    let reason = line["reason"].as_str().expect("a text");
+    for part in ["more than 16 MiB or 500000 values", "remove the members that are no addresses"] {
+        assert!(reason.contains(part), "{part} is missing: {reason}");
+    }
+    let grown = program.peak_kilobytes().saturating_sub(before);
+    assert!(grown < 40_000, "{grown} kB more");
+}
+
+/// Redis itself cuts off a subscriber whom it owes so much.
+#[tokio::test]
+async fn a_member_of_100_mb_that_redis_does_not_send_is_named_and_costs_no_stream_of_reads() {
+    outlives_a_giant("notifications", "the connection is closed whenever the table is asked for").await;
+}
+
+#[tokio::test]
+async fn a_member_of_100_mb_that_redis_sends_is_named_and_costs_no_memory() {
+    outlives_a_giant("tracking", "more than 16 MiB or 500000 values").await;
+}
+
+async fn outlives_a_giant(watch: &str, reason: &str) {
+    let (configured, known) = (Backend::named("configured").await, Backend::named("known").await);
+    let redis = Redis::start().await;
+    redis.set_weights([(&known, 1.0)]).await;
+    // Stale soon, so that Redis is to pick.
+    let settings = format!("watch: {watch}, max_stale: 2s, response_timeout: 10s");
+    let program = program(redis.port, &settings, &configured);
+    serves(&program, "known").await;
+    let (before, failed) = (program.peak_kilobytes(), failed_reads(&program).await);
+    let giant = vec![b'x'; 100_000_000];
+    redis.run_words(&[b"ZADD".as_slice(), b"servers", b"1", &giant]).await;
+    let line = program.says("cannot read the weights, keeping the last table").await;
+    let said = line["reason"].as_str().expect("a text");
+    assert!(said.contains(reason) && said.contains("remove the members that are no addresses"), "{said}");
+
+    // The other pool's table is followed all the time.
+    for weight in 1..=20 {
+        redis.run(&format!("ZADD others {weight} 10.0.0.1:80")).await;
+        weight_of_pool_becomes(&program, "other", f64::from(weight)).await;
+    }
+    let address = program.addresses().await.0[0];
+    eventually("the snapshot is stale", || async {
+        assert_eq!(greeting(address).await.expect("an answer"), "known");
+        program.metric("statera_picks_total", "source=\"stale\"").await > 100.0
+    })
+    .await;
+    // 100 sessions asked for a pick, and the members of one answer were long.
+    let asked = calls(&redis, if Redis::is_before_7() { "evalsha" } else { "evalsha_ro" }).await;
+    assert!(asked <= 10, "{asked} questions");
+    assert_eq!(program.metric("statera_picks_total", "source=\"lua\"").await, 0.0);
+    let grown = program.peak_kilobytes().saturating_sub(before);
+    assert!(grown < 20_000, "{grown} kB more");
+    let failed = failed_reads(&program).await - failed;
+    assert!(failed <= 12.0, "{failed} reads of what is too large in a few seconds");
+
+    redis.run_words(&[b"ZREM".as_slice(), b"servers", &giant]).await;
+    redis.run(&format!("ZADD servers 7 {}", known.address)).await;
+    weight_of_pool_becomes(&program, "web", 7.0).await;
+    program.says("the table can be read again").await;
+    println!("{failed} reads, {asked} questions, {grown} kB");
+}
+
+/// The members of `servers` become so many, in one change.
+async fn fill(redis: &Redis, members: u32) {
+    let script = "for i = 1, ARGV[1] do redis.call('ZADD', KEYS[1], 1, \
+                  '10.' .. math.floor(i / 62500) .. '.' .. math.floor(i / 250) % 250 .. '.' .. i % 250 .. ':80') end";
+    redis.run_words(&["EVAL", script, "1", "filled", &members.to_string()]).await;
+    redis.run("RENAME filled servers").await;
+}
+
+#[tokio::test]
+async fn a_million_members_are_refused_once_counted_from_then_on_and_the_last_table_serves() {
+    let (configured, known) = (Backend::named("configured").await, Backend::named("known").await);
+    let redis = Redis::start().await;
+    redis.set_weights([(&known, 1.0)]).await;
+    let program = program(redis.port, "max_stale: 1h, response_timeout: 20s", &configured);
+    serves(&program, "known").await;
+    program.says("redis holds no weights").await;
+    let (before, reads) = (program.peak_kilobytes(), calls(&redis, "zrange").await);
+    fill(&redis, 1_000_000).await;
+    let line = program.says("cannot read the weights, keeping the last table").await;
+    let reason = line["reason"].as_str().expect("a text");
+    assert!(reason.contains("more than 100000 members: split the pool"), "{reason}");
+    eventually("they are counted again and again", || async { calls(&redis, "zcard").await >= 3 }).await;
+    let read = calls(&redis, "zrange").await - reads;
+    assert_eq!(read, 1, "what is too large is read once");
+    goes_on_serving(&program, "known").await;
+    let grown = program.peak_kilobytes().saturating_sub(before);
+    assert!(grown < 60_000, "{grown} kB more");
+
+    redis.run("DEL servers").await;
+    redis.run(&format!("ZADD servers 7 {}", known.address)).await;
+    weight_of_pool_becomes(&program, "web", 7.0).await;
+    println!("{read} reads, {grown} kB");
+}
+
+#[tokio::test]
+async fn a_web_server_that_takes_the_port_of_redis_is_named_and_the_last_table_serves() {
+    let (configured, known) = (Backend::named("configured").await, Backend::named("known").await);
+    let mut redis = Redis::start().await;
+    redis.set_weights([(&known, 1.0)]).await;
+    let program = program(redis.port, "resync_interval: 1s", &configured);
+    serves(&program, "known").await;
+    redis.kill();
+    let address = format!("127.0.0.1:{}", redis.port).parse().expect("an address");
+    let web = Backend::start_at(address, |mut stream| async move {
+        let mut request = [0; 1024];
+        let _ = stream.read(&mut request).await;
+        let _ = stream.write_all(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n<html></html>").await;
+    })
+    .await;
+    eventually("it is named", || async {
+        program.messages("cannot watch redis").iter().any(|line| {
+            line["cure"].as_str().is_some_and(|cure| cure.contains("does not speak redis's protocol"))
+        })
+    })
+    .await;
+    goes_on_serving(&program, "known").await;
+    assert!(web.accepted() > 0);
+    drop(web);
+    sleep(Duration::ZERO).await;
+    redis.launch().await;
+    redis.run(&format!("ZADD servers 7 {}", known.address)).await;
+    weight_of_pool_becomes(&program, "web", 7.0).await;
+}

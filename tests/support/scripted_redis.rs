@@ -1,0 +1,109 @@
+//! A server that greets like a Redis and answers ZRANGE with whatever bytes a scenario wants.
+
+use std::thread::JoinHandle;
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+
+/// Served by a thread of its own. Ends when dropped.
+pub struct ScriptedRedis {
+    pub port: u16,
+    answer: watch::Sender<Vec<u8>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl ScriptedRedis {
+    pub fn answering(answer: &[u8]) -> Self {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let port = listener.local_addr().expect("bound").port();
+        let (answer, mut answers) = watch::channel(answer.to_vec());
+        let thread = std::thread::spawn(move || {
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+            runtime.block_on(async {
+                listener.set_nonblocking(true).expect("a socket");
+                let listener = TcpListener::from_std(listener).expect("a socket");
+                let connections = answers.clone();
+                let accepting = async {
+                    while let Ok((client, _)) = listener.accept().await {
+                        tokio::spawn(serve(client, connections.clone()));
+                    }
+                };
+                tokio::select! {
+                    () = accepting => {}
+                    // An error: it was dropped.
+                    _ = answers.wait_for(|_| false) => {}
+                }
+            });
+        });
+        Self { port, answer, thread: Some(thread) }
+    }
+
+    /// To ZRANGE from now on. Nothing at all closes the connection.
+    pub fn answer(&self, answer: &[u8]) {
+        self.answer.send_replace(answer.to_vec());
+    }
+}
+
+impl Drop for ScriptedRedis {
+    fn drop(&mut self) {
+        self.answer = watch::channel(Vec::new()).0;
+        if let Some(thread) = self.thread.take() {
+            // A panic of its own has been printed.
+            let _ = thread.join();
+        }
+    }
+}
+
+async fn serve(mut client: TcpStream, answer: watch::Receiver<Vec<u8>>) {
+    let mut unread = Vec::new();
+    loop {
+        while let Some((words, length)) = request(&unread) {
+            unread.drain(..length);
+            let word = |place: usize| words.get(place).map(|word| word.to_ascii_uppercase());
+            let answer: Vec<u8> = match word(0).as_deref() {
+                Some("HELLO") => b"%2\r\n+version\r\n+7.0.15\r\n+role\r\n+master\r\n".to_vec(),
+                Some("SUBSCRIBE") => {
+                    format!(">3\r\n+subscribe\r\n${}\r\n{}\r\n:1\r\n", words[1].len(), words[1]).into()
+                }
+                Some("CONFIG") => b"%1\r\n+notify-keyspace-events\r\n+KA\r\n".to_vec(),
+                Some("ZRANGE") => answer.borrow().clone(),
+                Some("ZCARD") => b":1\r\n".to_vec(),
+                Some("EVALSHA_RO") => b"_\r\n".to_vec(),
+                _ => b"+OK\r\n".to_vec(),
+            };
+            // Whoever does not want to hear more has closed.
+            if answer.is_empty() || client.write_all(&answer).await.is_err() {
+                return;
+            }
+        }
+        if !matches!(client.read_buf(&mut unread).await, Ok(1..)) {
+            return;
+        }
+    }
+}
+
+/// The first whole request: its words, and how many bytes it takes.
+fn request(bytes: &[u8]) -> Option<(Vec<String>, usize)> {
+    let mut place = 0;
+    let mut number = |mark: u8| {
+        let line = bytes[place..].split(|byte| *byte == b'\n').next().filter(|l| l.ends_with(b"\r"))?;
+        assert_eq!(line[0], mark, "requests are arrays of texts");
+        let number: usize = std::str::from_utf8(&line[1..line.len() - 1]).ok()?.parse().ok()?;
+        place += line.len() + 1;
+        if mark == b'*' {
+            return Some((number, place));
+        }
+        place += number + 2;
+        Some((number, place))
+    };
+    let (count, mut end) = number(b'*')?;
+    let mut words = Vec::new();
+    for _ in 0..count {
+        let length;
+        (length, end) = number(b'$')?;
+        words.push(String::from_utf8_lossy(bytes.get(end - length - 2..end)?).trim_end().to_owned());
+    }
+    Some((words, end))
+}
