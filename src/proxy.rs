@@ -28,7 +28,7 @@ use crate::runtime::handover;
 use crate::runtime::resolve::{self, Names};
 use crate::runtime::worker::{self, Door, Shared};
 use crate::session::{Listener, Settings};
-use crate::state::{self, Kept, SaveStatus};
+use crate::state::{Kept, SaveStatus, keeper};
 use crate::telemetry::admin::{self, AdminBindError, AdminState};
 use crate::telemetry::counters::{PerWorker, WorkerId};
 use crate::telemetry::log_sink::LogSink;
@@ -205,11 +205,7 @@ impl Running {
     }
 
     fn request(&self, stop: Stop) {
-        self.stop.send_if_modified(|current| {
-            let more = stop > *current;
-            *current = stop.max(*current);
-            more
-        });
+        self.stop.send_if_modified(|current| stop > std::mem::replace(current, stop.max(*current)));
     }
 
     /// Blocks until the proxy has ended.
@@ -274,7 +270,7 @@ impl Control {
         mut stops: watch::Receiver<Stop>,
     ) -> Summary {
         let mut tasks = JoinSet::new();
-        self.begin(&mut tasks).await;
+        let mut keepers = self.begin(&mut tasks).await;
         let (tell, ends) = mpsc::unbounded_channel();
         let sharing = handover::between(self.doors.len(), &self.shared.sessions);
         let workers: io::Result<Vec<_>> = self
@@ -299,7 +295,8 @@ impl Control {
         };
         self.drain.advance(Phase::Serving);
         drop(started.send(Ok(())));
-        let summary = end(&self.drain, self.config.shutdown, tasks, ends, &mut stops).await;
+        let summary = end(&self.drain, self.config.shutdown, tasks, &mut keepers, ends, &mut stops).await;
+        keepers.finish().await;
         for worker in workers {
             // It has said that it ends, and how.
             let _ = worker.join();
@@ -308,14 +305,14 @@ impl Control {
     }
 
     /// Starts the tasks of the control plane, and waits for the first names and for Redis's first answer.
-    async fn begin(&mut self, tasks: &mut JoinSet<()>) {
+    async fn begin(&mut self, tasks: &mut JoinSet<()>) -> keeper::Keepers {
         if let Some(socket) = self.admin_socket.take() {
             let token = self.config.admin.as_ref().and_then(|admin| admin.token.clone());
             let state =
                 AdminState { observed: self.observed.clone(), drain: self.shared.drain.clone(), token };
             tasks.spawn(admin::serve(socket, Arc::new(state)));
         }
-        self.keep_tables(tasks).await;
+        let keepers = self.keep_tables().await;
         let (first_try_over, over) = oneshot::channel::<()>();
         self.follow_redis(tasks, first_try_over);
         let mut names: Vec<Names> = self.observed.pools.iter().cloned().map(Names::new).collect();
@@ -332,21 +329,21 @@ impl Control {
         for names in names {
             tasks.spawn(names.run());
         }
+        keepers
     }
 
     /// Begins with what was saved. Redis comes after it: its answer is newer.
-    async fn keep_tables(&self, tasks: &mut JoinSet<()>) {
-        let (Some(redis), Some(folder)) = (&self.config.redis, &self.config.state_dir) else { return };
-        let Some(saves) = &self.observed.saves else { return };
+    async fn keep_tables(&self) -> keeper::Keepers {
+        let wanted = self.config.redis.as_ref().zip(self.config.state_dir.as_ref());
+        let wanted = wanted.zip(self.observed.saves.as_ref());
+        let Some(((redis, folder), saves)) = wanted else { return keeper::Keepers::default() };
         let pools = self.observed.pools.iter().zip(&self.config.pools);
         let kept = pools.map(|(pool, settings)| Kept {
             pool: Arc::clone(&pool.name),
             key: settings.weights_key.clone(),
             cell: Arc::clone(&pool.cell),
         });
-        for keeper in state::keeper::open(folder, redis.on_empty, kept.collect(), saves).await {
-            tasks.spawn(keeper.run());
-        }
+        keeper::open(folder, redis.on_empty, kept.collect(), saves).await
     }
 
     fn follow_redis(&mut self, tasks: &mut JoinSet<()>, first_try_over: oneshot::Sender<()>) {
@@ -393,6 +390,7 @@ async fn end(
     drain: &DrainControl,
     shutdown: Shutdown,
     mut tasks: JoinSet<()>,
+    keepers: &mut keeper::Keepers,
     mut ends: mpsc::UnboundedReceiver<Option<u64>>,
     stops: &mut watch::Receiver<Stop>,
 ) -> Summary {
@@ -418,6 +416,7 @@ async fn end(
             error!(?ended, "a task of the control plane died: draining");
             summary.failed = true;
         }
+        () = keepers.died() => summary.failed = true,
     }
     drain.advance(Phase::Leaving);
     if !shutdown.delay.is_zero() {
@@ -429,15 +428,14 @@ async fn end(
     }
     drain.advance(Phase::Draining);
     info!(timeout = ?shutdown.timeout, "draining: not accepting, sessions may finish");
-    let finished = async {
+    let mut finished = std::pin::pin!(async {
         // Ends when the last worker has dropped its end of the channel.
         while let Some(cut) = ends.recv().await {
             summary.failed |= cut.is_none();
             summary.cut += cut.unwrap_or(0);
         }
         summary
-    };
-    let mut finished = std::pin::pin!(finished);
+    });
     tokio::select! {
         biased;
         summary = &mut finished => return summary,

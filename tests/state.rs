@@ -4,6 +4,9 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use rustix::process::Signal;
@@ -14,6 +17,54 @@ use crate::support::{Backend, Program, Proxy, Redis, dead_address, eventually, g
 
 fn folder() -> TempDir {
     TempDir::new().expect("a folder")
+}
+
+/// Writes to the table without a pause, until told.
+fn write_until(redis: &Redis, over: &Arc<AtomicBool>) -> JoinHandle<u32> {
+    let (client, over) = (redis.client(), Arc::clone(over));
+    std::thread::spawn(move || {
+        let mut connection = client.get_connection().expect("it runs");
+        let mut weight = 0;
+        while !over.load(Relaxed) {
+            weight += 1;
+            redis::cmd("ZADD")
+                .arg("servers")
+                .arg(weight)
+                .arg("10.0.0.1:80")
+                .exec(&mut connection)
+                .expect("written");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        weight
+    })
+}
+
+#[tokio::test]
+async fn the_newest_table_is_saved_before_the_end_however_young_it_is() {
+    let redis = Redis::start().await;
+    for drains in [true, false] {
+        let state = folder();
+        let proxy = Proxy::web(&top(&redis.url(), "keep_last", state.path()), "weights_key: servers");
+        let over = Arc::new(AtomicBool::new(false));
+        let writer = write_until(&redis, &over);
+        file_says(state.path(), " 10.0.0.1:80\n").await;
+        let cell = Arc::clone(&proxy.running.observed.pools[0].cell);
+        let before = cell.load().version;
+        if drains {
+            proxy.running.drain();
+            eventually("it has ended", || async { proxy.running.has_ended() }).await;
+        }
+        drop(proxy);
+        over.store(true, Relaxed);
+        let written = writer.join().expect("it writes");
+        let newest = cell.load().members()[0].weight.get();
+        assert!(cell.load().version > before || !drains, "the table rested: {written} changes");
+        assert!(
+            saved(state.path()).contains(&format!("\n{newest:?} 10.0.0.1:80\n")),
+            "{newest}: {}",
+            saved(state.path())
+        );
+    }
 }
 
 /// What config.yaml says at its top.

@@ -2,7 +2,8 @@
 //!
 //! Runs on the control plane, and leaves everything that touches the disk to a thread that may wait for it: a disk that
 //! hangs holds back neither a start nor Redis. Writes take turns, and a pool rests after each; of the tables that come
-//! meanwhile the newest counts. A write that failed is tried again for as long as the process lives.
+//! meanwhile the newest counts. A write that failed is tried again for as long as the process lives, and what is newest when
+//! it ends is written before.
 
 use std::future::pending;
 use std::path::{Path, PathBuf};
@@ -10,8 +11,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::{Semaphore, watch};
-use tokio::task::spawn_blocking;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::task::{JoinSet, spawn_blocking};
+use tokio::time::{Instant, timeout};
 use tracing::{error, info, warn};
 
 use super::file::{self, WriteError};
@@ -34,12 +35,24 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// Without a failure for this long, the next one is a first one. A disk that is full every other moment is not.
 const CALM: Duration = Duration::from_secs(60);
 
+/// How long the end waits for the newest tables to be written.
+const LAST_WRITES: Duration = Duration::from_secs(1);
+
+/// Who saves the tables of all pools. Dropped, they stop, and what is newest may not be saved.
+#[derive(Debug, Default)]
+pub struct Keepers {
+    tasks: JoinSet<()>,
+    /// The process ends.
+    ends: watch::Sender<bool>,
+}
+
 /// Saves the tables of one pool.
 #[derive(Debug)]
-pub struct Keeper {
+struct Keeper {
     place: usize,
     kept: Kept,
     published: watch::Receiver<SystemTime>,
+    ends: watch::Receiver<bool>,
     shared: Arc<Shared>,
 }
 
@@ -52,7 +65,7 @@ struct Shared {
     health: Mutex<Health>,
 }
 
-/// Gives the pools what was saved of them, and returns who saves their next tables. Whatever is wrong with the folder
+/// Gives the pools what was saved of them, and begins to save their next tables. Whatever is wrong with the folder
 /// or with a file is said in the log; at most two seconds go by.
 ///
 /// To be called before Redis is followed. `statuses` has one place for each of `kept`.
@@ -61,7 +74,7 @@ pub async fn open(
     on_empty: OnEmpty,
     kept: Vec<Kept>,
     statuses: &Arc<[SaveStatus]>,
-) -> Vec<Keeper> {
+) -> Keepers {
     let shared = Arc::new(Shared {
         folder: folder.to_owned(),
         statuses: Arc::clone(statuses),
@@ -70,12 +83,32 @@ pub async fn open(
     });
     shared.restore(on_empty, &kept).await;
     shared.prepare().await;
-    let keeper = |(place, kept): (usize, Kept)| {
+    let mut keepers = Keepers::default();
+    for (place, kept) in kept.into_iter().enumerate() {
         // What was restored is saved already: only Redis publishes from now on.
-        let published = kept.cell.published();
-        Keeper { place, kept, published, shared: Arc::clone(&shared) }
-    };
-    kept.into_iter().enumerate().map(keeper).collect()
+        let (published, ends) = (kept.cell.published(), keepers.ends.subscribe());
+        keepers.tasks.spawn(Keeper { place, kept, published, ends, shared: Arc::clone(&shared) }.run());
+    }
+    keepers
+}
+
+impl Keepers {
+    /// Waits until one of them dies, which is a defect. Cancel safe.
+    pub async fn died(&mut self) {
+        match self.tasks.join_next().await {
+            Some(ended) => error!(?ended, "saving tables has died"),
+            None => pending().await,
+        }
+    }
+
+    /// Writes what is not written yet, for a second at most. To be called when nothing is published any more.
+    pub async fn finish(mut self) {
+        self.ends.send_replace(true);
+        let finished = async { while self.tasks.join_next().await.is_some() {} };
+        if timeout(LAST_WRITES, finished).await.is_err() {
+            warn!("the disk of state_dir is too slow: ending without the newest tables in it");
+        }
+    }
 }
 
 impl Shared {
@@ -147,26 +180,39 @@ fn write(folder: &Path, kept: &Kept, time: SystemTime, snapshot: &Snapshot) -> R
 }
 
 impl Keeper {
-    /// Saves each new table from Redis, or the newest of those that came during the last write. Never ends.
+    /// Saves each new table from Redis, or the newest of those that came during the last write, until the process ends.
     ///
     /// # Cancel safety
     /// Dropping the future lets a write that is under way go on; whether or not it ends, the file is whole.
-    pub async fn run(mut self) {
+    async fn run(mut self) {
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
         let mut failed: Option<Instant> = None;
+        let mut ends = self.ends.clone();
         loop {
-            if self.published.changed().await.is_err() {
-                // The cell is gone; it is held here, so it is not.
-                return pending().await;
+            tokio::select! {
+                // First what is to be written, also at the end.
+                biased;
+                // The cell is held here, so it is not gone.
+                published = self.published.changed() => if published.is_err() { return },
+                _ = ends.wait_for(|ends| *ends) => return,
             }
             while !self.save().await {
+                if *self.ends.borrow() {
+                    return;
+                }
                 if failed.replace(Instant::now()).is_some_and(|failed| failed.elapsed() > CALM) {
                     backoff.reset();
                 }
-                sleep(backoff.pause()).await;
+                self.rest(backoff.pause()).await;
             }
-            sleep(REST).await;
+            self.rest(REST).await;
         }
+    }
+
+    /// Not longer than the process lives.
+    async fn rest(&mut self, pause: Duration) {
+        // An error means that it has ended.
+        let _ = timeout(pause, self.ends.wait_for(|ends| *ends)).await;
     }
 
     /// Returns true if the newest table was saved.
