@@ -11,7 +11,7 @@ ARGS ?=
 
 # Tests that load the whole machine or break its network: one at a time. The same names as group `heavy` of
 # .config/nextest.toml, for machines without nextest.
-HEAVY := real_programs:: faults:: storm:: redis_random::
+HEAVY := real_programs:: faults:: storm:: redis_herd:: redis_random::
 NEXTEST := $(CARGO) nextest
 SCRIPTS := .ci/run tests/install.sh tests/redis_matrix.sh
 
@@ -111,6 +111,11 @@ bench-micro: ## What a pick and a weight change cost (ARGS=snapshot for some)
 	@tests/install.sh test
 	$(CARGO) bench --locked --bench pick $(ARGS:%=-- %)
 	$(CARGO) bench --locked --bench propagation
+
+.PHONY: bench-herd
+bench-herd: ## What 50 proxies cost one Redis: at rest, for a weight, when it restarts (ARGS="--proxies 10")
+	@tests/install.sh test
+	$(CARGO) bench --locked --bench herd -- $(ARGS)
 
 .PHONY: bench-instructions
 bench-instructions: ## Count the instructions of a pick, a session and a request, and compare (STATERA_ACCEPT=1 accepts)

@@ -15,6 +15,7 @@ mod lua_pick;
 mod names;
 mod real_programs;
 mod redis_bad_input;
+mod redis_herd;
 mod redis_random;
 mod redis_sentinel;
 mod redis_sync;
