@@ -1,7 +1,8 @@
 //! The snapshot cell: where the control plane leaves the newest snapshot and the data plane finds it.
 //!
 //! Readers never wait. Beside the snapshot stands the moment when it was last known to equal its source, since that
-//! moves on while the snapshot stays the same.
+//! moves on while the snapshot stays the same: the moment when the question was asked, not when its answer came, so that
+//! an answer that was long under way makes nothing look younger than it is.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -59,9 +60,14 @@ impl Cell {
         &self.registry
     }
 
-    /// Publishes what Redis holds, and notes that it was confirmed now. Returns true if that made a new snapshot: an
-    /// unchanged table makes none.
+    /// Publishes what Redis holds now, see [`Cell::publish_as_of`].
     pub fn publish(&self, table: Table) -> bool {
+        self.publish_as_of(table, Instant::now())
+    }
+
+    /// Publishes what Redis answered to a question of the moment `asked`, which confirms it as of then. Returns true if that
+    /// made a new snapshot: an unchanged table makes none.
+    pub fn publish_as_of(&self, table: Table, asked: Instant) -> bool {
         let mut current = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         let newest = self.newest.load();
         let changed = newest.origin != Origin::Redis || *current != table;
@@ -71,7 +77,7 @@ impl Cell {
             *current = table;
             self.published.send_replace(SystemTime::now());
         }
-        self.confirm();
+        self.confirm_as_of(asked);
         changed
     }
 
@@ -104,11 +110,16 @@ impl Cell {
 
     /// Notes that the newest snapshot is known, now, to be what Redis wants.
     pub fn confirm(&self) {
-        let millis = u64::try_from(self.epoch.elapsed().as_millis()).unwrap_or(NEVER - 1);
-        self.confirmed.store(millis, Relaxed);
+        self.confirm_as_of(Instant::now());
     }
 
-    /// How long ago the newest snapshot was last known to be what Redis wants. `None`: it never was.
+    /// Notes that the newest snapshot is known to be what Redis wanted at the moment `asked`, or later.
+    pub fn confirm_as_of(&self, asked: Instant) {
+        let millis = asked.saturating_duration_since(self.epoch).as_millis();
+        self.confirmed.store(u64::try_from(millis).unwrap_or(NEVER - 1), Relaxed);
+    }
+
+    /// How long ago, at the most, the newest snapshot was last known to be what Redis wants. `None`: it never was.
     #[must_use]
     pub fn age(&self) -> Option<Duration> {
         self.age_at(Instant::now())
@@ -148,6 +159,21 @@ mod tests {
         assert_eq!((cell.load().version, cell.age()), (version, Some(Duration::ZERO)));
         assert!(cell.publish(table(2.0)));
         assert_eq!(cell.load().version, version + 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_is_as_old_as_its_question() {
+        let cell = Cell::new(table(1.0), 1);
+        let second = Duration::from_secs(1);
+        tokio::time::advance(second).await;
+        let asked = Instant::now();
+        tokio::time::advance(second).await;
+        cell.publish_as_of(table(2.0), asked);
+        assert_eq!(cell.age(), Some(second));
+        let asked = Instant::now();
+        tokio::time::advance(second).await;
+        cell.confirm_as_of(asked);
+        assert_eq!(cell.age(), Some(second));
     }
 
     #[tokio::test(start_paused = true)]

@@ -221,12 +221,12 @@ impl<'a> Syncer<'a> {
         if self.states[place].cut_offs > 1 { Trouble::CutOff.into() } else { error }
     }
 
-    /// Nothing has changed, says a heartbeat that was answered after every notification before it: what is in step and
-    /// not marked is confirmed.
-    pub(super) fn confirm(&self, changes: &Changes) {
+    /// Nothing has changed, says a heartbeat of the moment `asked` that was answered after every notification before it:
+    /// what is in step and not marked is confirmed.
+    pub(super) fn confirm(&self, changes: &Changes, asked: Instant) {
         for (place, (state, followed)) in self.states.iter().zip(self.followed).enumerate() {
             if state.in_step && !changes.is_marked(place) {
-                followed.cell.confirm();
+                followed.cell.confirm_as_of(asked);
             }
         }
     }
@@ -244,6 +244,7 @@ impl<'a> Syncer<'a> {
             self.refuses(place, too_many());
             return Ok(None);
         }
+        let asked = Instant::now();
         let answer: Result<Value, RedisError> = redis::cmd("ZRANGE")
             .arg(key)
             .arg(0)
@@ -271,13 +272,13 @@ impl<'a> Syncer<'a> {
             Ok(decoded) => {
                 self.states[place].oversized.reset();
                 self.states[place].cut_offs = 0;
-                self.take(place, decoded, since);
+                self.take(place, decoded, asked, since);
                 Ok(Some(members))
             }
             Err(reason) => {
                 // Whatever was written over it, the table is gone. Any other refusal says nothing of the table.
                 if is_no_table && self.on_empty == OnEmpty::Refuse {
-                    self.followed[place].cell.publish(Table::default());
+                    self.followed[place].cell.publish_as_of(Table::default(), asked);
                     self.says_refused(place, reason, "refusing sessions (redis.on_empty)");
                 } else {
                     self.refuses(place, reason);
@@ -301,7 +302,7 @@ impl<'a> Syncer<'a> {
         }
     }
 
-    fn take(&mut self, place: usize, decoded: Decoded, since: Instant) {
+    fn take(&mut self, place: usize, decoded: Decoded, asked: Instant, since: Instant) {
         let Followed { pool, cell, key } = &self.followed[place];
         let Decoded { table, rejected } = decoded;
         self.tables[place].rejected_members.store(rejected.len() as u64, Relaxed);
@@ -322,7 +323,7 @@ impl<'a> Syncer<'a> {
         }
         state.in_step = true;
         if table.is_empty() {
-            return self.take_empty(place, table);
+            return self.take_empty(place, table, asked);
         }
         match self.says(place, None) {
             Some((Some(Said::Empty), held_back)) => {
@@ -332,18 +333,18 @@ impl<'a> Syncer<'a> {
             None => {}
         }
         let backends = table.members().len();
-        if cell.publish(table) {
+        if cell.publish_as_of(table, asked) {
             self.status.propagation.observe(since.elapsed());
             debug!(pool = %pool, key, backends, version = cell.load().version, "new weights");
         }
     }
 
-    fn take_empty(&mut self, place: usize, empty: Table) {
+    fn take_empty(&mut self, place: usize, empty: Table, asked: Instant) {
         let Followed { pool, cell, key } = &self.followed[place];
         let news = self.says(place, Some(Said::Empty));
         match self.on_empty {
             OnEmpty::KeepLast => {
-                cell.confirm();
+                cell.confirm_as_of(asked);
                 if let Some((_, held_back)) = news {
                     let origin = cell.load().origin;
                     warn!(
@@ -353,7 +354,7 @@ impl<'a> Syncer<'a> {
                 }
             }
             OnEmpty::Refuse => {
-                cell.publish(empty);
+                cell.publish_as_of(empty, asked);
                 if let Some((_, held_back)) = news {
                     error!(pool = %pool, key, held_back, "redis holds no weights, refusing sessions (redis.on_empty)");
                 }

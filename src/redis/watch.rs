@@ -254,10 +254,11 @@ impl Connection<'_> {
             tokio::select! {
                 biased;
                 () = sleep_until(heartbeat) => {
+                    let asked = Instant::now();
                     self.primary.check(&connection::hello(&mut connection).await?)?;
                     // What told of a change before this answer came before it.
                     if mode != WatchMode::Poll {
-                        syncer.confirm(&changes);
+                        syncer.confirm(&changes, asked);
                     }
                     heartbeat = Instant::now() + jittered(self.settings.heartbeat_interval);
                 }

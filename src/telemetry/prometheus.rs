@@ -16,6 +16,7 @@ use super::counters::{BUCKET_BOUNDS_SECONDS, BackendCounters, Counter, Histogram
 use super::log_sink::LogSink;
 use crate::balance::backend::Backend;
 use crate::balance::pool::{Pool, Source};
+use crate::balance::snapshot::Origin;
 use crate::redis::status::{RedisStatus, TableStatus, WatchMode};
 use crate::session::{CloseReason, Listener, SessionCounters};
 use crate::state::SaveStatus;
@@ -192,8 +193,12 @@ impl Observed {
         gauges(
             encoder,
             "statera_snapshot_age_seconds",
-            "Since the snapshot was last known to equal Redis",
-            by_pool(|pool| pool.cell.age().map(|age| age.as_secs_f64())),
+            "Since the question whose answer last said that the snapshot equals Redis; none before it came from there",
+            by_pool(|pool| {
+                // An emptied Redis may let a table stand that came from elsewhere; that makes it no equal.
+                let is_of_redis = pool.cell.load().origin == Origin::Redis;
+                pool.cell.age().filter(|_| is_of_redis).map(|age| age.as_secs_f64())
+            }),
         )
     }
 
