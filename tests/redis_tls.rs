@@ -4,42 +4,9 @@ use std::path::Path;
 use std::process::Command;
 
 use crate::support::{
-    Authority, Backend, Identity, Link, Passing, Program, Proxy, Redis, Traffic, eventually, free_port,
-    greeting, path_text,
+    Authority, Backend, Identity, Link, Passing, Program, Proxy, Redis, Secure, Sentinels, Traffic,
+    eventually, greeting, path_text,
 };
-
-/// A redis-server that speaks TLS at one port of 127.0.0.1, and plain at another, where the scenario talks to it.
-struct Secure {
-    redis: Redis,
-    port: u16,
-}
-
-impl Secure {
-    async fn start(authority: &Authority, identity: &Identity, clients: &str) -> Self {
-        let port = free_port();
-        let (certificate, key, ca) = (&identity.certificate, &identity.key, authority.file());
-        let redis = Redis::start_with(&[
-            "--notify-keyspace-events",
-            "KA",
-            "--tls-port",
-            &port.to_string(),
-            "--tls-cert-file",
-            path_text(certificate),
-            "--tls-key-file",
-            path_text(key),
-            "--tls-ca-cert-file",
-            path_text(&ca),
-            "--tls-auth-clients",
-            clients,
-        ])
-        .await;
-        Self { redis, port }
-    }
-
-    fn url(&self) -> String {
-        format!("rediss://127.0.0.1:{}/0", self.port)
-    }
-}
 
 fn follow(url: &str, tls: &str) -> Proxy {
     Proxy::web(
@@ -109,10 +76,15 @@ async fn without_a_ca_file_the_roots_of_the_system_are_trusted() {
 }
 
 fn config(url: &str, tls: &str) -> String {
+    config_of(&format!("url: \"{url}\""), tls)
+}
+
+/// The same with another way of naming the server.
+fn config_of(server: &str, tls: &str) -> String {
     let tls = if tls.is_empty() { String::new() } else { format!(", tls: {{{tls}}}") };
     format!(
         "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\npools: {{web: {{weights_key: servers}}}}\n\
-         redis: {{url: \"{url}\"{tls}}}\n"
+         redis: {{{server}{tls}}}\n"
     )
 }
 
@@ -197,6 +169,37 @@ async fn a_tls_port_that_turns_plain_keeps_the_last_table_and_the_traffic() {
     eventually("a change arrives", || async { proxy.weights() == [(backend.address.to_string(), 7.0)] })
         .await;
     assert!(traffic.stop().await.served["backend"] > 0);
+}
+
+/// Sentinels and servers, each of whom asks for a certificate.
+#[tokio::test]
+async fn sentinels_behind_tls_name_a_primary_that_is_behind_tls_too_and_a_failover_is_followed() {
+    let authority = Authority::new();
+    let set = Sentinels::start_secure(&authority, &authority.signs("127.0.0.1")).await;
+    let backend = Backend::named("backend").await;
+    let tls = showing(&authority.file(), &authority.signs("statera"));
+    let section = format!("redis: {{{}, tls: {{{tls}}}, resync_interval: 1h}}", set.section());
+    let proxy = Proxy::web(&section, "weights_key: servers");
+    follows(&proxy, &set.servers[0]).await;
+    set.servers[0].set_weights([(&backend, 1.0)]).await;
+    eventually("the table is replicated", || set.is_replicated(0)).await;
+    let traffic = Traffic::start(proxy.address());
+    traffic.more(20).await;
+    set.fail_over().await;
+    let primary = set.new_primary(0).await;
+    set.servers[primary].run(&format!("ZADD servers 7 {}", backend.address)).await;
+    let wanted = [(backend.address.to_string(), 7.0)];
+    eventually("the new primary is followed", || async { proxy.weights() == wanted }).await;
+    traffic.stop().await;
+
+    // Without it there is nothing to fall back to: neither sentinel nor primary is spoken to in plain.
+    let plain = Program::run(&config_of(&set.section(), ""));
+    let line = plain.says("no sentinel names a primary").await;
+    assert!(line["cure"].as_str().is_some_and(|cure| cure.contains("set redis.tls beside")), "{line}");
+    let stranger = Authority::new();
+    let mistrusting = Program::run(&config_of(&set.section(), &trusting(&stranger.file())));
+    let line = mistrusting.says("no sentinel names a primary").await;
+    assert!(line["cure"].as_str().is_some_and(|cure| cure.contains("redis.tls.ca_file")), "{line}");
 }
 
 /// A frozen server is noticed as fast behind TLS as without it.

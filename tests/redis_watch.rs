@@ -1,16 +1,11 @@
 //! The ways of noticing a change: which one is taken, what each of them misses, and what happens when it is taken away.
 
-use crate::support::{Backend, Program, Proxy, Redis, Traffic, eventually};
+use crate::support::{Backend, LEAST_RIGHTS, Program, Proxy, Redis, Traffic, eventually};
 
 /// Nothing but the server can tell of a change within the scenario's patience.
 const TOLD: &str = "resync_interval: 1h, on_empty: refuse, poll_interval: 1h, max_stale: 2h";
 /// The mode is proven again every second.
 const HASTY: &str = "resync_interval: 1s, poll_interval: 50ms, heartbeat_interval: 200ms, max_stale: 2s";
-/// All that each of the ways needs.
-const RIGHTS: &str = "on >secret resetkeys %R~servers* resetchannels &__keyspace@0__:servers* nocommands +hello +auth +ping \
-                      +select +client|setname +client|id +client|tracking +subscribe +unsubscribe +zrange +zcard +eval_ro \
-                      +evalsha_ro +script|load +config|get";
-
 fn follow(redis: &Redis, more: &str) -> Proxy {
     Proxy::web(&format!("redis: {{url: \"{}\", {more}}}", redis.url()), "weights_key: servers")
 }
@@ -147,7 +142,7 @@ async fn notifications_alone_that_someone_switches_off_end_in_polling_and_come_b
 #[tokio::test]
 async fn channels_that_are_revoked_leave_tracking_and_rights_that_are_granted_bring_them_back() {
     let redis = Redis::start().await;
-    redis.run(&format!("ACL SETUSER statera {RIGHTS}")).await;
+    redis.grant(LEAST_RIGHTS).await;
     let proxy = follow_as_user(&redis, HASTY);
     mode_becomes(&proxy, "notifications").await;
     redis.run("ACL SETUSER statera resetchannels").await;
@@ -161,7 +156,7 @@ async fn channels_that_are_revoked_leave_tracking_and_rights_that_are_granted_br
 #[tokio::test]
 async fn a_user_who_may_do_nothing_but_read_is_served_by_polling_until_more_is_granted() {
     let redis = Redis::start().await;
-    redis.run(&format!("ACL SETUSER statera {RIGHTS} resetchannels -client|tracking")).await;
+    redis.grant(&format!("{LEAST_RIGHTS} resetchannels -client|tracking")).await;
     let proxy = follow_as_user(&redis, HASTY);
     mode_becomes(&proxy, "poll").await;
     follows(&proxy, &redis, 1.0).await;
@@ -174,7 +169,7 @@ async fn a_user_who_may_do_nothing_but_read_is_served_by_polling_until_more_is_g
 #[tokio::test]
 async fn tracking_that_is_refused_is_told_once_with_its_cure_and_polled_for() {
     let redis = Redis::start().await;
-    redis.run(&format!("ACL SETUSER statera {RIGHTS} -client|tracking")).await;
+    redis.grant(&format!("{LEAST_RIGHTS} -client|tracking")).await;
     redis.run("ZADD servers 1 10.0.0.1:80").await;
     let program = Program::run(&format!(
         "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\npools: {{web: {{weights_key: servers}}}}\n\
@@ -198,7 +193,7 @@ async fn tracking_that_is_refused_is_told_once_with_its_cure_and_polled_for() {
 #[tokio::test]
 async fn a_user_that_is_deleted_costs_no_session_and_is_followed_again_when_it_is_back() {
     let (redis, backend) = (Redis::start().await, Backend::named("backend").await);
-    redis.run(&format!("ACL SETUSER statera {RIGHTS}")).await;
+    redis.grant(LEAST_RIGHTS).await;
     redis.set_weights([(&backend, 1.0)]).await;
     let proxy = follow_as_user(&redis, HASTY);
     eventually("the table arrives", || async { proxy.weights().len() == 1 }).await;
@@ -209,7 +204,7 @@ async fn a_user_that_is_deleted_costs_no_session_and_is_followed_again_when_it_i
     traffic.more(50).await;
     assert_eq!(proxy.weights().len(), 1);
 
-    redis.run(&format!("ACL SETUSER statera {RIGHTS}")).await;
+    redis.grant(LEAST_RIGHTS).await;
     mode_becomes(&proxy, "notifications").await;
     redis.run(&format!("ZADD servers 7 {}", backend.address)).await;
     eventually("a change arrives", || async { proxy.weights() == [(backend.address.to_string(), 7.0)] })

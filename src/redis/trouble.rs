@@ -61,7 +61,8 @@ pub(super) fn cure(error: &RedisError) -> &'static str {
     match trouble(error) {
         Some(Trouble::SilentHandshake | Trouble::Handshake(_)) => return SPEAKS_NO_TLS,
         Some(Trouble::ClosedAtOnce) => {
-            return "if that port speaks TLS, write rediss:// in redis.url; else redis's log may say why";
+            return "if that port speaks TLS, write rediss:// in redis.url, or set redis.tls beside redis.sentinel; else \
+                    redis's log may say why";
         }
         Some(Trouble::UnknownMaster) => return "check redis.sentinel.master",
         Some(Trouble::Oversized) => {
@@ -92,8 +93,8 @@ pub(super) fn cure(error: &RedisError) -> &'static str {
     }
 }
 
-const SPEAKS_NO_TLS: &str =
-    "if that port speaks plain redis, write redis:// in redis.url or name the server's tls-port";
+const SPEAKS_NO_TLS: &str = "if that port speaks plain redis, write redis:// in redis.url, or leave redis.tls out beside \
+                             redis.sentinel; else name the server's tls-port";
 
 fn cure_of_tls(error: &rustls::Error) -> &'static str {
     match error {

@@ -11,6 +11,11 @@ use tempfile::TempDir;
 
 use super::{Backend, PATIENCE, eventually, require};
 
+/// What the config's example says that its ACL user needs, and a password: for [`Redis::grant`].
+pub const LEAST_RIGHTS: &str = "on >secret resetkeys %R~servers* resetchannels &__keyspace@0__:servers* nocommands +hello +auth \
+                                +ping +select +client|setname +client|id +client|tracking +subscribe +unsubscribe +zrange \
+                                +zcard +eval_ro +evalsha_ro +script|load +config|get";
+
 /// A redis-server; killed by its own pid when dropped.
 pub struct Redis {
     server: Option<Child>,
@@ -133,8 +138,16 @@ impl Redis {
         pipe.query_async::<()>(&mut connection).await.expect("the weights are written");
     }
 
+    /// False where it was built without TLS.
+    pub fn speaks_tls() -> bool {
+        // With it, the value is wrong; without it, there is no such setting. Either way it ends at once.
+        let tried = Command::new(Self::program()).args(["--tls-port", "none"]).output().expect("it runs");
+        let said = [tried.stdout, tried.stderr].concat();
+        !String::from_utf8_lossy(&said).contains("Bad directive")
+    }
+
     /// Debian's server, unless `STATERA_TEST_REDIS_SERVER` names another (`make test-redis-matrix`).
-    fn program() -> PathBuf {
+    pub fn program() -> PathBuf {
         match env::var_os("STATERA_TEST_REDIS_SERVER") {
             Some(path) => path.into(),
             None => require("redis-server", "redis-server"),

@@ -6,8 +6,9 @@ use std::time::Duration;
 use redis::aio::MultiplexedConnection;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
+use tokio::time::{Instant, sleep, timeout};
 
-use super::{PATIENCE, Redis, eventually, free_port, require};
+use super::{Authority, Identity, PATIENCE, Redis, eventually, free_port, tls_settings};
 
 /// The name that the sentinels know the primary by.
 pub const MASTER: &str = "mymaster";
@@ -16,13 +17,18 @@ pub const MASTER: &str = "mymaster";
 pub struct Sentinels {
     /// The first is the primary at the start.
     pub servers: Vec<Redis>,
+    /// Where the sentinels know them.
+    known_ports: Vec<u16>,
     nodes: Vec<Node>,
 }
 
 /// One sentinel.
 struct Node {
     child: Child,
+    /// For the scenario's questions; it speaks plain there.
     port: u16,
+    /// For the proxies.
+    known_port: u16,
     _folder: TempDir,
 }
 
@@ -34,22 +40,68 @@ impl Sentinels {
 
     /// The same with more lines in each sentinel's config.
     pub async fn start_with(more: &str) -> Self {
-        let own =
-            ["--notify-keyspace-events", "KA", "--repl-diskless-sync-delay", "0", "--repl-timeout", "10"];
-        let primary = Redis::start_with(&own).await;
-        let port = primary.port.to_string();
-        let following = [&own[..], &["--replicaof", "127.0.0.1", &port]].concat();
-        let replicas = [Redis::start_with(&following).await, Redis::start_with(&following).await];
-        let mut servers = vec![primary];
-        servers.extend(replicas);
-        eventually("both replicas follow", || async {
-            info(&servers[0], "replication").await.matches("state=online").count() == 2
-        })
-        .await;
-        let nodes = (0..3).map(|_| Node::start(servers[0].port, more)).collect();
-        let set = Self { servers, nodes };
+        Self::start_all(more, None).await
+    }
+
+    /// The same where everybody speaks TLS to everybody, and asks for a certificate.
+    pub async fn start_secure(authority: &Authority, identity: &Identity) -> Self {
+        Self::start_all("", Some((authority, identity))).await
+    }
+
+    async fn start_all(more: &str, tls: Option<(&Authority, &Identity)>) -> Self {
+        let (mut servers, mut known_ports) = (Vec::new(), Vec::new());
+        for _ in 0..3 {
+            let mut arguments: Vec<String> =
+                ["--notify-keyspace-events", "KA", "--repl-diskless-sync-delay", "0", "--repl-timeout", "10"]
+                    .map(str::to_owned)
+                    .to_vec();
+            let tls_port = tls.map(|(authority, identity)| {
+                let port = free_port();
+                for (name, value) in tls_settings(port, authority, identity, "yes") {
+                    arguments.extend([format!("--{name}"), value]);
+                }
+                port
+            });
+            let server = Redis::start_with(&arguments.iter().map(String::as_str).collect::<Vec<_>>()).await;
+            known_ports.push(tls_port.unwrap_or(server.port));
+            servers.push(server);
+        }
+        let mut set = Self { servers, known_ports, nodes: Vec::new() };
+        set.follow(1, 0).await;
+        set.follow(2, 0).await;
+        set.has_replicas(0).await;
+        set.nodes = (0..3).map(|_| Node::start(set.known_ports[0], more, tls)).collect();
         eventually("the sentinels know each other", || async { set.is_known_to_all().await }).await;
         set
+    }
+
+    /// Makes a server a replica of the primary.
+    pub async fn follow(&self, replica: usize, primary: usize) {
+        self.servers[replica].run(&format!("REPLICAOF 127.0.0.1 {}", self.known_ports[primary])).await;
+    }
+
+    /// Waits until both of the others follow the primary.
+    pub async fn has_replicas(&self, primary: usize) {
+        let deadline = Instant::now() + PATIENCE;
+        while info(&self.servers[primary], "replication").await.matches("state=online").count() < 2 {
+            if Instant::now() > deadline {
+                for server in &self.servers {
+                    println!("{}: {}", server.port, info(server, "replication").await);
+                }
+                panic!("not both replicas follow {}", self.servers[primary].port);
+            }
+            sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// True when both of the others hold what was written to the primary until now, so that no failover loses it.
+    pub async fn is_replicated(&self, primary: usize) -> bool {
+        // WAIT is for what its own connection has written.
+        let mut written = redis::pipe();
+        written.cmd("SET").arg("replicated").arg("?").ignore().cmd("WAIT").arg(2).arg(2_000);
+        let mut connection = self.servers[primary].connection().await;
+        let (replicas,): (u32,) = written.query_async(&mut connection).await.expect("a number");
+        replicas == 2
     }
 
     async fn is_known_to_all(&self) -> bool {
@@ -66,23 +118,24 @@ impl Sentinels {
     /// For the `redis` section of a config.
     pub fn section(&self) -> String {
         let nodes: Vec<String> =
-            self.nodes.iter().map(|node| format!("\"127.0.0.1:{}\"", node.port)).collect();
+            self.nodes.iter().map(|node| format!("\"127.0.0.1:{}\"", node.known_port)).collect();
         format!("sentinel: {{master: {MASTER}, nodes: [{}]}}", nodes.join(", "))
     }
 
-    /// Asks for a planned failover.
+    /// Asks for a planned failover, until there is a replica that can take over.
     pub async fn fail_over(&self) {
-        let answer: redis::RedisResult<String> = self.nodes[0].ask(&["SENTINEL", "FAILOVER", MASTER]).await;
-        assert_eq!(answer.as_deref(), Ok("OK"));
+        let asked = async || self.nodes[0].ask::<String>(&["SENTINEL", "FAILOVER", MASTER]).await;
+        eventually("a failover begins", || async { asked().await.is_ok() }).await;
     }
 
     /// Waits until a sentinel names another primary than `old`, and that one takes writes; the place of it.
     pub async fn new_primary(&self, old: usize) -> usize {
         let found = async || {
             for node in &self.nodes {
-                let named = node.ask::<(String, u16)>(&["SENTINEL", "GET-MASTER-ADDR-BY-NAME", MASTER]).await;
-                let Ok((_, port)) = named else { continue };
-                let place = self.servers.iter().position(|server| server.port == port)?;
+                // One that is frozen does not hold up the others.
+                let asked = node.ask::<(String, u16)>(&["SENTINEL", "GET-MASTER-ADDR-BY-NAME", MASTER]);
+                let Ok(Ok((_, port))) = timeout(Duration::from_millis(500), asked).await else { continue };
+                let place = self.known_ports.iter().position(|known| *known == port)?;
                 if place != old && info(&self.servers[place], "replication").await.contains("role:master") {
                     return Some(place);
                 }
@@ -111,10 +164,16 @@ pub async fn info(server: &Redis, section: &str) -> String {
 }
 
 impl Node {
-    fn start(primary_port: u16, more: &str) -> Self {
-        require("redis-server", "redis-server");
+    fn start(primary_port: u16, more: &str, tls: Option<(&Authority, &Identity)>) -> Self {
         let (folder, port) = (TempDir::new().expect("a folder"), free_port());
         let config = folder.path().join("sentinel.conf");
+        let (mut more, mut known_port) = (more.to_owned(), port);
+        if let Some((authority, identity)) = tls {
+            known_port = free_port();
+            for (name, value) in tls_settings(known_port, authority, identity, "yes") {
+                more += &format!("\n{name} {value}");
+            }
+        }
         let text = format!(
             "port {port}\nbind 127.0.0.1\ndir {}\nsentinel monitor {MASTER} 127.0.0.1 {primary_port} 2\n\
              sentinel down-after-milliseconds {MASTER} 300\nsentinel failover-timeout {MASTER} 2000\n{more}\n",
@@ -122,14 +181,14 @@ impl Node {
         );
         std::fs::write(&config, text).expect("a file");
         // Debian's redis-sentinel is the same program by another name, in a package of its own.
-        let child = Command::new("redis-server")
+        let child = Command::new(Redis::program())
             .arg(&config)
             .arg("--sentinel")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .spawn()
             .expect("a sentinel starts");
-        Self { child, port, _folder: folder }
+        Self { child, port, known_port, _folder: folder }
     }
 
     async fn ask<T: redis::FromRedisValue>(&self, words: &[&str]) -> redis::RedisResult<T> {
