@@ -18,6 +18,7 @@ mod redis_bad_input;
 mod redis_herd;
 mod redis_age;
 mod redis_random;
+mod redis_random_sentinel;
 mod redis_sentinel;
 mod redis_sync;
 mod redis_tls;
