@@ -56,7 +56,8 @@ struct Writing {
     /// For the history.
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     reason: String,
-    /// Wait until all proxies have applied it, at most so long [default: 10s]; exit 3 if some have not.
+    /// Wait until all proxies have applied it, at most so long [default: 10s]; exit 3 if some have not. One that was killed, and
+    /// did not drain, counts for 15s after its last report.
     #[arg(long, value_name = "TIME", num_args = 0..=1, require_equals = true, default_missing_value = "10s")]
     #[arg(value_parser = humantime::parse_duration)]
     wait: Option<Duration>,
