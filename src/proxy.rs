@@ -1,20 +1,21 @@
 //! The composition root: makes the parts, hands each its end of what they share, starts the two planes and ends them.
 //!
-//! The only place that knows all parts. What they share is listed in ARCHITECTURE.md: the snapshot cells, the Lua-pick
-//! channel, the drain and the counters.
+//! The only place that knows all parts; `control.rs` below it starts those of the control plane. What they share is
+//! listed in ARCHITECTURE.md: the snapshot cells, the Lua-pick channel, the drain and the counters.
+
+mod control;
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
 
 use tokio::runtime::Builder;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
-use tokio::time::{sleep, timeout};
-use tracing::{error, info, warn};
+use tokio::time::sleep;
+use tracing::{error, info};
 
 use crate::balance::Table;
 use crate::balance::lua_pick::{self as picking, LuaRequests};
@@ -22,21 +23,15 @@ use crate::balance::pool::{Pool, Sync};
 use crate::config::{Config, Shutdown};
 use crate::listen::socket::{self, BindError, Options};
 use crate::redis::status::TableStatus;
-use crate::redis::{self, Followed, Primary};
 use crate::runtime::drain::{self, DrainControl, Phase};
 use crate::runtime::handover;
-use crate::runtime::resolve::{self, Names};
 use crate::runtime::worker::{self, Door, Shared};
 use crate::session::{Listener, Settings};
-use crate::state::{Kept, SaveStatus, keeper};
-use crate::telemetry::admin::{self, AdminBindError, AdminState};
+use crate::state::{SaveStatus, keeper};
+use crate::telemetry::admin::{self, AdminBindError};
 use crate::telemetry::counters::{PerWorker, WorkerId};
 use crate::telemetry::log_sink::LogSink;
 use crate::telemetry::prometheus::Observed;
-
-/// How long accepting waits for Redis's first answer and for the first names. Clients that connect meanwhile wait in
-/// the kernel's queue.
-const FIRST_LOOK: Duration = Duration::from_secs(1);
 
 /// The proxy cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -205,7 +200,11 @@ impl Running {
     }
 
     fn request(&self, stop: Stop) {
-        self.stop.send_if_modified(|current| stop > std::mem::replace(current, stop.max(*current)));
+        self.stop.send_if_modified(|current| {
+            let more = stop > *current;
+            *current = stop.max(*current);
+            more
+        });
     }
 
     /// Blocks until the proxy has ended.
@@ -302,86 +301,6 @@ impl Control {
             let _ = worker.join();
         }
         summary
-    }
-
-    /// Starts the tasks of the control plane, and waits for the first names and for Redis's first answer.
-    async fn begin(&mut self, tasks: &mut JoinSet<()>) -> keeper::Keepers {
-        if let Some(socket) = self.admin_socket.take() {
-            let token = self.config.admin.as_ref().and_then(|admin| admin.token.clone());
-            let state =
-                AdminState { observed: self.observed.clone(), drain: self.shared.drain.clone(), token };
-            tasks.spawn(admin::serve(socket, Arc::new(state)));
-        }
-        let keepers = self.keep_tables().await;
-        let (first_try_over, over) = oneshot::channel::<()>();
-        self.follow_redis(tasks, first_try_over);
-        let mut names: Vec<Names> = self.observed.pools.iter().cloned().map(Names::new).collect();
-        let first_look = async {
-            // At once, so that a Redis that hangs does not use up the time of the configured names. The sender is dropped
-            // where there is no Redis: nothing to wait for.
-            let _ = tokio::join!(over, resolve::settle(&mut names));
-            // Those that came with Redis's answer.
-            resolve::settle(&mut names).await;
-        };
-        if timeout(FIRST_LOOK, first_look).await.is_err() {
-            warn!("redis or a name server is slow to answer: starting without");
-        }
-        for names in names {
-            tasks.spawn(names.run());
-        }
-        keepers
-    }
-
-    /// Begins with what was saved. Redis comes after it: its answer is newer.
-    async fn keep_tables(&self) -> keeper::Keepers {
-        let wanted = self.config.redis.as_ref().zip(self.config.state_dir.as_ref());
-        let wanted = wanted.zip(self.observed.saves.as_ref());
-        let Some(((redis, folder), saves)) = wanted else { return keeper::Keepers::default() };
-        let pools = self.observed.pools.iter().zip(&self.config.pools);
-        let kept = pools.map(|(pool, settings)| Kept {
-            pool: Arc::clone(&pool.name),
-            key: settings.weights_key.clone(),
-            cell: Arc::clone(&pool.cell),
-        });
-        keeper::open(folder, redis.on_empty, kept.collect(), saves).await
-    }
-
-    fn follow_redis(&mut self, tasks: &mut JoinSet<()>, first_try_over: oneshot::Sender<()>) {
-        let (Some(settings), Some(status)) = (self.config.redis.clone(), self.observed.redis.clone()) else {
-            return;
-        };
-        let followed: Arc<[Followed]> = self
-            .observed
-            .pools
-            .iter()
-            .zip(&self.config.pools)
-            .map(|(pool, settings)| Followed {
-                pool: Arc::clone(&pool.name),
-                cell: Arc::clone(&pool.cell),
-                key: settings.weights_key.clone(),
-            })
-            .collect();
-        let primary = Arc::new(Primary::of(&settings));
-        if let Some(requests) = self.lua_requests.take() {
-            let (settings, limits, followed) =
-                (settings.clone(), self.config.lua_pick.clone(), Arc::clone(&followed));
-            let primary = Arc::clone(&primary);
-            tasks.spawn(async move {
-                redis::lua_pick::run(&settings, &limits, &followed, &primary, requests).await;
-            });
-        }
-        let (reporting, reported, drain) =
-            (settings.clone(), Arc::clone(&followed), self.shared.drain.clone());
-        let reported_to = Arc::clone(&primary);
-        tasks.spawn(async move {
-            redis::applied::run(&reporting, &reported, &reported_to, drain.started()).await;
-        });
-        let tables = Arc::clone(&self.observed.tables);
-        tasks.spawn(async move {
-            // Nobody waits any more once the start has gone on without Redis.
-            let first_try_over = || first_try_over.send(()).unwrap_or_default();
-            redis::watch::run(&settings, &followed, &primary, &status, &tables, first_try_over).await;
-        });
     }
 }
 
