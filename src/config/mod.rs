@@ -8,9 +8,11 @@
 mod check;
 mod decode;
 mod file;
+mod weights_key;
 
 pub use check::{InvalidConfig, LoadError, Problem};
 pub use file::Unreadable;
+pub use weights_key::{companion_stem, hash_tag};
 
 use std::fmt;
 use std::net::SocketAddr;

@@ -1,8 +1,9 @@
 //! The keys that stand beside a weights key: its version, its history, who has applied it.
 //!
-//! They share its slot, so that one script may touch them all in a Redis Cluster, where the slot of a key is that of
-//! its hash tag, the part in the first braces. A key with braces in other places (`a}b`) has no companions in its slot:
-//! a Cluster refuses them, and `weights.rs` says so.
+//! They share its slot (`config/weights_key.rs`), so that one script may touch them all in a Redis Cluster. Where braces
+//! make that impossible, a Cluster refuses them, and `weights.rs` says so.
+
+use crate::config::companion_stem;
 
 /// The companions of one weights key.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,11 +21,7 @@ pub(super) struct Companions {
 impl Companions {
     /// `statera:{web}:weights` → `statera:{web}:version`; `servers` → `{servers}:version`.
     pub(super) fn of(weights_key: &str) -> Self {
-        let stem = if has_hash_tag(weights_key) {
-            weights_key.strip_suffix(":weights").unwrap_or(weights_key).to_owned()
-        } else {
-            format!("{{{weights_key}}}")
-        };
+        let stem = companion_stem(weights_key);
         let companion = |name: &str| format!("{stem}:{name}");
         Self {
             version: companion("version"),
@@ -40,29 +37,13 @@ impl Companions {
     }
 }
 
-/// Redis's own rule: what stands between the first `{` and the first `}` after it, unless that is nothing.
-fn has_hash_tag(key: &str) -> bool {
-    key.split_once('{').and_then(|(_, rest)| rest.find('}')).is_some_and(|length| length > 0)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn companions_share_the_slot_of_their_key() {
-        for (key, version) in [
-            ("servers", "{servers}:version"),
-            ("statera:{web}:weights", "statera:{web}:version"),
-            ("{web}", "{web}:version"),
-            ("a:{web}:b", "a:{web}:b:version"),
-            ("prod:weights", "{prod:weights}:version"),
-            // No hash tag: nothing is in it, or it is never closed.
-            ("a{}b", "{a{}b}:version"),
-            ("a{b", "{a{b}:version"),
-        ] {
-            assert_eq!(Companions::of(key).version, version, "{key}");
-        }
+    fn companions_stand_beside_their_key() {
+        assert_eq!(Companions::of("statera:{web}:weights").version, "statera:{web}:version");
         assert_eq!(Companions::of("servers").pattern(), "~{servers}:*");
     }
 }

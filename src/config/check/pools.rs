@@ -1,11 +1,13 @@
 //! `pools`: what serves a listener, and how it is reached.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::time::Duration;
 
 use super::{named_section, non_zero_u32, tcp_congestion};
 use crate::balance::{BackendId, Balance, Weight};
-use crate::config::decode::{Field, Keys, Section};
-use crate::config::{Connect, Keepalive, Pool};
+use crate::config::decode::{Field, Keys, Section, escaped, path_of_key};
+use crate::config::{Connect, Keepalive, Pool, companion_stem};
 
 const POOL: Keys = Keys {
     now: &[
@@ -44,10 +46,41 @@ const WEIGHTS_KEY_MAX_BYTES: usize = 1024;
 /// `least_deadline` is what `lua_pick.timeout` takes of a session's time where nobody wrote it.
 pub(super) fn pools(root: &Section<'_>, has_redis: bool, least_deadline: Option<Duration>) -> Vec<Pool> {
     let Some(section) = named_section(root, "pools", "write at least one pool") else { return Vec::new() };
-    let pools = section
-        .entries()
-        .map(|(name, field)| pool(name, &Section::open(field, POOL), has_redis, least_deadline));
+    let mut stems = HashMap::new();
+    let pools = section.entries().map(|(name, field)| {
+        let section = Section::open(field, POOL);
+        let pool = pool(name, &section, has_redis, least_deadline);
+        if has_redis {
+            refuse_shared_companions(&mut stems, &section, &pool);
+        }
+        pool
+    });
     pools.collect()
+}
+
+/// Two pools may have one table, but two tables cannot have one version and one history.
+fn refuse_shared_companions(
+    stems: &mut HashMap<String, (String, String)>,
+    section: &Section<'_>,
+    pool: &Pool,
+) {
+    let stem = companion_stem(&pool.weights_key);
+    let (other, key) = match stems.entry(stem) {
+        Entry::Vacant(first) => {
+            first.insert((path_of_key("pools", &pool.name), pool.weights_key.clone()));
+            return;
+        }
+        Entry::Occupied(first) if first.get().1 == pool.weights_key => return,
+        Entry::Occupied(first) => first.get().clone(),
+    };
+    let key = escaped(&key, 60);
+    let message = format!(
+        "its version and history would be those of {other}.weights_key ({key}) too: write one of the two otherwise"
+    );
+    match section.field("weights_key") {
+        Some(field) => field.refuse(message),
+        None => section.whole().refuse_unshown(format!("weights_key is {}: {message}", pool.weights_key)),
+    }
 }
 
 fn pool(name: &str, section: &Section<'_>, has_redis: bool, least_deadline: Option<Duration>) -> Pool {
