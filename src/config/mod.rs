@@ -101,6 +101,8 @@ pub enum RedisAddress {
     Unix(PathBuf),
     /// The primary that sentinels name.
     Sentinel(Arc<Sentinel>),
+    /// In a cluster, the primary that serves a key's slot.
+    Cluster(Arc<Cluster>),
 }
 
 impl fmt::Display for RedisAddress {
@@ -110,6 +112,11 @@ impl fmt::Display for RedisAddress {
             Self::Tls { host, port } => ("rediss", host, port),
             Self::Unix(path) => return write!(f, "unix://{}", path.display()),
             Self::Sentinel(sentinel) => return write!(f, "sentinels of {}", sentinel.master),
+            Self::Cluster(cluster) => {
+                let more = if cluster.nodes.len() > 1 { ", …" } else { "" };
+                let first = cluster.nodes.first().map(ToString::to_string).unwrap_or_default();
+                return write!(f, "cluster of {first}{more}");
+            }
         };
         if host.contains(':') {
             write!(f, "{scheme}://[{host}]:{port}")
@@ -130,6 +137,13 @@ pub struct Sentinel {
     pub username: Option<String>,
     /// `None` sends them no AUTH.
     pub password: Option<Secret>,
+}
+
+/// `redis.cluster`: who is asked first which node serves what.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Cluster {
+    /// At least one, each once: [`RedisAddress::Tcp`] or [`RedisAddress::Tls`]. They name the others.
+    pub nodes: Vec<RedisAddress>,
 }
 
 /// How TLS is spoken to Redis: whom to trust, and the certificate to show. Read from its files once.

@@ -11,7 +11,7 @@ use tokio::time::timeout;
 use tracing::warn;
 
 use super::Control;
-use crate::redis::{self, Followed, Primary};
+use crate::redis::{self, Followed, Parts};
 use crate::runtime::resolve::{self, Names};
 use crate::state::{Kept, keeper};
 use crate::telemetry::admin::{self, AdminState};
@@ -80,18 +80,19 @@ impl Control {
                 key: settings.weights_key.clone(),
             })
             .collect();
-        let primary = Arc::new(Primary::of(&settings));
+        let settings = Arc::new(settings);
+        let parts = Arc::new(Parts::of(&settings, followed.len()));
         if let Some(requests) = self.lua_requests.take() {
             let (settings, limits, followed) =
-                (settings.clone(), self.config.lua_pick.clone(), Arc::clone(&followed));
-            let primary = Arc::clone(&primary);
+                (Arc::clone(&settings), self.config.lua_pick.clone(), Arc::clone(&followed));
+            let parts = Arc::clone(&parts);
             tasks.spawn(async move {
-                redis::lua_pick::run(&settings, &limits, &followed, &primary, requests).await;
+                redis::lua_pick::run(&settings, &limits, &followed, &parts, requests).await;
             });
         }
         let (reporting, reported, drain) =
-            (settings.clone(), Arc::clone(&followed), self.shared.drain.clone());
-        let reported_to = Arc::clone(&primary);
+            (Arc::clone(&settings), Arc::clone(&followed), self.shared.drain.clone());
+        let reported_to = Arc::clone(&parts);
         tasks.spawn(async move {
             redis::applied::run(&reporting, &reported, &reported_to, drain.started()).await;
         });
@@ -99,7 +100,7 @@ impl Control {
         tasks.spawn(async move {
             // Nobody waits any more once the start has gone on without Redis.
             let first_try_over = || first_try_over.send(()).unwrap_or_default();
-            redis::watch::run(&settings, &followed, &primary, &status, &tables, first_try_over).await;
+            redis::watch::run(&settings, &followed, &parts, &status, &tables, first_try_over).await;
         });
     }
 }

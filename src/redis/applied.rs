@@ -5,18 +5,22 @@
 //! when its lease ends, one that drains takes its reports back.
 
 use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use redis::{RedisError, Value};
+use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, info};
 
-use super::Followed;
 use super::companion::Companions;
 use super::connection::{self, Connection};
 use super::content::ContentHash;
+use super::parts;
 use super::primary::Primary;
 use super::trouble::Trouble;
+use super::{Followed, Parts};
 use crate::balance::cell::Cell;
 use crate::config::Redis;
 use crate::runtime::backoff::{Backoff, jittered};
@@ -52,18 +56,33 @@ pub struct Report {
 
 /// Reports what is applied of `followed` until `leaving` is ready, then takes the reports back.
 pub async fn run(
-    settings: &Redis,
+    settings: &Arc<Redis>,
     followed: &[Followed],
-    primary: &Primary,
+    parts: &Parts,
     leaving: impl Future<Output = ()>,
 ) {
-    let mut reporter = Reporter { settings, followed, primary, proxy: proxy_name(), connection: None };
-    tokio::select! {
-        () = reporter.report_for_ever() => {}
-        () = leaving => {}
-    }
-    // Where Redis does not answer any more, the leases end.
-    let _ = timeout(LEAVING_TIME, reporter.leave()).await;
+    let (proxy, told) = (proxy_name(), Arc::new(AtomicBool::new(false)));
+    let (leave, leaves) = watch::channel(false);
+    let over = async {
+        leaving.await;
+        leave.send_replace(true);
+    };
+    parts::each(parts.written(), over, |part| {
+        let (settings, followed) = (Arc::clone(settings), part.of(followed));
+        let (proxy, told, mut leaves) = (proxy.clone(), Arc::clone(&told), leaves.clone());
+        async move {
+            let (settings, primary) = (&settings, &part.primary);
+            let mut reporter =
+                Reporter { settings, followed: &followed, primary, proxy, told: &told, connection: None };
+            tokio::select! {
+                () = reporter.report_for_ever() => {}
+                _ = leaves.wait_for(|leaves| *leaves) => {}
+            }
+            // Where Redis does not answer any more, the leases end.
+            let _ = timeout(LEAVING_TIME, reporter.leave()).await;
+        }
+    })
+    .await;
 }
 
 /// The proxies whose lease has not ended, in the order of their names.
@@ -107,6 +126,8 @@ struct Reporter<'a> {
     followed: &'a [Followed],
     primary: &'a Primary,
     proxy: String,
+    /// What is missing was said.
+    told: &'a AtomicBool,
     connection: Option<Connection>,
 }
 
@@ -124,10 +145,9 @@ struct Said {
 impl Reporter<'_> {
     async fn report_for_ever(&mut self) {
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
-        let mut told = false;
         loop {
             let (primary, address) = (self.primary, self.primary.known().await);
-            let pause = match connection::open_at(self.settings, &address, |_| {}).await {
+            let pause = match primary.open(self.settings, &address, |_| {}).await {
                 Ok(connection) => {
                     let begun = Instant::now();
                     let error = tokio::select! {
@@ -138,7 +158,7 @@ impl Reporter<'_> {
                         backoff.reset();
                     }
                     let is_refusal = connection::is_refusal(&error);
-                    if is_refusal && !std::mem::replace(&mut told, true) {
+                    if is_refusal && !self.told.swap(true, Relaxed) {
                         self.say_what_is_missing(&error);
                     }
                     debug!(%error, "not reported what is applied");

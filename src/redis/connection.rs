@@ -21,9 +21,13 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout_at};
 use tokio_rustls::TlsConnector;
 
+use super::redirect::Guide;
 use super::reply_limit::Limited;
 use super::trouble::Trouble;
-pub(super) use super::trouble::{cure, is_move, is_not_ready, is_oversized, is_refusal};
+pub(super) use super::trouble::{
+    cure, is_elsewhere, is_move, is_not_ready, is_of_cluster, is_oversized, is_refusal,
+};
+use super::{cluster, sentinel};
 use crate::config::{Redis, RedisAddress, Sentinel, Tls};
 
 /// Silence on the wire before the kernel asks whether the peer is still there.
@@ -42,6 +46,15 @@ pub(super) struct Connection {
     multiplexed: MultiplexedConnection,
     /// Left alone, it would wait for the answers of a server that is frozen.
     _driver: Arc<JoinSet<()>>,
+    /// To a node of a cluster.
+    guide: Option<Arc<Guide>>,
+}
+
+impl Connection {
+    /// From now on, what its node answers is understood as `guide` does.
+    pub(super) fn guided(self, guide: Option<Arc<Guide>>) -> Self {
+        Self { guide, ..self }
+    }
 }
 
 impl Deref for Connection {
@@ -60,7 +73,10 @@ impl DerefMut for Connection {
 
 impl ConnectionLike for Connection {
     fn req_packed_command<'a>(&'a mut self, command: &'a Cmd) -> RedisFuture<'a, Value> {
-        self.multiplexed.req_packed_command(command)
+        match &self.guide {
+            Some(guide) => Box::pin(guide.answer(&mut self.multiplexed, command)),
+            None => self.multiplexed.req_packed_command(command),
+        }
     }
 
     fn req_packed_commands<'a>(
@@ -81,16 +97,23 @@ trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
 
-/// Connects to the server that the config names, be it through its sentinels: for commands that ask once and go.
-pub(super) async fn open(
-    settings: &Redis,
-    on_push: impl Fn(PushInfo) + Send + Sync + 'static,
-) -> RedisResult<Connection> {
-    let address = match &settings.address {
-        RedisAddress::Sentinel(sentinel) => super::sentinel::find(settings, sentinel).await?,
-        address => address.clone(),
-    };
-    open_at(settings, &address, on_push).await
+/// Connects to the server that has `key`, be it through sentinels or the nodes of a cluster: for commands that ask once
+/// and go.
+pub(super) async fn open_for(settings: &Redis, key: &str) -> RedisResult<Connection> {
+    match &settings.address {
+        RedisAddress::Sentinel(sentinel) => {
+            let primary = sentinel::find(settings, sentinel).await?;
+            open_at(settings, &primary, |_| {}).await
+        }
+        RedisAddress::Cluster(nodes) => {
+            let node = cluster::find(settings, nodes, key).await?;
+            let connection = open_at(settings, &node, |_| {}).await?;
+            let settings = Arc::new(settings.clone());
+            let guide = Guide { settings, node, asks: false, goes: true, hints: None };
+            Ok(connection.guided(Some(Arc::new(guide))))
+        }
+        address => open_at(settings, address, |_| {}).await,
+    }
 }
 
 /// Connects to the server at `address`. Pushed messages go to `on_push`, which must not wait.
@@ -154,7 +177,7 @@ async fn connect(
     };
     let mut drivers = JoinSet::new();
     drivers.spawn(driver);
-    Ok(Connection { multiplexed, _driver: Arc::new(drivers) })
+    Ok(Connection { multiplexed, _driver: Arc::new(drivers), guide: None })
 }
 
 async fn stream(settings: &Redis, address: &RedisAddress, deadline: Instant) -> RedisResult<Box<dyn Stream>> {
@@ -170,8 +193,8 @@ async fn stream(settings: &Redis, address: &RedisAddress, deadline: Instant) -> 
                     Err(_) => Err(Trouble::SilentHandshake.into()),
                 }
             }
-            // It was asked for one.
-            RedisAddress::Sentinel(_) => Err(Trouble::NoPrimary.into()),
+            // Its nodes were asked for one.
+            RedisAddress::Sentinel(_) | RedisAddress::Cluster(_) => Err(Trouble::NoPrimary.into()),
         }
     };
     timeout_at(deadline, connected).await.unwrap_or_else(|_| Err(Trouble::Silent.into()))

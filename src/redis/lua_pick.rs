@@ -5,18 +5,23 @@
 //! once, and it opens again when a new connection has proved itself. Nor is it asked about a table whose members are so
 //! long that they block Redis: the first answer that says so closes the door of that pool for a while.
 
-use std::sync::atomic::Ordering::Relaxed;
+mod doors;
+
+use std::sync::Arc;
 use std::time::Duration;
 
 use redis::{RedisError, Script, Value};
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tracing::{debug, warn};
 
+use self::doors::{Door, Doors};
 use super::connection::Server;
 use super::decode::{decode_member, number, printable};
+use super::parts::{self, Part};
 use super::trouble::Trouble;
-use super::{FIRST_PAUSE, Followed, LONGEST_MOVE, LONGEST_PAUSE, Primary, connection};
+use super::{FIRST_PAUSE, Followed, LONGEST_MOVE, LONGEST_PAUSE, Parts, connection};
 use crate::balance::lua_pick::{LuaRequest, LuaRequests};
 use crate::balance::{BackendId, Weight};
 use crate::config::{LuaPick, Redis, RedisAddress};
@@ -39,47 +44,35 @@ const LONGEST_REST: Duration = Duration::from_secs(60);
 
 /// Answers `requests` until all pickers are gone, or until it is dropped.
 pub async fn run(
-    settings: &Redis,
+    settings: &Arc<Redis>,
     limits: &LuaPick,
-    followed: &[Followed],
-    primary: &Primary,
-    mut requests: LuaRequests,
+    followed: &Arc<[Followed]>,
+    parts: &Parts,
+    requests: LuaRequests,
 ) {
-    let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
-    let rests = followed.iter().map(|_| Rest::new()).collect();
-    let mut doors = Doors { rests, suspect: 0, command: READ_ONLY };
-    loop {
-        let address = primary.known().await;
-        let answering = async {
-            let session = open(settings, &address, followed, primary, &mut doors).await?;
-            requests.answering.store(true, Relaxed);
-            let server = Serving { session, settings, limits, followed, primary };
-            server.serve(&mut requests, &mut backoff, &mut doors).await
-        };
-        let result = tokio::select! {
-            biased;
-            () = primary.moved_from(&address) => Err(Trouble::Moved.into()),
-            result = answering => result,
-        };
-        requests.answering.store(false, Relaxed);
-        match result {
-            Ok(()) => return,
-            Err(error) => debug!(%error, "redis does not pick now"),
+    let LuaRequests { mut queue, answering } = requests;
+    let doors = Arc::new(Doors::new(followed.len(), answering));
+    let answering = parts::each(parts.read(), std::future::pending(), |part| {
+        let (settings, limits) = (Arc::clone(settings), limits.clone());
+        let (followed, door) = (Arc::clone(followed), doors.door(&part.places, limits.max_in_flight.get()));
+        async move {
+            Picker { settings: &settings, limits: &limits, followed: &followed, part: &part }.run(door).await;
         }
-        // Sessions that asked before the door was closed are told now, not when Redis is back.
-        while requests.queue.try_recv().is_ok() {}
-        tokio::select! {
-            () = primary.moved_from(&address) => {
-                backoff.reset();
-                sleep(spread(LONGEST_MOVE)).await;
-            }
-            () = sleep(backoff.pause()) => {}
+    });
+    let handing_on = async {
+        while let Some(request) = queue.recv().await {
+            doors.hand_on(request);
         }
+    };
+    tokio::select! {
+        () = answering => {}
+        () = handing_on => {}
     }
 }
 
-/// Which pools' tables may be asked about.
-struct Doors {
+/// Which of the pools' tables may be asked about.
+struct Rests {
+    /// Of each pool, of all parts.
     rests: Vec<Rest>,
     /// The pool that the next connection proves itself by: the last one of which a pick did not come in time.
     suspect: usize,
@@ -87,10 +80,16 @@ struct Doors {
     command: &'static str,
 }
 
-impl Doors {
-    /// The pool whose table a new connection is to be asked about. `None`: all rest.
-    fn to_be_proved(&self) -> Option<usize> {
-        let all = 0..self.rests.len();
+impl Rests {
+    /// For the pools at `places`, which are not none.
+    fn new(places: &[usize], pools: usize) -> Self {
+        let rests = (0..pools).map(|_| Rest::new()).collect();
+        Self { rests, suspect: places.first().copied().unwrap_or_default(), command: READ_ONLY }
+    }
+
+    /// Which of the pools at `places` a new connection is to be asked about. `None`: all rest.
+    fn to_be_proved(&self, places: &[usize]) -> Option<usize> {
+        let all = places.iter().copied();
         std::iter::once(self.suspect)
             .chain(all)
             .find(|place| self.rests.get(*place).is_some_and(Rest::is_over))
@@ -133,37 +132,6 @@ struct Session {
     sha: String,
     /// [`READ_ONLY`], or EVALSHA where there is none (before Redis 7).
     command: &'static str,
-}
-
-async fn open(
-    settings: &Redis,
-    address: &RedisAddress,
-    followed: &[Followed],
-    primary: &Primary,
-    doors: &mut Doors,
-) -> Result<Session, RedisError> {
-    let mut connection = connection::open_at(settings, address, |_| {}).await?;
-    primary.check(&connection::hello(&mut connection).await?)?;
-    let sha = Script::new(SCRIPT).get_hash().to_owned();
-    let mut session = Session { connection, sha, command: doors.command };
-    session.load().await?;
-    // A first question tells which of the two this server knows and this user may call.
-    let Some(place) = doors.to_be_proved() else { return Ok(session) };
-    let Followed { pool, key, .. } = &followed[place];
-    for command in [READ_ONLY, "EVALSHA"] {
-        session.command = command;
-        match session.ask(key, 0.0, &[]).await {
-            Err(error) if error.code() == Some(TOO_LARGE) => doors.rests[place].begins(pool),
-            Err(error) if connection::is_refusal(&error) => continue,
-            Err(error) => return Err(error),
-            Ok(_) => {}
-        }
-        doors.command = command;
-        return Ok(session);
-    }
-    // Both refused: it may be the key, and that may be granted later.
-    session.command = READ_ONLY;
-    Ok(session)
 }
 
 impl Session {
@@ -217,15 +185,6 @@ impl Session {
     }
 }
 
-/// A session, and what it serves.
-struct Serving<'a> {
-    session: Session,
-    settings: &'a Redis,
-    limits: &'a LuaPick,
-    followed: &'a [Followed],
-    primary: &'a Primary,
-}
-
 /// What came of a question: of the server, or of a pool.
 enum Said {
     Beat(Server),
@@ -237,13 +196,80 @@ enum Said {
     Refused,
 }
 
-impl Serving<'_> {
+/// Picks for the pools of one part.
+#[derive(Clone, Copy)]
+struct Picker<'a> {
+    settings: &'a Redis,
+    limits: &'a LuaPick,
+    followed: &'a [Followed],
+    part: &'a Part,
+}
+
+impl Picker<'_> {
+    async fn run(self, mut door: Door) {
+        let primary = &self.part.primary;
+        let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+        let mut rests = Rests::new(&self.part.places, self.followed.len());
+        loop {
+            let address = primary.known().await;
+            let answering = async {
+                let session = self.open(&address, &mut rests).await?;
+                door.open();
+                self.serve(session, &mut door.queue, &mut backoff, &mut rests).await
+            };
+            let result = tokio::select! {
+                biased;
+                () = primary.moved_from(&address) => Err(Trouble::Moved.into()),
+                result = answering => result,
+            };
+            door.close();
+            match result {
+                Ok(()) => return,
+                Err(error) => debug!(%error, "redis does not pick now"),
+            }
+            tokio::select! {
+                () = primary.moved_from(&address) => {
+                    backoff.reset();
+                    sleep(spread(LONGEST_MOVE)).await;
+                }
+                () = sleep(backoff.pause()) => {}
+            }
+        }
+    }
+
+    async fn open(&self, address: &RedisAddress, rests: &mut Rests) -> Result<Session, RedisError> {
+        let Self { settings, followed, part, .. } = self;
+        let mut connection = part.primary.open(settings, address, |_| {}).await?;
+        part.primary.check(&connection::hello(&mut connection).await?)?;
+        let sha = Script::new(SCRIPT).get_hash().to_owned();
+        let mut session = Session { connection, sha, command: rests.command };
+        session.load().await?;
+        // A first question tells which of the two this server knows and this user may call.
+        let Some(place) = rests.to_be_proved(&part.places) else { return Ok(session) };
+        let Followed { pool, key, .. } = &followed[place];
+        for command in [READ_ONLY, "EVALSHA"] {
+            session.command = command;
+            match session.ask(key, 0.0, &[]).await {
+                Err(error) if error.code() == Some(TOO_LARGE) => rests.rests[place].begins(pool),
+                Err(error) if connection::is_refusal(&error) => continue,
+                Err(error) => return Err(error),
+                Ok(_) => {}
+            }
+            rests.command = command;
+            return Ok(session);
+        }
+        // Both refused: it may be the key, and that may be granted later.
+        session.command = READ_ONLY;
+        Ok(session)
+    }
+
     /// Ends with an error when Redis does not answer in time, and with `Ok` when nobody can ask any more.
     async fn serve(
-        self,
-        requests: &mut LuaRequests,
+        &self,
+        session: Session,
+        queue: &mut mpsc::Receiver<LuaRequest>,
         backoff: &mut Backoff,
-        doors: &mut Doors,
+        rests: &mut Rests,
     ) -> Result<(), RedisError> {
         let mut answers: JoinSet<Result<Said, RedisError>> = JoinSet::new();
         let beats = self.settings.heartbeat_interval;
@@ -255,11 +281,11 @@ impl Serving<'_> {
                     // In time, so the next trouble is a new one. A server that only takes connections does not get here.
                     Ok(said) => {
                         match said? {
-                            Said::Beat(server) => self.primary.check(&server)?,
-                            Said::Picked(pool) => doors.rests[pool].is_needless(),
-                            Said::TooLarge(pool) => doors.rests[pool].begins(&self.followed[pool].pool),
+                            Said::Beat(server) => self.part.primary.check(&server)?,
+                            Said::Picked(pool) => rests.rests[pool].is_needless(),
+                            Said::TooLarge(pool) => rests.rests[pool].begins(&self.followed[pool].pool),
                             Said::Silent(pool) => {
-                                doors.suspect = pool;
+                                rests.suspect = pool;
                                 return Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into());
                             }
                             Said::Refused => {}
@@ -270,24 +296,28 @@ impl Serving<'_> {
                     Err(error) => warn!(%error, "a lua pick died"),
                 },
                 () = sleep_until(heartbeat) => {
-                    let mut connection = self.session.connection.clone();
+                    let mut connection = session.connection.clone();
                     answers.spawn(async move { connection::hello(&mut connection).await.map(Said::Beat) });
                     heartbeat = Instant::now() + jittered(beats);
                 }
-                request = requests.queue.recv() => {
+                request = queue.recv() => {
                     let Some(request) = request else { return Ok(()) };
                     // Dropped, it tells its session "no".
-                    if !request.answer.is_closed() && doors.rests[request.pool].is_over() {
-                        answers.spawn(self.answer(request));
+                    if !request.answer.is_closed() && rests.rests[request.pool].is_over() {
+                        answers.spawn(self.answer(session.clone(), request));
                     }
                 }
             }
         }
     }
 
-    fn answer(&self, request: LuaRequest) -> impl Future<Output = Result<Said, RedisError>> + use<> {
+    fn answer(
+        &self,
+        mut session: Session,
+        request: LuaRequest,
+    ) -> impl Future<Output = Result<Said, RedisError>> + use<> {
         let Followed { cell, key, .. } = self.followed[request.pool].clone();
-        let (mut session, limit) = (self.session.clone(), self.limits.timeout);
+        let limit = self.limits.timeout;
         async move {
             let (picked, said) = match timeout(limit, session.pick(&key, &request)).await {
                 Ok(Ok(picked)) => (picked, Said::Picked(request.pool)),

@@ -1,11 +1,13 @@
 //! Keeps the pools' tables equal to Redis, and lets Redis pick when a snapshot cannot be trusted.
 //!
 //! Two connections, each with a supervisor of its own that reconnects for ever: [`watch`] hears of changes, reads whole
-//! tables (`sync`) and publishes them; [`lua_pick`] runs the script. A third, [`applied`], tells what was published.
+//! tables (`sync`) and publishes them; [`lua_pick`] runs the script. A third, [`applied`], tells what was published. In a
+//! cluster each node that owns a pool's key has these three (`parts`).
 //! Nothing here is ever waited for by the data plane, which this module knows only by `balance`'s plain types. Statera
 //! never writes to a weights key, unless a person's command says so: [`weights`].
 
 pub mod applied;
+mod cluster;
 mod companion;
 mod connection;
 mod content;
@@ -13,17 +15,21 @@ mod decode;
 mod flags;
 pub mod lua_pick;
 mod mode;
+mod opinion;
 mod pace;
+mod parts;
 mod primary;
+mod redirect;
 mod reply_limit;
 mod sentinel;
+mod slot;
 pub mod status;
 mod sync;
 mod trouble;
 pub mod watch;
 pub mod weights;
 
-pub use primary::Primary;
+pub use parts::Parts;
 
 use std::sync::Arc;
 use std::time::Duration;

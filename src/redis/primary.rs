@@ -1,29 +1,64 @@
-//! Which server is followed: the one that the config names, or the one that the sentinels name just now.
+//! Which server is followed: the one that the config names, the one that the sentinels name just now, or a node of a
+//! cluster.
 //!
-//! Known to all connections to it, so that they leave together. `sentinel.rs` finds it out.
+//! Known to all connections to it, so that they leave together. `sentinel.rs` and `cluster.rs` find it out. A cluster's node
+//! stays the same as long as its part does (`parts.rs`).
 
-use redis::RedisError;
+use std::sync::Arc;
+
+use redis::{PushInfo, RedisError};
 use tokio::sync::watch;
 
-use super::connection::Server;
+use super::connection::{self, Connection, Server};
+use super::parts::Holder;
+use super::redirect::{Guide, Hint};
 use super::trouble::Trouble;
 use crate::config::{Redis, RedisAddress};
 
 /// The server that tables are read from.
 #[derive(Debug)]
-pub struct Primary {
+pub(super) struct Primary {
     address: watch::Sender<Option<RedisAddress>>,
-    /// Sentinels name it, so it has to be what they say.
+    /// Sentinels or a cluster name it, so it has to be what they say.
     is_named: bool,
+    /// In a cluster.
+    guide: Option<Arc<Guide>>,
 }
 
 impl Primary {
     /// Known at once, unless sentinels have to be asked.
-    #[must_use]
-    pub fn of(settings: &Redis) -> Self {
+    pub(super) fn of(settings: &Redis) -> Self {
         let is_named = matches!(settings.address, RedisAddress::Sentinel(_));
         let address = (!is_named).then(|| settings.address.clone());
-        Self { address: watch::channel(address).0, is_named }
+        Self { address: watch::channel(address).0, is_named, guide: None }
+    }
+
+    /// The node that `guide` is for.
+    pub(super) fn in_cluster(guide: Guide) -> Self {
+        let address = watch::channel(Some(guide.node.clone())).0;
+        Self { address, is_named: true, guide: Some(Arc::new(guide)) }
+    }
+
+    pub(super) fn is_held_by(&self, holder: &Holder) -> bool {
+        self.guide.as_ref().is_some_and(|guide| guide.node == holder.node && guide.asks == holder.asks)
+    }
+
+    /// Connects to it at `address`, where it was last known to be. Pushed messages go to `on_push`.
+    pub(super) async fn open(
+        &self,
+        settings: &Redis,
+        address: &RedisAddress,
+        on_push: impl Fn(PushInfo) + Send + Sync + 'static,
+    ) -> Result<Connection, RedisError> {
+        let connection = connection::open_at(settings, address, on_push).await?;
+        Ok(connection.guided(self.guide.clone()))
+    }
+
+    /// It does not answer, or not as a primary: in a cluster another may have taken over.
+    pub(super) fn is_lost(&self) {
+        if let Some(guide) = &self.guide {
+            guide.hint(Hint::Lost);
+        }
     }
 
     /// It is at `address` from now on.
@@ -49,7 +84,7 @@ impl Primary {
         }
     }
 
-    /// A server whom the sentinels name and that is a replica is not the primary yet, or not any more.
+    /// A server that sentinels or a cluster name and that is a replica is not the primary yet, or not any more.
     ///
     /// # Errors
     /// It has to be the primary, and says that it is not.

@@ -16,6 +16,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, info, warn};
 
 use super::connection::{self, Connection};
+use super::opinion::{Opinion, choose};
 use super::primary::Primary;
 use super::trouble::Trouble;
 use crate::config::{Redis, RedisAddress, Sentinel};
@@ -25,16 +26,6 @@ use crate::runtime::backoff::{jittered, spread};
 const EVENTS: [&str; 2] = ["+promoted-slave", "+switch-master"];
 /// Between two failovers' messages in a row.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(20);
-
-/// What one sentinel says of the primary.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Opinion {
-    /// Of the configuration: each failover raises it.
-    epoch: u64,
-    address: RedisAddress,
-    /// It does not reach that server.
-    is_down: bool,
-}
 
 /// An answer, or that there is none.
 type Answer = Result<Opinion, RedisError>;
@@ -161,22 +152,6 @@ impl Council {
     }
 }
 
-/// Whom to follow: the newest configuration, unless its server is down. `None`: stay with `present`.
-///
-/// An older one than `present`'s counts only where most sentinels answer and none knows better: then they were set up
-/// anew. Otherwise the one that was cut off during a failover would lead back to the old primary.
-fn choose<'a>(opinions: &'a [Option<Opinion>], present: Option<&Opinion>) -> Option<&'a Opinion> {
-    let answering = opinions.iter().flatten().count();
-    let newest = opinions.iter().flatten().map(|opinion| opinion.epoch).max()?;
-    if present.is_some_and(|present| newest < present.epoch) && answering * 2 <= opinions.len() {
-        return None;
-    }
-    let up = || opinions.iter().flatten().filter(|opinion| opinion.epoch == newest && !opinion.is_down);
-    // Where they differ over one epoch, the present one stays, so that nothing swings.
-    up().find(|opinion| present.is_some_and(|present| present.address == opinion.address))
-        .or_else(|| up().next())
-}
-
 /// Asks one sentinel for as long as it runs.
 struct Listener {
     settings: Arc<Redis>,
@@ -263,42 +238,6 @@ mod tests {
     fn opinion(epoch: u64, port: u16) -> Option<Opinion> {
         let address = RedisAddress::Tcp { host: "10.0.0.1".into(), port };
         Some(Opinion { epoch, address, is_down: false })
-    }
-
-    fn down(epoch: u64, port: u16) -> Option<Opinion> {
-        opinion(epoch, port).map(|opinion| Opinion { is_down: true, ..opinion })
-    }
-
-    #[track_caller]
-    fn chosen(opinions: &[Option<Opinion>], present: Option<Opinion>) -> Option<u16> {
-        choose(opinions, present.as_ref()).map(|opinion| match opinion.address {
-            RedisAddress::Tcp { port, .. } => port,
-            _ => panic!("{opinion:?}"),
-        })
-    }
-
-    #[test]
-    fn the_newest_configuration_wins_and_a_server_that_is_down_is_nobody() {
-        assert_eq!(chosen(&[opinion(1, 1), opinion(2, 2), opinion(1, 1)], opinion(1, 1)), Some(2));
-        assert_eq!(chosen(&[down(1, 1), down(1, 1), None], opinion(1, 1)), None);
-        assert_eq!(chosen(&[down(1, 1), opinion(1, 1), None], None), Some(1));
-        assert_eq!(chosen(&[None, None, None], opinion(1, 1)), None);
-        // The newest is down: the old one, which one sentinel still takes for the primary, is no way back.
-        assert_eq!(chosen(&[down(2, 2), opinion(1, 1), down(2, 2)], opinion(2, 2)), None);
-    }
-
-    #[test]
-    fn one_sentinel_that_was_cut_off_does_not_lead_back() {
-        assert_eq!(chosen(&[opinion(1, 1), None, None], opinion(2, 2)), None);
-        assert_eq!(chosen(&[opinion(1, 1), opinion(2, 2), None], opinion(2, 2)), Some(2));
-        // Set up anew, they count from the beginning.
-        assert_eq!(chosen(&[opinion(0, 3), opinion(0, 3), None], opinion(2, 2)), Some(3));
-    }
-
-    #[test]
-    fn a_tie_leaves_things_as_they_are() {
-        assert_eq!(chosen(&[opinion(1, 1), opinion(1, 2)], opinion(1, 2)), Some(2));
-        assert_eq!(chosen(&[opinion(1, 1), opinion(1, 2)], opinion(1, 1)), Some(1));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! How the control plane stands with Redis, for the metrics. Written by the control thread, read on a scrape.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::telemetry::counters::{Counter, Histogram};
 
@@ -36,8 +37,10 @@ impl WatchMode {
 /// What is counted of Redis as a whole.
 #[derive(Debug, Default)]
 pub struct RedisStatus {
-    connected: AtomicBool,
-    mode: AtomicU8,
+    /// Of the watching connections: one, or one for each node of a cluster that owns a pool's key.
+    modes: Mutex<Vec<Arc<Mode>>>,
+    /// There are pools that no connection watches.
+    lacks_some: AtomicBool,
     /// Messages that said "this key may have changed".
     pub notifications: Counter,
     /// Whole tables read.
@@ -49,22 +52,77 @@ pub struct RedisStatus {
 }
 
 impl RedisStatus {
-    /// The watching connection is up, in `mode`; [`WatchMode::None`] says that it is down.
-    pub fn set_mode(&self, mode: WatchMode) {
-        self.connected.store(mode != WatchMode::None, Relaxed);
-        self.mode.store(mode as u8, Relaxed);
+    /// Another watching connection is wanted, and counted until the answer is dropped.
+    pub(super) fn watch(self: &Arc<Self>) -> Watching {
+        let mode = Arc::new(Mode::default());
+        self.modes().push(Arc::clone(&mode));
+        Watching { status: Arc::clone(self), mode }
     }
 
-    /// How changes are noticed.
+    /// Whether there are pools that nobody can watch, since no node of the cluster serves their key.
+    pub(super) fn set_lacking(&self, lacks_some: bool) {
+        self.lacks_some.store(lacks_some, Relaxed);
+    }
+
+    /// How changes are noticed: of several connections, what is true of the one that is worst off.
     #[must_use]
     pub fn mode(&self) -> WatchMode {
-        WatchMode::ALL[usize::from(self.mode.load(Relaxed))]
+        if self.lacks_some.load(Relaxed) {
+            return WatchMode::None;
+        }
+        let worst_first = [WatchMode::None, WatchMode::Poll, WatchMode::Tracking, WatchMode::Notifications];
+        let modes = self.modes();
+        let is_in_use = |wanted: &WatchMode| modes.iter().any(|mode| mode.get() == *wanted);
+        worst_first.into_iter().find(is_in_use).unwrap_or(WatchMode::None)
     }
 
-    /// The watching connection is up.
+    /// All watching connections are up.
     #[must_use]
     pub fn is_connected(&self) -> bool {
-        self.connected.load(Relaxed)
+        self.mode() != WatchMode::None
+    }
+
+    fn modes(&self) -> MutexGuard<'_, Vec<Arc<Mode>>> {
+        self.modes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Of one connection.
+#[derive(Debug, Default)]
+pub(super) struct Mode(AtomicU8);
+
+impl Mode {
+    pub(super) fn get(&self) -> WatchMode {
+        WatchMode::ALL[usize::from(self.0.load(Relaxed))]
+    }
+}
+
+/// One watching connection, as the status knows it.
+#[derive(Debug)]
+pub(super) struct Watching {
+    status: Arc<RedisStatus>,
+    mode: Arc<Mode>,
+}
+
+impl Watching {
+    /// It is up, in `mode`; [`WatchMode::None`] says that it is down.
+    pub(super) fn set(&self, mode: WatchMode) {
+        self.mode.0.store(mode as u8, Relaxed);
+    }
+
+    pub(super) fn is_up(&self) -> bool {
+        self.mode.get() != WatchMode::None
+    }
+
+    /// For whoever has to look later.
+    pub(super) fn mode(&self) -> Arc<Mode> {
+        Arc::clone(&self.mode)
+    }
+}
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        self.status.modes().retain(|mode| !Arc::ptr_eq(mode, &self.mode));
     }
 }
 
@@ -75,4 +133,26 @@ pub struct TableStatus {
     pub rejected_members: AtomicU64,
     /// Reads that failed or were refused.
     pub failed_reads: Counter,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn several_connections_are_as_good_as_the_worst_of_them() {
+        let status = Arc::new(RedisStatus::default());
+        assert!(!status.is_connected(), "there is none");
+        let (one, other) = (status.watch(), status.watch());
+        one.set(WatchMode::Notifications);
+        assert!(!status.is_connected(), "one of two");
+        other.set(WatchMode::Poll);
+        assert_eq!(status.mode(), WatchMode::Poll);
+        other.set(WatchMode::Tracking);
+        assert_eq!(status.mode(), WatchMode::Tracking);
+        drop(other);
+        assert_eq!(status.mode(), WatchMode::Notifications);
+        status.set_lacking(true);
+        assert!(!status.is_connected(), "a pool is watched by nobody");
+    }
 }

@@ -9,17 +9,17 @@ use std::sync::PoisonError;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use redis::aio::MultiplexedConnection;
 use redis::{RedisError, Value};
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout_at};
 use tracing::{debug, error, info, warn};
 
+use super::Followed;
+use super::connection::{self, Connection};
 use super::decode::{self, Decoded, Rejected};
 use super::pace::{HeldBack, Pace};
 use super::status::{RedisStatus, TableStatus};
 use super::trouble::Trouble;
-use super::{Followed, connection};
 use crate::balance::Table;
 use crate::config::OnEmpty;
 use crate::runtime::backoff::{Backoff, jittered};
@@ -110,7 +110,7 @@ pub(super) struct Syncer<'a> {
     followed: &'a [Followed],
     on_empty: OnEmpty,
     status: &'a RedisStatus,
-    tables: &'a [TableStatus],
+    tables: Vec<&'a TableStatus>,
     states: Vec<State>,
 }
 
@@ -160,8 +160,9 @@ impl<'a> Syncer<'a> {
         followed: &'a [Followed],
         on_empty: OnEmpty,
         status: &'a RedisStatus,
-        tables: &'a [TableStatus],
+        tables: impl IntoIterator<Item = &'a TableStatus>,
     ) -> Self {
+        let tables = tables.into_iter().collect();
         Self { followed, on_empty, status, tables, states: vec![State::new(); followed.len()] }
     }
 
@@ -171,7 +172,7 @@ impl<'a> Syncer<'a> {
     /// The connection is of no use any more.
     pub(super) async fn read_changed(
         &mut self,
-        connection: &mut MultiplexedConnection,
+        connection: &mut Connection,
         changes: &Changes,
     ) -> Result<Option<Instant>, RedisError> {
         let mut next: Option<Instant> = None;
@@ -234,7 +235,7 @@ impl<'a> Syncer<'a> {
     /// Returns the number of members that Redis sent; `None`: it refused, or what it sent is no table.
     async fn read(
         &mut self,
-        connection: &mut MultiplexedConnection,
+        connection: &mut Connection,
         place: usize,
         since: Instant,
     ) -> Result<Option<usize>, RedisError> {
@@ -378,7 +379,7 @@ fn too_many() -> String {
 }
 
 /// Costs Redis nothing, where to find it out by reading would block it for 50 ms each time.
-async fn has_too_many(connection: &mut MultiplexedConnection, key: &str) -> Result<bool, RedisError> {
+async fn has_too_many(connection: &mut Connection, key: &str) -> Result<bool, RedisError> {
     match redis::cmd("ZCARD").arg(key).query_async::<usize>(connection).await {
         Ok(members) => Ok(members > MAX_MEMBERS),
         // It is another type now, or this user may not ask: reading tells.

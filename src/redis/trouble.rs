@@ -35,6 +35,12 @@ pub(super) enum Trouble {
     Oversized,
     #[error("the connection is closed whenever the table is asked for")]
     CutOff,
+    #[error("{0} serves the key's slot now")]
+    Elsewhere(String),
+    #[error("no node serves the key's slot")]
+    NoOwner,
+    #[error("it is a server of its own, and no node of a cluster")]
+    NoCluster,
 }
 
 impl From<Trouble> for RedisError {
@@ -48,9 +54,11 @@ pub(super) fn is_refusal(error: &RedisError) -> bool {
     error.code().is_some() && !is_not_ready(error)
 }
 
-/// True where the server will answer later: it loads its data, or follows a primary that is down.
+/// True where the server will answer later: it loads its data, follows a primary that is down, belongs to a cluster that is
+/// down, or has some of the keys while their slot moves.
 pub(super) fn is_not_ready(error: &RedisError) -> bool {
-    matches!(error.kind(), ErrorKind::Server(ServerErrorKind::BusyLoading | ServerErrorKind::MasterDown))
+    use ServerErrorKind::{BusyLoading, ClusterDown, MasterDown, TryAgain};
+    matches!(error.kind(), ErrorKind::Server(BusyLoading | MasterDown | ClusterDown | TryAgain))
 }
 
 /// What a person can do about it, if anything is known.
@@ -74,7 +82,16 @@ pub(super) fn cure(error: &RedisError) -> &'static str {
             return "redis's log says why; if it is the output buffer limit, remove the members that are no addresses \
                     (`redis-cli ZRANGE KEY 0 -1 | cut -c1-300` shows them)";
         }
-        Some(Trouble::NoPrimary | Trouble::NotPrimary(_) | Trouble::Moved | Trouble::Silent) | None => {}
+        Some(Trouble::NoCluster) => return "write its address as redis.url, or name a cluster's nodes",
+        Some(Trouble::NoOwner) => return "see what CLUSTER NODES says, and give the slot to a node",
+        Some(
+            Trouble::NoPrimary
+            | Trouble::NotPrimary(_)
+            | Trouble::Moved
+            | Trouble::Elsewhere(_)
+            | Trouble::Silent,
+        )
+        | None => {}
     }
     match error.kind() {
         _ if error.to_string().contains("unknown command 'SENTINEL'") => {
@@ -82,6 +99,10 @@ pub(super) fn cure(error: &RedisError) -> &'static str {
         }
         ErrorKind::AuthenticationFailed => "check redis.username and redis.password",
         ErrorKind::Server(ServerErrorKind::NoPerm) => "grant the ACL user what the message names",
+        ErrorKind::Server(ServerErrorKind::Moved | ServerErrorKind::Ask) => {
+            "this is a Redis Cluster: write redis.cluster instead of redis.url"
+        }
+        ErrorKind::Server(ServerErrorKind::ClusterDown) => "see what CLUSTER INFO says: a part of it is down",
         ErrorKind::RESP3NotSupported => "redis 6 or newer is needed",
         ErrorKind::Parse => {
             "check redis.url: what answers there does not speak redis's protocol; if it is TLS, write rediss://"
@@ -135,6 +156,16 @@ pub(super) fn is_move(error: &RedisError) -> bool {
 /// the answer would have to be read.
 pub(super) fn is_oversized(error: &RedisError) -> bool {
     matches!(trouble(error), Some(Trouble::Oversized | Trouble::CutOff))
+}
+
+/// True where a node of a cluster answered that another one has the key.
+pub(super) fn is_elsewhere(error: &RedisError) -> bool {
+    matches!(trouble(error), Some(Trouble::Elsewhere(_)))
+}
+
+/// True where the config or the cluster itself has to be mended.
+pub(super) fn is_of_cluster(error: &RedisError) -> bool {
+    matches!(trouble(error), Some(Trouble::NoCluster | Trouble::NoOwner))
 }
 
 fn trouble(error: &RedisError) -> Option<&Trouble> {

@@ -1,69 +1,135 @@
 //! Hears of changes in Redis, for as long as the process lives, over one connection after the other.
 //!
-//! Where sentinels name the primary, the connection is left as soon as they name another.
+//! Where sentinels name the primary, the connection is left as soon as they name another. In a cluster each node that owns
+//! a pool's key has a connection.
 //!
 //! On each connection: subscribe and track (`mode.rs`), wait for the confirmations, *then* read, so that no change falls
 //! between. After that a heartbeat proves that the connection still delivers, and a full read every `resync_interval` mends
 //! what nothing told of (SWAPDB tells nobody), and proves the mode again.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use redis::{ErrorKind, PushInfo, PushKind, RedisError, Value};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::connection::{self, Server};
 use super::mode::{Armed, Warned};
-use super::status::{RedisStatus, TableStatus, WatchMode};
+use super::parts::{self, Part};
+use super::primary::Primary;
+use super::status::{RedisStatus, TableStatus, WatchMode, Watching};
 use super::sync::{Changes, Syncer, changed};
 use super::trouble::Trouble;
-use super::{FIRST_PAUSE, Followed, LONGEST_MOVE, LONGEST_PAUSE, Primary, sentinel};
+use super::{FIRST_PAUSE, Followed, LONGEST_MOVE, LONGEST_PAUSE, Parts, cluster, sentinel};
 use crate::config::{Redis, RedisAddress};
 use crate::runtime::backoff::{Backoff, jittered, spread};
 
 /// Between two tries at a server that loads its data, at most: when it has, everybody reads.
 const LONGEST_LOADING_PAUSE: Duration = Duration::from_millis(400);
 
-/// Follows the tables of `followed` until it is dropped. `first_try_over` is called when the first connection has read
-/// them all, or failed.
+/// Follows the tables of `followed` until it is dropped. `first_try_over` is called when each pool's first connection has
+/// read its table, or failed.
 pub async fn run(
-    settings: &Redis,
-    followed: &[Followed],
-    primary: &Primary,
+    settings: &Arc<Redis>,
+    followed: &Arc<[Followed]>,
+    parts: &Parts,
     status: &Arc<RedisStatus>,
-    tables: &[TableStatus],
-    first_try_over: impl FnOnce(),
+    tables: &Arc<[TableStatus]>,
+    first_try_over: impl FnOnce() + Send + 'static,
 ) {
-    let syncer = Syncer::new(followed, settings.on_empty, status, tables);
-    let following = follow_tables(settings, followed, primary, status, syncer, first_try_over);
+    let tries = Arc::new(Tries::new(followed.len(), first_try_over));
+    let following = parts::each(parts.read(), std::future::pending(), |part| {
+        let (settings, followed) = (Arc::clone(settings), part.of(followed));
+        let (status, tables, tries) = (Arc::clone(status), Arc::clone(tables), Arc::clone(&tries));
+        async move {
+            let own_tables = part.places.iter().map(|place| &tables[*place]);
+            let syncer = Syncer::new(&followed, settings.on_empty, &status, own_tables);
+            let scene = Scene { settings: &settings, followed: &followed, part: &part, status: &status };
+            follow_tables(scene, syncer, &tries).await;
+        }
+    });
+    // Two halves of one task: neither ends, and they are dropped together.
     match &settings.address {
-        // Two halves of one task: neither ends, and they are dropped together.
         RedisAddress::Sentinel(nodes) => {
-            tokio::join!(following, sentinel::follow(settings, nodes, primary));
+            let named = parts.read().borrow().first().map(Arc::clone);
+            let Some(part) = named else { return };
+            tokio::join!(following, sentinel::follow(settings, nodes, &part.primary));
+        }
+        RedisAddress::Cluster(nodes) => {
+            tokio::join!(following, cluster::follow(settings, nodes, followed, parts, status));
         }
         _ => following.await,
     }
 }
 
-async fn follow_tables(
-    settings: &Redis,
-    followed: &[Followed],
-    primary: &Primary,
-    status: &Arc<RedisStatus>,
-    mut syncer: Syncer<'_>,
-    first_try_over: impl FnOnce(),
-) {
-    let mut first_try_over = Some(first_try_over);
+/// What each pool has behind it, whichever connection it was on.
+struct Tries {
+    inner: Mutex<TriesInner>,
+}
+
+struct TriesInner {
+    /// By pool: read once, or failed.
+    are_over: Vec<bool>,
+    /// By pool: connected once.
+    were_connected: Vec<bool>,
+    when_over: Option<Box<dyn FnOnce() + Send>>,
+}
+
+impl Tries {
+    fn new(pools: usize, when_over: impl FnOnce() + Send + 'static) -> Self {
+        let (are_over, were_connected) = (vec![false; pools], vec![false; pools]);
+        Self {
+            inner: Mutex::new(TriesInner { are_over, were_connected, when_over: Some(Box::new(when_over)) }),
+        }
+    }
+
+    /// The first try at these is over. When all are, that is told, once.
+    fn over(&self, places: &[usize]) {
+        let mut inner = self.inner();
+        places.iter().for_each(|place| inner.are_over[*place] = true);
+        if inner.are_over.iter().all(|over| *over)
+            && let Some(when_over) = inner.when_over.take()
+        {
+            when_over();
+        }
+    }
+
+    /// These are connected; true where one of them was before.
+    fn connected(&self, places: &[usize]) -> bool {
+        let mut inner = self.inner();
+        let again = places.iter().any(|place| inner.were_connected[*place]);
+        places.iter().for_each(|place| inner.were_connected[*place] = true);
+        again
+    }
+
+    fn inner(&self) -> MutexGuard<'_, TriesInner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What all connections of one part have in common.
+#[derive(Clone, Copy)]
+struct Scene<'a> {
+    settings: &'a Redis,
+    followed: &'a [Followed],
+    part: &'a Part,
+    status: &'a Arc<RedisStatus>,
+}
+
+async fn follow_tables(scene: Scene<'_>, mut syncer: Syncer<'_>, tries: &Tries) {
+    let Scene { settings, part, status, .. } = scene;
+    let (primary, watching) = (&part.primary, status.watch());
+    let mut first_try_over = Some(|| tries.over(&part.places));
     let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
     let mut last_error: Option<String> = None;
-    let mut connections = 0u64;
     let mut warned = Warned::default();
+    let mut was_sent_on = false;
     loop {
         let address = known(settings, primary).await;
         let redis = address.as_ref().unwrap_or(&settings.address);
-        let watch = Connection { settings, followed, primary, address: redis, status };
+        let watch = Connection { scene, address: redis, watching: &watching };
         // In the middle of whatever is waited for: it may be a server that is frozen.
         let moved = || async {
             primary.moved_from(redis).await;
@@ -79,10 +145,9 @@ async fn follow_tables(
         };
         let error = match opened {
             Ok(opened) => {
-                if connections > 0 {
+                if tries.connected(&part.places) {
                     status.reconnects.add(1);
                 }
-                connections += 1;
                 let begun = Instant::now();
                 let error = tokio::select! {
                     biased;
@@ -94,8 +159,10 @@ async fn follow_tables(
                     backoff.reset();
                 }
                 // Of an answer that is too large, the pool's line has said it.
-                let is_told = connection::is_move(&error) || connection::is_oversized(&error);
-                if status.is_connected() && !is_told {
+                let is_told = connection::is_move(&error)
+                    || connection::is_elsewhere(&error)
+                    || connection::is_oversized(&error);
+                if watching.is_up() && !is_told {
                     warn!(
                         %redis, %error,
                         "redis lost, picking from the last snapshots: it is tried again until it works"
@@ -112,7 +179,14 @@ async fn follow_tables(
             sleep(spread(LONGEST_MOVE)).await;
             continue;
         }
-        status.set_mode(WatchMode::None);
+        watching.set(WatchMode::None);
+        primary.is_lost();
+        // Whoever follows the cluster has heard of it, and divides anew. Only where it stays so, somebody has to know.
+        if connection::is_elsewhere(&error) && !std::mem::replace(&mut was_sent_on, true) {
+            debug!(left = %redis, %error, "a node sends us on");
+            sleep(backoff.pause()).await;
+            continue;
+        }
         if let Some(over) = first_try_over.take() {
             over();
         }
@@ -147,11 +221,9 @@ async fn known(settings: &Redis, primary: &Primary) -> Option<RedisAddress> {
 }
 
 struct Connection<'a> {
-    settings: &'a Redis,
-    followed: &'a [Followed],
-    primary: &'a Primary,
+    scene: Scene<'a>,
     address: &'a RedisAddress,
-    status: &'a Arc<RedisStatus>,
+    watching: &'a Watching,
 }
 
 /// A connection that answers.
@@ -164,11 +236,12 @@ struct Opened {
 
 impl Connection<'_> {
     async fn open(&self) -> Result<Opened, RedisError> {
-        let changes = Arc::new(Changes::new(self.followed, self.settings.database));
+        let Scene { settings, followed, part, status } = self.scene;
+        let changes = Arc::new(Changes::new(followed, settings.database));
         let lost = Arc::new(AtomicBool::new(false));
         let on_push = {
-            let (changes, lost, status) = (Arc::clone(&changes), Arc::clone(&lost), Arc::clone(self.status));
-            let channel_of = channels_of(self.settings.database);
+            let (changes, lost, status) = (Arc::clone(&changes), Arc::clone(&lost), Arc::clone(status));
+            let (mode, channel_of) = (self.watching.mode(), channels_of(settings.database));
             move |push: PushInfo| match (push.kind, push.data.first()) {
                 (PushKind::Message, Some(Value::BulkString(channel))) if changes.notice(channel) => {
                     status.notifications.add(1);
@@ -178,7 +251,7 @@ impl Connection<'_> {
                         // Where the same change is told twice, it is counted once.
                         if let Value::BulkString(key) = key
                             && changes.notice(&channel_of(key))
-                            && status.mode() == WatchMode::Tracking
+                            && mode.get() == WatchMode::Tracking
                         {
                             status.notifications.add(1);
                         }
@@ -193,9 +266,9 @@ impl Connection<'_> {
                 _ => {}
             }
         };
-        let mut connection = connection::open_at(self.settings, self.address, on_push).await?;
+        let mut connection = part.primary.open(settings, self.address, on_push).await?;
         let server = connection::hello(&mut connection).await?;
-        self.primary.check(&server)?;
+        part.primary.check(&server)?;
         Ok(Opened { connection, changes, lost, server })
     }
 
@@ -221,19 +294,25 @@ impl Connection<'_> {
         first_try_over: &mut Option<impl FnOnce()>,
     ) -> Result<std::convert::Infallible, RedisError> {
         let Opened { mut connection, changes, lost, server } = opened;
-        let mut armed = Armed::new(self.settings, &changes);
+        let Scene { settings, part, .. } = self.scene;
+        let mut armed = Armed::new(settings, &changes);
         let mut mode = armed.prove(&mut connection, warned).await?;
-        self.status.set_mode(mode);
+        self.watching.set(mode);
         info!(redis = %self.address, version = server.version, role = server.role, watch = mode.name(), "connected to redis");
 
         changes.notice_all();
-        let mut heartbeat = Instant::now() + jittered(self.settings.heartbeat_interval);
-        let mut resync = Instant::now() + jittered(self.settings.resync_interval);
-        let mut poll = Instant::now() + jittered(self.settings.poll_interval);
+        let mut heartbeat = Instant::now() + jittered(settings.heartbeat_interval);
+        let mut resync = Instant::now() + jittered(settings.resync_interval);
+        let mut told_to_wait = false;
+        let mut poll = Instant::now() + jittered(settings.poll_interval);
         loop {
             let rest_ends = match syncer.read_changed(&mut connection, &changes).await {
                 Ok(next) => next,
                 Err(error) if connection::is_not_ready(&error) => {
+                    if !std::mem::replace(&mut told_to_wait, true) {
+                        let cure = connection::cure(&error);
+                        warn!(redis = %self.address, %error, cure, "redis is not ready to be read");
+                    }
                     sleep(spread(LONGEST_LOADING_PAUSE)).await;
                     connection::hello(&mut connection).await.or_else(|e| {
                         if connection::is_not_ready(&e) { Ok(Server::default()) } else { Err(e) }
@@ -255,16 +334,16 @@ impl Connection<'_> {
                 biased;
                 () = sleep_until(heartbeat) => {
                     let asked = Instant::now();
-                    self.primary.check(&connection::hello(&mut connection).await?)?;
+                    part.primary.check(&connection::hello(&mut connection).await?)?;
                     // What told of a change before this answer came before it.
                     if mode != WatchMode::Poll {
                         syncer.confirm(&changes, asked);
                     }
-                    heartbeat = Instant::now() + jittered(self.settings.heartbeat_interval);
+                    heartbeat = Instant::now() + jittered(settings.heartbeat_interval);
                 }
                 () = sleep_until(poll), if mode == WatchMode::Poll => {
                     changes.notice_all();
-                    poll = Instant::now() + jittered(self.settings.poll_interval);
+                    poll = Instant::now() + jittered(settings.poll_interval);
                 }
                 () = sleep_until(resync) => {
                     // The flags, or what this user may do, may have been changed by someone else meanwhile.
@@ -272,10 +351,10 @@ impl Connection<'_> {
                     if now != mode {
                         info!(watch = now.name(), "changes are noticed in another way now");
                         (mode, poll) = (now, Instant::now());
-                        self.status.set_mode(mode);
+                        self.watching.set(mode);
                     }
                     changes.notice_all();
-                    resync = Instant::now() + jittered(self.settings.resync_interval);
+                    resync = Instant::now() + jittered(settings.resync_interval);
                 }
                 () = changed(&changes, rest_ends) => {}
             }

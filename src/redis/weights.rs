@@ -66,7 +66,7 @@ impl Ledger {
     /// Redis is not there, or refuses this user.
     pub async fn open(settings: &Redis, key: &str) -> Result<Self, WeightsError> {
         let address = settings.address.to_string();
-        match connection::open(settings, |_| {}).await {
+        match connection::open_for(settings, key).await {
             Ok(connection) => {
                 Ok(Self { connection, address, key: key.to_owned(), companions: Companions::of(key) })
             }

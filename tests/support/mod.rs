@@ -4,6 +4,7 @@
 mod backend;
 mod certificates;
 mod client;
+mod cluster;
 mod desk;
 mod history;
 mod http;
@@ -26,6 +27,7 @@ mod writer;
 pub use backend::{Backend, dead_address, silent_address};
 pub use certificates::{Authority, Identity, path_text};
 pub use client::{echo, greeting};
+pub use cluster::Cluster;
 pub use desk::{Desk, Typed};
 pub use history::{History, Look, Promise, Table, without_zeros};
 pub use http::{Answer, ask, get, sum_of};

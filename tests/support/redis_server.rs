@@ -33,6 +33,11 @@ impl Redis {
     /// With other arguments, and Redis's own default for the rest: notifications off.
     pub async fn start_with(arguments: &[&str]) -> Self {
         let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port").port();
+        Self::start_at(port, arguments).await
+    }
+
+    /// The same on a port that the scenario has chosen.
+    pub async fn start_at(port: u16, arguments: &[&str]) -> Self {
         let arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
         let mut redis = Self { server: None, port, arguments, folder: TempDir::new().expect("a folder") };
         redis.launch().await;

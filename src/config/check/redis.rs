@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::redis_url::{self, RedisUrl};
-use super::{non_zero_usize, redis_sentinel, redis_tls, secret_file};
+use super::{non_zero_usize, redis_cluster, redis_sentinel, redis_tls, secret_file};
 use crate::config::decode::{Keys, Section, path_of_key};
 use crate::config::{LuaPick, OnEmpty, Pool, Redis, RedisAddress, Secret, Watch};
 
@@ -12,6 +12,7 @@ pub(super) const REDIS: Keys = Keys {
     now: &[
         "url",
         "sentinel",
+        "cluster",
         "tls",
         "username",
         "password",
@@ -26,7 +27,7 @@ pub(super) const REDIS: Keys = Keys {
         "max_stale",
         "on_empty",
     ],
-    later: &["cluster"],
+    later: &[],
 };
 pub(super) const LUA_PICK: Keys = Keys { now: &["enabled", "timeout", "max_in_flight"], later: &[] };
 
@@ -39,15 +40,7 @@ pub(super) const LUA_TIMEOUT: Duration = Duration::from_millis(50);
 const IN_FLIGHT_MAX: u64 = 65_536;
 
 pub(super) fn redis(section: &Section<'_>) -> Redis {
-    let RedisUrl { address, database, username, password } = match redis_sentinel::sentinel(section) {
-        Some((sentinel, database)) => RedisUrl {
-            address: RedisAddress::Sentinel(Arc::new(sentinel)),
-            database,
-            username: None,
-            password: None,
-        },
-        None => url(section),
-    };
+    let RedisUrl { address, database, username, password } = location(section);
     let watches = [
         ("auto", Watch::Auto),
         ("notifications", Watch::Notifications),
@@ -73,6 +66,16 @@ pub(super) fn redis(section: &Section<'_>) -> Redis {
     };
     check_max_stale(section, &redis);
     redis
+}
+
+fn location(section: &Section<'_>) -> RedisUrl {
+    let at = |address, database| RedisUrl { address, database, username: None, password: None };
+    let cluster = redis_cluster::cluster(section);
+    match (redis_sentinel::sentinel(section), cluster) {
+        (Some((sentinel, database)), _) => at(RedisAddress::Sentinel(Arc::new(sentinel)), database),
+        (None, Some(cluster)) => at(RedisAddress::Cluster(Arc::new(cluster)), 0),
+        (None, None) => url(section),
+    }
 }
 
 fn url(section: &Section<'_>) -> RedisUrl {

@@ -20,11 +20,12 @@ type Identity = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
 
 /// `None` where TLS is not spoken, and where something is wrong with it.
 pub(super) fn tls(redis: &Section<'_>, address: &RedisAddress) -> Option<Tls> {
-    if matches!(address, RedisAddress::Sentinel(_)) && !redis.has("tls") {
+    let has_nodes = matches!(address, RedisAddress::Sentinel(_) | RedisAddress::Cluster(_));
+    if has_nodes && !redis.has("tls") {
         return None;
     }
     let section = redis.section("tls", TLS);
-    if !matches!(address, RedisAddress::Tls { .. } | RedisAddress::Sentinel(_)) {
+    if !has_nodes && !matches!(address, RedisAddress::Tls { .. }) {
         if let Some(field) = redis.field("tls") {
             field.refuse_unshown("it has no effect on this url: write rediss://, or remove it");
         }

@@ -33,6 +33,9 @@ pub(super) fn not_connected(address: &str, error: &RedisError) -> WeightsError {
         _ if connection::is_refusal(error) => {
             WeightsError::Refused(format!("{text}: {}", connection::cure(error)))
         }
+        _ if connection::is_of_cluster(error) => {
+            WeightsError::Refused(format!("{text}: {}", connection::cure(error)))
+        }
         _ => WeightsError::Unreachable(format!("{text}: is it up, and is redis.url right?")),
     }
 }
@@ -58,6 +61,17 @@ pub(super) fn of_redis(
             }
         };
         return WeightsError::Unreachable(format!("redis at {address} did not answer: {error}{unknown}"));
+    }
+    if connection::is_elsewhere(error) {
+        return WeightsError::Unreachable(format!(
+            "redis at {address}: {error}: the slot moves, try again soon"
+        ));
+    }
+    if matches!(error.kind(), ErrorKind::Server(ServerErrorKind::Moved | ServerErrorKind::Ask)) {
+        return WeightsError::Refused(format!(
+            "redis at {address} refuses: {error}: {}",
+            connection::cure(error)
+        ));
     }
     let pattern = companions.pattern();
     let cure = match error.kind() {

@@ -1,0 +1,24 @@
+//! `redis.cluster`: some nodes of a Redis Cluster, instead of `redis.url`.
+
+use super::redis_nodes;
+use crate::config::Cluster;
+use crate::config::decode::{Keys, Section};
+
+/// `database` is known so that it can be refused in words that help.
+const CLUSTER: Keys = Keys { now: &["nodes", "database"], later: &[] };
+const PORT: u16 = 6379;
+
+/// `None` where it is left out.
+pub(super) fn cluster(redis: &Section<'_>) -> Option<Cluster> {
+    let whole = redis.field("cluster")?;
+    for other in ["url", "sentinel"] {
+        if redis.has(other) {
+            whole.refuse_unshown(format!("there is a {other}, too: keep one of them"));
+        }
+    }
+    let section = redis.section("cluster", CLUSTER);
+    if section.integer("database", 0..=u32::MAX.into(), 0) != 0 {
+        section.field("database").inspect(|field| field.refuse("a cluster has database 0 alone: remove it"));
+    }
+    Some(Cluster { nodes: redis_nodes::nodes(redis, &section, "node", PORT) })
+}

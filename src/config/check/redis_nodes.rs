@@ -1,0 +1,37 @@
+//! `nodes` of `redis.sentinel` and of `redis.cluster`: who is asked where the primary is.
+
+use super::redis_url::{address, host_and_port};
+use crate::config::RedisAddress;
+use crate::config::decode::Section;
+
+/// Nobody needs more than a handful.
+const NODES_MAX: usize = 100;
+
+/// `what` is a word for one of them: `sentinel`, `node`.
+pub(super) fn nodes(redis: &Section<'_>, section: &Section<'_>, what: &str, port: u16) -> Vec<RedisAddress> {
+    // What holds of the servers holds of those that name them: all speak TLS, or none does.
+    let secure = redis.has("tls");
+    let mut nodes = Vec::new();
+    let Some(field) = section.field("nodes") else {
+        if !section.has("nodes") {
+            let cure = format!("it is missing: name the {what}s, like [\"10.0.0.1:{port}\"]");
+            section.whole().miss("nodes", cure);
+        }
+        return nodes;
+    };
+    for node in field.one_or_many() {
+        let Some(text) = node.text() else { continue };
+        match host_and_port(text, port).map(|(host, port)| address(host, port, secure)) {
+            Some(address) if nodes.contains(&address) => node.refuse("it is there twice: keep one of them"),
+            Some(address) => nodes.push(address),
+            None => node.refuse(format_args!("write a {what} like \"10.0.0.1:{port}\" or \"[::1]:{port}\"")),
+        }
+    }
+    if field.one_or_many().is_empty() {
+        field.refuse_unshown(format!("it is empty: name the {what}s, like [\"10.0.0.1:{port}\"]"));
+    }
+    if nodes.len() > NODES_MAX {
+        field.refuse_unshown(format!("at most {NODES_MAX} are possible: a few are enough"));
+    }
+    nodes
+}

@@ -1,0 +1,364 @@
+//! Asks the nodes of a Redis Cluster who owns the slot of each pool's key, and hears when that changes.
+//!
+//! Some of them are asked, each over a connection of its own: twice a heartbeat, and at once when a connection hears of a
+//! change (`redirect.rs`). For each slot the newest epoch wins, which is the cluster's own rule; so an old primary that was
+//! cut off and goes on as one misleads nobody, as long as one of the others answers. The library's own client believes
+//! the first node that answers.
+
+mod view;
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use redis::RedisError;
+use tokio::sync::{Notify, mpsc};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, timeout};
+use tracing::{debug, info, warn};
+
+use super::opinion::{Opinion, choose};
+use super::parts::Holder;
+use super::redirect::Hint;
+use super::slot::slot_of;
+use super::status::RedisStatus;
+use super::trouble::Trouble;
+use super::{Followed, Parts, connection};
+use crate::config::{Cluster, Redis, RedisAddress};
+use view::View;
+
+/// Nodes that are asked. They need not be the owners: whoever takes a slot over tells all others, so a few of them are
+/// enough, and a large cluster is not asked by everybody everywhere.
+const MOST_ASKED: usize = 7;
+/// Between two questions to one node, whatever hints come.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(20);
+/// A command that asks once: after the first answer the others have so long to contradict.
+const GRACE: Duration = Duration::from_millis(250);
+
+/// An answer, or that there is none.
+type Answer = Result<View, RedisError>;
+
+/// Asks each configured node once for the owner of `key`, within the time of one connection and one answer.
+///
+/// # Errors
+/// None answers, or nobody owns it.
+pub(super) async fn find(settings: &Redis, cluster: &Cluster, key: &str) -> Result<RedisAddress, RedisError> {
+    let slot = slot_of(key);
+    let mut questions = JoinSet::new();
+    for node in cluster.nodes.clone() {
+        let settings = settings.clone();
+        questions.spawn(async move {
+            let mut connection = connection::open_at(&settings, &node, |_| {}).await?;
+            view::ask(&mut connection, &node, &[slot]).await
+        });
+    }
+    let (mut opinions, mut error) = (Vec::new(), None);
+    let mut hear = |answer: Answer| match answer {
+        Ok(view) => opinions.extend(view.owners),
+        Err(failure) => error = error.take().or(Some(failure)),
+    };
+    let mut all = async |limit: Option<Duration>| {
+        let hearing = async {
+            while let Some(answer) = questions.join_next().await {
+                // A panic would be a defect of ours; the other nodes still answer.
+                let Ok(answer) = answer else { continue };
+                let is_first = answer.is_ok() && limit.is_none();
+                hear(answer);
+                if is_first {
+                    return;
+                }
+            }
+        };
+        let _ = timeout(limit.unwrap_or(Duration::MAX), hearing).await;
+    };
+    all(None).await;
+    all(Some(GRACE)).await;
+    match choose(&opinions, None) {
+        Some(owner) => Ok(owner.address.clone()),
+        None if opinions.is_empty() => Err(error.unwrap_or_else(|| Trouble::NoPrimary.into())),
+        None => Err(Trouble::NoOwner.into()),
+    }
+}
+
+/// Divides `parts` as the nodes say, until it is dropped.
+pub(super) async fn follow(
+    settings: &Arc<Redis>,
+    cluster: &Cluster,
+    followed: &[Followed],
+    parts: &Parts,
+    status: &RedisStatus,
+) {
+    // Asked for once in a life.
+    let Some(mut hints) = parts.hints() else { return };
+    let slots: Arc<[u16]> = followed.iter().map(|followed| slot_of(&followed.key)).collect();
+    let (said, mut answers) = mpsc::channel(MOST_ASKED);
+    let asking = Asking { settings: Arc::clone(settings), slots: Arc::clone(&slots), said };
+    let mut council = Council::new(cluster, &slots);
+    council.seat_more(&asking);
+    // The first to answer may be the one that knows least.
+    let patience = settings.connect_timeout + settings.response_timeout;
+    let most_answered = async {
+        while !council.have_enough_answered()
+            && let Some((node, answer)) = answers.recv().await
+        {
+            council.hear(&node, answer, &asking);
+        }
+    };
+    let _ = timeout(patience, most_answered).await;
+    loop {
+        council.decide(followed);
+        let owners = council.owners();
+        status.set_lacking(owners.contains(&None));
+        parts.divide(&council.readable(), &owners);
+        council.tell(followed);
+        tokio::select! {
+            Some((node, answer)) = answers.recv() => council.hear(&node, answer, &asking),
+            Some(hint) = hints.recv() => council.heed(hint, settings.heartbeat_interval),
+            else => return,
+        }
+    }
+}
+
+/// What is known of the cluster.
+#[derive(Debug)]
+struct Council<'a> {
+    configured: &'a [RedisAddress],
+    /// As the newest answer names them.
+    known: Vec<RedisAddress>,
+    seats: Vec<Seat>,
+    /// Where the search for the next one to be seated goes on.
+    next: usize,
+    slots: &'a [u16],
+    /// By pool.
+    places: Vec<Place>,
+    last_error: Option<(RedisAddress, RedisError)>,
+    is_silence_told: bool,
+}
+
+/// Somebody who is asked.
+#[derive(Debug)]
+struct Seat {
+    node: RedisAddress,
+    /// `None` before its first answer.
+    answer: Option<Answer>,
+    ask_now: Arc<Notify>,
+    /// Ends with the seat.
+    _listener: JoinSet<()>,
+}
+
+/// One pool's key.
+#[derive(Debug, Default)]
+struct Place {
+    owner: Option<Opinion>,
+    /// Where the owner sends us for this key, as long as it is the owner.
+    detour: Option<RedisAddress>,
+    /// A detour that led back is not taken again before.
+    no_detour_until: Option<Instant>,
+    is_lack_told: bool,
+}
+
+impl<'a> Council<'a> {
+    fn new(cluster: &'a Cluster, slots: &'a [u16]) -> Self {
+        Self {
+            configured: &cluster.nodes,
+            known: Vec::new(),
+            seats: Vec::new(),
+            next: 0,
+            slots,
+            places: slots.iter().map(|_| Place::default()).collect(),
+            last_error: None,
+            is_silence_told: false,
+        }
+    }
+
+    /// Somebody answered or failed to. One who fails makes room, so that a few dead nodes never hide the living.
+    fn hear(&mut self, node: &RedisAddress, answer: Answer, asking: &Asking) {
+        match &answer {
+            Ok(view) => self.known.clone_from(&view.nodes),
+            Err(error) => self.last_error = Some((node.clone(), error.clone())),
+        }
+        let Some(place) = self.seats.iter().position(|seat| seat.node == *node) else { return };
+        let failed = answer.is_err();
+        self.seats[place].answer = Some(answer);
+        self.seat_more(asking);
+        if failed && let Some(other) = self.next_candidate() {
+            self.seats[place] = asking.seat(other);
+        }
+    }
+
+    fn seat_more(&mut self, asking: &Asking) {
+        while self.seats.len() < MOST_ASKED
+            && let Some(node) = self.next_candidate()
+        {
+            self.seats.push(asking.seat(node));
+        }
+    }
+
+    /// Somebody who has no seat, in turn.
+    fn next_candidate(&mut self) -> Option<RedisAddress> {
+        let all: Vec<&RedisAddress> = self.configured.iter().chain(&self.known).collect();
+        let turns = (0..all.len()).map(|step| (self.next + step) % all.len());
+        let free = |place: &usize| self.seats.iter().all(|seat| seat.node != *all[*place]);
+        let place = turns.into_iter().find(free)?;
+        self.next = place + 1;
+        Some(all[place].clone())
+    }
+
+    fn views(&self) -> impl Iterator<Item = &View> {
+        self.seats.iter().filter_map(|seat| seat.answer.as_ref()?.as_ref().ok())
+    }
+
+    fn have_enough_answered(&self) -> bool {
+        self.views().count() * 2 > self.seats.len() || self.seats.iter().all(|seat| seat.answer.is_some())
+    }
+
+    /// Whom each slot belongs to, by what all have said.
+    fn decide(&mut self, followed: &[Followed]) {
+        let (seats, answering) = (&self.seats, self.views().count());
+        for (index, (place, Followed { pool, .. })) in self.places.iter_mut().zip(followed).enumerate() {
+            let opinions: Vec<Option<Opinion>> =
+                seats.iter().map(|seat| seat.answer.as_ref()?.as_ref().ok()?.owners[index].clone()).collect();
+            let Place { owner, detour, .. } = place;
+            if answering * 2 > opinions.len() && opinions.iter().all(Option::is_none) {
+                // Taken away from its owner, and given to nobody.
+                (*owner, *detour) = (None, None);
+                continue;
+            }
+            let Some(chosen) = choose(&opinions, owner.as_ref()).cloned() else { continue };
+            if owner.as_ref().is_none_or(|owner| owner.address != chosen.address) {
+                *detour = None;
+                info!(%pool, node = %chosen.address, "a node of the cluster owns the weights");
+            }
+            *owner = Some(chosen);
+        }
+    }
+
+    fn owners(&self) -> Vec<Option<Holder>> {
+        let owner = |place: &Place| Some(Holder { node: place.owner.as_ref()?.address.clone(), asks: false });
+        self.places.iter().map(owner).collect()
+    }
+
+    fn readable(&self) -> Vec<Option<Holder>> {
+        let holder = |place: &Place| match &place.detour {
+            Some(node) => Some(Holder { node: node.clone(), asks: true }),
+            None => Some(Holder { node: place.owner.as_ref()?.address.clone(), asks: false }),
+        };
+        self.places.iter().map(holder).collect()
+    }
+
+    /// A connection has heard something.
+    fn heed(&mut self, hint: Hint, rest: Duration) {
+        let now = Instant::now();
+        let (slot, to) = match hint {
+            Hint::Moved(slot) => (slot, None),
+            Hint::Asked(slot, to) => (slot, Some(to)),
+            Hint::Lost => return self.ask_all(),
+        };
+        let of_slot = self.places.iter_mut().zip(self.slots).filter(|(_, other)| **other == slot);
+        for (place, _) in of_slot {
+            match &to {
+                Some(_) if place.no_detour_until.is_some_and(|until| now < until) => {}
+                Some(to) => place.detour = place.owner.as_ref().map(|_| to.clone()),
+                None if place.detour.take().is_some() => place.no_detour_until = Some(now + rest),
+                None => {}
+            }
+        }
+        self.ask_all();
+    }
+
+    fn ask_all(&self) {
+        self.seats.iter().for_each(|seat| seat.ask_now.notify_one());
+    }
+
+    /// Says once that nobody answers and once that somebody does again, and the same of each pool that has no owner.
+    fn tell(&mut self, followed: &[Followed]) {
+        let is_silent = self.views().next().is_none();
+        if std::mem::replace(&mut self.is_silence_told, is_silent) != is_silent {
+            match &self.last_error {
+                Some((node, error)) if is_silent => {
+                    let cure = if error.is_connection_refusal() {
+                        "start the nodes, or check redis.cluster.nodes"
+                    } else {
+                        connection::cure(error)
+                    };
+                    warn!(%node, %error, cure, "no node of the cluster says who owns the weights");
+                }
+                _ if is_silent => warn!("no node of the cluster answers"),
+                _ => info!("a node of the cluster answers again"),
+            }
+        }
+        if is_silent {
+            return;
+        }
+        for (place, Followed { pool, key, .. }) in self.places.iter_mut().zip(followed) {
+            let lacks = place.owner.is_none();
+            if std::mem::replace(&mut place.is_lack_told, lacks) != lacks && lacks {
+                let (error, slot) = (RedisError::from(Trouble::NoOwner), slot_of(key));
+                let cure = connection::cure(&error);
+                warn!(pool = %pool, key, slot, %error, cure, "cannot watch redis");
+            }
+        }
+    }
+}
+
+/// What all that are asked have in common.
+#[derive(Clone, Debug)]
+struct Asking {
+    settings: Arc<Redis>,
+    slots: Arc<[u16]>,
+    said: mpsc::Sender<(RedisAddress, Answer)>,
+}
+
+impl Asking {
+    /// From now on `node` is asked, until the seat is dropped.
+    fn seat(&self, node: RedisAddress) -> Seat {
+        let ask_now = Arc::new(Notify::new());
+        let mut listener = JoinSet::new();
+        listener.spawn(self.clone().ask_for_ever(node.clone(), Arc::clone(&ask_now)));
+        Seat { node, answer: None, ask_now, _listener: listener }
+    }
+
+    async fn ask_for_ever(self, node: RedisAddress, ask_now: Arc<Notify>) {
+        loop {
+            let Err(error) = self.keep_asking(&node, &ask_now).await;
+            debug!(%node, %error, "a node of the cluster does not answer");
+            if self.said.send((node.clone(), Err(error))).await.is_err() {
+                return;
+            }
+            self.pause(Instant::now(), &ask_now).await;
+        }
+    }
+
+    async fn keep_asking(
+        &self,
+        node: &RedisAddress,
+        ask_now: &Arc<Notify>,
+    ) -> Result<Infallible, RedisError> {
+        let on_push = {
+            let ask_now = Arc::clone(ask_now);
+            // Nothing but its end is pushed: asking shows that.
+            move |_| ask_now.notify_one()
+        };
+        let mut connection = connection::open_at(&self.settings, node, on_push).await?;
+        let mut last = None;
+        loop {
+            let asked = Instant::now();
+            let view = view::ask(&mut connection, node, &self.slots).await?;
+            // The same again is no news.
+            if last.as_ref() != Some(&view) {
+                last = Some(view.clone());
+                if self.said.send((node.clone(), Ok(view))).await.is_err() {
+                    return std::future::pending().await;
+                }
+            }
+            self.pause(asked, ask_now).await;
+        }
+    }
+
+    /// Twice a heartbeat: a change that nothing tells of is known within one.
+    async fn pause(&self, asked: Instant, ask_now: &Notify) {
+        sleep(SHORTEST_PAUSE).await;
+        let next = asked + self.settings.heartbeat_interval / 2;
+        let _ = timeout(next.saturating_duration_since(Instant::now()), ask_now.notified()).await;
+    }
+}

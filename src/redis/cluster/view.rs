@@ -1,0 +1,158 @@
+//! What one node of a cluster says of it: who owns the slots that matter, since which epoch, and who else there is.
+//!
+//! CLUSTER SLOTS has the addresses that clients are to use, CLUSTER NODES the epochs; both have been there since Redis 4 and in
+//! Valkey. What cannot be read is an error, never a guess.
+
+use std::collections::HashMap;
+
+use redis::{ErrorKind, Pipeline, RedisError, RedisResult, Value, from_redis_value};
+
+use crate::config::RedisAddress;
+use crate::redis::connection::{self, Connection};
+use crate::redis::opinion::Opinion;
+use crate::redis::redirect::address_beside;
+use crate::redis::trouble::Trouble;
+
+/// Of the other nodes: more than are ever asked.
+const MOST_NODES: usize = 1_000;
+
+/// As of one answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct View {
+    /// For each slot that was asked for; `None` where nobody owns it.
+    pub(super) owners: Vec<Option<Opinion>>,
+    /// Primaries and replicas, each once.
+    pub(super) nodes: Vec<RedisAddress>,
+}
+
+/// Asks the node at `node` over `connection`.
+///
+/// # Errors
+/// It does not answer, refuses, or is no node of a cluster.
+pub(super) async fn ask(
+    connection: &mut Connection,
+    node: &RedisAddress,
+    slots: &[u16],
+) -> RedisResult<View> {
+    let mut both = Pipeline::with_capacity(2);
+    both.cmd("CLUSTER").arg("SLOTS").cmd("CLUSTER").arg("NODES");
+    let (ranges, nodes): (Value, Value) = both.query_async(connection).await.map_err(|error| {
+        let is_alone = error.to_string().contains("cluster support disabled");
+        if is_alone { Trouble::NoCluster.into() } else { error }
+    })?;
+    // A verbatim string.
+    let nodes: String = from_redis_value(nodes).map_err(|_| malformed("CLUSTER NODES"))?;
+    read(ranges, &epochs(&nodes), node, slots).ok_or_else(|| malformed("CLUSTER SLOTS"))
+}
+
+fn malformed(question: &'static str) -> RedisError {
+    let detail = format!("{question} was answered in a shape that is not known");
+    RedisError::from((ErrorKind::UnexpectedReturnType, "the node's answer cannot be read", detail))
+}
+
+/// By node: `<id> <address> <flags> <primary> <ping> <pong> <epoch> <link> <slot> …`, a line each.
+fn epochs(nodes: &str) -> HashMap<&str, u64> {
+    let line = |line: &'_ str| -> Option<(usize, u64)> {
+        let id = line.find(' ')?;
+        Some((id, line.split(' ').nth(6)?.parse().ok()?))
+    };
+    nodes.lines().filter_map(|text| line(text).map(|(id, epoch)| (&text[..id], epoch))).collect()
+}
+
+/// `None`: it has not the shape `[[first, last, [host, port, id, …], replica, …], …]`.
+fn read(ranges: Value, epochs: &HashMap<&str, u64>, node: &RedisAddress, slots: &[u16]) -> Option<View> {
+    let mut view = View { owners: vec![None; slots.len()], nodes: Vec::new() };
+    let Value::Array(ranges) = ranges else { return None };
+    for range in ranges {
+        let Value::Array(range) = range else { return None };
+        let mut parts = range.into_iter();
+        let (first, last): (u16, u16) = (number(parts.next()?)?, number(parts.next()?)?);
+        let mut is_owner = true;
+        for server in parts {
+            let Value::Array(server) = server else { return None };
+            let mut fields = server.into_iter();
+            let (host, port, id) = (fields.next()?, fields.next()?, fields.next()?);
+            let place = place(host, number(port)?, fields.next(), node);
+            if let Some(address) = &place
+                && view.nodes.len() < MOST_NODES
+                && !view.nodes.contains(address)
+            {
+                view.nodes.push(address.clone());
+            }
+            if std::mem::replace(&mut is_owner, false) {
+                let id = connection::text(id)?;
+                let epoch = epochs.get(id.as_str()).copied().unwrap_or(0);
+                let owned =
+                    slots.iter().zip(&mut view.owners).filter(|(slot, _)| (first..=last).contains(slot));
+                for (_, owner) in owned {
+                    *owner = place.clone().map(|address| Opinion { epoch, address, is_down: false });
+                }
+            }
+        }
+    }
+    Some(view)
+}
+
+fn number(value: Value) -> Option<u16> {
+    from_redis_value(value).ok()
+}
+
+/// `more` may say `ip`, for a node that has no name though clients are to use names.
+fn place(host: Value, port: u16, more: Option<Value>, node: &RedisAddress) -> Option<RedisAddress> {
+    let host = connection::text(host);
+    let place = address_beside(node, host.as_deref(), port);
+    place.or_else(|| {
+        let more: HashMap<String, String> = from_redis_value(more?).ok()?;
+        address_beside(node, Some(more.get("ip")?), port)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tcp(host: &str, port: u16) -> RedisAddress {
+        RedisAddress::Tcp { host: host.into(), port }
+    }
+
+    fn view(ranges: &str, nodes: &str) -> Option<View> {
+        let ranges = redis::parse_redis_value(ranges.as_bytes()).expect("an answer");
+        read(ranges, &epochs(nodes), &tcp("10.0.0.9", 7009), &[0, 5_000, 16_383])
+    }
+
+    const NODES: &str = "aa 10.0.0.1:7001@17001 master - 0 1 7 connected 0-5000\n\
+                         bb :7002@17002,b.internal myself,master - 0 1 9 connected 5001-5002\n";
+
+    #[test]
+    fn an_answer_says_who_owns_what_since_which_epoch() {
+        let ranges = "*2\r\n*4\r\n:0\r\n:5000\r\n*4\r\n$8\r\n10.0.0.1\r\n:7001\r\n$2\r\naa\r\n*0\r\n\
+                      *3\r\n$8\r\n10.0.0.2\r\n:7003\r\n$2\r\ncc\r\n\
+                      *3\r\n:16000\r\n:16383\r\n*3\r\n$0\r\n\r\n:7002\r\n$2\r\nbb\r\n";
+        let view = view(ranges, NODES).expect("a view");
+        let opinion = |epoch, address| Some(Opinion { epoch, address, is_down: false });
+        let (first, second) = (tcp("10.0.0.1", 7001), tcp("10.0.0.9", 7002));
+        assert_eq!(
+            view.owners,
+            [opinion(7, first.clone()), opinion(7, first.clone()), opinion(9, second.clone())]
+        );
+        assert_eq!(view.nodes, [first, tcp("10.0.0.2", 7003), second]);
+    }
+
+    #[test]
+    fn a_node_without_the_name_that_it_should_have_is_reached_by_its_address() {
+        let nameless = "*1\r\n*3\r\n:0\r\n:1\r\n*4\r\n$1\r\n?\r\n:7001\r\n$2\r\naa\r\n*2\r\n$2\r\nip\r\n$8\r\n10.0.0.5\r\n";
+        assert_eq!(view(nameless, NODES).expect("a view").nodes, [tcp("10.0.0.5", 7001)]);
+        // One that says nothing of itself is where it was asked.
+        let unknown = "*1\r\n*3\r\n:0\r\n:1\r\n*4\r\n_\r\n:7001\r\n$2\r\naa\r\n*0\r\n";
+        assert_eq!(view(unknown, NODES).expect("a view").nodes, [tcp("10.0.0.9", 7001)]);
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_no_view() {
+        for answer in ["+OK\r\n", "*1\r\n:1\r\n", "*1\r\n*1\r\n:1\r\n", "*1\r\n*3\r\n:0\r\n:70000\r\n*0\r\n"]
+        {
+            assert_eq!(view(answer, NODES), None, "{answer:?}");
+        }
+        assert_eq!(view("*0\r\n", "").expect("an empty cluster").owners, [None, None, None]);
+    }
+}

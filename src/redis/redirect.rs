@@ -1,0 +1,157 @@
+//! What a connection to one node of a cluster does when that node sends it elsewhere.
+//!
+//! A node that does not own a key's slot answers MOVED; one that is handing a slot over answers ASK for the keys that have
+//! left it already, and the node that takes them serves those only after an ASKING. Who follows tables leaves, since
+//! `cluster.rs` finds out where to; an errand goes there itself, once, so that nothing goes round in circles.
+
+use std::sync::Arc;
+
+use redis::aio::{ConnectionLike as _, MultiplexedConnection};
+use redis::{Cmd, ErrorKind, Pipeline, RedisError, RedisResult, ServerErrorKind, Value};
+use tokio::sync::mpsc;
+
+use super::connection;
+use super::trouble::Trouble;
+use crate::config::{Redis, RedisAddress};
+
+/// What a connection has heard of the cluster.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Hint {
+    /// Another node owns the slot now.
+    Moved(u16),
+    /// A key of the slot has gone ahead of it.
+    Asked(u16, RedisAddress),
+    /// The node is away, is no primary, or says that the cluster is down.
+    Lost,
+}
+
+/// Knows the way, for one connection.
+#[derive(Clone, Debug)]
+pub(super) struct Guide {
+    pub(super) settings: Arc<Redis>,
+    /// Where that connection leads.
+    pub(super) node: RedisAddress,
+    /// The node does not own the slots yet: each command needs its ASKING.
+    pub(super) asks: bool,
+    /// Goes where it is sent, once for each command.
+    pub(super) goes: bool,
+    /// `None`: nobody wants to know.
+    pub(super) hints: Option<mpsc::Sender<Hint>>,
+}
+
+impl Guide {
+    /// Tells whoever follows the cluster. Where many hints wait, one more is no news.
+    pub(super) fn hint(&self, hint: Hint) {
+        if let Some(hints) = &self.hints {
+            let _ = hints.try_send(hint);
+        }
+    }
+
+    /// Sends `command`, and goes on where the answer says that it is for another node.
+    pub(super) async fn answer(
+        &self,
+        connection: &mut MultiplexedConnection,
+        command: &Cmd,
+    ) -> RedisResult<Value> {
+        let error = match send(connection, command, self.asks).await {
+            Ok(answer) => return Ok(answer),
+            Err(error) => error,
+        };
+        let Some(Redirect { slot, to, is_ask }) = Redirect::of(&error, &self.node) else {
+            if error.kind() == ErrorKind::Server(ServerErrorKind::ClusterDown) {
+                self.hint(Hint::Lost);
+            }
+            return Err(error);
+        };
+        self.hint(if is_ask { Hint::Asked(slot, to.clone()) } else { Hint::Moved(slot) });
+        if !self.goes {
+            return Err(Trouble::Elsewhere(to.to_string()).into());
+        }
+        let mut there = connection::open_at(&self.settings, &to, |_| {}).await?;
+        send(&mut there, command, is_ask).await.map_err(|error| match Redirect::of(&error, &to) {
+            Some(Redirect { to, .. }) => Trouble::Elsewhere(to.to_string()).into(),
+            None => error,
+        })
+    }
+}
+
+async fn send(connection: &mut MultiplexedConnection, command: &Cmd, asks: bool) -> RedisResult<Value> {
+    if !asks {
+        return connection.req_packed_command(command).await?.extract_error();
+    }
+    // Sent in one piece: the ASKING counts for the next command alone.
+    let mut both = Pipeline::with_capacity(2);
+    both.cmd("ASKING").add_command(command.clone());
+    let answers = connection.req_packed_commands(&both, 0, 2).await?;
+    let Ok([asked, answer]) = <[Value; 2]>::try_from(answers) else {
+        return Err(RedisError::from((ErrorKind::UnexpectedReturnType, "ASKING was not answered by OK")));
+    };
+    asked.extract_error()?;
+    answer.extract_error()
+}
+
+/// Where an answer sends a command.
+#[derive(Debug, PartialEq, Eq)]
+struct Redirect {
+    slot: u16,
+    to: RedisAddress,
+    is_ask: bool,
+}
+
+impl Redirect {
+    /// `None`: it is no redirection, or one to nowhere.
+    fn of(error: &RedisError, node: &RedisAddress) -> Option<Self> {
+        let (place, slot) = error.redirect_node()?;
+        // The last colon: an IPv6 address comes without brackets.
+        let (host, port) = place.rsplit_once(':')?;
+        let to = address_beside(node, Some(host), port.parse().ok()?)?;
+        Some(Self { slot, to, is_ask: error.kind() == ErrorKind::Server(ServerErrorKind::Ask) })
+    }
+}
+
+/// Where a node says that another one is. Without a host it means the host that it was reached by; a `?` is one that has no
+/// name though it should.
+pub(super) fn address_beside(node: &RedisAddress, host: Option<&str>, port: u16) -> Option<RedisAddress> {
+    let named = match host {
+        Some("?") => return None,
+        Some("") | None => None,
+        Some(host) => Some(host.to_owned()),
+    };
+    match node {
+        RedisAddress::Tcp { host, .. } => {
+            Some(RedisAddress::Tcp { host: named.unwrap_or_else(|| host.clone()), port })
+        }
+        RedisAddress::Tls { host, .. } => {
+            Some(RedisAddress::Tls { host: named.unwrap_or_else(|| host.clone()), port })
+        }
+        RedisAddress::Unix(_) | RedisAddress::Sentinel(_) | RedisAddress::Cluster(_) => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tcp(host: &str, port: u16) -> RedisAddress {
+        RedisAddress::Tcp { host: host.into(), port }
+    }
+
+    fn redirect(answer: &[u8]) -> Option<Redirect> {
+        let value = redis::parse_redis_value(answer).expect("an answer");
+        Redirect::of(&value.extract_error().expect_err("an error"), &tcp("10.0.0.1", 7000))
+    }
+
+    #[test]
+    fn an_answer_says_where_a_command_belongs() {
+        let moved = |slot, to| Some(Redirect { slot, to, is_ask: false });
+        assert_eq!(redirect(b"-MOVED 3999 10.0.0.2:6381\r\n"), moved(3999, tcp("10.0.0.2", 6381)));
+        assert_eq!(redirect(b"-MOVED 1 ::1:7001\r\n"), moved(1, tcp("::1", 7001)));
+        // Of a node that does not know its own name: the one that we know it by.
+        assert_eq!(redirect(b"-MOVED 1 :7001\r\n"), moved(1, tcp("10.0.0.1", 7001)));
+        let ask = Redirect { slot: 2, to: tcp("b", 7002), is_ask: true };
+        assert_eq!(redirect(b"-ASK 2 b:7002\r\n"), Some(ask));
+        for nowhere in ["-MOVED 1 ?:7001", "-MOVED 1", "-MOVED 1 a:b", "-ERR 1 a:7000", "-ASK x a:1"] {
+            assert_eq!(redirect(format!("{nowhere}\r\n").as_bytes()), None, "{nowhere}");
+        }
+    }
+}

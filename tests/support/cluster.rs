@@ -1,0 +1,137 @@
+//! A Redis Cluster of real servers on free ports.
+
+use std::net::TcpListener;
+
+use redis::Value;
+
+use super::{Redis, eventually, free_port, info};
+
+/// The first has the slot of the key `servers`, the last is its replica.
+const PRIMARIES: u16 = 3;
+const SLOTS: u16 = 16_384;
+/// The bus is at the port and this.
+const BUS: u16 = 10_000;
+
+/// Three primaries, and one replica of the first. Each is killed by its own pid when this is dropped.
+pub struct Cluster {
+    pub nodes: Vec<Redis>,
+}
+
+impl Cluster {
+    /// The place of the replica.
+    pub const REPLICA: usize = PRIMARIES as usize;
+
+    pub async fn start() -> Self {
+        Self::start_with(&[]).await
+    }
+
+    /// With more arguments for each server. Waits until everybody knows everybody and the replica follows.
+    pub async fn start_with(more: &[&str]) -> Self {
+        let own = [
+            "--notify-keyspace-events",
+            "KA",
+            "--cluster-enabled",
+            "yes",
+            "--cluster-node-timeout",
+            "1000",
+            "--repl-diskless-sync-delay",
+            "0",
+            // A replica that was cut off for long is still better than none.
+            "--cluster-replica-validity-factor",
+            "0",
+        ];
+        let arguments = [&own[..], more].concat();
+        let mut nodes = Vec::new();
+        for _ in 0..=PRIMARIES {
+            nodes.push(Redis::start_at(port_with_bus(), &arguments).await);
+        }
+        let cluster = Self { nodes };
+        for (place, node) in cluster.nodes.iter().enumerate() {
+            node.run(&format!("CLUSTER SET-CONFIG-EPOCH {}", place + 1)).await;
+        }
+        for place in 0..PRIMARIES {
+            // The highest slots first, `servers` among them.
+            let (first, end) =
+                ((PRIMARIES - 1 - place) * SLOTS / PRIMARIES, (PRIMARIES - place) * SLOTS / PRIMARIES);
+            let words = ["CLUSTER".to_owned(), "ADDSLOTS".to_owned()].into_iter();
+            let words: Vec<String> = words.chain((first..end).map(|slot| slot.to_string())).collect();
+            cluster.nodes[usize::from(place)].run_words(&words).await;
+        }
+        for node in &cluster.nodes[1..] {
+            cluster.nodes[0].run(&format!("CLUSTER MEET 127.0.0.1 {}", node.port)).await;
+        }
+        eventually("the nodes know each other", || async { cluster.is_whole().await }).await;
+        let first = cluster.id(0).await;
+        cluster.nodes[Self::REPLICA].run(&format!("CLUSTER REPLICATE {first}")).await;
+        eventually("the replica follows", || async {
+            info(&cluster.nodes[0], "replication").await.contains("state=online")
+                && cluster.all_know(&format!("slave {first}")).await
+        })
+        .await;
+        cluster
+    }
+
+    async fn is_whole(&self) -> bool {
+        for node in &self.nodes {
+            let state = text(node.run("CLUSTER INFO").await);
+            if !state.contains("cluster_state:ok") || !state.contains("cluster_known_nodes:4") {
+                return false;
+            }
+        }
+        !self.all_know("handshake").await
+    }
+
+    async fn all_know(&self, part: &str) -> bool {
+        for node in &self.nodes {
+            if !text(node.run("CLUSTER NODES").await).contains(part) {
+                return false;
+            }
+        }
+        true
+    }
+
+    pub async fn id(&self, place: usize) -> String {
+        text(self.nodes[place].run("CLUSTER MYID").await)
+    }
+
+    /// For the `redis` section of a config: all nodes.
+    pub fn section(&self) -> String {
+        let nodes: Vec<String> =
+            self.nodes.iter().map(|node| format!("\"127.0.0.1:{}\"", node.port)).collect();
+        format!("cluster: {{nodes: [{}]}}", nodes.join(", "))
+    }
+
+    /// The node at `place` goes on alone: for a minute it knows nobody, while everybody still knows it.
+    pub async fn cut_off(&self, place: usize) {
+        let node = &self.nodes[place];
+        node.run("CONFIG SET cluster-require-full-coverage no").await;
+        for other in (0..self.nodes.len()).filter(|other| *other != place) {
+            node.run(&format!("CLUSTER FORGET {}", self.id(other).await)).await;
+        }
+    }
+
+    /// Waits until the node at `place` is a primary that takes writes.
+    pub async fn takes_over(&self, place: usize) {
+        eventually("the replica has taken over", || async {
+            let node = &self.nodes[place];
+            info(node, "replication").await.contains("role:master")
+                && text(node.run("CLUSTER INFO").await).contains("cluster_state:ok")
+        })
+        .await;
+    }
+}
+
+/// An answer that is a text.
+fn text(value: Value) -> String {
+    redis::from_redis_value(value).expect("a text")
+}
+
+/// A free port whose bus is free too.
+fn port_with_bus() -> u16 {
+    loop {
+        let port = free_port();
+        if port.checked_add(BUS).is_some_and(|bus| TcpListener::bind(("127.0.0.1", bus)).is_ok()) {
+            return port;
+        }
+    }
+}
