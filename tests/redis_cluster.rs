@@ -9,7 +9,8 @@ use serde_json::Value as Json;
 use tokio::time::Instant;
 
 use crate::support::{
-    Backend, Cluster, Program, Proxy, Redis, Traffic, Typed, eventually, free_port, info, silent_address,
+    Authority, Backend, Cluster, Program, Proxy, Redis, Traffic, Typed, eventually, free_port, greeting,
+    info, path_text, silent_address,
 };
 
 const HEARTBEAT: Duration = Duration::from_millis(500);
@@ -224,6 +225,77 @@ async fn nodes_that_are_away_or_silent_do_not_matter() {
     cluster.nodes[0].run("ZADD servers 2 10.0.0.1:80").await;
     eventually("a change arrives", || async { proxy.weights()[0].1 == 2.0 }).await;
     cluster.nodes[1].thaw();
+}
+
+#[tokio::test]
+async fn a_lone_node_behind_tls_that_does_not_know_its_own_address_is_followed() {
+    let (authority, port) = (Authority::new(), free_port());
+    let (identity, ca) = (authority.signs("127.0.0.1"), authority.file());
+    let node = Cluster::alone(&[
+        "--tls-cluster",
+        "yes",
+        "--tls-port",
+        &port.to_string(),
+        "--tls-cert-file",
+        path_text(&identity.certificate),
+        "--tls-key-file",
+        path_text(&identity.key),
+        "--tls-ca-cert-file",
+        path_text(&ca),
+        "--tls-auth-clients",
+        "no",
+    ])
+    .await;
+    let proxy = Proxy::web(
+        &format!(
+            "redis: {{cluster: {{nodes: [\"127.0.0.1:{port}\"]}}, tls: {{ca_file: \"{}\"}}, {SETTINGS}}}",
+            path_text(&ca)
+        ),
+        "weights_key: servers",
+    );
+    for weight in [1.0, 2.0] {
+        node.run(&format!("ZADD servers {weight} 10.0.0.1:80")).await;
+        eventually("a change arrives", || async { weights_of(&proxy, 0) == [weight] }).await;
+    }
+}
+
+#[tokio::test]
+async fn a_node_that_is_frozen_keeps_only_its_own_pools_from_the_lua_pick() {
+    let (cluster, backend) = (Cluster::start().await, Backend::named("picked").await);
+    // Nothing can be watched, so Redis has to pick.
+    for node in &cluster.nodes {
+        node.grant(&LEAST_RIGHTS.replace(" +subscribe", "").replace("servers* ", "* ")).await;
+    }
+    for (key, node) in [("servers", 0), ("api", 1)] {
+        cluster.nodes[node].run(&format!("ZADD {key} 1 {}", backend.address)).await;
+    }
+    let configured = Backend::named("configured").await;
+    let pool = |key| format!("{key}: {{weights_key: {key}, backends: {{\"{}\": 1}}}}", configured.address);
+    let proxy = Proxy::start(&format!(
+        "workers: 1\nlisteners: {{a: {{bind: \"127.0.0.1:0\", pool: servers}}, b: {{bind: \"127.0.0.1:0\", pool: api}}}}\n\
+         pools: {{{}, {}}}\nlua_pick: {{timeout: 2s}}\nredis: {{{}, watch: notifications, username: statera, password: secret, {}}}\n",
+        pool("servers"),
+        pool("api"),
+        cluster.section(),
+        SETTINGS.replace("response_timeout: 2s", "response_timeout: 500ms")
+    ));
+    let [first, second] = [0, 1].map(|listener| proxy.running.addresses[listener].1[0]);
+    let says = async |address, name| greeting(address).await.is_ok_and(|said| said == name);
+    eventually("redis picks for both", || async {
+        says(first, "picked").await && says(second, "picked").await
+    })
+    .await;
+    cluster.nodes[1].freeze();
+    eventually("it does not pick for the second", || async { says(second, "configured").await }).await;
+    let by_lua = "statera_picks_total{pool=\"servers\",source=\"lua\"}";
+    let before = proxy.metric(by_lua).expect("it is counted");
+    for _ in 0..10 {
+        assert!(says(first, "picked").await, "it does not pick for the first either");
+        assert!(says(second, "configured").await, "a frozen node picked");
+    }
+    assert_eq!(proxy.metric(by_lua), Some(before + 10.0));
+    cluster.nodes[1].thaw();
+    eventually("it picks again", || async { says(second, "picked").await }).await;
 }
 
 /// What config.yaml tells people to grant.

@@ -105,6 +105,18 @@ pub enum RedisAddress {
     Cluster(Arc<Cluster>),
 }
 
+impl RedisAddress {
+    /// The key of the config that it was read from.
+    #[must_use]
+    pub fn written_at(&self) -> &'static str {
+        match self {
+            Self::Tcp { .. } | Self::Tls { .. } | Self::Unix(_) => "redis.url",
+            Self::Sentinel(_) => "redis.sentinel",
+            Self::Cluster(_) => "redis.cluster",
+        }
+    }
+}
+
 impl fmt::Display for RedisAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (scheme, host, port) = match self {

@@ -25,6 +25,7 @@ use super::status::RedisStatus;
 use super::trouble::Trouble;
 use super::{Followed, Parts, connection};
 use crate::config::{Cluster, Redis, RedisAddress};
+use crate::runtime::backoff::jittered;
 use view::View;
 
 /// Nodes that are asked. They need not be the owners: whoever takes a slot over tells all others, so a few of them are
@@ -355,10 +356,10 @@ impl Asking {
         }
     }
 
-    /// Twice a heartbeat: a change that nothing tells of is known within one.
+    /// Twice a heartbeat, and not in step with the rest of the fleet: a change that nothing tells of is known within one.
     async fn pause(&self, asked: Instant, ask_now: &Notify) {
         sleep(SHORTEST_PAUSE).await;
-        let next = asked + self.settings.heartbeat_interval / 2;
+        let next = asked + jittered(self.settings.heartbeat_interval / 2);
         let _ = timeout(next.saturating_duration_since(Instant::now()), ask_now.notified()).await;
     }
 }

@@ -70,7 +70,7 @@ impl Ledger {
             Ok(connection) => {
                 Ok(Self { connection, address, key: key.to_owned(), companions: Companions::of(key) })
             }
-            Err(error) => Err(refusal::not_connected(&address, &error)),
+            Err(error) => Err(refusal::not_connected(&settings.address, &error)),
         }
     }
 

@@ -53,9 +53,7 @@ impl Cluster {
             // The highest slots first, `servers` among them.
             let (first, end) =
                 ((PRIMARIES - 1 - place) * SLOTS / PRIMARIES, (PRIMARIES - place) * SLOTS / PRIMARIES);
-            let words = ["CLUSTER".to_owned(), "ADDSLOTS".to_owned()].into_iter();
-            let words: Vec<String> = words.chain((first..end).map(|slot| slot.to_string())).collect();
-            cluster.nodes[usize::from(place)].run_words(&words).await;
+            add_slots(&cluster.nodes[usize::from(place)], first, end).await;
         }
         for node in &cluster.nodes[1..] {
             cluster.nodes[0].run(&format!("CLUSTER MEET 127.0.0.1 {}", node.port)).await;
@@ -69,6 +67,18 @@ impl Cluster {
         })
         .await;
         cluster
+    }
+
+    /// One node that owns all slots and has met nobody, so that it does not even know its own address.
+    pub async fn alone(more: &[&str]) -> Redis {
+        let own = ["--notify-keyspace-events", "KA", "--cluster-enabled", "yes"];
+        let node = Redis::start_at(port_with_bus(), &[&own[..], more].concat()).await;
+        add_slots(&node, 0, SLOTS).await;
+        eventually("the cluster is up", || async {
+            text(node.run("CLUSTER INFO").await).contains("cluster_state:ok")
+        })
+        .await;
+        node
     }
 
     async fn is_whole(&self) -> bool {
@@ -119,6 +129,13 @@ impl Cluster {
         })
         .await;
     }
+}
+
+/// Redis 6.2 does not know ranges.
+async fn add_slots(node: &Redis, first: u16, end: u16) {
+    let words = ["CLUSTER".to_owned(), "ADDSLOTS".to_owned()].into_iter();
+    let words: Vec<String> = words.chain((first..end).map(|slot| slot.to_string())).collect();
+    node.run_words(&words).await;
 }
 
 /// An answer that is a text.

@@ -2,6 +2,7 @@
 
 use redis::{ErrorKind, RedisError, ServerErrorKind};
 
+use crate::config::RedisAddress;
 use crate::redis::companion::Companions;
 use crate::redis::connection;
 
@@ -24,7 +25,7 @@ pub(super) enum Asked {
     WhoHasIt,
 }
 
-pub(super) fn not_connected(address: &str, error: &RedisError) -> WeightsError {
+pub(super) fn not_connected(address: &RedisAddress, error: &RedisError) -> WeightsError {
     let text = format!("redis at {address} cannot be asked: {error}");
     match error.kind() {
         ErrorKind::AuthenticationFailed => {
@@ -36,7 +37,10 @@ pub(super) fn not_connected(address: &str, error: &RedisError) -> WeightsError {
         _ if connection::is_of_cluster(error) => {
             WeightsError::Refused(format!("{text}: {}", connection::cure(error)))
         }
-        _ => WeightsError::Unreachable(format!("{text}: is it up, and is redis.url right?")),
+        _ => {
+            let key = address.written_at();
+            WeightsError::Unreachable(format!("{text}: is it up, and is {key} right?"))
+        }
     }
 }
 
