@@ -55,10 +55,16 @@ pub(super) fn is_refusal(error: &RedisError) -> bool {
 }
 
 /// True where the server will answer later: it loads its data, follows a primary that is down, belongs to a cluster that is
-/// down, or has some of the keys while their slot moves.
+/// down, or has some of the keys while their slot moves. Not where nobody serves one key's slot: others can be read meanwhile.
 pub(super) fn is_not_ready(error: &RedisError) -> bool {
     use ServerErrorKind::{BusyLoading, ClusterDown, MasterDown, TryAgain};
-    matches!(error.kind(), ErrorKind::Server(BusyLoading | MasterDown | ClusterDown | TryAgain))
+    match error.kind() {
+        ErrorKind::Server(BusyLoading | MasterDown | TryAgain) => true,
+        ErrorKind::Server(ClusterDown) => {
+            !error.detail().is_some_and(|text| text.contains("slot not served"))
+        }
+        _ => false,
+    }
 }
 
 /// What a person can do about it, if anything is known.
@@ -205,5 +211,18 @@ mod tests {
         assert!(cure(&late).contains("redis.tls.cert_file"), "{}", cure(&late));
         let refused = RedisError::from(io::Error::from(io::ErrorKind::ConnectionRefused));
         assert!(cure(&refused).contains("start redis"));
+    }
+
+    #[test]
+    fn a_slot_that_nobody_serves_keeps_nobody_waiting_for_other_keys() {
+        let error = |answer: &str| {
+            let value = redis::parse_redis_value(format!("-{answer}\r\n").as_bytes()).expect("an answer");
+            value.extract_error().expect_err("an error")
+        };
+        for wait in ["CLUSTERDOWN The cluster is down", "TRYAGAIN Multiple keys request", "LOADING it"] {
+            assert!(is_not_ready(&error(wait)) && !is_refusal(&error(wait)), "{wait}");
+        }
+        let unserved = error("CLUSTERDOWN Hash slot not served");
+        assert!(is_refusal(&unserved) && !is_not_ready(&unserved));
     }
 }
