@@ -37,7 +37,7 @@ const FAULTS_IN_A_SPELL: u32 = 14;
 /// Of a short run; in half of them tables may be lost.
 const SPELLS: u32 = 2;
 /// Of a long run, and of a seed that is replayed.
-const LONG_SPELLS: u32 = 16;
+const LONG_SPELLS: u32 = 14;
 
 /// The one who writes to Redis and breaks it.
 struct Hand<'a> {
