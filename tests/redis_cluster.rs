@@ -9,8 +9,8 @@ use serde_json::Value as Json;
 use tokio::time::Instant;
 
 use crate::support::{
-    Authority, Backend, Cluster, Program, Proxy, Redis, Traffic, Typed, eventually, free_port, greeting,
-    info, path_text, silent_address,
+    Backend, Cluster, Program, Proxy, Redis, Traffic, Typed, eventually, free_port, greeting, info,
+    silent_address,
 };
 
 const HEARTBEAT: Duration = Duration::from_millis(500);
@@ -225,38 +225,6 @@ async fn nodes_that_are_away_or_silent_do_not_matter() {
     cluster.nodes[0].run("ZADD servers 2 10.0.0.1:80").await;
     eventually("a change arrives", || async { proxy.weights()[0].1 == 2.0 }).await;
     cluster.nodes[1].thaw();
-}
-
-#[tokio::test]
-async fn a_lone_node_behind_tls_that_does_not_know_its_own_address_is_followed() {
-    let (authority, port) = (Authority::new(), free_port());
-    let (identity, ca) = (authority.signs("127.0.0.1"), authority.file());
-    let node = Cluster::alone(&[
-        "--tls-cluster",
-        "yes",
-        "--tls-port",
-        &port.to_string(),
-        "--tls-cert-file",
-        path_text(&identity.certificate),
-        "--tls-key-file",
-        path_text(&identity.key),
-        "--tls-ca-cert-file",
-        path_text(&ca),
-        "--tls-auth-clients",
-        "no",
-    ])
-    .await;
-    let proxy = Proxy::web(
-        &format!(
-            "redis: {{cluster: {{nodes: [\"127.0.0.1:{port}\"]}}, tls: {{ca_file: \"{}\"}}, {SETTINGS}}}",
-            path_text(&ca)
-        ),
-        "weights_key: servers",
-    );
-    for weight in [1.0, 2.0] {
-        node.run(&format!("ZADD servers {weight} 10.0.0.1:80")).await;
-        eventually("a change arrives", || async { weights_of(&proxy, 0) == [weight] }).await;
-    }
 }
 
 #[tokio::test]

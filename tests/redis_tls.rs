@@ -4,8 +4,8 @@ use std::path::Path;
 use std::process::Command;
 
 use crate::support::{
-    Authority, Backend, Identity, Link, Passing, Program, Proxy, Redis, Secure, Sentinels, Traffic,
-    eventually, greeting, path_text,
+    Authority, Backend, Cluster, Identity, Link, Passing, Program, Proxy, Redis, Secure, Sentinels, Traffic,
+    eventually, free_port, greeting, path_text,
 };
 
 fn follow(url: &str, tls: &str) -> Proxy {
@@ -40,6 +40,35 @@ async fn redis_behind_tls_is_followed_where_its_certificate_is_trusted() {
     let secure = Secure::start(&authority, &authority.signs("127.0.0.1"), "no").await;
     let proxy = follow(&secure.url(), &trusting(&authority.file()));
     follows(&proxy, &secure.redis).await;
+}
+
+#[tokio::test]
+async fn a_lone_node_behind_tls_that_does_not_know_its_own_address_is_followed() {
+    let (authority, port) = (Authority::new(), free_port());
+    let (identity, ca) = (authority.signs("127.0.0.1"), authority.file());
+    let node = Cluster::alone(&[
+        "--tls-cluster",
+        "yes",
+        "--tls-port",
+        &port.to_string(),
+        "--tls-cert-file",
+        path_text(&identity.certificate),
+        "--tls-key-file",
+        path_text(&identity.key),
+        "--tls-ca-cert-file",
+        path_text(&ca),
+        "--tls-auth-clients",
+        "no",
+    ])
+    .await;
+    let proxy = Proxy::web(
+        &format!(
+            "redis: {{cluster: {{nodes: [\"127.0.0.1:{port}\"]}}, tls: {{ca_file: \"{}\"}}, resync_interval: 1h}}",
+            path_text(&ca)
+        ),
+        "weights_key: servers",
+    );
+    follows(&proxy, &node).await;
 }
 
 #[tokio::test]

@@ -40,7 +40,9 @@ impl Cluster {
             "--cluster-replica-validity-factor",
             "0",
         ];
-        let arguments = [&own[..], more].concat();
+        // Redis 6.2 allows DEBUG to everybody, and does not know the option.
+        let debug: &[&str] = if Redis::is_before_7() { &[] } else { &["--enable-debug-command", "local"] };
+        let arguments = [&own[..], debug, more].concat();
         let mut nodes = Vec::new();
         for _ in 0..=PRIMARIES {
             nodes.push(Redis::start_at(port_with_bus(), &arguments).await);
@@ -111,13 +113,24 @@ impl Cluster {
         format!("cluster: {{nodes: [{}]}}", nodes.join(", "))
     }
 
-    /// The node at `place` goes on alone: for a minute it knows nobody, while everybody still knows it.
+    /// The node at `place` goes on alone: for a minute it hears nobody, while everybody still knows it.
     pub async fn cut_off(&self, place: usize) {
         let node = &self.nodes[place];
-        node.run("CONFIG SET cluster-require-full-coverage no").await;
-        for other in (0..self.nodes.len()).filter(|other| *other != place) {
-            node.run(&format!("CLUSTER FORGET {}", self.id(other).await)).await;
+        if info(node, "server").await.contains("valkey_version") {
+            // There a node that forgets all others makes them forget each other; but it can be made deaf.
+            node.run("CONFIG SET cluster-node-timeout 60000").await;
+            node.run("DEBUG DROP-CLUSTER-PACKET-FILTER -2").await;
+            return;
         }
+        node.run("CONFIG SET cluster-require-full-coverage no").await;
+        // All at once: since Redis 7.2 a node tells those that it still knows whom they should forget too.
+        let mut forget = redis::pipe();
+        forget.atomic();
+        for other in (0..self.nodes.len()).filter(|other| *other != place) {
+            forget.cmd("CLUSTER").arg("FORGET").arg(self.id(other).await).ignore();
+        }
+        let mut connection = node.connection().await;
+        forget.query_async::<()>(&mut connection).await.expect("it forgets them");
     }
 
     /// Waits until the node at `place` is a primary that takes writes.
