@@ -8,7 +8,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::{Authority, Identity, PATIENCE, Redis, eventually, free_port, tls_settings};
+use super::{Authority, Identity, PATIENCE, Redis, eventually, eventually_within, free_port, tls_settings};
 
 /// The name that the sentinels know the primary by.
 pub const MASTER: &str = "mymaster";
@@ -142,7 +142,9 @@ impl Sentinels {
             }
             None
         };
-        eventually("another one is the primary", || async { found().await.is_some() }).await;
+        // A sentinel that was frozen trusts nobody, and votes for nobody, for 30 s after it (its TILT mode).
+        let patience = Duration::from_secs(60);
+        eventually_within(patience, "another one is the primary", || async { found().await.is_some() }).await;
         found().await.expect("it was there")
     }
 
