@@ -108,7 +108,7 @@ async fn a_proxy_that_may_not_write_says_so_once_and_follows_all_the_same() {
     let desk = Desk::start().await;
     desk.redis.run(&format!("ZADD servers 1 {A}")).await;
     desk.redis
-        .run("ACL SETUSER proxy on >geheim %R~servers &* +hello +select +subscribe +zrange +config|get")
+        .grant_to("proxy", "on >geheim %R~servers &* +hello +select +subscribe +zrange +config|get")
         .await;
     let backend = crate::support::Backend::named("found").await;
     let program = Program::run(&desk.yaml("username: proxy, password: geheim, heartbeat_interval: 100ms,"));

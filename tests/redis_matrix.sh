@@ -43,11 +43,11 @@ binary() {
     printf '%s\n' "$path"
 }
 
-# With TLS, the value is wrong; without it, there is no such setting. Either way the server ends at once.
+# With TLS, a certificate is missing; without it, the setting or what it stands for. Either way the server ends at once.
 speaks_tls() {
     local said
-    said=$("$1" --tls-port none 2>&1) || true
-    [[ $said != *'Bad directive'* ]]
+    said=$("$1" --port 0 --save '' --tls-port 1 2>&1) || true
+    [[ $said == *tls-cert-file* ]]
 }
 
 if [ $# -gt 0 ]; then

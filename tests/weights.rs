@@ -304,7 +304,8 @@ async fn a_user_who_may_only_read_sees_all_and_writes_nothing() {
     let desk = Desk::start().await;
     done(&desk, &format!("set web {A}=1")).await;
     desk.redis.run(&format!("ZADD servers 2 {B}")).await;
-    desk.redis.run("ACL SETUSER bob on >geheim %R~servers %R~{servers}:* +hello +select +eval_ro +zrange +get +xrevrange").await;
+    let rights = "on >geheim %R~servers %R~{servers}:* +hello +select +eval_ro +zrange +get +xrevrange";
+    desk.redis.grant_to("bob", rights).await;
     desk.write_config("username: bob, password: geheim,");
     let get = desk.json("get web").await;
     assert_eq!(get["changed_outside"], json!([{"member": B, "old": null, "new": "2"}]));
@@ -314,7 +315,9 @@ async fn a_user_who_may_only_read_sees_all_and_writes_nothing() {
     assert!(desk.weights("history web").await.said.contains("not entered since this user may not write"));
     let set = desk.weights(&format!("set web {A}=5")).await;
     assert_eq!(set.code, Some(1));
-    assert!(set.errors.contains("grant the ACL user +eval ~servers ~{servers}:*"), "{}", set.errors);
+    // Redis 6 knows no scripts and no keys that may only be read: there the first write is refused.
+    let cure = if Redis::is_before_7() { "+zadd ~servers" } else { "+eval ~servers ~{servers}:*" };
+    assert!(set.errors.contains(&format!("grant the ACL user {cure}")), "{}", set.errors);
 }
 
 #[tokio::test]

@@ -125,11 +125,16 @@ impl Redis {
 
     /// Makes the user `statera`, with `rights` as Redis 7 writes them.
     pub async fn grant(&self, rights: &str) {
+        self.grant_to("statera", rights).await;
+    }
+
+    /// The same for another user.
+    pub async fn grant_to(&self, user: &str, rights: &str) {
         let mut rights = rights.to_owned();
         if Self::is_before_7() {
             rights = rights.replace("%R~", "~").replace("_ro", "");
         }
-        self.run(&format!("ACL SETUSER statera {rights}")).await;
+        self.run(&format!("ACL SETUSER {user} {rights}")).await;
     }
 
     /// Makes these the whole table at the key `servers`, in one transaction.
@@ -145,10 +150,10 @@ impl Redis {
 
     /// False where it was built without TLS.
     pub fn speaks_tls() -> bool {
-        // With it, the value is wrong; without it, there is no such setting. Either way it ends at once.
-        let tried = Command::new(Self::program()).args(["--tls-port", "none"]).output().expect("it runs");
-        let said = [tried.stdout, tried.stderr].concat();
-        !String::from_utf8_lossy(&said).contains("Bad directive")
+        // With it, it misses a certificate; without it, the setting or what it stands for. Either way it ends at once.
+        let arguments = ["--port", "0", "--save", "", "--tls-port", "1"];
+        let tried = Command::new(Self::program()).args(arguments).output().expect("it runs");
+        String::from_utf8_lossy(&[tried.stdout, tried.stderr].concat()).contains("tls-cert-file")
     }
 
     /// Debian's server, unless `STATERA_TEST_REDIS_SERVER` names another (`make test-redis-matrix`).
