@@ -100,9 +100,7 @@ pub(super) fn cure(error: &RedisError) -> &'static str {
         | None => {}
     }
     match error.kind() {
-        _ if error.to_string().contains("unknown command 'SENTINEL'") => {
-            "it is no sentinel: check redis.sentinel.nodes"
-        }
+        _ if is_no_sentinel(error) => "it is no sentinel: check redis.sentinel.nodes",
         ErrorKind::AuthenticationFailed => "check redis.username and redis.password",
         ErrorKind::Server(ServerErrorKind::NoPerm) => "grant the ACL user what the message names",
         ErrorKind::Server(ServerErrorKind::Moved | ServerErrorKind::Ask) => {
@@ -118,6 +116,12 @@ pub(super) fn cure(error: &RedisError) -> &'static str {
         _ if error.is_connection_refusal() => "start redis, or check redis.url",
         _ => "it is tried again until it works",
     }
+}
+
+/// Redis 6 puts the command between other quotes.
+fn is_no_sentinel(error: &RedisError) -> bool {
+    let text = error.to_string();
+    ["unknown command 'SENTINEL'", "unknown command `SENTINEL`"].iter().any(|words| text.contains(words))
 }
 
 const SPEAKS_NO_TLS: &str = "if that port speaks plain redis, write redis:// in redis.url, or leave redis.tls out beside \
