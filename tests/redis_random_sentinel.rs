@@ -18,9 +18,7 @@ use crate::support::{
 };
 
 const HEARTBEAT: Duration = Duration::from_millis(100);
-/// By default it is 300 ms in these scenarios, and a busy machine holds a server up for longer than that at times.
-const SENTINEL: &str = "sentinel down-after-milliseconds mymaster 1000";
-/// The only sentinel that is ever frozen: whoever sleeps for two seconds acts for nobody in the next thirty.
+/// The only sentinel that is ever frozen: whoever sleeps for two seconds starts no failover in the next thirty.
 const SLEEPY: usize = 2;
 const FAULTS_BETWEEN_FAILOVERS: u32 = 7;
 /// Failovers of a short run, each of another kind.
@@ -184,7 +182,7 @@ impl Hand {
 
 async fn one_run(seed: u64, spells: u32) {
     println!("STATERA_SEED={seed} make test ARGS=redis_random_sentinel:: replays it; {spells} spells");
-    let (mut writer, set) = (Writer::new(seed), Sentinels::start_with(SENTINEL).await);
+    let (mut writer, set) = (Writer::new(seed), Sentinels::start_patient().await);
     let watches = writer.watches();
     println!("{watches:?}");
     let section = |watch| format!("{}, watch: {watch}, {SETTINGS}", set.section());
