@@ -104,7 +104,7 @@ impl Hand {
 
     async fn fails_over(&mut self, failover: Failover) {
         let old = self.primary;
-        self.set.has_replicas(old).await;
+        self.set.is_settled(old).await;
         let is_whole = self.writer.random.bool();
         println!("  failover of {old}: {failover:?}, of all that was written: {is_whole}");
         // What is not replicated may be lost, and an older table come back with the new primary.

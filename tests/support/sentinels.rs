@@ -8,7 +8,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::{Authority, Identity, PATIENCE, Redis, eventually, eventually_within, free_port, tls_settings};
+use super::{Authority, Identity, PATIENCE, Redis, eventually, free_port, tls_settings};
 
 /// The name that the sentinels know the primary by.
 pub const MASTER: &str = "mymaster";
@@ -29,7 +29,7 @@ struct Node {
     port: u16,
     /// For the proxies.
     known_port: u16,
-    _folder: TempDir,
+    folder: TempDir,
 }
 
 impl Sentinels {
@@ -107,6 +107,43 @@ impl Sentinels {
         }
     }
 
+    /// Waits until the first sentinel is through with any failover to this primary, and knows two replicas that could take
+    /// over: a failover that runs into another one, or finds nobody, is tried again after ten seconds or more.
+    pub async fn is_settled(&self, primary: usize) {
+        self.has_replicas(primary).await;
+        let port = self.known_ports[primary].to_string();
+        let is_settled = async || -> redis::RedisResult<bool> {
+            let master: Vec<String> = self.nodes[0].ask(&["SENTINEL", "MASTER", MASTER]).await?;
+            let replicas: Vec<Vec<String>> = self.nodes[0].ask(&["SENTINEL", "REPLICAS", MASTER]).await?;
+            let has = |fields: &[String], name: &str, value: &str| {
+                fields.chunks(2).any(|field| field == [name, value])
+            };
+            let is_master = has(&master, "flags", "master") && has(&master, "port", &port);
+            // Whom they follow it asks every ten seconds, and every second once the primary is away.
+            Ok(is_master && replicas.iter().all(|fields| has(fields, "flags", "slave")))
+        };
+        if timeout(PATIENCE, async {
+            while is_settled().await != Ok(true) {
+                sleep(Duration::from_millis(50)).await
+            }
+        })
+        .await
+        .is_err()
+        {
+            panic!("the sentinels do not settle on {port}:\n{}", self.said());
+        }
+    }
+
+    /// What the sentinels logged, last.
+    fn said(&self) -> String {
+        let last = |node: &Node| {
+            let log = std::fs::read_to_string(node.folder.path().join("log")).expect("a log");
+            let lines: Vec<&str> = log.lines().collect();
+            lines[lines.len().saturating_sub(40)..].join("\n")
+        };
+        self.nodes.iter().map(last).collect::<Vec<_>>().join("\n---\n")
+    }
+
     /// True when both of the others hold what was written to the primary until now, so that no failover loses it.
     pub async fn is_replicated(&self, primary: usize) -> bool {
         // WAIT is for what its own connection has written.
@@ -155,10 +192,16 @@ impl Sentinels {
             }
             None
         };
-        // A sentinel that was frozen trusts nobody, and votes for nobody, for 30 s after it (its TILT mode).
-        let patience = Duration::from_secs(60);
-        eventually_within(patience, "another one is the primary", || async { found().await.is_some() }).await;
-        found().await.expect("it was there")
+        let search = async {
+            loop {
+                if let Some(place) = found().await {
+                    return place;
+                }
+                sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let primary = timeout(PATIENCE, search).await;
+        primary.unwrap_or_else(|_| panic!("nobody else is the primary:\n{}", self.said()))
     }
 
     /// Ends a sentinel.
@@ -196,14 +239,15 @@ impl Node {
         );
         std::fs::write(&config, text).expect("a file");
         // Debian's redis-sentinel is the same program by another name, in a package of its own.
+        let log = std::fs::File::create(folder.path().join("log")).expect("a file");
         let child = Command::new(Redis::program())
             .arg(&config)
             .arg("--sentinel")
             .stdin(Stdio::null())
-            .stdout(Stdio::null())
+            .stdout(log)
             .spawn()
             .expect("a sentinel starts");
-        Self { child, port, known_port, _folder: folder }
+        Self { child, port, known_port, folder }
     }
 
     async fn ask<T: redis::FromRedisValue>(&self, words: &[&str]) -> redis::RedisResult<T> {
