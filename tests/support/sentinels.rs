@@ -51,13 +51,15 @@ impl Sentinels {
     /// The same with sentinels that bear with a busy machine: the first of them misses a server after 1.5 s and leads every
     /// failover, the others vote. As equals they may each vote for themselves, time and again, where only two are awake.
     pub async fn start_patient() -> Self {
-        let set = Self::start().await;
-        for (place, node) in set.nodes.iter().enumerate() {
-            let missed_after = if place == 0 { "1500" } else { "5000" };
-            let words = ["SENTINEL", "SET", MASTER, "quorum", "1", "failover-timeout", "4000"];
-            let words = [&words[..], &["down-after-milliseconds", missed_after]].concat();
+        // From the beginning: the scenarios' 300 ms are over before they could be told otherwise.
+        let calm = ["down-after-milliseconds mymaster 5000", "failover-timeout mymaster 4000"];
+        let set = Self::start_with(&calm.map(|line| format!("sentinel {line}")).join("\n")).await;
+        for node in &set.nodes {
+            let words = ["SENTINEL", "SET", MASTER, "quorum", "1"];
             assert_eq!(node.ask::<String>(&words).await.as_deref(), Ok("OK"));
         }
+        let words = ["SENTINEL", "SET", MASTER, "down-after-milliseconds", "1500"];
+        assert_eq!(set.nodes[0].ask::<String>(&words).await.as_deref(), Ok("OK"));
         set
     }
 
@@ -112,7 +114,7 @@ impl Sentinels {
     pub async fn is_settled(&self, primary: usize) {
         self.has_replicas(primary).await;
         let port = self.known_ports[primary].to_string();
-        let is_settled = async || -> redis::RedisResult<bool> {
+        let is_through = async || -> redis::RedisResult<bool> {
             let master: Vec<String> = self.nodes[0].ask(&["SENTINEL", "MASTER", MASTER]).await?;
             let replicas: Vec<Vec<String>> = self.nodes[0].ask(&["SENTINEL", "REPLICAS", MASTER]).await?;
             let has = |fields: &[String], name: &str, value: &str| {
@@ -122,16 +124,13 @@ impl Sentinels {
             // Whom they follow it asks every ten seconds, and every second once the primary is away.
             Ok(is_master && replicas.iter().all(|fields| has(fields, "flags", "slave")))
         };
-        if timeout(PATIENCE, async {
-            while is_settled().await != Ok(true) {
-                sleep(Duration::from_millis(50)).await
+        let settling = async {
+            while is_through().await != Ok(true) {
+                sleep(Duration::from_millis(50)).await;
             }
-        })
-        .await
-        .is_err()
-        {
-            panic!("the sentinels do not settle on {port}:\n{}", self.said());
-        }
+        };
+        let settled = timeout(PATIENCE, settling).await;
+        assert!(settled.is_ok(), "the sentinels do not settle on {port}:\n{}", self.said());
     }
 
     /// What the sentinels logged, last.
