@@ -55,19 +55,10 @@ use tokio::time::{Instant, sleep};
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Waits until `condition` holds; panics with `what` when it does not within [`PATIENCE`].
-pub async fn eventually<F: Future<Output = bool>>(what: &str, condition: impl FnMut() -> F) {
-    eventually_within(PATIENCE, what, condition).await;
-}
-
-/// The same with more of it, for what takes others longer.
-pub async fn eventually_within<F: Future<Output = bool>>(
-    patience: Duration,
-    what: &str,
-    mut condition: impl FnMut() -> F,
-) {
-    let deadline = Instant::now() + patience;
+pub async fn eventually<F: Future<Output = bool>>(what: &str, mut condition: impl FnMut() -> F) {
+    let deadline = Instant::now() + PATIENCE;
     while !condition().await {
-        assert!(Instant::now() < deadline, "not within {patience:?}: {what}");
+        assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
         sleep(Duration::from_millis(5)).await;
     }
 }
