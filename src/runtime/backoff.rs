@@ -24,9 +24,19 @@ impl Backoff {
     /// the same moment come back evenly over the whole bound, the first time too; a part of it alone (half of the bound
     /// and some chance) would put them into half the time.
     pub fn pause(&mut self) -> Duration {
+        spread(self.bound())
+    }
+
+    /// The same where a try too early costs more than a fleet in step: at least half of the bound.
+    pub fn patient_pause(&mut self) -> Duration {
+        let half = self.bound() / 2;
+        half + spread(half)
+    }
+
+    fn bound(&mut self) -> Duration {
         let bound = self.next;
         self.next = (bound * 2).min(self.longest);
-        spread(bound)
+        bound
     }
 
     /// It worked: the next pause is short again.
@@ -74,6 +84,8 @@ mod tests {
         }
         backoff.reset();
         assert!(backoff.pause() <= Duration::from_millis(100));
+        let patient = backoff.patient_pause().as_millis();
+        assert!((100..=200).contains(&patient), "{patient} ms");
     }
 
     /// 2,000 of them stray ten standard deviations less often than once in 10²⁰.
