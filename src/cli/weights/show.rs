@@ -11,6 +11,8 @@ use crate::redis::weights::{Change, Changes, ContentHash, Done, Entry, History, 
 
 /// Of one entry or answer; JSON has them all.
 const MOST_CHANGES_SHOWN: usize = 20;
+/// Characters: a host name has 253 at most, and what is longer is no backend.
+const LONGEST_WORD: usize = 300;
 
 /// What does not print as itself is written as its escape.
 pub(super) fn printable(text: &str) -> String {
@@ -27,7 +29,12 @@ pub(super) fn printable(text: &str) -> String {
 
 /// The same on one line.
 fn word(text: &str) -> String {
-    printable(text).replace('\n', "\\n")
+    let mut word = printable(text).replace('\n', "\\n");
+    if let Some((end, _)) = word.char_indices().nth(LONGEST_WORD) {
+        word.truncate(end);
+        let _ = write!(word, "… ({} bytes)", text.len());
+    }
+    word
 }
 
 /// JSON, with \u escapes for what a terminal might act on (C1 controls, text that runs backwards): those characters stand
@@ -277,5 +284,14 @@ mod tests {
         }
         let back: Value = serde_json::from_str(&json_text(&json!([hostile, "ü\u{1f600}"]))).expect("JSON");
         assert_eq!(back, json!([hostile, "ü\u{1f600}"]), "it still says the same");
+    }
+
+    /// A column wider than 65,535 characters cannot be formatted.
+    #[test]
+    fn a_member_of_any_length_is_shown_and_shortened() {
+        let member = "z".repeat(70_000);
+        let change = Change { member, old: None, new: Some("7".to_owned()) };
+        let text = lines(&Changes { count: 1, kept: vec![change] });
+        assert!(text.contains("z… (70000 bytes)") && text.len() < 400, "{} bytes", text.len());
     }
 }
