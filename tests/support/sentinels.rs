@@ -199,7 +199,8 @@ impl Sentinels {
                 sleep(Duration::from_millis(5)).await;
             }
         };
-        let primary = timeout(PATIENCE, search).await;
+        // A sentinel that the machine held up for two seconds does nothing for 30 s after it (its TILT mode).
+        let primary = timeout(Duration::from_secs(60), search).await;
         primary.unwrap_or_else(|_| panic!("nobody else is the primary:\n{}", self.said()))
     }
 
