@@ -302,6 +302,33 @@ async fn redis_picks_for_a_user_who_may_not_write() {
     assert!(stats.contains(used) && !stats.contains(other), "{stats}");
 }
 
+/// Who may not read the first pool's key, and knows only the older command.
+#[tokio::test]
+async fn a_pool_that_this_user_may_not_read_does_not_keep_redis_from_picking_for_another() {
+    let backend = Backend::named("backend").await;
+    let redis = Redis::start().await;
+    redis.run(&format!("ZADD others 1 {}", backend.address)).await;
+    // Nothing can be watched, so Redis has to pick.
+    redis
+        .grant(
+            "on >secret resetkeys ~others resetchannels nocommands +hello +auth +ping +select +client|setname +client|id \
+             +evalsha +script|load +zcard +zrange +zrevrange",
+        )
+        .await;
+    let proxy = Proxy::start(&format!(
+        "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: other}}}}\n\
+         pools: {{web: {{weights_key: servers}}, other: {{weights_key: others}}}}\n\
+         redis: {{url: \"{}\", username: statera, password: secret, watch: notifications, {HASTY}}}\nlua_pick: {{timeout: 2500ms}}\n",
+        redis.url()
+    ));
+    eventually("redis picks", || async {
+        greeting(proxy.address()).await.is_ok_and(|name| name == "backend")
+    })
+    .await;
+    let picked = proxy.metric("statera_picks_total{pool=\"other\",source=\"lua\"}");
+    assert!(picked > Some(0.0), "{picked:?}");
+}
+
 #[tokio::test]
 async fn when_every_backend_of_a_fresh_snapshot_was_tried_redis_is_asked_for_another() {
     let (_dead, dead) = dead_address();

@@ -21,6 +21,7 @@ mod redis_herd;
 mod redis_random;
 mod redis_random_sentinel;
 mod redis_sentinel;
+mod redis_slots;
 mod redis_sync;
 mod redis_tls;
 mod redis_watch;

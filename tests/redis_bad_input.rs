@@ -144,6 +144,26 @@ async fn an_answer_that_announces_more_than_memory_is_named_before_it_is_taken_i
     assert!(grown < 40_000, "{grown} kB more");
 }
 
+#[tokio::test]
+async fn an_answer_that_never_comes_whole_is_named_the_second_time_and_asked_for_ever_more_seldom() {
+    let (configured, known) = (Backend::named("configured").await, Backend::named("known").await);
+    let redis = ScriptedRedis::answering(&one_member(&known, 1));
+    let settings = POLLED.replace("response_timeout: 10s", "response_timeout: 500ms");
+    let program = program(redis.port, &settings, &configured);
+    serves(&program, "known").await;
+    let whole = one_member(&known, 2);
+    redis.answer(&whole[..whole.len() - 1]);
+    let line = program.says("cannot read the weights, keeping the last table").await;
+    let reason = line["reason"].as_str().expect("a text");
+    assert!(reason.contains("in time, twice: raise redis.response_timeout"), "{reason}");
+    goes_on_serving(&program, "known").await;
+    redis.answer(&whole);
+    weight_of_pool_becomes(&program, "web", 2.0).await;
+    program.says("the table can be read again").await;
+    // The pool's line has told of it.
+    assert!(program.messages("cannot watch redis").is_empty(), "{}", program.log());
+}
+
 /// Redis itself cuts off a subscriber whom it owes so much.
 #[tokio::test]
 async fn a_member_of_100_mb_that_redis_does_not_send_is_named_and_costs_no_stream_of_reads() {

@@ -81,7 +81,7 @@ impl Control {
             })
             .collect();
         let settings = Arc::new(settings);
-        let parts = Arc::new(Parts::of(&settings, followed.len()));
+        let parts = Arc::new(Parts::of(&settings, &followed));
         if let Some(requests) = self.lua_requests.take() {
             let (settings, limits, followed) =
                 (Arc::clone(&settings), self.config.lua_pick.clone(), Arc::clone(&followed));

@@ -93,8 +93,8 @@ pub(super) async fn follow(
     let Some(mut hints) = parts.hints() else { return };
     let slots: Arc<[u16]> = followed.iter().map(|followed| slot_of(&followed.key)).collect();
     let (said, mut answers) = mpsc::channel(MOST_ASKED);
-    let asking = Asking { settings: Arc::clone(settings), slots: Arc::clone(&slots), said };
-    let mut council = Council::new(cluster, &slots);
+    let asking = Asking { settings: Arc::clone(settings), slots, said };
+    let mut council = Council::new(cluster, followed.len());
     council.seat_more(&asking);
     // The first to answer may be the one that knows least.
     let patience = settings.connect_timeout + settings.response_timeout;
@@ -114,7 +114,7 @@ pub(super) async fn follow(
         council.tell(followed);
         tokio::select! {
             Some((node, answer)) = answers.recv() => council.hear(&node, answer, &asking),
-            Some(hint) = hints.recv() => council.heed(hint, settings.heartbeat_interval),
+            Some(hint) = hints.recv() => council.heed(hint, followed, settings.heartbeat_interval),
             else => return,
         }
     }
@@ -129,7 +129,6 @@ struct Council<'a> {
     seats: Vec<Seat>,
     /// Where the search for the next one to be seated goes on.
     next: usize,
-    slots: &'a [u16],
     /// By pool.
     places: Vec<Place>,
     last_error: Option<(RedisAddress, RedisError)>,
@@ -159,14 +158,13 @@ struct Place {
 }
 
 impl<'a> Council<'a> {
-    fn new(cluster: &'a Cluster, slots: &'a [u16]) -> Self {
+    fn new(cluster: &'a Cluster, pools: usize) -> Self {
         Self {
             configured: &cluster.nodes,
             known: Vec::new(),
             seats: Vec::new(),
             next: 0,
-            slots,
-            places: slots.iter().map(|_| Place::default()).collect(),
+            places: (0..pools).map(|_| Place::default()).collect(),
             last_error: None,
             is_silence_told: false,
         }
@@ -183,7 +181,8 @@ impl<'a> Council<'a> {
         self.seats[place].answer = Some(answer);
         self.seat_more(asking);
         if failed && let Some(other) = self.next_candidate() {
-            self.seats[place] = asking.seat(other);
+            // Where few live nodes are left, the dead change places for ever.
+            self.seats[place] = asking.seat(other, Begins::Rested);
         }
     }
 
@@ -191,7 +190,7 @@ impl<'a> Council<'a> {
         while self.seats.len() < MOST_ASKED
             && let Some(node) = self.next_candidate()
         {
-            self.seats.push(asking.seat(node));
+            self.seats.push(asking.seat(node, Begins::AtOnce));
         }
     }
 
@@ -248,20 +247,21 @@ impl<'a> Council<'a> {
     }
 
     /// A connection has heard something.
-    fn heed(&mut self, hint: Hint, rest: Duration) {
+    fn heed(&mut self, hint: Hint, followed: &[Followed], rest: Duration) {
         let now = Instant::now();
-        let (slot, to) = match hint {
-            Hint::Moved(slot) => (slot, None),
-            Hint::Asked(slot, to) => (slot, Some(to)),
-            Hint::Lost => return self.ask_all(),
-        };
-        let of_slot = self.places.iter_mut().zip(self.slots).filter(|(_, other)| **other == slot);
-        for (place, _) in of_slot {
-            match &to {
-                Some(_) if place.no_detour_until.is_some_and(|until| now < until) => {}
-                Some(to) => place.detour = place.owner.as_ref().map(|_| to.clone()),
-                None if place.detour.take().is_some() => place.no_detour_until = Some(now + rest),
-                None => {}
+        for (place, Followed { key, .. }) in self.places.iter_mut().zip(followed) {
+            match &hint {
+                Hint::Ahead { key: ahead, to } if key == ahead => {
+                    if place.no_detour_until.is_none_or(|until| until <= now) {
+                        place.detour = place.owner.as_ref().map(|_| to.clone());
+                    }
+                }
+                Hint::NotAhead { keys, node }
+                    if keys.contains(key) && place.detour.as_ref() == Some(node) =>
+                {
+                    (place.detour, place.no_detour_until) = (None, Some(now + rest));
+                }
+                _ => {}
             }
         }
         self.ask_all();
@@ -302,6 +302,13 @@ impl<'a> Council<'a> {
     }
 }
 
+/// When somebody who has got a seat is asked for the first time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Begins {
+    AtOnce,
+    Rested,
+}
+
 /// What all that are asked have in common.
 #[derive(Clone, Debug)]
 struct Asking {
@@ -312,14 +319,17 @@ struct Asking {
 
 impl Asking {
     /// From now on `node` is asked, until the seat is dropped.
-    fn seat(&self, node: RedisAddress) -> Seat {
+    fn seat(&self, node: RedisAddress, begins: Begins) -> Seat {
         let ask_now = Arc::new(Notify::new());
         let mut listener = JoinSet::new();
-        listener.spawn(self.clone().ask_for_ever(node.clone(), Arc::clone(&ask_now)));
+        listener.spawn(self.clone().ask_for_ever(node.clone(), begins, Arc::clone(&ask_now)));
         Seat { node, answer: None, ask_now, _listener: listener }
     }
 
-    async fn ask_for_ever(self, node: RedisAddress, ask_now: Arc<Notify>) {
+    async fn ask_for_ever(self, node: RedisAddress, begins: Begins, ask_now: Arc<Notify>) {
+        if begins == Begins::Rested {
+            self.pause(Instant::now(), &ask_now).await;
+        }
         loop {
             let Err(error) = self.keep_asking(&node, &ask_now).await;
             debug!(%node, %error, "a node of the cluster does not answer");

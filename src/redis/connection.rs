@@ -25,7 +25,7 @@ use super::redirect::Guide;
 use super::reply_limit::Limited;
 use super::trouble::Trouble;
 pub(super) use super::trouble::{
-    cure, is_elsewhere, is_move, is_not_ready, is_of_cluster, is_oversized, is_refusal,
+    cure, is_elsewhere, is_move, is_not_ready, is_of_cluster, is_refusal, is_too_large,
 };
 use super::{cluster, sentinel};
 use crate::config::{Redis, RedisAddress, Sentinel, Tls};
@@ -109,7 +109,7 @@ pub(super) async fn open_for(settings: &Redis, key: &str) -> RedisResult<Connect
             let node = cluster::find(settings, nodes, key).await?;
             let connection = open_at(settings, &node, |_| {}).await?;
             let settings = Arc::new(settings.clone());
-            let guide = Guide { settings, node, asks: false, goes: true, hints: None };
+            let guide = Guide { settings, node, asks: false, goes: true, keys: Vec::new(), hints: None };
             Ok(connection.guided(Some(Arc::new(guide))))
         }
         address => open_at(settings, address, |_| {}).await,

@@ -34,6 +34,8 @@ const LARGEST_WHOLE: usize = 500;
 const HEAVIEST: usize = 100;
 /// Members with impossible names that the script cannot tell from good ones are excluded, and it is asked again.
 const MOST_QUESTIONS: usize = 4;
+/// Pools that a new connection proves itself by, where one after the other is refused.
+const MOST_PROOFS: usize = 4;
 /// What a user without writing rights may call.
 const READ_ONLY: &str = "EVALSHA_RO";
 /// What the script answers where members are so long that reading them blocks Redis.
@@ -87,12 +89,14 @@ impl Rests {
         Self { rests, suspect: places.first().copied().unwrap_or_default(), command: READ_ONLY }
     }
 
-    /// Which of the pools at `places` a new connection is to be asked about. `None`: all rest.
-    fn to_be_proved(&self, places: &[usize]) -> Option<usize> {
-        let all = places.iter().copied();
+    /// Which of the pools at `places` a new connection may be asked about, the suspect first. None: all rest.
+    fn to_be_proved(&self, places: &[usize]) -> Vec<usize> {
+        let others = places.iter().copied().filter(|place| *place != self.suspect);
         std::iter::once(self.suspect)
-            .chain(all)
-            .find(|place| self.rests.get(*place).is_some_and(Rest::is_over))
+            .chain(others)
+            .filter(|place| self.rests.get(*place).is_some_and(Rest::is_over))
+            .take(MOST_PROOFS)
+            .collect()
     }
 }
 
@@ -244,22 +248,24 @@ impl Picker<'_> {
         let sha = Script::new(SCRIPT).get_hash().to_owned();
         let mut session = Session { connection, sha, command: rests.command };
         session.load().await?;
-        // A first question tells which of the two this server knows and this user may call.
-        let Some(place) = rests.to_be_proved(&part.places) else { return Ok(session) };
-        let Followed { pool, key, .. } = &followed[place];
-        for command in [READ_ONLY, "EVALSHA"] {
-            session.command = command;
-            match session.ask(key, 0.0, &[]).await {
-                Err(error) if error.code() == Some(TOO_LARGE) => rests.rests[place].begins(pool),
-                Err(error) if connection::is_refusal(&error) => continue,
-                Err(error) => return Err(error),
-                Ok(_) => {}
+        // A first question tells which of the two this server knows and this user may call; where both are refused it may be
+        // for the key, so that of another pool is tried.
+        for place in rests.to_be_proved(&part.places) {
+            let Followed { pool, key, .. } = &followed[place];
+            for command in [READ_ONLY, "EVALSHA"] {
+                session.command = command;
+                match session.ask(key, 0.0, &[]).await {
+                    Err(error) if error.code() == Some(TOO_LARGE) => rests.rests[place].begins(pool),
+                    Err(error) if connection::is_refusal(&error) => continue,
+                    Err(error) => return Err(error),
+                    Ok(_) => {}
+                }
+                rests.command = command;
+                return Ok(session);
             }
-            rests.command = command;
-            return Ok(session);
         }
-        // Both refused: it may be the key, and that may be granted later.
-        session.command = READ_ONLY;
+        // Whatever is refused may be granted later.
+        session.command = rests.command;
         Ok(session)
     }
 

@@ -10,11 +10,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::{mpsc, watch};
 use tokio::task::{AbortHandle, JoinSet};
 
+use super::Followed;
 use super::primary::Primary;
 use super::redirect::{Guide, Hint};
 use crate::config::{Redis, RedisAddress};
 
-/// Hints that may wait. Each only says "ask again", so more of them say nothing more.
+/// Hints that may wait: more than there are owners, even where a slot is on its way.
 const MOST_HINTS: usize = 64;
 
 /// Pools whose keys one server has.
@@ -47,6 +48,8 @@ pub(super) struct Holder {
 #[derive(Debug)]
 pub struct Parts {
     settings: Arc<Redis>,
+    /// By pool.
+    keys: Vec<String>,
     /// For those who read. While a slot moves, its keys may be ahead of it.
     read: watch::Sender<Division>,
     /// For those who write: always by who owns the slots, since only the owner knows what has left it.
@@ -56,16 +59,18 @@ pub struct Parts {
 }
 
 impl Parts {
-    /// For so many pools. In a cluster there are none before its nodes have answered.
+    /// For these pools. In a cluster there are none before its nodes have answered.
     #[must_use]
-    pub fn of(settings: &Arc<Redis>, pools: usize) -> Self {
+    pub fn of(settings: &Arc<Redis>, followed: &[Followed]) -> Self {
+        let keys: Vec<String> = followed.iter().map(|followed| followed.key.clone()).collect();
         let division = match &settings.address {
             RedisAddress::Cluster(_) => Vec::new(),
-            _ => vec![Arc::new(Part { places: (0..pools).collect(), primary: Primary::of(settings) })],
+            _ => vec![Arc::new(Part { places: (0..keys.len()).collect(), primary: Primary::of(settings) })],
         };
         let (hints, hinted) = mpsc::channel(MOST_HINTS);
         Self {
             settings: Arc::clone(settings),
+            keys,
             read: watch::channel(division.clone()).0,
             written: watch::channel(division).0,
             hints,
@@ -118,6 +123,7 @@ impl Parts {
                     node: holder.node,
                     asks: holder.asks,
                     goes,
+                    keys: places.iter().map(|place| self.keys[*place].clone()).collect(),
                     hints: Some(self.hints.clone()),
                 };
                 Arc::new(Part { places, primary: Primary::in_cluster(guide) })

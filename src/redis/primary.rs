@@ -11,7 +11,7 @@ use tokio::sync::watch;
 
 use super::connection::{self, Connection, Server};
 use super::parts::Holder;
-use super::redirect::{Guide, Hint};
+use super::redirect::Guide;
 use super::trouble::Trouble;
 use crate::config::{Redis, RedisAddress};
 
@@ -57,7 +57,7 @@ impl Primary {
     /// It does not answer, or not as a primary: in a cluster another may have taken over.
     pub(super) fn is_lost(&self) {
         if let Some(guide) = &self.guide {
-            guide.hint(Hint::Lost);
+            guide.is_lost();
         }
     }
 

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use redis::aio::{ConnectionLike as _, MultiplexedConnection};
-use redis::{Cmd, ErrorKind, Pipeline, RedisError, RedisResult, ServerErrorKind, Value};
+use redis::{Arg, Cmd, ErrorKind, Pipeline, RedisError, RedisResult, ServerErrorKind, Value};
 use tokio::sync::mpsc;
 
 use super::connection;
@@ -17,12 +17,12 @@ use crate::config::{Redis, RedisAddress};
 /// What a connection has heard of the cluster.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Hint {
-    /// Another node owns the slot now.
-    Moved(u16),
-    /// A key of the slot has gone ahead of it.
-    Asked(u16, RedisAddress),
-    /// The node is away, is no primary, or says that the cluster is down.
-    Lost,
+    /// An owner has changed, is away, is no primary, or says that the cluster is down.
+    Changed,
+    /// `key` has gone ahead of its slot. Others of the slot may not have.
+    Ahead { key: String, to: RedisAddress },
+    /// The node that they had gone ahead to has them no longer, or is away.
+    NotAhead { keys: Vec<String>, node: RedisAddress },
 }
 
 /// Knows the way, for one connection.
@@ -35,13 +35,27 @@ pub(super) struct Guide {
     pub(super) asks: bool,
     /// Goes where it is sent, once for each command.
     pub(super) goes: bool,
+    /// What tables are read from over it.
+    pub(super) keys: Vec<String>,
     /// `None`: nobody wants to know.
     pub(super) hints: Option<mpsc::Sender<Hint>>,
 }
 
 impl Guide {
-    /// Tells whoever follows the cluster. Where many hints wait, one more is no news.
-    pub(super) fn hint(&self, hint: Hint) {
+    /// Its node does not answer, or not as the one that has the keys.
+    pub(super) fn is_lost(&self) {
+        self.is_wrong(&self.keys);
+    }
+
+    fn is_wrong(&self, keys: &[String]) {
+        self.hint(match self.asks {
+            true => Hint::NotAhead { keys: keys.to_vec(), node: self.node.clone() },
+            false => Hint::Changed,
+        });
+    }
+
+    /// Tells whoever follows the cluster. Where many hints wait this one is lost: it is heard again at the next try.
+    fn hint(&self, hint: Hint) {
         if let Some(hints) = &self.hints {
             let _ = hints.try_send(hint);
         }
@@ -57,13 +71,20 @@ impl Guide {
             Ok(answer) => return Ok(answer),
             Err(error) => error,
         };
-        let Some(Redirect { slot, to, is_ask }) = Redirect::of(&error, &self.node) else {
-            if error.kind() == ErrorKind::Server(ServerErrorKind::ClusterDown) {
-                self.hint(Hint::Lost);
+        let Some(Redirect { to, is_ask }) = Redirect::of(&error, &self.node) else {
+            // A slot that nobody serves is no news: each session would tell it.
+            let is_down = error.kind() == ErrorKind::Server(ServerErrorKind::ClusterDown);
+            if is_down && connection::is_not_ready(&error) {
+                self.is_lost();
             }
             return Err(error);
         };
-        self.hint(if is_ask { Hint::Asked(slot, to.clone()) } else { Hint::Moved(slot) });
+        match self.key_of(command) {
+            Some(key) if is_ask => self.hint(Hint::Ahead { key: key.clone(), to: to.clone() }),
+            // Of a key beside it: where the table is says that nothing.
+            None if is_ask => {}
+            key => self.is_wrong(key.map(std::slice::from_ref).unwrap_or_default()),
+        }
         if !self.goes {
             return Err(Trouble::Elsewhere(to.to_string()).into());
         }
@@ -71,6 +92,14 @@ impl Guide {
         send(&mut there, command, is_ask).await.map_err(|error| match Redirect::of(&error, &to) {
             Some(Redirect { to, .. }) => Trouble::Elsewhere(to.to_string()).into(),
             None => error,
+        })
+    }
+
+    /// What `command` reads: the first word that is one of the keys, since members come after it.
+    fn key_of(&self, command: &Cmd) -> Option<&String> {
+        command.args_iter().find_map(|word| match word {
+            Arg::Simple(word) => self.keys.iter().find(|key| key.as_bytes() == word),
+            _ => None,
         })
     }
 }
@@ -93,7 +122,6 @@ async fn send(connection: &mut MultiplexedConnection, command: &Cmd, asks: bool)
 /// Where an answer sends a command.
 #[derive(Debug, PartialEq, Eq)]
 struct Redirect {
-    slot: u16,
     to: RedisAddress,
     is_ask: bool,
 }
@@ -101,11 +129,11 @@ struct Redirect {
 impl Redirect {
     /// `None`: it is no redirection, or one to nowhere.
     fn of(error: &RedisError, node: &RedisAddress) -> Option<Self> {
-        let (place, slot) = error.redirect_node()?;
+        let (place, _) = error.redirect_node()?;
         // The last colon: an IPv6 address comes without brackets.
         let (host, port) = place.rsplit_once(':')?;
         let to = address_beside(node, Some(host), port.parse().ok()?)?;
-        Some(Self { slot, to, is_ask: error.kind() == ErrorKind::Server(ServerErrorKind::Ask) })
+        Some(Self { to, is_ask: error.kind() == ErrorKind::Server(ServerErrorKind::Ask) })
     }
 }
 
@@ -143,12 +171,12 @@ mod tests {
 
     #[test]
     fn an_answer_says_where_a_command_belongs() {
-        let moved = |slot, to| Some(Redirect { slot, to, is_ask: false });
-        assert_eq!(redirect(b"-MOVED 3999 10.0.0.2:6381\r\n"), moved(3999, tcp("10.0.0.2", 6381)));
-        assert_eq!(redirect(b"-MOVED 1 ::1:7001\r\n"), moved(1, tcp("::1", 7001)));
+        let moved = |to| Some(Redirect { to, is_ask: false });
+        assert_eq!(redirect(b"-MOVED 3999 10.0.0.2:6381\r\n"), moved(tcp("10.0.0.2", 6381)));
+        assert_eq!(redirect(b"-MOVED 1 ::1:7001\r\n"), moved(tcp("::1", 7001)));
         // Of a node that does not know its own name: the one that we know it by.
-        assert_eq!(redirect(b"-MOVED 1 :7001\r\n"), moved(1, tcp("10.0.0.1", 7001)));
-        let ask = Redirect { slot: 2, to: tcp("b", 7002), is_ask: true };
+        assert_eq!(redirect(b"-MOVED 1 :7001\r\n"), moved(tcp("10.0.0.1", 7001)));
+        let ask = Redirect { to: tcp("b", 7002), is_ask: true };
         assert_eq!(redirect(b"-ASK 2 b:7002\r\n"), Some(ask));
         for nowhere in ["-MOVED 1 ?:7001", "-MOVED 1", "-MOVED 1 a:b", "-ERR 1 a:7000", "-ASK x a:1"] {
             assert_eq!(redirect(format!("{nowhere}\r\n").as_bytes()), None, "{nowhere}");

@@ -37,7 +37,7 @@ const LONGEST_REST_OF_A_FLEET: Duration = Duration::from_millis(400);
 /// Between two tries at a key that cannot be read.
 const REST_AFTER_REFUSAL: Duration = Duration::from_secs(1);
 /// The same of an answer that is too large: Redis makes up the whole of it each time, for each proxy.
-const LONGEST_REST_AFTER_OVERSIZED: Duration = Duration::from_secs(30);
+const LONGEST_REST_AFTER_TOO_LARGE: Duration = Duration::from_secs(30);
 /// Reports of members left out in one window, of up to 11 lines each.
 const MOST_REPORTS: u32 = 1;
 /// Lines in one window that say how a key can be read: enough to see a fault, its cure and one more of both at once.
@@ -128,7 +128,8 @@ struct State {
     rest_until: Option<Instant>,
     /// It had more than [`MAX_MEMBERS`] when it was last read: they are counted before it is read again.
     had_too_many: bool,
-    oversized: Backoff,
+    /// After answers that are too large.
+    too_large: Backoff,
     /// Times in a row that a read ended with the connection.
     cut_offs: u32,
 }
@@ -137,7 +138,7 @@ impl State {
     fn new() -> Self {
         Self {
             had_too_many: false,
-            oversized: Backoff::new(REST_AFTER_REFUSAL, LONGEST_REST_AFTER_OVERSIZED),
+            too_large: Backoff::new(REST_AFTER_REFUSAL, LONGEST_REST_AFTER_TOO_LARGE),
             cut_offs: 0,
             in_step: false,
             said: None,
@@ -195,8 +196,8 @@ impl<'a> Syncer<'a> {
                     changes.mark(std::iter::once(place));
                     jittered(REST_AFTER_REFUSAL)
                 }
-                Err(error) if connection::is_oversized(&error) => {
-                    let rest = self.states[place].oversized.pause();
+                Err(error) if connection::is_too_large(&error) => {
+                    let rest = self.states[place].too_large.pause();
                     // The next connection finds it resting.
                     self.states[place].rest_until = Some(Instant::now() + rest);
                     self.refuses(place, format!("{error}: {}", connection::cure(&error)));
@@ -213,13 +214,16 @@ impl<'a> Syncer<'a> {
         Ok(next)
     }
 
-    /// Redis cuts off a subscriber whom it owes more than 32 MB, and says so in its own log alone. Once, it may have ended.
+    /// Redis cuts off a subscriber whom it owes more than 32 MB, and says so in its own log alone; and what is large may
+    /// take longer than it has. Once, Redis may have ended, or be busy.
     fn cut_off(&mut self, place: usize, error: RedisError) -> RedisError {
-        if !error.is_connection_dropped() {
-            return error;
-        }
+        let trouble = match error {
+            _ if error.is_connection_dropped() => Trouble::CutOff,
+            _ if error.is_timeout() => Trouble::Late,
+            _ => return error,
+        };
         self.states[place].cut_offs += 1;
-        if self.states[place].cut_offs > 1 { Trouble::CutOff.into() } else { error }
+        if self.states[place].cut_offs > 1 { trouble.into() } else { error }
     }
 
     /// Nothing has changed, says a heartbeat of the moment `asked` that was answered after every notification before it:
@@ -271,7 +275,7 @@ impl<'a> Syncer<'a> {
         };
         match read {
             Ok(decoded) => {
-                self.states[place].oversized.reset();
+                self.states[place].too_large.reset();
                 self.states[place].cut_offs = 0;
                 self.take(place, decoded, asked, since);
                 Ok(Some(members))

@@ -35,6 +35,8 @@ pub(super) enum Trouble {
     Oversized,
     #[error("the connection is closed whenever the table is asked for")]
     CutOff,
+    #[error("the table did not arrive in time, twice")]
+    Late,
     #[error("{0} serves the key's slot now")]
     Elsewhere(String),
     #[error("no node serves the key's slot")]
@@ -87,6 +89,9 @@ pub(super) fn cure(error: &RedisError) -> &'static str {
         Some(Trouble::CutOff) => {
             return "redis's log says why; if it is the output buffer limit, remove the members that are no addresses \
                     (`redis-cli ZRANGE KEY 0 -1 | cut -c1-300` shows them)";
+        }
+        Some(Trouble::Late) => {
+            return "raise redis.response_timeout; a table of that size may be better split in two";
         }
         Some(Trouble::NoCluster) => return "write its address as redis.url, or name a cluster's nodes",
         Some(Trouble::NoOwner) => return "see what CLUSTER NODES says, and give the slot to a node",
@@ -162,10 +167,10 @@ pub(super) fn is_move(error: &RedisError) -> bool {
     matches!(trouble(error), Some(Trouble::Moved))
 }
 
-/// True where an answer is too large for us, or for Redis itself. The connection is of no use any more, since the rest of
-/// the answer would have to be read.
-pub(super) fn is_oversized(error: &RedisError) -> bool {
-    matches!(trouble(error), Some(Trouble::Oversized | Trouble::CutOff))
+/// True where an answer is too large for us, for Redis itself, or for the time that it has. The connection is of no use any
+/// more, since the rest of the answer would have to be read.
+pub(super) fn is_too_large(error: &RedisError) -> bool {
+    matches!(trouble(error), Some(Trouble::Oversized | Trouble::CutOff | Trouble::Late))
 }
 
 /// True where a node of a cluster answered that another one has the key.

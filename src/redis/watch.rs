@@ -126,10 +126,11 @@ async fn follow_tables(scene: Scene<'_>, mut syncer: Syncer<'_>, tries: &Tries) 
     let mut last_error: Option<String> = None;
     let mut warned = Warned::default();
     let mut was_sent_on = false;
+    let mut is_news = true;
     loop {
         let address = known(settings, primary).await;
         let redis = address.as_ref().unwrap_or(&settings.address);
-        let watch = Connection { scene, address: redis, watching: &watching };
+        let watch = Connection { scene, address: redis, watching: &watching, is_news };
         // In the middle of whatever is waited for: it may be a server that is frozen.
         let moved = || async {
             primary.moved_from(redis).await;
@@ -161,7 +162,7 @@ async fn follow_tables(scene: Scene<'_>, mut syncer: Syncer<'_>, tries: &Tries) 
                 // Of an answer that is too large, the pool's line has said it.
                 let is_told = connection::is_move(&error)
                     || connection::is_elsewhere(&error)
-                    || connection::is_oversized(&error);
+                    || connection::is_too_large(&error);
                 if watching.is_up() && !is_told {
                     warn!(
                         %redis, %error,
@@ -192,7 +193,8 @@ async fn follow_tables(scene: Scene<'_>, mut syncer: Syncer<'_>, tries: &Tries) 
         }
         // Once for each new reason, not once for each try.
         let text = error.to_string();
-        if last_error.as_ref() != Some(&text) {
+        is_news = !connection::is_too_large(&error);
+        if is_news && last_error.as_ref() != Some(&text) {
             let cure = connection::cure(&error);
             warn!(%redis, error = text, cure, "cannot watch redis");
             last_error = Some(text);
@@ -224,6 +226,8 @@ struct Connection<'a> {
     scene: Scene<'a>,
     address: &'a RedisAddress,
     watching: &'a Watching,
+    /// That it is connected. Not where the one before it ended over a table that is too large, of which the pool's line told.
+    is_news: bool,
 }
 
 /// A connection that answers.
@@ -298,7 +302,9 @@ impl Connection<'_> {
         let mut armed = Armed::new(settings, &changes);
         let mut mode = armed.prove(&mut connection, warned).await?;
         self.watching.set(mode);
-        info!(redis = %self.address, version = server.version, role = server.role, watch = mode.name(), "connected to redis");
+        if self.is_news {
+            info!(redis = %self.address, version = server.version, role = server.role, watch = mode.name(), "connected to redis");
+        }
 
         changes.notice_all();
         let mut heartbeat = Instant::now() + jittered(settings.heartbeat_interval);

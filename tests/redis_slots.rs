@@ -1,0 +1,140 @@
+//! While a slot of a Redis Cluster moves, its keys are at two nodes: each pool is read where its own key is.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::time::sleep;
+
+use crate::support::{Cluster, Proxy, Redis, eventually};
+
+/// A reconnect or a re-read tells nothing in time: what arrives was followed.
+const SETTINGS: &str = "heartbeat_interval: 500ms, resync_interval: 1h, response_timeout: 2s, connect_timeout: 2s, max_stale: 10s";
+/// Of `servers`.
+const SLOT: u16 = 11_335;
+
+/// A proxy with the pools `web` and `api`, whose keys share a slot that moves from the first node to the second.
+struct Scene {
+    cluster: Cluster,
+    proxy: Proxy,
+}
+
+impl Scene {
+    async fn start(settings: &str) -> Self {
+        let cluster = Cluster::start().await;
+        let proxy = Proxy::start(&format!(
+            "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
+             pools: {{web: {{weights_key: servers}}, api: {{weights_key: \"{{servers}}:api\"}}}}\n\
+             redis: {{{}, {SETTINGS}, {settings}}}\n",
+            cluster.section()
+        ));
+        let scene = Self { cluster, proxy };
+        scene.write(0, "servers", 1).await;
+        scene.write(0, "{servers}:api", 1).await;
+        scene.see([1, 1]).await;
+        let (from, to) = (scene.cluster.id(0).await, scene.cluster.id(1).await);
+        scene.node(1).run(&format!("CLUSTER SETSLOT {SLOT} IMPORTING {from}")).await;
+        scene.node(0).run(&format!("CLUSTER SETSLOT {SLOT} MIGRATING {to}")).await;
+        scene
+    }
+
+    fn node(&self, place: usize) -> &Redis {
+        &self.cluster.nodes[place]
+    }
+
+    async fn write(&self, place: usize, key: &str, weight: u32) {
+        let mut write = redis::pipe();
+        write.cmd("ASKING").ignore().cmd("ZADD").arg(key).arg(weight).arg("10.0.0.1:80").ignore();
+        let mut connection = self.node(place).connection().await;
+        write.query_async::<()>(&mut connection).await.expect("it has the key");
+    }
+
+    async fn move_ahead(&self, key: &str) {
+        let port = self.node(1).port;
+        self.node(0).run(&format!("MIGRATE 127.0.0.1 {port} {key} 0 5000")).await;
+    }
+
+    /// The weights of both pools become these, and neither is ever without a table meanwhile.
+    async fn see(&self, weights: [u32; 2]) {
+        let were_there = self.weights().iter().all(Option::is_some);
+        eventually(&format!("both have {weights:?}"), || async {
+            let seen = self.weights();
+            assert!(!were_there || seen.iter().all(Option::is_some), "a table is gone: {seen:?}");
+            seen == weights.map(|weight| Some(f64::from(weight)))
+        })
+        .await;
+    }
+
+    fn weights(&self) -> [Option<f64>; 2] {
+        [0, 1].map(|place| {
+            let snapshot = self.proxy.running.observed.pools[place].cell.load();
+            snapshot.members().first().map(|member| member.weight.get())
+        })
+    }
+}
+
+#[tokio::test]
+async fn a_key_that_goes_ahead_does_not_take_another_pools_reader_with_it() {
+    let scene = Scene::start("on_empty: keep_last").await;
+    follows_both_while_one_key_is_ahead(&scene).await;
+}
+
+#[tokio::test]
+async fn a_key_that_goes_ahead_costs_no_pool_a_session_where_an_empty_table_would() {
+    let scene = Scene::start("on_empty: refuse").await;
+    follows_both_while_one_key_is_ahead(&scene).await;
+}
+
+async fn follows_both_while_one_key_is_ahead(scene: &Scene) {
+    scene.move_ahead("servers").await;
+    for weight in 2..6 {
+        scene.write(1, "servers", weight).await;
+        scene.write(0, "{servers}:api", weight).await;
+        scene.see([weight; 2]).await;
+    }
+    scene.move_ahead("{servers}:api").await;
+    scene.write(1, "{servers}:api", 7).await;
+    scene.see([5, 7]).await;
+}
+
+#[tokio::test]
+async fn a_node_that_dies_with_a_key_that_went_ahead_does_not_keep_its_pool() {
+    let mut scene = Scene::start("on_empty: keep_last").await;
+    for node in &scene.cluster.nodes {
+        node.run("CONFIG SET cluster-require-full-coverage no").await;
+    }
+    scene.move_ahead("servers").await;
+    scene.write(1, "servers", 2).await;
+    scene.see([2, 1]).await;
+    scene.cluster.nodes[1].kill();
+    scene.node(0).run(&format!("CLUSTER SETSLOT {SLOT} STABLE")).await;
+    scene.write(0, "servers", 3).await;
+    scene.write(0, "{servers}:api", 3).await;
+    scene.see([3, 3]).await;
+}
+
+/// More of them than are asked at once, so that each that fails gives its place to another.
+#[tokio::test]
+async fn nodes_that_are_all_away_are_not_dialled_without_a_rest() {
+    let (dialled, mut nodes) = (Arc::new(AtomicU32::new(0)), Vec::new());
+    for _ in 0..9 {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        nodes.push(format!("\"{}\"", listener.local_addr().expect("bound")));
+        let dialled = Arc::clone(&dialled);
+        tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                dialled.fetch_add(1, Relaxed);
+                drop(client);
+            }
+        });
+    }
+    let section = format!("cluster: {{nodes: [{}]}}", nodes.join(", "));
+    let _proxy = Proxy::web(&format!("redis: {{{section}, {SETTINGS}}}"), "weights_key: servers");
+    eventually("each was dialled", || async { dialled.load(Relaxed) >= 9 }).await;
+    let before = dialled.load(Relaxed);
+    // How often within a time is what this is about: twice a heartbeat each at most, and a fifth more.
+    sleep(Duration::from_secs(2)).await;
+    let count = dialled.load(Relaxed) - before;
+    assert!((7..=9 * 10).contains(&count), "{count} connections in 2 s");
+}
