@@ -11,7 +11,7 @@ ARGS ?=
 
 # Tests that load the whole machine or break its network: one at a time. The same names as group `heavy` of
 # .config/nextest.toml, for machines without nextest.
-HEAVY := real_programs:: faults:: storm:: redis_herd:: redis_random:: redis_random_sentinel::
+HEAVY := real_programs:: faults:: storm:: redis_herd:: redis_random:: redis_random_sentinel:: redis_sentinel:: redis_cluster:: redis_slots::
 NEXTEST := $(CARGO) nextest
 SCRIPTS := .ci/run tests/install.sh tests/redis_matrix.sh
 

@@ -251,10 +251,10 @@ impl<'a> Council<'a> {
         let now = Instant::now();
         for (place, Followed { key, .. }) in self.places.iter_mut().zip(followed) {
             match &hint {
-                Hint::Ahead { key: ahead, to } if key == ahead => {
-                    if place.no_detour_until.is_none_or(|until| until <= now) {
-                        place.detour = place.owner.as_ref().map(|_| to.clone());
-                    }
+                Hint::Ahead { key: ahead, to }
+                    if key == ahead && place.no_detour_until.is_none_or(|until| until <= now) =>
+                {
+                    place.detour = place.owner.as_ref().map(|_| to.clone());
                 }
                 Hint::NotAhead { keys, node }
                     if keys.contains(key) && place.detour.as_ref() == Some(node) =>

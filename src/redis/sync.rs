@@ -33,6 +33,8 @@ const LONGEST_REST: Duration = Duration::from_millis(100);
 /// A read that took long, because Redis is busy with a whole fleet's, is followed by a rest of so many times that. Then all
 /// of them together, however many, take a fifth of its time.
 const REST_PER_READ: u32 = 4;
+/// One that took no longer has met nobody else's.
+const QUICK_READ: Duration = Duration::from_micros(200);
 const LONGEST_REST_OF_A_FLEET: Duration = Duration::from_millis(400);
 /// Between two tries at a key that cannot be read.
 const REST_AFTER_REFUSAL: Duration = Duration::from_secs(1);
@@ -395,7 +397,8 @@ async fn has_too_many(connection: &mut Connection, key: &str) -> Result<bool, Re
 /// How long to rest after a read of so many members that took so long.
 fn rest_after(members: usize, took: Duration) -> Duration {
     let of_members = REST_PER_MEMBER * u32::try_from(members).unwrap_or(u32::MAX);
-    of_members.min(LONGEST_REST).max((took * REST_PER_READ).min(LONGEST_REST_OF_A_FLEET))
+    let of_fleet = if took > QUICK_READ { took * REST_PER_READ } else { Duration::ZERO };
+    of_members.min(LONGEST_REST).max(of_fleet.min(LONGEST_REST_OF_A_FLEET))
 }
 
 /// Waits for a change, at most until `rest_ends`, when something that changed before has rested. Cancel safe.
@@ -417,7 +420,8 @@ mod tests {
     #[test]
     fn a_rest_grows_with_the_table_and_with_what_the_read_took_up_to_a_bound() {
         let (micros, millis) = (Duration::from_micros, Duration::from_millis);
-        assert_eq!(rest_after(10, micros(20)), micros(100));
+        assert_eq!(rest_after(10, micros(200)), micros(100), "nobody else's read was in the way");
+        assert_eq!(rest_after(10, micros(201)), micros(804));
         assert_eq!(rest_after(10_000, millis(10)), millis(100));
         assert_eq!(rest_after(MAX_MEMBERS, millis(20)), millis(100));
         assert_eq!(rest_after(10, millis(50)), millis(200), "whoever waits for redis is one of many");
