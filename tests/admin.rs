@@ -29,7 +29,7 @@ fn backends(addresses: &[SocketAddr]) -> String {
 }
 
 /// CONTRACT.md's names, as far as this version has them: the family, its type, its labels.
-const METRICS: [(&str, &str, &[&str]); 29] = [
+const METRICS: [(&str, &str, &[&str]); 30] = [
     ("statera_listener_connections", "counter", &["listener"]),
     ("statera_listener_connections_active", "gauge", &["listener"]),
     ("statera_listener_rejected", "counter", &["listener", "reason"]),
@@ -54,6 +54,7 @@ const METRICS: [(&str, &str, &[&str]); 29] = [
     ("statera_snapshot_version", "gauge", &["pool"]),
     ("statera_snapshot_age_seconds", "gauge", &["pool"]),
     ("statera_weight_propagation_seconds", "histogram", &[]),
+    ("statera_pool_table_kept", "gauge", &["pool"]),
     ("statera_table_rejected_members", "gauge", &["pool"]),
     ("statera_table_failed_reads", "counter", &["pool"]),
     ("statera_state_writes_failed", "counter", &["pool"]),

@@ -34,4 +34,5 @@ mod state;
 mod storm;
 mod support;
 mod system_calls;
+mod table_kept;
 mod weights;

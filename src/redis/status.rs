@@ -133,6 +133,8 @@ pub struct TableStatus {
     pub rejected_members: AtomicU64,
     /// Reads that failed or were refused.
     pub failed_reads: Counter,
+    /// Redis holds no weights, and the last table is gone by all the same.
+    pub is_kept: AtomicBool,
 }
 
 #[cfg(test)]

@@ -332,6 +332,7 @@ impl<'a> Syncer<'a> {
         if table.is_empty() {
             return self.take_empty(place, table, asked);
         }
+        self.tables[place].is_kept.store(false, Relaxed);
         match self.says(place, None) {
             Some((Some(Said::Empty), held_back)) => {
                 info!(pool = %pool, key, held_back, "redis holds weights again");
@@ -349,6 +350,7 @@ impl<'a> Syncer<'a> {
     fn take_empty(&mut self, place: usize, empty: Table, asked: Instant) {
         let Followed { pool, cell, key } = &self.followed[place];
         let news = self.says(place, Some(Said::Empty));
+        self.tables[place].is_kept.store(self.on_empty == OnEmpty::KeepLast, Relaxed);
         match self.on_empty {
             OnEmpty::KeepLast => {
                 cell.confirm_as_of(asked);

@@ -209,7 +209,7 @@ impl Observed {
         gauges(
             encoder,
             "statera_redis_connected",
-            "1 while the watching connection is up",
+            "1 while all watching connections are up",
             [(none, connected)],
         )?;
         let modes =
@@ -233,6 +233,12 @@ impl Observed {
             "statera_table_rejected_members",
             "Members of the table that are left out",
             tables().map(|(labels, table)| (labels, table.rejected_members.load(Relaxed) as f64)),
+        )?;
+        gauges(
+            encoder,
+            "statera_pool_table_kept",
+            "1 while Redis holds no weights and the last table serves all the same (redis.on_empty)",
+            tables().map(|(labels, table)| (labels, f64::from(u8::from(table.is_kept.load(Relaxed))))),
         )?;
         counters(
             encoder,
