@@ -277,7 +277,7 @@ async fn a_web_server_in_redis_place_is_told_with_a_cure_while_the_configured_ba
     .await;
     let lines: Vec<String> = told();
     assert!(
-        lines[0].contains("check redis.url: what answers there does not speak redis's protocol"),
+        lines[0].contains("what answers there does not speak redis's protocol: check its address"),
         "{}",
         lines[0]
     );

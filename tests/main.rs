@@ -36,3 +36,4 @@ mod support;
 mod system_calls;
 mod table_kept;
 mod weights;
+mod weights_errors;

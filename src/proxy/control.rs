@@ -41,7 +41,7 @@ impl Control {
             resolve::settle(&mut names).await;
         };
         if timeout(FIRST_LOOK, first_look).await.is_err() {
-            warn!("redis or a name server is slow to answer: starting without");
+            warn!("redis has not told its weights yet, or a name is not resolved yet: starting without");
         }
         for names in names {
             tasks.spawn(names.run());

@@ -25,7 +25,8 @@ use super::redirect::Guide;
 use super::reply_limit::Limited;
 use super::trouble::Trouble;
 pub(super) use super::trouble::{
-    cure, is_elsewhere, is_move, is_not_ready, is_of_cluster, is_refusal, is_too_large,
+    cure, is_elsewhere, is_move, is_no_redis, is_not_ready, is_of_cluster, is_of_rights, is_refusal,
+    is_too_large,
 };
 use super::{cluster, sentinel};
 use crate::config::{Redis, RedisAddress, Sentinel, Tls};
@@ -97,23 +98,23 @@ trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
 
-/// Connects to the server that has `key`, be it through sentinels or the nodes of a cluster: for commands that ask once
-/// and go.
-pub(super) async fn open_for(settings: &Redis, key: &str) -> RedisResult<Connection> {
+/// Finds the server that has `key`, be it through sentinels or the nodes of a cluster: for commands that ask once and go.
+pub(super) async fn find(settings: &Redis, key: &str) -> RedisResult<RedisAddress> {
     match &settings.address {
-        RedisAddress::Sentinel(sentinel) => {
-            let primary = sentinel::find(settings, sentinel).await?;
-            open_at(settings, &primary, |_| {}).await
-        }
-        RedisAddress::Cluster(nodes) => {
-            let node = cluster::find(settings, nodes, key).await?;
-            let connection = open_at(settings, &node, |_| {}).await?;
-            let settings = Arc::new(settings.clone());
-            let guide = Guide { settings, node, asks: false, goes: true, keys: Vec::new(), hints: None };
-            Ok(connection.guided(Some(Arc::new(guide))))
-        }
-        address => open_at(settings, address, |_| {}).await,
+        RedisAddress::Sentinel(sentinel) => sentinel::find(settings, sentinel).await,
+        RedisAddress::Cluster(nodes) => cluster::find(settings, nodes, key).await,
+        address => Ok(address.clone()),
     }
+}
+
+/// Connects to the server that was found.
+pub(super) async fn open_found(settings: &Redis, found: &RedisAddress) -> RedisResult<Connection> {
+    let connection = open_at(settings, found, |_| {}).await?;
+    let guide = matches!(settings.address, RedisAddress::Cluster(_)).then(|| {
+        let (settings, node) = (Arc::new(settings.clone()), found.clone());
+        Arc::new(Guide { settings, node, asks: false, goes: true, keys: Vec::new(), hints: None })
+    });
+    Ok(connection.guided(guide))
 }
 
 /// Connects to the server at `address`. Pushed messages go to `on_push`, which must not wait.
@@ -172,6 +173,8 @@ async fn connect(
         Ok(Err(error)) if error.is_connection_dropped() && matches!(address, RedisAddress::Tcp { .. }) => {
             return Err(Trouble::ClosedAtOnce.into());
         }
+        // One for each command of the greeting.
+        Ok(Err(error)) if error.kind() == ErrorKind::Parse => return Err(Trouble::NoRedis.into()),
         Ok(greeted) => greeted?,
         Err(_) => return Err(Trouble::Silent.into()),
     };

@@ -21,6 +21,8 @@ pub(super) enum Trouble {
     SilentHandshake,
     #[error("the TLS handshake failed: {0}")]
     Handshake(io::Error),
+    #[error("its first answer is none of redis's")]
+    NoRedis,
     #[error("the connection was closed before the first answer")]
     ClosedAtOnce,
     #[error("no sentinel names a primary that is up")]
@@ -56,6 +58,16 @@ pub(super) fn is_refusal(error: &RedisError) -> bool {
     error.code().is_some() && !is_not_ready(error)
 }
 
+/// True where the user may not do what was asked.
+pub(super) fn is_of_rights(error: &RedisError) -> bool {
+    error.code() == Some("NOPERM") || tells_of_rights(&error.to_string())
+}
+
+/// In the words of Redis 7 and 6.2, for what a script calls.
+pub(super) fn tells_of_rights(reason: &str) -> bool {
+    ["NOPERM", "ACL failure", "can't run this command"].iter().any(|part| reason.contains(part))
+}
+
 /// True where the server will answer later: it loads its data, follows a primary that is down, belongs to a cluster that is
 /// down, or has some of the keys while their slot moves. Not where nobody serves one key's slot: others can be read meanwhile.
 pub(super) fn is_not_ready(error: &RedisError) -> bool {
@@ -77,9 +89,10 @@ pub(super) fn cure(error: &RedisError) -> &'static str {
     match trouble(error) {
         Some(Trouble::SilentHandshake | Trouble::Handshake(_)) => return SPEAKS_NO_TLS,
         Some(Trouble::ClosedAtOnce) => {
-            return "if that port speaks TLS, write rediss:// in redis.url, or set redis.tls beside redis.sentinel; else \
-                    redis's log may say why";
+            return "if that port speaks TLS, write rediss:// in redis.url, or set redis.tls beside redis.sentinel or \
+                    redis.cluster; else redis's log may say why";
         }
+        Some(Trouble::NoRedis) => return SPEAKS_NO_REDIS,
         Some(Trouble::UnknownMaster) => return "check redis.sentinel.master",
         Some(Trouble::Oversized) => {
             return "remove the members that are no addresses (`redis-cli ZRANGE KEY 0 -1 | cut -c1-300` shows them), or \
@@ -105,6 +118,7 @@ pub(super) fn cure(error: &RedisError) -> &'static str {
         | None => {}
     }
     match error.kind() {
+        _ if is_no_database(error) => cure_of_database(error),
         _ if is_no_sentinel(error) => "it is no sentinel: check redis.sentinel.nodes",
         ErrorKind::AuthenticationFailed => "check redis.username and redis.password",
         ErrorKind::Server(ServerErrorKind::NoPerm) => "grant the ACL user what the message names",
@@ -113,12 +127,12 @@ pub(super) fn cure(error: &RedisError) -> &'static str {
         }
         ErrorKind::Server(ServerErrorKind::ClusterDown) => "see what CLUSTER INFO says: a part of it is down",
         ErrorKind::RESP3NotSupported => "redis 6 or newer is needed",
-        ErrorKind::Parse => {
-            "check redis.url: what answers there does not speak redis's protocol; if it is TLS, write rediss://"
-        }
+        ErrorKind::Parse => SPEAKS_NO_REDIS,
         _ if error.code() == Some("NOAUTH") => "set redis.password",
         _ if error.code() == Some("WRONGPASS") => "check redis.username and redis.password",
-        _ if error.is_connection_refusal() => "start redis, or check redis.url",
+        _ if error.is_connection_refusal() => {
+            "start redis, or check its address in the config's redis section"
+        }
         _ => "it is tried again until it works",
     }
 }
@@ -129,8 +143,27 @@ fn is_no_sentinel(error: &RedisError) -> bool {
     ["unknown command 'SENTINEL'", "unknown command `SENTINEL`"].iter().any(|words| text.contains(words))
 }
 
+/// The library puts it so, without Redis's own code.
+fn is_no_database(error: &RedisError) -> bool {
+    error.to_string().contains("refused to switch database")
+}
+
+fn cure_of_database(error: &RedisError) -> &'static str {
+    let has = |part: &str| error.detail().is_some_and(|text| text.contains(part));
+    if has("cluster mode") {
+        "a Redis Cluster has database 0 alone: write redis.cluster instead of redis.url"
+    } else if has("permission") {
+        "grant the ACL user +select"
+    } else {
+        "check the database at the end of redis.url, or in redis.sentinel.database: the server has fewer"
+    }
+}
+
+const SPEAKS_NO_REDIS: &str = "what answers there does not speak redis's protocol: check its address in the config's redis \
+                               section; if it is TLS, write rediss:// in redis.url, or set redis.tls beside redis.sentinel \
+                               or redis.cluster";
 const SPEAKS_NO_TLS: &str = "if that port speaks plain redis, write redis:// in redis.url, or leave redis.tls out beside \
-                             redis.sentinel; else name the server's tls-port";
+                             redis.sentinel or redis.cluster; else name the server's tls-port";
 
 fn cure_of_tls(error: &rustls::Error) -> &'static str {
     match error {
@@ -178,6 +211,11 @@ pub(super) fn is_elsewhere(error: &RedisError) -> bool {
     matches!(trouble(error), Some(Trouble::Elsewhere(_)))
 }
 
+/// True where something answers that is no Redis.
+pub(super) fn is_no_redis(error: &RedisError) -> bool {
+    matches!(trouble(error), Some(Trouble::NoRedis))
+}
+
 /// True where the config or the cluster itself has to be mended.
 pub(super) fn is_of_cluster(error: &RedisError) -> bool {
     matches!(trouble(error), Some(Trouble::NoCluster | Trouble::NoOwner))
@@ -220,6 +258,25 @@ mod tests {
         assert!(cure(&late).contains("redis.tls.cert_file"), "{}", cure(&late));
         let refused = RedisError::from(io::Error::from(io::ErrorKind::ConnectionRefused));
         assert!(cure(&refused).contains("start redis"));
+    }
+
+    /// Whoever is told to change `redis.url` may have sentinels or a cluster.
+    #[test]
+    fn what_can_be_wrong_everywhere_has_a_cure_for_everywhere() {
+        let refused = RedisError::from(io::Error::from(io::ErrorKind::ConnectionRefused));
+        let speaks_tls = || rustls::Error::InvalidMessage(rustls::InvalidMessage::InvalidContentType);
+        for error in [
+            refused,
+            RedisError::from((ErrorKind::Parse, "not redis")),
+            Trouble::NoRedis.into(),
+            Trouble::ClosedAtOnce.into(),
+            Trouble::SilentHandshake.into(),
+            Trouble::Handshake(io::Error::other(speaks_tls())).into(),
+        ] {
+            let cure = cure(&error);
+            let is_for_all = ["redis.sentinel", "redis.cluster"].iter().all(|key| cure.contains(key));
+            assert!(is_for_all || !cure.contains("redis.url"), "{error}: {cure}");
+        }
     }
 
     #[test]

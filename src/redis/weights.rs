@@ -65,12 +65,15 @@ impl Ledger {
     /// # Errors
     /// Redis is not there, or refuses this user.
     pub async fn open(settings: &Redis, key: &str) -> Result<Self, WeightsError> {
-        let address = settings.address.to_string();
-        match connection::open_for(settings, key).await {
+        let written = &settings.address;
+        let found = connection::find(settings, key).await;
+        let found = found.map_err(|error| refusal::not_found(written, &error))?;
+        match connection::open_found(settings, &found).await {
             Ok(connection) => {
-                Ok(Self { connection, address, key: key.to_owned(), companions: Companions::of(key) })
+                let (address, companions) = (found.to_string(), Companions::of(key));
+                Ok(Self { connection, address, key: key.to_owned(), companions })
             }
-            Err(error) => Err(refusal::not_connected(&settings.address, &error)),
+            Err(error) => Err(refusal::not_connected(&found, written, &error)),
         }
     }
 

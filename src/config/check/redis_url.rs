@@ -60,8 +60,20 @@ fn parse_unix(rest: &str) -> Result<RedisUrl, &'static str> {
 }
 
 fn parse_authority(authority: &str, secure: bool) -> Result<RedisAddress, &'static str> {
-    let cure = "the host is missing or wrong: write it like redis://127.0.0.1:6379/0 or redis://[::1]:6379/0";
+    let cure = if has_impossible_port(authority) {
+        "the port is out of range: write one from 1 to 65535"
+    } else {
+        "the host is missing or wrong: write it like redis://127.0.0.1:6379/0 or redis://[::1]:6379/0"
+    };
     host_and_port(authority, PORT).map(|(host, port)| address(host, port, secure)).ok_or(cure)
+}
+
+/// The number after the last colon; not that of an IPv6 address without brackets.
+fn has_impossible_port(authority: &str) -> bool {
+    let Some((host, port)) = authority.rsplit_once(':') else { return false };
+    let is_number = !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit());
+    let is_bracketed = host.ends_with(']') || !host.contains(':');
+    is_number && is_bracketed && !port.parse::<u16>().is_ok_and(|port| port > 0)
 }
 
 /// Where TLS is spoken or not.
@@ -181,6 +193,16 @@ mod tests {
         ] {
             assert!(parse(url).is_err(), "{url} was taken");
             assert_eq!(shown(url), expected, "{url}");
+        }
+    }
+
+    #[test]
+    fn a_port_that_cannot_be_is_not_taken_for_a_wrong_host() {
+        for url in ["redis://127.0.0.1:99999", "redis://u:p@h:65536/0", "rediss://[::1]:0"] {
+            assert_eq!(parse(url), Err("the port is out of range: write one from 1 to 65535"), "{url}");
+        }
+        for url in ["redis://h:", "redis://h:x", "redis://:1", "redis://fe80::99999"] {
+            assert!(parse(url).is_err_and(|cure| cure.contains("host")), "{url}");
         }
     }
 

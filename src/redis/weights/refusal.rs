@@ -5,6 +5,7 @@ use redis::{ErrorKind, RedisError, ServerErrorKind};
 use crate::config::RedisAddress;
 use crate::redis::companion::Companions;
 use crate::redis::connection;
+use crate::redis::trouble::tells_of_rights;
 
 /// Why weights could not be read or changed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -25,22 +26,40 @@ pub(super) enum Asked {
     WhoHasIt,
 }
 
-pub(super) fn not_connected(address: &RedisAddress, error: &RedisError) -> WeightsError {
-    let text = format!("redis at {address} cannot be asked: {error}");
-    match error.kind() {
-        ErrorKind::AuthenticationFailed => {
-            WeightsError::Refused(format!("{text}: {}", connection::cure(error)))
+/// Nobody told where the key is: `written` is whom the config names.
+pub(super) fn not_found(written: &RedisAddress, error: &RedisError) -> WeightsError {
+    match written {
+        // Which of them it was is not known here, and the first may be well.
+        RedisAddress::Cluster(cluster) if !connection::is_of_cluster(error) => {
+            let nodes: Vec<String> = cluster.nodes.iter().map(ToString::to_string).collect();
+            let text = format!("no node of the cluster ({}) can be asked, one says", nodes.join(", "));
+            not_opened(&text, error, written)
         }
-        _ if connection::is_refusal(error) => {
-            WeightsError::Refused(format!("{text}: {}", connection::cure(error)))
-        }
-        _ if connection::is_of_cluster(error) => {
-            WeightsError::Refused(format!("{text}: {}", connection::cure(error)))
-        }
-        _ => {
-            let key = address.written_at();
-            WeightsError::Unreachable(format!("{text}: is it up, and is {key} right?"))
-        }
+        _ => not_connected(written, written, error),
+    }
+}
+
+/// `found` is the server that has the key, `written` whom the config names.
+pub(super) fn not_connected(
+    found: &RedisAddress,
+    written: &RedisAddress,
+    error: &RedisError,
+) -> WeightsError {
+    not_opened(&format!("redis at {found} cannot be asked"), error, written)
+}
+
+fn not_opened(text: &str, error: &RedisError, written: &RedisAddress) -> WeightsError {
+    let cure = connection::cure(error);
+    let needs_a_person = error.kind() == ErrorKind::AuthenticationFailed
+        || connection::is_refusal(error)
+        || connection::is_of_cluster(error);
+    if needs_a_person {
+        WeightsError::Refused(format!("{text}: {error}: {cure}"))
+    } else if connection::is_no_redis(error) {
+        WeightsError::Unreachable(format!("{text}: {error}: {cure}"))
+    } else {
+        let key = written.written_at();
+        WeightsError::Unreachable(format!("{text}: {error}: is it up, and is {key} right?"))
     }
 }
 
@@ -57,6 +76,11 @@ pub(super) fn of_redis(
             "redis at {address} is not ready: {error}: try again soon"
         ));
     }
+    if connection::is_elsewhere(error) {
+        return WeightsError::Unreachable(format!(
+            "redis at {address}: {error}: the slot moves, try again soon"
+        ));
+    }
     if !connection::is_refusal(error) {
         let unknown = match asked {
             Asked::ToRead | Asked::WhoHasIt => "",
@@ -66,11 +90,6 @@ pub(super) fn of_redis(
         };
         return WeightsError::Unreachable(format!("redis at {address} did not answer: {error}{unknown}"));
     }
-    if connection::is_elsewhere(error) {
-        return WeightsError::Unreachable(format!(
-            "redis at {address}: {error}: the slot moves, try again soon"
-        ));
-    }
     if matches!(error.kind(), ErrorKind::Server(ServerErrorKind::Moved | ServerErrorKind::Ask)) {
         return WeightsError::Refused(format!(
             "redis at {address} refuses: {error}: {}",
@@ -79,17 +98,14 @@ pub(super) fn of_redis(
     }
     let pattern = companions.pattern();
     let cure = match error.kind() {
-        ErrorKind::Server(ServerErrorKind::NoPerm) => match asked {
-            Asked::ToRead => format!("grant the ACL user +eval_ro +xrevrange %R~{key} %R{pattern}"),
-            Asked::ToWrite => format!("grant the ACL user +eval ~{key} {pattern}"),
-            Asked::WhoHasIt => {
-                format!("grant the ACL user +eval +time +hlen +hgetall ~{}", companions.applied)
-            }
-        },
         // What a script may not call is not told by the code.
-        _ if asked == Asked::WhoHasIt && is_of_rights(&error.to_string()) => {
+        _ if asked == Asked::WhoHasIt && connection::is_of_rights(error) => {
             format!("grant the ACL user +eval +time +hlen +hgetall ~{}", companions.applied)
         }
+        ErrorKind::Server(ServerErrorKind::NoPerm) => match asked {
+            Asked::ToRead => format!("grant the ACL user +eval_ro +xrevrange %R~{key} %R{pattern}"),
+            Asked::ToWrite | Asked::WhoHasIt => format!("grant the ACL user +eval ~{key} {pattern}"),
+        },
         ErrorKind::Server(ServerErrorKind::CrossSlot) => {
             format!("no key beside {key} can share its slot: use a weights_key without stray braces")
         }
@@ -116,7 +132,7 @@ pub(super) fn of_script(command: &str, key: &str, reason: &str) -> WeightsError 
             _ => "a sorted set",
         };
         format!("{key} holds something else than {kind}: rename or delete it")
-    } else if is_of_rights(reason) {
+    } else if tells_of_rights(reason) {
         format!("redis refuses {command} on {key}: grant the ACL user +{lower} ~{key}")
     } else if has("READONLY") || has("read-only") || has("read only") {
         format!("redis refuses {command} on {key}: it is a replica: write to the primary")
@@ -128,7 +144,19 @@ pub(super) fn of_script(command: &str, key: &str, reason: &str) -> WeightsError 
     WeightsError::Refused(message)
 }
 
-/// In the words of Redis 7 and 6.2, for what a script calls.
-fn is_of_rights(reason: &str) -> bool {
-    ["NOPERM", "ACL failure", "can't run this command"].iter().any(|part| reason.contains(part))
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::redis::trouble::Trouble;
+
+    #[test]
+    fn a_slot_that_moves_is_no_reason_to_fear_for_the_change() {
+        let error = Trouble::Elsewhere("redis://10.0.0.2:6379".to_owned()).into();
+        let companions = Companions::of("servers");
+        for asked in [Asked::ToRead, Asked::ToWrite, Asked::WhoHasIt] {
+            let refused = of_redis("redis://10.0.0.1:6379", "servers", &companions, &error, asked);
+            let WeightsError::Unreachable(text) = refused else { panic!("{refused:?}") };
+            assert!(text.ends_with("the slot moves, try again soon"), "{text}");
+        }
+    }
 }
