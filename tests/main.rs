@@ -37,3 +37,4 @@ mod system_calls;
 mod table_kept;
 mod weights;
 mod weights_errors;
+mod weights_long_names;

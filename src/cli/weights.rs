@@ -33,7 +33,8 @@ pub(super) enum WeightsCommand {
     Remove(RemoveArguments),
     /// Show who changed what, newest first, changes by other programs among them.
     History(HistoryArguments),
-    /// Bring back the table as it was at a version, as a new version.
+    /// Bring back the table as it was at a version, as a new version. Members whose names are too long for a backend stay as
+    /// they are.
     Rollback(RollbackArguments),
 }
 

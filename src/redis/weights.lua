@@ -2,20 +2,25 @@
 --
 -- KEYS, all of one slot: the weights (a sorted set), their version (a number), their history (a stream, newest last) and
 -- the table as the history knows it (a sorted set: what differs from it was changed by other hands).
--- ARGV: what is wanted (look, notice, set, remove, rollback), the version that is expected or "", who, why, the largest
--- table, the longest history, the most changes that one entry keeps; then what is wanted's own: members and weights,
--- members, a version or "".
+-- ARGV: what is wanted (look, notice, set, remove, rollback), the version that is expected or "", who, why, the most
+-- members of a table and the bytes of an answer with them, the longest history, the most changes that one entry keeps and
+-- the bytes of their text, the longest name; then what is wanted's own: members and weights, members, a version or "".
 -- Returns the outcome and the version before it, then what goes with the outcome (src/redis/weights.rs reads it).
 -- For Redis 6.2 and later, Cluster too. Weights stay texts: a number would lose digits in cjson.
 
 local key, version_key, history, known_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local wanted, expected, who, why = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local most_members, longest_history, most_changes = tonumber(ARGV[5]), ARGV[6], tonumber(ARGV[7])
-local FIRST = 8
+local most_members, most_bytes, longest_history = tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7]
+local most_changes, most_text, longest_name = tonumber(ARGV[8]), tonumber(ARGV[9]), tonumber(ARGV[10])
+local FIRST = 11
 -- Lua's stack holds some 8,000 arguments of one call.
 local ARGUMENTS = 4000
 -- No backend's name.
 local NOBODY = '\0'
+-- Bytes that are kept of a name that is longer than any backend's.
+local KEPT_OF_A_NAME = 100
+-- What surrounds a member and its score in an answer.
+local AROUND = 20
 
 -- Ends the script: told with the command and the key, which Redis's own messages lack.
 local function refuse(command, target, reason)
@@ -28,10 +33,15 @@ local function call(command, target, ...)
     return answer
 end
 
+-- Refused where its answer would not be taken in. Other hands can write members of 512 MB.
 local function read(from)
-    local list, held = call('ZRANGE', from, 0, most_members, 'WITHSCORES'), {}
+    local list, held, bytes, longest = call('ZRANGE', from, 0, most_members, 'WITHSCORES'), {}, 0, 0
     if #list > 2 * most_members then refuse('ZRANGE', from, 'TOOLARGE') end
-    for i = 1, #list, 2 do held[list[i]] = list[i + 1] end
+    for i = 1, #list, 2 do
+        held[list[i]] = list[i + 1]
+        bytes, longest = bytes + #list[i] + #list[i + 1] + AROUND, math.max(longest, #list[i])
+    end
+    if bytes > most_bytes then refuse('ZRANGE', from, 'OVERSIZED ' .. longest) end
     return held, list
 end
 
@@ -54,9 +64,38 @@ local function difference(old, new)
     return changes
 end
 
+-- What is kept of a name that is too long for a backend, beside its length. Without its last character of several bytes,
+-- which may be cut.
+local function beginning(name)
+    return (name:sub(1, KEPT_OF_A_NAME):gsub('[\192-\255][\128-\191]*$', ''))
+end
+
+local function shortened(change)
+    local name = change[1]
+    if #name <= longest_name then return change end
+    return { beginning(name), change[2], change[3], #name }
+end
+
+-- The members that may be backends, and the others by what is kept of their names.
+local function split(held)
+    local short, long = {}, {}
+    for name, weight in pairs(held) do
+        if #name <= longest_name then
+            short[name] = weight
+        else
+            long[beginning(name) .. NOBODY .. #name] = weight
+        end
+    end
+    return short, long
+end
+
 local function encode(changes)
     if #changes > most_changes then return '' end
-    return #changes == 0 and '[]' or cjson.encode(changes)
+    if #changes == 0 then return '[]' end
+    local kept = {}
+    for i, change in ipairs(changes) do kept[i] = shortened(change) end
+    local text = cjson.encode(kept)
+    return #text <= most_text and text or ''
 end
 
 -- As src/redis/content.rs does it, which is what proxies say that they have applied: what cannot be a weight or a backend
@@ -65,7 +104,7 @@ local function hash(list)
     local parts = {}
     for i = 1, #list, 2 do
         local member, weight = list[i], tonumber(list[i + 1])
-        if weight and weight >= 0 and weight < math.huge
+        if weight and weight >= 0 and weight < math.huge and #member <= longest_name
             and (member:find(':%d+$') or member:sub(1, 5) == 'unix:') then
             parts[#parts + 1] = member .. '\0' .. struct.pack('>d', weight + 0)
         end
@@ -118,28 +157,34 @@ local function fields(entry)
     return map
 end
 
--- The table at `target`, made from `held`, the one that the newest entry left, by undoing entry after entry. A version
+-- The table at `target`, made from `known`, the one that the newest entry left, by undoing entry after entry. A version
 -- lasts until the next one: what was changed by other hands meanwhile belongs to it. Only of the present version is
--- that undone, else going back to it would do nothing. Without a table: why, and the version in question.
-local function table_at(target, version, held)
+-- that undone, else going back to it would do nothing. Without a table: why, and the version in question. A table comes
+-- in the two parts of split.
+local function table_at(target, version, known)
     local oldest, from = version + 1, '+'
+    local held, long = split(known)
     while true do
-        local entries = call('XREVRANGE', history, from, '-', 'COUNT', 100)
+        local entries = call('XREVRANGE', history, from, '-', 'COUNT', 10)
         for _, entry in ipairs(entries) do
             local said = fields(entry)
             local at = tonumber(said.version)
             if not at or not said.changes then refuse('XREVRANGE', history, 'FOREIGN') end
-            if at < target or at == target and (target < version or said.what ~= 'outside') then return held end
+            if at < target or at == target and (target < version or said.what ~= 'outside') then
+                return held, long
+            end
             if said.changes == '' then return nil, 'too_large', at end
             for _, change in ipairs(cjson.decode(said.changes)) do
-                held[change[1]] = change[2] ~= cjson.null and change[2] or nil
+                local name, weight, bytes = change[1], change[2], change[4]
+                if weight == cjson.null then weight = nil end
+                if bytes then long[name .. NOBODY .. bytes] = weight else held[name] = weight end
             end
             oldest = said.what == 'outside' and at + 1 or at
             from = '(' .. entry[1]
         end
         if #entries == 0 then break end
     end
-    if oldest == target + 1 then return held end
+    if oldest == target + 1 then return held, long end
     return nil, 'forgotten', oldest
 end
 
@@ -149,7 +194,13 @@ local function run()
     if not version then refuse('GET', version_key, 'FOREIGN') end
     local newest = call('XREVRANGE', history, '+', '-', 'COUNT', 1)[1]
     -- A version key that was deleted must not make old numbers mean something new.
-    if newest then version = math.max(version, tonumber(fields(newest).version) or 0) end
+    if newest then
+        local bytes = 0
+        for _, word in ipairs(newest[2]) do bytes = bytes + #word end
+        -- Beside the changes an entry has a few hundred bytes.
+        if bytes > most_text + 4096 then refuse('XREVRANGE', history, 'FOREIGN') end
+        version = math.max(version, tonumber(fields(newest).version) or 0)
+    end
     local held, list = read(key)
     local known = read(known_key)
     local outside = difference(known, held)
@@ -158,7 +209,7 @@ local function run()
     end
     if expected ~= '' and tonumber(expected) ~= version then return { 'conflict', version } end
 
-    local target, back_to = {}, ''
+    local target, back_to, passed_over = {}, '', 0
     for member, weight in pairs(held) do target[member] = weight end
     if wanted == 'set' then
         for i = FIRST, #ARGV, 2 do target[ARGV[i]] = ARGV[i + 1] end
@@ -172,9 +223,15 @@ local function run()
     elseif wanted == 'rollback' then
         back_to = ARGV[FIRST] == '' and version - 1 or tonumber(ARGV[FIRST])
         if back_to < 0 or back_to > version then return { 'no_such_version', version } end
-        local found, reason, at = table_at(back_to, version, known)
-        if not found then return { reason, version, at, back_to } end
+        local found, long_or_reason, at = table_at(back_to, version, known)
+        if not found then return { long_or_reason, version, at, back_to } end
         target = found
+        -- Names that are not kept whole cannot come back, and the way back to the backends must not depend on them.
+        for name, weight in pairs(held) do
+            if #name > longest_name then target[name] = weight end
+        end
+        local _, long_now = split(held)
+        passed_over = #difference(long_or_reason, long_now)
     end
 
     local before, changes = version, difference(held, target)
@@ -190,7 +247,7 @@ local function run()
         end
         call('ZRANGESTORE', known_key, key, 0, -1)
     end
-    return { 'done', before, version, list, encode(changes), #changes, #outside, back_to }
+    return { 'done', before, version, list, encode(changes), #changes, #outside, back_to, passed_over }
 end
 
 local done, result = pcall(run)

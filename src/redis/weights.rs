@@ -18,6 +18,7 @@ use redis::{RedisError, Value};
 use super::applied;
 use super::companion::Companions;
 use super::connection::{self, Connection};
+use super::reply_limit::LARGEST_REPLY_BYTES;
 use crate::balance::{BackendId, Weight};
 use crate::config::Redis;
 
@@ -26,9 +27,20 @@ const SCRIPT: &str = include_str!("weights.lua");
 const MAX_MEMBERS: usize = 100_000;
 /// Some 10 MB at ten changes an entry; XADD trims whole nodes, so a hundred more may stand there.
 pub const LONGEST_HISTORY: usize = 1_000;
-/// An entry of more changed members (somebody renamed a large table) keeps their number alone, and nothing behind it can
-/// be rolled back to. As many are taken by one command.
+/// An entry of more changed members (somebody renamed a large table), or of a longer text, keeps their number alone, and
+/// nothing behind it can be rolled back to. As many are taken by one command.
 pub const MOST_CHANGES: usize = 10_000;
+const MOST_CHANGES_BYTES: usize = 3 << 19;
+/// Of a table as an answer: [`MAX_MEMBERS`] names of 100 bytes.
+const MOST_TABLE_BYTES: usize = 12 << 20;
+/// An answer may hold a table, its newest entry and what other hands have changed.
+const _: () = assert!(((MOST_TABLE_BYTES + 2 * MOST_CHANGES_BYTES) as u64) < LARGEST_REPLY_BYTES);
+/// Bytes of a member's name: a host name has 253 and its port 6 more, a socket's path 107. What is longer is no backend, and
+/// the history keeps its beginning alone.
+const LONGEST_NAME: usize = 512;
+/// Entries that are read at once.
+const PAGE: usize = 5;
+const _: () = assert!(((PAGE * MOST_CHANGES_BYTES) as u64) < LARGEST_REPLY_BYTES);
 
 /// Who changes weights, and why: for the history.
 #[derive(Clone, Debug, Default)]
@@ -46,7 +58,8 @@ pub enum Order {
     Set(Vec<(BackendId, Weight)>),
     /// Members go; they may be anything that stands in a sorted set.
     Remove(Vec<Vec<u8>>),
-    /// The table as it was at this version; `None`: at the one before the present.
+    /// The table as it was at this version; `None`: at the one before the present. Members whose names are too long for a
+    /// backend are left as they are.
     Rollback(Option<u64>),
 }
 
@@ -131,19 +144,30 @@ impl Ledger {
             Ok(answer) => answer::done(answer, &self.key, None).is_ok(),
         };
         let unsaved = if noticed { None } else { Some(self.look().await?.outside) };
-        let entries = redis::cmd("XREVRANGE")
-            .arg(&self.companions.history)
-            .arg("+")
-            .arg("-")
-            .arg("COUNT")
-            .arg(limit)
-            .query_async::<Vec<Value>>(&mut self.connection)
-            .await
-            .map_err(|error| self.refused(&error, refusal::Asked::ToRead))?;
+        let entries =
+            self.entries(limit).await.map_err(|error| self.refused(&error, refusal::Asked::ToRead))?;
         Ok(History {
             entries: entries.into_iter().filter_map(answer::entry).collect(),
             unsaved: unsaved.filter(|changes| changes.count > 0),
         })
+    }
+
+    /// The newest `limit`, in pieces: each may be large.
+    async fn entries(&mut self, limit: usize) -> Result<Vec<Value>, RedisError> {
+        let (mut entries, mut from) = (Vec::new(), "+".to_owned());
+        while entries.len() < limit {
+            let count = PAGE.min(limit - entries.len());
+            let mut page = redis::cmd("XREVRANGE");
+            page.arg(&self.companions.history).arg(from).arg("-").arg("COUNT").arg(count);
+            let page: Vec<Value> = page.query_async(&mut self.connection).await?;
+            let Some(last) = page.last().and_then(answer::id).filter(|_| page.len() == count) else {
+                entries.extend(page);
+                break;
+            };
+            from = format!("({last}");
+            entries.extend(page);
+        }
+        Ok(entries)
     }
 
     /// The proxies whose lease has not ended, in the order of their names.
@@ -172,9 +196,8 @@ impl Ledger {
             .arg(expected.map(|version| version.to_string()).unwrap_or_default())
             .arg(&author.who)
             .arg(&author.why)
-            .arg(MAX_MEMBERS)
-            .arg(LONGEST_HISTORY)
-            .arg(MOST_CHANGES)
+            .arg(&[MAX_MEMBERS, MOST_TABLE_BYTES, LONGEST_HISTORY])
+            .arg(&[MOST_CHANGES, MOST_CHANGES_BYTES, LONGEST_NAME])
             .arg(words)
             .query_async(&mut self.connection)
             .await

@@ -153,6 +153,12 @@ pub(super) fn done(pool: &Pool, done: &Done, on_empty: OnEmpty) -> String {
         text +=
             &format!("{} had been changed by another program: the history tells\n", members(done.outside));
     }
+    if done.passed_over > 0 {
+        text += &format!(
+            "{} left alone: a name too long for a backend is not kept, so there is no way back for it\n",
+            members(done.passed_over)
+        );
+    }
     if done.version == done.before {
         return text + &format!("{}: nothing to change, version {} stays\n", pool.name, done.version);
     }
@@ -180,6 +186,7 @@ pub(super) fn done_json(pool: &Pool, done: &Done, fleet: Option<&Fleet>) -> Stri
         "hash": done.hash().to_string(),
         "changes": changes_json(&done.changes),
         "changed_outside": done.outside,
+        "left_alone": done.passed_over,
         "applied": fleet.map(|fleet| json!({"have": fleet.have, "have_not": fleet.have_not})),
     }))
 }
@@ -224,10 +231,10 @@ fn headline(entry: &Entry) -> String {
 fn lines(changes: &Changes) -> String {
     let mut text = String::new();
     let shown = changes.kept.iter().take(MOST_CHANGES_SHOWN);
-    let width = shown.clone().map(|change| word(&change.member).chars().count()).max().unwrap_or(0);
-    for Change { member, old, new } in shown.clone() {
-        let member = word(member);
-        let _ = match (old.as_deref().map(word), new.as_deref().map(word)) {
+    let width = shown.clone().map(|change| name(change).chars().count()).max().unwrap_or(0);
+    for change in shown.clone() {
+        let member = name(change);
+        let _ = match (change.old.as_deref().map(word), change.new.as_deref().map(word)) {
             (Some(old), Some(new)) => writeln!(text, "    {member:width$}  {old} -> {new}"),
             (None, Some(new)) => writeln!(text, "    {member:width$}  new, {new}"),
             (Some(old), None) => writeln!(text, "    {member:width$}  {old}, removed"),
@@ -239,6 +246,13 @@ fn lines(changes: &Changes) -> String {
         let _ = writeln!(text, "    and {} more", members(more));
     }
     text
+}
+
+fn name(Change { member, bytes, .. }: &Change) -> String {
+    match bytes {
+        Some(bytes) => format!("{}… ({bytes} bytes)", word(member)),
+        None => word(member),
+    }
 }
 
 fn entry_json(entry: &Entry) -> Value {
@@ -259,7 +273,14 @@ fn changes_json(changes: &Changes) -> Value {
     if changes.kept.is_empty() && changes.count > 0 {
         return json!({"count": changes.count});
     }
-    changes.kept.iter().map(|c| json!({"member": c.member, "old": c.old, "new": c.new})).collect()
+    let change_json = |change: &Change| {
+        let mut json = json!({"member": change.member, "old": change.old, "new": change.new});
+        if let Some(bytes) = change.bytes {
+            json["member_bytes"] = json!(bytes);
+        }
+        json
+    };
+    changes.kept.iter().map(change_json).collect()
 }
 
 fn members(count: u64) -> String {
@@ -290,7 +311,7 @@ mod tests {
     #[test]
     fn a_member_of_any_length_is_shown_and_shortened() {
         let member = "z".repeat(70_000);
-        let change = Change { member, old: None, new: Some("7".to_owned()) };
+        let change = Change { member, bytes: None, old: None, new: Some("7".to_owned()) };
         let text = lines(&Changes { count: 1, kept: vec![change] });
         assert!(text.contains("z… (70000 bytes)") && text.len() < 400, "{} bytes", text.len());
     }

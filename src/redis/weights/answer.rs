@@ -15,6 +15,8 @@ use crate::redis::decode;
 pub struct Change {
     /// What is not UTF-8 in it is replaced.
     pub member: String,
+    /// How long it is, where it is too long for a backend: then `member` is its beginning.
+    pub bytes: Option<u64>,
     /// Before.
     pub old: Option<String>,
     /// After.
@@ -69,6 +71,8 @@ pub struct Done {
     pub outside: u64,
     /// For a rollback: the version that is there again.
     pub back_to: Option<u64>,
+    /// Members that differ from that version still, since their names are too long for a backend.
+    pub passed_over: u64,
 }
 
 /// One entry of the history.
@@ -154,13 +158,14 @@ pub(super) fn done(answer: Vec<Value>, key: &str, expected: Option<u64>) -> Resu
         changes: changes(&answer.text(), answer.number()),
         outside: answer.number(),
         back_to: u64::from_redis_value(answer.value()).ok(),
+        passed_over: answer.number(),
     })
 }
 
 fn failure(outcome: &str, answer: &mut Answer, key: &str, expected: Option<u64>) -> WeightsError {
     let version = answer.number();
     WeightsError::Refused(match outcome {
-        "refused" => return of_script(&answer.text(), &answer.text(), &answer.text()),
+        "refused" => return of_script(key, &answer.text(), &answer.text(), &answer.text()),
         "conflict" => format!(
             "{key} is at version {version}, not at {}: nothing was changed",
             expected.map(|version| version.to_string()).unwrap_or_default()
@@ -201,6 +206,12 @@ fn printable(value: &Value) -> String {
     }
 }
 
+/// Of an entry of a stream.
+pub(super) fn id(entry: &Value) -> Option<String> {
+    let Value::Array(parts) = entry else { return None };
+    parts.first().cloned().map(text)
+}
+
 /// An entry of a stream; `None` where it is none of ours.
 pub(super) fn entry(value: Value) -> Option<Entry> {
     let Value::Array(parts) = value else { return None };
@@ -233,14 +244,24 @@ fn time_of(id: &str) -> Option<SystemTime> {
 }
 
 fn changes(json: &str, count: u64) -> Changes {
-    type Written = (String, Option<String>, Option<String>);
+    /// The member, its weights, and its length where that alone is kept of the rest of its name.
+    #[derive(serde::Deserialize)]
+    #[serde(untagged)]
+    enum Written {
+        Whole(String, Option<String>, Option<String>),
+        Shortened(String, Option<String>, Option<String>, u64),
+    }
     let written: Vec<Written> = serde_json::from_str(json).unwrap_or_default();
     // Redis before 7.2 writes 0.1 as 0.10000000000000001.
     let weight = |text: String| text.parse::<f64>().map_or(text, |number| number.to_string());
-    let mut kept: Vec<Change> = written
-        .into_iter()
-        .map(|(member, old, new)| Change { member, old: old.map(weight), new: new.map(weight) })
-        .collect();
+    let change = |written| {
+        let (member, bytes, old, new) = match written {
+            Written::Whole(member, old, new) => (member, None, old, new),
+            Written::Shortened(member, old, new, bytes) => (member, Some(bytes), old, new),
+        };
+        Change { member, bytes, old: old.map(weight), new: new.map(weight) }
+    };
+    let mut kept: Vec<Change> = written.into_iter().map(change).collect();
     kept.sort();
     Changes { count, kept }
 }
@@ -289,7 +310,10 @@ mod tests {
         );
         let good = good.expect("it is whole");
         assert_eq!(good.when, Some(UNIX_EPOCH + Duration::from_secs(1)));
-        assert_eq!(good.changes.kept, [Change { member: "a:1".into(), old: None, new: Some("5".into()) }]);
+        assert_eq!(
+            good.changes.kept,
+            [Change { member: "a:1".into(), bytes: None, old: None, new: Some("5".into()) }]
+        );
 
         assert_eq!(entry_of("1-0", &["version", "-1"]), None);
         assert_eq!(entry_of("1-0", &["version"]), None);

@@ -2,6 +2,7 @@
 
 use redis::{ErrorKind, RedisError, ServerErrorKind};
 
+use super::{LONGEST_NAME, MOST_TABLE_BYTES};
 use crate::config::RedisAddress;
 use crate::redis::companion::Companions;
 use crate::redis::connection;
@@ -81,6 +82,10 @@ pub(super) fn of_redis(
             "redis at {address}: {error}: the slot moves, try again soon"
         ));
     }
+    if connection::is_too_large(error) {
+        let written = if asked == Asked::WhoHasIt { &companions.applied } else { &companions.history };
+        return WeightsError::Refused(holds_too_much(written));
+    }
     if !connection::is_refusal(error) {
         let unknown = match asked {
             Asked::ToRead | Asked::WhoHasIt => "",
@@ -115,12 +120,15 @@ pub(super) fn of_redis(
     WeightsError::Refused(format!("redis at {address} refuses: {error}: {cure}"))
 }
 
-/// For a command that the script was refused: it tells which, on which key, and Redis's own words.
-pub(super) fn of_script(command: &str, key: &str, reason: &str) -> WeightsError {
+/// For a command that the script was refused: it tells which, on which key, and Redis's own words. `table` is the weights
+/// key.
+pub(super) fn of_script(table: &str, command: &str, key: &str, reason: &str) -> WeightsError {
     let lower = command.to_lowercase();
     let has = |part: &str| reason.contains(part);
     let message = if reason == "TOOLARGE" {
         format!("{key} has more than {} members: split the pool", super::MAX_MEMBERS)
+    } else if let Some(longest) = reason.strip_prefix("OVERSIZED ") {
+        if key == table { too_large(key, longest.parse().unwrap_or(0)) } else { holds_too_much(key) }
     } else if reason == "FOREIGN" {
         format!(
             "{key} was written by something else than statera: delete it (the weights stay) and try again"
@@ -142,6 +150,26 @@ pub(super) fn of_script(command: &str, key: &str, reason: &str) -> WeightsError 
         format!("redis refuses {command} on {key}: {reason}")
     };
     WeightsError::Refused(message)
+}
+
+/// A key beside the table, which others have written too.
+fn holds_too_much(key: &str) -> String {
+    format!("{key} holds more than statera writes there: delete it (the weights stay) and try again")
+}
+
+/// The longest name in it is so long. One that nobody could type is removed by its length.
+fn too_large(key: &str, longest: usize) -> String {
+    if longest <= LONGEST_NAME {
+        return format!(
+            "the names in {key} make up more than {} MiB: split the pool",
+            MOST_TABLE_BYTES >> 20
+        );
+    }
+    format!(
+        "{key} is too large to be read: a member has {longest} bytes, and no backend's name has more than {LONGEST_NAME}: remove \
+         it, by `redis-cli EVAL \"for _, m in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do if #m > {LONGEST_NAME} then \
+         redis.call('ZREM', KEYS[1], m) end end\" 1 '{key}'`"
+    )
 }
 
 #[cfg(test)]

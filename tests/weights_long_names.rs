@@ -1,0 +1,161 @@
+//! `statera weights` beside members that no backend can be: names of a megabyte, a table of many of them, and a history that
+//! others have written to.
+
+use serde_json::json;
+
+use crate::support::{Desk, Typed};
+
+const A: &str = "10.0.0.1:80";
+
+async fn done(desk: &Desk, words: &str) -> Typed {
+    let typed = desk.weights(words).await;
+    assert_eq!((typed.code, typed.errors.as_str()), (Some(0), ""), "{words}");
+    typed
+}
+
+async fn is_refused(desk: &Desk, words: &str, why: &str) -> Typed {
+    let typed = desk.weights(words).await;
+    assert_eq!((typed.code, typed.said.as_str()), (Some(1), ""), "{words}: {}", typed.errors);
+    assert!(typed.errors.contains(why), "{words}: {}", typed.errors);
+    assert!(!typed.errors.contains("redis.url"), "it blames the config: {}", typed.errors);
+    typed
+}
+
+async fn zadd(desk: &Desk, key: &str, weight: &str, member: &[u8]) {
+    desk.redis.run_words(&[b"ZADD", key.as_bytes(), weight.as_bytes(), member]).await;
+}
+
+async fn has_members(desk: &Desk, members: &[(&str, f64)]) {
+    let members: Vec<(String, f64)> = members.iter().map(|(m, w)| ((*m).to_owned(), *w)).collect();
+    assert_eq!(desk.table().await, members);
+}
+
+#[tokio::test]
+async fn a_name_too_long_for_a_backend_is_kept_shortened_and_is_in_nobodys_way_back() {
+    let desk = Desk::start().await;
+    done(&desk, &format!("set web {A}=1")).await;
+    let long = "é".repeat(500_000);
+    zadd(&desk, "servers", "5", long.as_bytes()).await;
+
+    let change = json!({"member": "é".repeat(49), "member_bytes": 1_000_000, "old": null, "new": "5"});
+    assert_eq!(desk.json("get web").await["changed_outside"], json!([change]));
+    let history = desk.weights("history web --limit 1").await;
+    assert!(history.said.contains("é… (1000000 bytes)  new, 5\n"), "{history:?}");
+    assert_eq!(desk.json("history web").await["entries"][0]["changes"], json!([change]));
+    let redis::Value::Int(bytes) = desk.redis.run("MEMORY USAGE {servers}:history").await else {
+        panic!("no number")
+    };
+    assert!(bytes < 20_000, "the history takes {bytes} bytes");
+
+    // While it is there, it stays there; gone, it stays gone.
+    done(&desk, &format!("set web {A}=2")).await;
+    let back = done(&desk, "rollback web 1").await;
+    assert_eq!(back.said, format!("web: version 3, version 1 again\n    {A}  2 -> 1\n"));
+    has_members(&desk, &[(A, 1.0), (&long, 5.0)]).await;
+    let back = done(&desk, "rollback web 0").await;
+    let left_alone =
+        "1 member left alone: a name too long for a backend is not kept, so there is no way back for it\n";
+    assert!(back.said.starts_with(left_alone), "{back:?}");
+    has_members(&desk, &[(&long, 5.0)]).await;
+    desk.redis.run_words(&["ZREM", "servers", &long]).await;
+    let back = desk.json("rollback web 3").await;
+    assert_eq!((&back["back_to"], &back["left_alone"]), (&json!(3), &json!(1)));
+    has_members(&desk, &[(A, 1.0)]).await;
+}
+
+#[tokio::test]
+async fn a_member_of_20_mb_is_named_with_its_cure_and_all_works_again_once_it_is_removed() {
+    let desk = Desk::start().await;
+    done(&desk, &format!("set web {A}=1")).await;
+    zadd(&desk, "servers", "5", &vec![b'z'; 20_000_000]).await;
+    let commands = [
+        "get web".to_owned(),
+        "get web --json".to_owned(),
+        "history web".to_owned(),
+        format!("set web {A}=2"),
+        format!("remove web {A}"),
+        "rollback web".to_owned(),
+    ];
+    for words in &commands {
+        let why = "servers is too large to be read: a member has 20000000 bytes, and no backend's name has more than 512";
+        is_refused(&desk, words, why).await;
+    }
+    assert_eq!(desk.redis.run("ZCARD servers").await, redis::Value::Int(2));
+    let told = is_refused(&desk, "get web", "remove it, by `redis-cli EVAL \"").await.errors;
+    let script = told.split('"').nth(1).expect("it stands in quotes");
+    assert!(told.contains(&format!("\"{script}\" 1 'servers'`")), "{told}");
+    desk.redis.run_words(&["EVAL", script, "1", "servers"]).await;
+
+    has_members(&desk, &[(A, 1.0)]).await;
+    for words in &commands {
+        done(&desk, words).await;
+    }
+    let history = desk.json("history web").await;
+    assert_eq!(history["entries"].as_array().map(Vec::len), Some(4), "{history}");
+}
+
+#[tokio::test]
+async fn a_table_of_more_names_than_can_be_read_is_named() {
+    let desk = Desk::start().await;
+    let mut words = vec!["ZADD".to_owned(), "servers".to_owned()];
+    for member in 0..30_000 {
+        words.extend(["1".to_owned(), format!("{member}{}:80", "z".repeat(490))]);
+    }
+    desk.redis.run_words(&words).await;
+    for words in ["get web", "set web a:1=1", "history web"] {
+        is_refused(&desk, words, "the names in servers make up more than 12 MiB: split the pool").await;
+    }
+}
+
+#[tokio::test]
+async fn a_history_of_large_changes_is_read_whole_and_in_order() {
+    let desk = Desk::start().await;
+    let member = |member: u32| format!("[\"10.0.{}.{}:80\",\"1.5\",\"2.5\"]", member / 250, member % 250);
+    let changes: Vec<String> = (0..10_000).map(member).collect();
+    let changes = format!("[{}]", changes.join(","));
+    let mut pipe = redis::pipe();
+    for version in 1..=60 {
+        let mut xadd = redis::cmd("XADD");
+        xadd.arg("{servers}:history").arg("*").arg("version").arg(version).arg("what").arg("set");
+        pipe.add_command(xadd.arg("count").arg(10_000).arg("changes").arg(&changes).clone()).ignore();
+    }
+    pipe.query_async::<()>(&mut desk.redis.connection().await).await.expect("written");
+    for limit in [1, 5, 7, 60, 61] {
+        let history = desk.json(&format!("history web --limit {limit}")).await;
+        let entries = history["entries"].as_array().expect("a list");
+        let versions: Vec<u64> = entries.iter().filter_map(|entry| entry["version"].as_u64()).collect();
+        let newest: Vec<u64> = (1..=60).rev().take(limit).collect();
+        assert_eq!(versions, newest);
+        assert_eq!(entries[0]["changes"].as_array().map(Vec::len), Some(10_000));
+    }
+}
+
+#[tokio::test]
+async fn what_others_have_written_beside_the_table_is_named_with_its_cure() {
+    let desk = Desk::start().await;
+    let giant = "z".repeat(20_000_000);
+    let entry =
+        |changes: &'static str| ["XADD", "{servers}:history", "*", "version", "1", "changes", changes];
+
+    let mut foreign = entry("").to_vec();
+    foreign[6] = &giant;
+    desk.redis.run_words(&foreign).await;
+    for words in ["get web", "history web", "set web a:1=1"] {
+        is_refused(&desk, words, "{servers}:history was written by something else than statera: delete it")
+            .await;
+    }
+    // Not the newest: only who reads all of them comes upon it.
+    desk.redis.run_words(&entry("[]")).await;
+    done(&desk, "get web").await;
+    is_refused(&desk, "history web", "{servers}:history holds more than statera writes there: delete it")
+        .await;
+    desk.redis.run("DEL {servers}:history").await;
+
+    zadd(&desk, "{servers}:known", "1", giant.as_bytes()).await;
+    for words in ["get web", "history web", "set web a:1=1"] {
+        is_refused(&desk, words, "{servers}:known holds more than statera writes there: delete it").await;
+    }
+    desk.redis.run("DEL {servers}:known").await;
+    done(&desk, "set web a:1=1").await;
+    done(&desk, "history web").await;
+}
