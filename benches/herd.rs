@@ -170,7 +170,8 @@ fn fleet(program: &Path, redis: &Redis, folder: &Path, proxies: u32) -> Result<V
 
 fn all_report(connection: &mut Connection, proxies: u32) -> Result<()> {
     let begun = Instant::now();
-    while cmd("HLEN").arg("{servers}:applied").query::<u32>(connection)? < proxies {
+    // One field is no proxy's.
+    while cmd("HLEN").arg("{servers}:applied").query::<u32>(connection)? <= proxies {
         ensure!(begun.elapsed() < LIMIT, "not all proxies report");
         sleep(Duration::from_millis(50));
     }

@@ -79,6 +79,100 @@ async fn a_proxy_that_ended_is_not_waited_for() {
     assert!(matches!(lease, redis::Value::Int(1..=15_000)), "the key ends with its last lease: {lease:?}");
 }
 
+/// Two proxies that report, the second of which stands still then.
+async fn one_that_reports_and_one_that_stands_still(desk: &Desk) -> [Program; 2] {
+    desk.redis.run(&format!("ZADD servers 1 {A}")).await;
+    let programs = [Program::run(&desk.yaml("")), Program::run(&desk.yaml(""))];
+    fleet_becomes(desk, "both report", (2, 0)).await;
+    programs[1].signal(Signal::STOP);
+    eventually("it stands still", || async { programs[1].is_stopped() }).await;
+    programs
+}
+
+/// It applied by the one that reports, and whether that is all cannot be known; once the other goes on, both have it.
+async fn waits_for_the_one_that_stands_still(desk: &Desk, second: &Program) {
+    let set = desk.weights(&format!("set web {A}=2 --wait=2s")).await;
+    assert_eq!(set.code, Some(3), "{set:?}");
+    let why = "and 1 proxy has applied it, but redis was away or has lost reports, so whether these are all is not known";
+    assert!(set.errors.contains(why), "{set:?}");
+    let get = desk.weights("get web").await;
+    assert!(get.said.contains("applied by 1 proxy; redis was away or has lost reports"), "{get:?}");
+    second.signal(Signal::CONT);
+    let set = desk.weights(&format!("set web {A}=3 --wait=30s")).await;
+    assert!(set.code == Some(0) && set.said.ends_with("applied by 2 proxies\n"), "{set:?}");
+}
+
+#[tokio::test]
+async fn after_redis_has_lost_all_wait_does_not_believe_the_first_that_are_back() {
+    let mut desk = Desk::start().await;
+    let [_first, second] = one_that_reports_and_one_that_stands_still(&desk).await;
+    desk.redis.kill();
+    desk.redis.launch().await;
+    waits_for_the_one_that_stands_still(&desk, &second).await;
+}
+
+#[tokio::test]
+async fn after_the_reports_alone_are_lost_wait_does_not_believe_the_first_that_are_renewed() {
+    let desk = Desk::start().await;
+    let [_first, second] = one_that_reports_and_one_that_stands_still(&desk).await;
+    desk.redis.run("DEL {servers}:applied").await;
+    waits_for_the_one_that_stands_still(&desk, &second).await;
+}
+
+#[tokio::test]
+async fn after_proxies_have_come_back_to_old_reports_wait_does_not_believe_these() {
+    let desk = Desk::start().await;
+    let [_first, second] = one_that_reports_and_one_that_stands_still(&desk).await;
+    // As from a dump of a while ago.
+    desk.redis.run(&format!("HDEL {{servers}}:applied {}", name_of(&desk, &second).await)).await;
+    desk.redis.run("HSET {servers}:applied since 1000").await;
+    desk.redis.run("CLIENT KILL TYPE normal SKIPME yes").await;
+    eventually("the first is back", || async {
+        desk.redis.run("HGET {servers}:applied since").await != redis::Value::BulkString(b"1000".to_vec())
+    })
+    .await;
+    waits_for_the_one_that_stands_still(&desk, &second).await;
+}
+
+async fn name_of(desk: &Desk, program: &Program) -> String {
+    let get = desk.json("get web").await;
+    let names = get["applied"]["have"].as_array().expect("a list");
+    let pid = format!("/{}/", program.pid());
+    let name = names.iter().filter_map(Value::as_str).find(|name| name.contains(&pid));
+    name.expect("it reports").to_owned()
+}
+
+#[tokio::test]
+async fn a_report_that_should_have_been_renewed_is_not_taken_for_the_whole_fleet() {
+    let desk = Desk::start().await;
+    desk.redis.run(&format!("ZADD servers 1 {A}")).await;
+    // Of one that has the table, and was last heard of twelve seconds ago.
+    let hash = desk.json("get web").await["hash"].as_str().expect("a text").to_owned();
+    let redis::Value::Array(time) = desk.redis.run("TIME").await else { panic!("no time") };
+    let seconds: u64 = redis::from_redis_value(time[0].clone()).expect("a number");
+    let report = format!("{}000 {hash}", seconds + 3);
+    desk.redis.run_words(&["HSET", "{servers}:applied", "since", "1000", "edge/1/gone", &report]).await;
+    let set = desk.weights(&format!("set web {A}=1 --wait=100ms")).await;
+    assert!(set.code == Some(3) && set.errors.contains("is not known for another"), "{set:?}");
+    let report = format!("{}000 {hash}", seconds + 3_600);
+    desk.redis.run_words(&["HSET", "{servers}:applied", "edge/1/gone", &report]).await;
+    let set = desk.weights(&format!("set web {A}=1 --wait=100ms")).await;
+    assert!(set.code == Some(0) && set.said.ends_with("applied by 1 proxy\n"), "{set:?}");
+}
+
+#[tokio::test]
+async fn a_key_of_reports_that_holds_something_else_is_told_by_the_proxy_with_its_cure() {
+    let desk = Desk::start().await;
+    desk.redis.run("SET {servers}:applied x").await;
+    let program = Program::run(&desk.yaml(""));
+    let line = program.says("cannot report which weights are applied").await;
+    let cure = line["cure"].as_str().unwrap_or_default();
+    assert!(
+        cure.starts_with("{servers}:applied") && cure.contains("something else than a hash: delete it"),
+        "{line}"
+    );
+}
+
 #[tokio::test]
 async fn where_no_proxy_reports_wait_says_that_nothing_is_known() {
     let desk = Desk::start().await;
@@ -100,7 +194,7 @@ async fn a_user_who_may_not_see_the_proxies_learns_the_right_and_that_the_change
     let json: Value = serde_json::from_str(&set.said).expect("JSON");
     assert_eq!((&json["version"], &json["applied"]), (&json!(1), &Value::Null));
     assert!(set.errors.contains("version 1 is written, but who has it is not known"), "{set:?}");
-    assert!(set.errors.contains("+eval +time +hlen +hgetall ~{servers}:applied"), "{set:?}");
+    assert!(set.errors.contains("+eval_ro +time +hlen +hgetall %R~{servers}:applied"), "{set:?}");
 }
 
 #[tokio::test]

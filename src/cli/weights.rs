@@ -17,7 +17,7 @@ use tokio::runtime::Builder;
 use super::{ConfigArgument, FAILED, INVALID, NOT_CONVERGED, UNREACHABLE, say};
 use crate::balance::{BackendId, Weight};
 use crate::config::{Config, Pool, Redis};
-use crate::redis::weights::{Author, LONGEST_HISTORY, Ledger, MOST_CHANGES, Order, WeightsError};
+use crate::redis::weights::{Author, LONGEST_HISTORY, Ledger, MOST_CHANGES, Order, Reports, WeightsError};
 
 /// Of a reason, which stands in the history a thousand times.
 const REASON_MAX_BYTES: usize = 500;
@@ -58,7 +58,8 @@ struct Writing {
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     reason: String,
     /// Wait until all proxies have applied it, at most so long [default: 10s]; exit 3 if some have not. One that was killed, and
-    /// did not drain, counts for 15s after its last report.
+    /// did not drain, counts for 15s after its last report. Where redis was away, or has lost what they reported, it takes 6s
+    /// until all that are alive must have reported again; exit 3 if the time ends before.
     #[arg(long, value_name = "TIME", num_args = 0..=1, require_equals = true, default_missing_value = "10s")]
     #[arg(value_parser = humantime::parse_duration)]
     wait: Option<Duration>,
@@ -181,7 +182,8 @@ async fn get(target: &Target) -> Result<(), Failure> {
     let mut ledger = Ledger::open(&redis, &pool.weights_key).await?;
     let seen = ledger.look().await?;
     // A user may be allowed to read the table alone.
-    let reports = ledger.applied().await.unwrap_or_default();
+    let unknown = || Reports { live: Vec::new(), are_all_in: Duration::MAX };
+    let reports = ledger.applied().await.unwrap_or_else(|_| unknown());
     Ok(say(&show::table(&pool, &seen, &reports, target.json))?)
 }
 

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
-use redis::{RedisError, Value};
+use redis::{ErrorKind, FromRedisValue as _, RedisError, ServerErrorKind, Value};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, info};
@@ -20,7 +20,7 @@ use super::content::ContentHash;
 use super::parts;
 use super::primary::Primary;
 use super::trouble::Trouble;
-use super::{Followed, Parts};
+use super::{FIRST_PAUSE, Followed, LONGEST_PAUSE, Parts};
 use crate::balance::cell::Cell;
 use crate::config::Redis;
 use crate::runtime::backoff::{Backoff, jittered};
@@ -33,12 +33,11 @@ const REST: Duration = Duration::from_millis(250);
 /// Between two reports of what has not changed. A lease outlives two that are lost.
 const RENEWAL: Duration = Duration::from_secs(5);
 const LEASE: Duration = Duration::from_secs(15);
+/// Whoever is alive and reaches Redis has reported again within this time: a renewal, and the time of its way.
+const PATIENCE: Duration = Duration::from_secs(6);
 /// Every so many reports, the first among them, those whose lease has ended are forgotten: it costs a read of all.
 const REPORTS_PER_CLEANING: u32 = 100;
-/// Nobody but a person who waits for a report needs this connection: it is the last that Redis gets back.
-const FIRST_PAUSE: Duration = Duration::from_secs(1);
-const LONGEST_PAUSE: Duration = Duration::from_secs(5);
-/// Rights are seldom granted, and then nobody waits.
+/// What only a person can mend is seldom mended, and then nobody waits.
 const REFUSED_PAUSE: Duration = Duration::from_secs(60);
 /// Taking reports back must not hold anything up.
 const LEAVING_TIME: Duration = Duration::from_secs(1);
@@ -54,6 +53,15 @@ pub struct Report {
     pub hash: ContentHash,
 }
 
+/// What all proxies together have applied.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reports {
+    /// Of the proxies whose lease has not ended, in the order of their names.
+    pub live: Vec<Report>,
+    /// More than zero after Redis has lost reports, or was away: others may be alive, and will have reported by then.
+    pub are_all_in: Duration,
+}
+
 /// Reports what is applied of `followed` until `leaving` is ready, then takes the reports back.
 pub async fn run(
     settings: &Arc<Redis>,
@@ -62,6 +70,7 @@ pub async fn run(
     leaving: impl Future<Output = ()>,
 ) {
     let (proxy, told) = (proxy_name(), Arc::new(AtomicBool::new(false)));
+    let has_reported: Arc<[AtomicBool]> = followed.iter().map(|_| AtomicBool::new(false)).collect();
     let (leave, leaves) = watch::channel(false);
     let over = async {
         leaving.await;
@@ -70,10 +79,13 @@ pub async fn run(
     parts::each(parts.written(), over, |part| {
         let (settings, followed) = (Arc::clone(settings), part.of(followed));
         let (proxy, told, mut leaves) = (proxy.clone(), Arc::clone(&told), leaves.clone());
+        let has_reported = Arc::clone(&has_reported);
         async move {
             let (settings, primary) = (&settings, &part.primary);
+            let has_reported: Vec<&AtomicBool> = part.places.iter().map(|p| &has_reported[*p]).collect();
+            let (followed, told) = (&*followed, &*told);
             let mut reporter =
-                Reporter { settings, followed: &followed, primary, proxy, told: &told, connection: None };
+                Reporter { settings, followed, primary, proxy, told, has_reported, connection: None };
             tokio::select! {
                 () = reporter.report_for_ever() => {}
                 _ = leaves.wait_for(|leaves| *leaves) => {}
@@ -85,27 +97,30 @@ pub async fn run(
     .await;
 }
 
-/// The proxies whose lease has not ended, in the order of their names.
-pub(super) async fn live(
-    connection: &mut Connection,
-    companions: &Companions,
-) -> Result<Vec<Report>, RedisError> {
-    let answer: Vec<Value> =
-        command(&companions.applied).arg("live").arg(MOST_PROXIES).query_async(connection).await?;
-    let mut texts = answer.into_iter().map(|value| match value {
+/// Asks who has applied what, by EVAL or EVAL_RO. [`reports`] reads the answer.
+pub(super) fn question(eval: &str, companions: &Companions) -> redis::Cmd {
+    let mut question = command(eval, &companions.applied);
+    question.arg("live").arg(MOST_PROXIES).arg(LEASE.as_millis() as u64).arg(PATIENCE.as_millis() as u64);
+    question
+}
+
+pub(super) fn reports(answer: Vec<Value>) -> Reports {
+    let mut answer = answer.into_iter();
+    let wait = answer.next().and_then(|wait| u64::from_redis_value(wait).ok());
+    let mut texts = answer.map(|value| match value {
         Value::BulkString(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
         _ => String::new(),
     });
-    let mut reports = Vec::new();
+    let mut live = Vec::new();
     while let (Some(proxy), Some(hash)) = (texts.next(), texts.next()) {
-        reports.push(Report { proxy, hash: ContentHash::reported(hash) });
+        live.push(Report { proxy, hash: ContentHash::reported(hash) });
     }
-    reports.sort();
-    Ok(reports)
+    live.sort();
+    Reports { live, are_all_in: wait.map_or(PATIENCE, Duration::from_millis) }
 }
 
-fn command(key: &str) -> redis::Cmd {
-    let mut command = redis::cmd("EVAL");
+fn command(eval: &str, key: &str) -> redis::Cmd {
+    let mut command = redis::cmd(eval);
     command.arg(SCRIPT).arg(1).arg(key);
     command
 }
@@ -128,6 +143,8 @@ struct Reporter<'a> {
     proxy: String,
     /// What is missing was said.
     told: &'a AtomicBool,
+    /// By pool: over whichever connection.
+    has_reported: Vec<&'a AtomicBool>,
     connection: Option<Connection>,
 }
 
@@ -157,12 +174,18 @@ impl Reporter<'_> {
                     if begun.elapsed() > LONGEST_PAUSE {
                         backoff.reset();
                     }
-                    let is_refusal = connection::is_refusal(&error);
-                    if is_refusal && !self.told.swap(true, Relaxed) {
-                        self.say_what_is_missing(&error);
-                    }
                     debug!(%error, "not reported what is applied");
-                    if is_refusal { jittered(REFUSED_PAUSE) } else { backoff.pause() }
+                    match Refusal::of(&error) {
+                        Some(Refusal::NeedsAPerson) => {
+                            if !self.told.swap(true, Relaxed) {
+                                self.say_what_is_missing(&error);
+                            }
+                            jittered(REFUSED_PAUSE)
+                        }
+                        Some(Refusal::IsTold) => jittered(REFUSED_PAUSE),
+                        Some(Refusal::Other) => jittered(RENEWAL),
+                        None => backoff.pause(),
+                    }
                 }
                 // The watching connection says what is wrong, and says it once.
                 Err(_) => backoff.pause(),
@@ -174,10 +197,12 @@ impl Reporter<'_> {
 
     fn say_what_is_missing(&self, error: &RedisError) {
         let key = self.followed.first().map(|followed| Companions::of(&followed.key).applied);
-        let cure = format!(
-            "to be seen, grant the ACL user +eval +time +hset +hdel +hgetall +pexpire ~{}",
-            key.unwrap_or_default()
-        );
+        let key = key.unwrap_or_default();
+        let cure = if connection::is_of_rights(error) {
+            format!("to be seen, grant the ACL user +eval +time +hset +hdel +hgetall +pexpire ~{key}")
+        } else {
+            format!("{key}, or that of another pool, holds something else than a hash: delete it")
+        };
         info!(%error, cure, "cannot report which weights are applied: `statera weights set --wait` does not see this proxy");
     }
 
@@ -187,11 +212,18 @@ impl Reporter<'_> {
         let connection = self.connection.insert(connection);
         let mut said: Vec<Said> = followed.iter().map(|_| Said::default()).collect();
         loop {
-            for (Followed { key, cell, .. }, said) in followed.iter().zip(&mut said) {
+            for ((Followed { key, cell, .. }, said), has_reported) in
+                followed.iter().zip(&mut said).zip(&self.has_reported)
+            {
                 let Some((hash, cleans)) = said.news(cell, Instant::now()) else { continue };
-                let mut report = command(&Companions::of(key).applied);
+                let turn = match said.reports {
+                    1 if has_reported.swap(true, Relaxed) => "again",
+                    1 => "first",
+                    _ => "",
+                };
+                let mut report = command("EVAL", &Companions::of(key).applied);
                 report.arg("report").arg(&self.proxy).arg(hash).arg(LEASE.as_millis() as u64);
-                report.arg(u8::from(cleans));
+                report.arg(u8::from(cleans)).arg(turn);
                 if let Err(error) = report.query_async::<()>(connection).await {
                     return error;
                 }
@@ -204,9 +236,42 @@ impl Reporter<'_> {
         let Some(connection) = &mut self.connection else { return };
         for Followed { key, .. } in self.followed {
             let applied = Companions::of(key).applied;
-            if command(&applied).arg("leave").arg(&self.proxy).query_async::<()>(connection).await.is_err() {
+            if command("EVAL", &applied)
+                .arg("leave")
+                .arg(&self.proxy)
+                .query_async::<()>(connection)
+                .await
+                .is_err()
+            {
                 return;
             }
+        }
+    }
+}
+
+/// Why the server refuses a report, and what it means for the next one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Refusal {
+    /// A right is missing, or the key holds something else: nobody else would say so.
+    NeedsAPerson,
+    /// The server is a node of a cluster, and not followed as one: the watching connection says so.
+    IsTold,
+    /// It may do later: a lack of memory, say.
+    Other,
+}
+
+impl Refusal {
+    /// `None`: it is none, or one that ends with a failover.
+    fn of(error: &RedisError) -> Option<Self> {
+        use ServerErrorKind::{Ask, ClusterDown, Moved, ReadOnly};
+        match error.kind() {
+            ErrorKind::Server(ClusterDown | ReadOnly) => None,
+            ErrorKind::Server(Moved | Ask) => Some(Self::IsTold),
+            _ if connection::is_of_rights(error) => Some(Self::NeedsAPerson),
+            _ if error.code() == Some("WRONGTYPE") || error.to_string().contains("WRONGTYPE") => {
+                Some(Self::NeedsAPerson)
+            }
+            _ => connection::is_refusal(error).then_some(Self::Other),
         }
     }
 }
@@ -238,6 +303,32 @@ fn applied(cell: &Cell) -> (u64, ContentHash) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_what_a_person_must_mend_makes_a_proxy_silent_for_long() {
+        for (answer, refusal) in [
+            ("NOPERM this user has no permissions to run the 'eval' command", Some(Refusal::NeedsAPerson)),
+            (
+                "ERR ACL failure in script: User a has no permissions to run the 'time' command",
+                Some(Refusal::NeedsAPerson),
+            ),
+            (
+                "WRONGTYPE Operation against a key holding the wrong kind of value",
+                Some(Refusal::NeedsAPerson),
+            ),
+            ("MOVED 1 10.0.0.2:6379", Some(Refusal::IsTold)),
+            ("OOM command not allowed when used memory > 'maxmemory'.", Some(Refusal::Other)),
+            ("CLUSTERDOWN Hash slot not served", None),
+            ("CLUSTERDOWN The cluster is down", None),
+            ("READONLY You can't write against a read only replica.", None),
+            ("LOADING Redis is loading the dataset in memory", None),
+        ] {
+            let value = redis::parse_redis_value(format!("-{answer}\r\n").as_bytes()).expect("an answer");
+            let error = value.extract_error().expect_err("an error");
+            assert_eq!(Refusal::of(&error), refusal, "{answer}");
+        }
+        assert_eq!(Refusal::of(&Trouble::Moved.into()), None);
+    }
     use crate::balance::{Table, Weight};
 
     fn table(weight: f64) -> Table {

@@ -10,10 +10,10 @@ mod refusal;
 pub use answer::{Change, Changes, Done, Entry, History, LeftOut, Seen};
 pub use refusal::WeightsError;
 
-pub use super::applied::Report;
+pub use super::applied::{Report, Reports};
 pub use super::content::ContentHash;
 
-use redis::{RedisError, Value};
+use redis::{Cmd, RedisError, Value};
 
 use super::applied;
 use super::companion::Companions;
@@ -95,11 +95,8 @@ impl Ledger {
     /// # Errors
     /// Redis is away, or refuses.
     pub async fn look(&mut self) -> Result<Seen, WeightsError> {
-        let mut answer = self.ask("EVAL_RO", "look", None, &Author::default(), &[]).await;
-        // Redis 6.2 does not know it, and an older ACL does not name it.
-        if answer.as_ref().is_err_and(connection::is_refusal) {
-            answer = self.ask("EVAL", "look", None, &Author::default(), &[]).await;
-        }
+        let answer =
+            self.read(|ledger, eval| ledger.command(eval, "look", None, &Author::default(), &[])).await;
         let answer = answer.map_err(|error| self.refused(&error, refusal::Asked::ToRead))?;
         answer::seen(answer, &self.key)
     }
@@ -125,7 +122,8 @@ impl Ledger {
                 ("rollback", vec![text(version.map(|v| v.to_string()).unwrap_or_default())])
             }
         };
-        let answer = self.ask("EVAL", wanted, expected, author, &words).await;
+        let change = self.command("EVAL", wanted, expected, author, &words);
+        let answer = change.query_async(&mut self.connection).await;
         let answer = answer.map_err(|error| self.refused(&error, refusal::Asked::ToWrite))?;
         answer::done(answer, &self.key, expected)
     }
@@ -135,8 +133,8 @@ impl Ledger {
     /// # Errors
     /// Redis is away, or refuses.
     pub async fn history(&mut self, limit: usize) -> Result<History, WeightsError> {
-        let noticed = self.ask("EVAL", "notice", None, &Author::default(), &[]).await;
-        let noticed = match noticed {
+        let notice = self.command("EVAL", "notice", None, &Author::default(), &[]);
+        let noticed = match notice.query_async(&mut self.connection).await {
             Err(error) if !connection::is_refusal(&error) => {
                 return Err(self.refused(&error, refusal::Asked::ToRead));
             }
@@ -170,25 +168,35 @@ impl Ledger {
         Ok(entries)
     }
 
-    /// The proxies whose lease has not ended, in the order of their names.
+    /// Who has applied what.
     ///
     /// # Errors
     /// Redis is away, or refuses.
-    pub async fn applied(&mut self) -> Result<Vec<Report>, WeightsError> {
-        let live = applied::live(&mut self.connection, &self.companions).await;
-        live.map_err(|error| self.refused(&error, refusal::Asked::WhoHasIt))
+    pub async fn applied(&mut self) -> Result<Reports, WeightsError> {
+        let answer = self.read(|ledger, eval| applied::question(eval, &ledger.companions)).await;
+        answer.map(applied::reports).map_err(|error| self.refused(&error, refusal::Asked::WhoHasIt))
     }
 
-    async fn ask(
-        &mut self,
-        command: &str,
+    /// Runs a script that writes nothing. Redis 6.2 knows no EVAL_RO, and an older ACL does not name it.
+    async fn read(&mut self, command: impl Fn(&Self, &str) -> Cmd) -> Result<Vec<Value>, RedisError> {
+        let answer = command(self, "EVAL_RO").query_async(&mut self.connection).await;
+        if answer.as_ref().is_err_and(connection::is_refusal) {
+            return command(self, "EVAL").query_async(&mut self.connection).await;
+        }
+        answer
+    }
+
+    fn command(
+        &self,
+        eval: &str,
         wanted: &str,
         expected: Option<u64>,
         author: &Author,
         words: &[Vec<u8>],
-    ) -> Result<Vec<Value>, RedisError> {
+    ) -> Cmd {
         let Companions { version, history, known, .. } = &self.companions;
-        redis::cmd(command)
+        let mut command = redis::cmd(eval);
+        command
             .arg(SCRIPT)
             .arg(4)
             .arg(&[&self.key, version, history, known])
@@ -198,9 +206,8 @@ impl Ledger {
             .arg(&author.why)
             .arg(&[MAX_MEMBERS, MOST_TABLE_BYTES, LONGEST_HISTORY])
             .arg(&[MOST_CHANGES, MOST_CHANGES_BYTES, LONGEST_NAME])
-            .arg(words)
-            .query_async(&mut self.connection)
-            .await
+            .arg(words);
+        command
     }
 
     fn refused(&self, error: &RedisError, asked: refusal::Asked) -> WeightsError {

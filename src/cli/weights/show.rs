@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::wait::Fleet;
 use crate::config::{OnEmpty, Pool};
-use crate::redis::weights::{Change, Changes, ContentHash, Done, Entry, History, Report, Seen};
+use crate::redis::weights::{Change, Changes, ContentHash, Done, Entry, History, Report, Reports, Seen};
 
 /// Of one entry or answer; JSON has them all.
 const MOST_CHANGES_SHOWN: usize = 20;
@@ -55,11 +55,11 @@ fn json_text(value: &Value) -> String {
 }
 
 /// The answer to `get`.
-pub(super) fn table(pool: &Pool, seen: &Seen, reports: &[Report], as_json: bool) -> String {
+pub(super) fn table(pool: &Pool, seen: &Seen, reports: &Reports, as_json: bool) -> String {
     if as_json { table_json(pool, seen, reports) } else { table_text(pool, seen, reports) }
 }
 
-fn table_text(pool: &Pool, seen: &Seen, reports: &[Report]) -> String {
+fn table_text(pool: &Pool, seen: &Seen, reports: &Reports) -> String {
     let mut text = format!("pool {}, key {}, version {}\n", pool.name, word(&pool.weights_key), seen.version);
     match &seen.newest {
         Some(entry) => text += &format!("last change: {}\n", headline(entry)),
@@ -70,8 +70,8 @@ fn table_text(pool: &Pool, seen: &Seen, reports: &[Report]) -> String {
         text += &format!("{} changed since by another program:\n", members(seen.outside.count));
         text += &lines(&seen.outside);
     }
-    if !reports.is_empty() {
-        let (have, have_not) = divide(reports, &seen.hash());
+    if !reports.live.is_empty() {
+        let (have, have_not) = divide(&reports.live, &seen.hash());
         text += &if have_not.is_empty() {
             format!("applied by {}", proxies(have.len()))
         } else {
@@ -81,10 +81,13 @@ fn table_text(pool: &Pool, seen: &Seen, reports: &[Report]) -> String {
             format!(
                 "applied by {} of {}, not by {}{more}",
                 have.len(),
-                proxies(reports.len()),
+                proxies(reports.live.len()),
                 names.join(", ")
             )
         };
+        if !reports.are_all_in.is_zero() {
+            text += "; redis was away or has lost reports, others may be alive";
+        }
         text.push('\n');
     }
     text.push('\n');
@@ -104,7 +107,7 @@ fn table_text(pool: &Pool, seen: &Seen, reports: &[Report]) -> String {
     text
 }
 
-fn table_json(pool: &Pool, seen: &Seen, reports: &[Report]) -> String {
+fn table_json(pool: &Pool, seen: &Seen, reports: &Reports) -> String {
     let members: Vec<Value> = seen
         .table
         .members()
@@ -117,7 +120,7 @@ fn table_json(pool: &Pool, seen: &Seen, reports: &[Report]) -> String {
         .iter()
         .map(|left_out| json!({"member": left_out.member, "reason": left_out.reason}))
         .collect();
-    let (have, have_not) = divide(reports, &seen.hash());
+    let (have, have_not) = divide(&reports.live, &seen.hash());
     json_text(&json!({
         "pool": &*pool.name,
         "key": pool.weights_key,
@@ -127,7 +130,7 @@ fn table_json(pool: &Pool, seen: &Seen, reports: &[Report]) -> String {
         "changed_outside": changes_json(&seen.outside),
         "members": members,
         "left_out": left_out,
-        "applied": {"have": have, "have_not": have_not},
+        "applied": {"have": have, "have_not": have_not, "are_all": reports.are_all_in.is_zero()},
     }))
 }
 
@@ -187,7 +190,9 @@ pub(super) fn done_json(pool: &Pool, done: &Done, fleet: Option<&Fleet>) -> Stri
         "changes": changes_json(&done.changes),
         "changed_outside": done.outside,
         "left_alone": done.passed_over,
-        "applied": fleet.map(|fleet| json!({"have": fleet.have, "have_not": fleet.have_not})),
+        "applied": fleet.map(|fleet| {
+            json!({"have": fleet.have, "have_not": fleet.have_not, "are_all": fleet.are_all_in.is_zero()})
+        }),
     }))
 }
 
@@ -285,6 +290,11 @@ fn changes_json(changes: &Changes) -> Value {
 
 fn members(count: u64) -> String {
     format!("{count} {}", if count == 1 { "member" } else { "members" })
+}
+
+/// `3 proxies have`.
+pub(super) fn proxies_have(count: usize) -> String {
+    format!("{} {}", proxies(count), if count == 1 { "has" } else { "have" })
 }
 
 /// `3 proxies`.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
 use super::Failure;
-use crate::redis::weights::{Done, Ledger, Report, WeightsError};
+use crate::redis::weights::{Done, Ledger, Report, Reports, WeightsError};
 
 /// Between two looks: a proxy reports within 50 ms of a change.
 const LOOK: Duration = Duration::from_millis(50);
@@ -16,13 +16,15 @@ const MOST_NAMED: usize = 20;
 pub(super) struct Fleet {
     pub(super) have: Vec<String>,
     pub(super) have_not: Vec<String>,
+    /// More than zero where others may be alive that Redis does not know of just now.
+    pub(super) are_all_in: Duration,
     limit: Duration,
 }
 
 impl Fleet {
-    /// Somebody has it, and nobody has not: where no proxy reports, nothing is known.
+    /// Somebody has it, nobody has not, and these are all: where no proxy reports, nothing is known.
     pub(super) fn has_converged(&self) -> bool {
-        self.have_not.is_empty() && !self.have.is_empty()
+        self.have_not.is_empty() && !self.have.is_empty() && self.are_all_in.is_zero()
     }
 
     /// For a person, who must know that the change itself was made.
@@ -32,6 +34,14 @@ impl Fleet {
             return format!(
                 "version {version} is written, but no proxy reports within {limit} what it has applied: is one running, and may \
                  it write to redis? its log tells"
+            );
+        }
+        if self.have_not.is_empty() {
+            return format!(
+                "version {version} is written and {} applied it, but redis was away or has lost reports, so whether these are \
+                 all is not known for another {}: wait longer than {limit}",
+                super::show::proxies_have(self.have.len()),
+                humantime::format_duration(Duration::from_millis(self.are_all_in.as_millis() as u64))
             );
         }
         let all = self.have.len() + self.have_not.len();
@@ -48,16 +58,16 @@ impl Fleet {
 pub(super) async fn for_fleet(ledger: &mut Ledger, done: &Done, limit: Duration) -> Result<Fleet, Failure> {
     let (begun, hash) = (Instant::now(), done.hash());
     loop {
-        let reports = ledger.applied().await.map_err(|error| {
+        let Reports { live, are_all_in } = ledger.applied().await.map_err(|error| {
             let text = format!("version {} is written, but who has it is not known: {error}", done.version);
             match error {
                 WeightsError::Unreachable(_) => Failure::Unreachable(text),
                 WeightsError::Refused(_) => Failure::Failed(text),
             }
         })?;
-        let (have, have_not): (Vec<_>, Vec<_>) = reports.into_iter().partition(|report| report.hash == hash);
+        let (have, have_not): (Vec<_>, Vec<_>) = live.into_iter().partition(|report| report.hash == hash);
         let names = |reports: Vec<Report>| reports.into_iter().map(|report| report.proxy).collect();
-        let fleet = Fleet { have: names(have), have_not: names(have_not), limit };
+        let fleet = Fleet { have: names(have), have_not: names(have_not), are_all_in, limit };
         if fleet.has_converged() || begun.elapsed() >= limit {
             return Ok(fleet);
         }

@@ -105,7 +105,7 @@ pub(super) fn of_redis(
     let cure = match error.kind() {
         // What a script may not call is not told by the code.
         _ if asked == Asked::WhoHasIt && connection::is_of_rights(error) => {
-            format!("grant the ACL user +eval +time +hlen +hgetall ~{}", companions.applied)
+            format!("grant the ACL user +eval_ro +time +hlen +hgetall %R~{}", companions.applied)
         }
         ErrorKind::Server(ServerErrorKind::NoPerm) => match asked {
             Asked::ToRead => format!("grant the ACL user +eval_ro +xrevrange %R~{key} %R{pattern}"),
