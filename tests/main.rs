@@ -38,3 +38,4 @@ mod table_kept;
 mod weights;
 mod weights_errors;
 mod weights_long_names;
+mod weights_rights;
