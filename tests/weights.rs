@@ -15,11 +15,6 @@ fn table(members: &[(&str, f64)]) -> Vec<(String, f64)> {
     members.iter().map(|(member, weight)| ((*member).to_owned(), *weight)).collect()
 }
 
-async fn done(desk: &Desk, words: &str) {
-    let typed = desk.weights(words).await;
-    assert_eq!((typed.code, typed.errors.as_str()), (Some(0), ""), "{words}");
-}
-
 /// `version what`, newest first.
 fn outline(history: &Value) -> Vec<String> {
     let entries = history["entries"].as_array().expect("a list");
@@ -47,7 +42,7 @@ async fn several_members_are_set_at_once_and_get_shows_shares_version_and_author
     eventually("the proxy has it", || async { proxy.weights() == table(&[(A, 300.0), (B, 0.1), (C, 0.0)]) })
         .await;
 
-    done(&desk, &format!("set web {B}=100")).await;
+    desk.done(&format!("set web {B}=100")).await;
     let set = desk.json(&format!("set web {A}=300 {B}=100")).await;
     assert_eq!(
         (&set["version"], &set["changes"]),
@@ -65,14 +60,14 @@ async fn several_members_are_set_at_once_and_get_shows_shares_version_and_author
     assert_eq!(get["last_change"]["changes"], json!([{"member": B, "old": "0.1", "new": "100"}]));
     assert!(get["last_change"]["who"].as_str().expect("a text").starts_with("jo@"), "{get}");
 
-    done(&desk, &format!("remove web {A} {C}")).await;
+    desk.done(&format!("remove web {A} {C}")).await;
     assert_eq!(desk.table().await, table(&[(B, 100.0)]));
 }
 
 #[tokio::test]
 async fn nothing_is_changed_unless_all_of_it_can_be() {
     let desk = Desk::start().await;
-    done(&desk, &format!("set web {A}=1")).await;
+    desk.done(&format!("set web {A}=1")).await;
     for (words, code, why) in [
         (format!("set web {A}=5 {B}=-1"), 2, "-1 is not a weight"),
         (format!("set web {A}=5 10.0.0.256:80=1"), 2, "10.0.0.256:80=1: its host is neither"),
@@ -126,7 +121,7 @@ async fn a_change_by_hand_stands_in_the_history_once_noticed() {
     let desk = Desk::start().await;
     desk.redis.run(&format!("ZADD servers 1 {A}")).await;
     assert!(desk.weights("get web").await.said.contains("no command has changed it yet"));
-    done(&desk, &format!("set web {A}=2")).await;
+    desk.done(&format!("set web {A}=2")).await;
     desk.redis.run(&format!("ZADD servers 0.1 {B}")).await;
     let get = desk.weights("get web").await;
     assert!(
@@ -135,7 +130,7 @@ async fn a_change_by_hand_stands_in_the_history_once_noticed() {
         get.said
     );
     // Noticed by the next change, which is another one.
-    done(&desk, &format!("set web {C}=3")).await;
+    desk.done(&format!("set web {C}=3")).await;
     desk.redis.run(&format!("ZREM servers {A}")).await;
     // Noticed by who looks.
     let history = desk.json("history web").await;
@@ -155,22 +150,22 @@ async fn a_change_by_hand_stands_in_the_history_once_noticed() {
 async fn rollback_brings_back_the_table_of_a_version_as_a_new_version() {
     let desk = Desk::start().await;
     desk.redis.run(&format!("ZADD servers 0.1 {A}")).await;
-    done(&desk, &format!("set web {A}=1 {B}=1")).await;
+    desk.done(&format!("set web {A}=1 {B}=1")).await;
     // Drained by hand: part of version 1 when version 2 is made.
     desk.redis.run(&format!("ZADD servers 0 {B}")).await;
-    done(&desk, &format!("set web {A}=9")).await;
+    desk.done(&format!("set web {A}=9")).await;
     let back = desk.weights_of(&["rollback", "web", "--reason", "too much"]).await;
     assert!(back.said.starts_with("web: version 3, version 1 again\n"), "{back:?}");
     assert_eq!(desk.table().await, table(&[(A, 1.0), (B, 0.0)]));
-    done(&desk, "rollback web 2").await;
+    desk.done("rollback web 2").await;
     assert_eq!(desk.table().await, table(&[(A, 9.0), (B, 0.0)]));
     desk.redis.run(&format!("ZADD servers 7 {C}")).await;
     // Of the present version: what was changed by hand since, entered already or not.
     assert_eq!(outline(&desk.json("history web --limit 1").await), ["4 outside"]);
     desk.redis.run(&format!("ZADD servers 8 {C}")).await;
-    done(&desk, "rollback web 4").await;
+    desk.done("rollback web 4").await;
     assert_eq!(desk.table().await, table(&[(A, 9.0), (B, 0.0)]));
-    done(&desk, "rollback web 0").await;
+    desk.done("rollback web 0").await;
     assert_eq!(desk.table().await, table(&[(A, 0.1)]));
     let history = desk.json("history web").await;
     assert_eq!(outline(&history)[..4], ["6 rollback", "5 rollback", "4 outside", "4 outside"]);
@@ -183,14 +178,14 @@ async fn rollback_brings_back_the_table_of_a_version_as_a_new_version() {
 #[tokio::test]
 async fn an_emptied_table_is_said_to_be_without_effect() {
     let desk = Desk::start().await;
-    done(&desk, &format!("set web {A}=1")).await;
+    desk.done(&format!("set web {A}=1")).await;
     let removed = desk.weights(&format!("remove web {A}")).await;
     assert!(
         removed.said.contains("proxies go on with the last one (redis.on_empty: keep_last)"),
         "{removed:?}"
     );
     assert!(desk.weights("get web").await.said.contains("the table is empty"));
-    done(&desk, "rollback web").await;
+    desk.done("rollback web").await;
     assert_eq!(desk.table().await, table(&[(A, 1.0)]));
 }
 
@@ -222,7 +217,7 @@ async fn the_history_stays_short_and_says_what_it_has_forgotten() {
     let back = desk.weights("rollback web 1500").await;
     assert_eq!(back.code, Some(1));
     assert!(back.errors.contains("version 1500 of servers is not in the history any more"), "{back:?}");
-    done(&desk, "rollback web 2500").await;
+    desk.done("rollback web 2500").await;
     assert_eq!(desk.table().await, table(&[(A, 2_500.0)]));
 }
 
@@ -238,14 +233,14 @@ async fn large_tables_are_changed_whole_and_larger_ones_refused() {
         zadd.query_async::<()>(&mut desk.redis.connection().await).await.expect("written");
     };
     fill(0, 10_000).await;
-    done(&desk, "set web 10.0.0.1:80=5").await;
+    desk.done("set web 10.0.0.1:80=5").await;
     desk.redis.run("RENAME servers elsewhere").await;
-    done(&desk, &format!("set web {A}=1")).await;
+    desk.done(&format!("set web {A}=1")).await;
     // The 10,000 that vanished come back, and the one that came goes.
-    done(&desk, "rollback web").await;
+    desk.done("rollback web").await;
     assert_eq!(desk.table().await.len(), 0);
     fill(0, 10_001).await;
-    done(&desk, "set web 10.0.0.1:80=5").await;
+    desk.done("set web 10.0.0.1:80=5").await;
     let back = desk.weights("rollback web 1").await;
     assert_eq!(back.code, Some(1));
     assert!(back.errors.contains("too large to be kept"), "{back:?}");
@@ -262,7 +257,7 @@ async fn large_tables_are_changed_whole_and_larger_ones_refused() {
 #[tokio::test]
 async fn a_missing_right_is_named_and_nothing_is_half_changed() {
     let desk = Desk::start().await;
-    done(&desk, &format!("set web {A}=1")).await;
+    desk.done(&format!("set web {A}=1")).await;
     let commands = ["eval", "zrange", "zadd", "zrem", "get", "set", "xadd", "xrevrange", "zrangestore"];
     for missing in commands.iter().skip(1) {
         let mut user = vec![
@@ -295,14 +290,14 @@ async fn a_missing_right_is_named_and_nothing_is_half_changed() {
     user.extend(all.iter().map(String::as_str));
     desk.redis.run_words(&user).await;
     desk.write_config("username: bob, password: geheim,");
-    done(&desk, &format!("set web {A}=7 {B}=5")).await;
-    done(&desk, "rollback web").await;
+    desk.done(&format!("set web {A}=7 {B}=5")).await;
+    desk.done("rollback web").await;
 }
 
 #[tokio::test]
 async fn a_user_who_may_only_read_sees_all_and_writes_nothing() {
     let desk = Desk::start().await;
-    done(&desk, &format!("set web {A}=1")).await;
+    desk.done(&format!("set web {A}=1")).await;
     desk.redis.run(&format!("ZADD servers 2 {B}")).await;
     let rights = "on >geheim %R~servers %R~{servers}:* +hello +select +eval_ro +zrange +get +xrevrange";
     desk.redis.grant_to("bob", rights).await;
@@ -382,7 +377,7 @@ async fn a_pool_without_redis_has_no_weights_to_change() {
 #[tokio::test]
 async fn a_replica_and_a_full_server_refuse_with_the_cure_and_change_nothing() {
     let desk = Desk::start().await;
-    done(&desk, &format!("set web {A}=1")).await;
+    desk.done(&format!("set web {A}=1")).await;
     desk.redis.run("CONFIG SET maxmemory 1").await;
     let full = desk.weights(&format!("set web {A}=2")).await;
     assert_eq!(full.code, Some(1));
@@ -415,9 +410,9 @@ async fn in_a_cluster_all_keys_of_a_pool_share_one_slot() {
     let mut desk = Desk::with(redis, "servers");
     for key in ["servers", "statera:{web}:weights"] {
         desk = Desk::with(desk.redis, key);
-        done(&desk, &format!("set web {A}=1 {B}=2")).await;
-        done(&desk, &format!("remove web {B}")).await;
-        done(&desk, "rollback web").await;
+        desk.done(&format!("set web {A}=1 {B}=2")).await;
+        desk.done(&format!("remove web {B}")).await;
+        desk.done("rollback web").await;
         assert_eq!(desk.table().await, table(&[(A, 1.0), (B, 2.0)]), "{key}");
         assert_eq!(outline(&desk.json("history web").await), ["3 rollback", "2 remove", "1 set"], "{key}");
     }
@@ -457,7 +452,7 @@ async fn hostile_names_are_shown_escaped_and_can_be_removed() {
     assert_eq!(removed.code, Some(0), "{removed:?}");
     assert_eq!(desk.table().await, table(&[(C, 1.0)]));
     // And back again, byte by byte.
-    done(&desk, "rollback web").await;
+    desk.done("rollback web").await;
     let count = desk.redis.run("ZCARD servers").await;
     assert_eq!(count, redis::Value::Int(4));
     let score = desk.redis.run_words(&[b"ZSCORE".as_slice(), b"servers", hostile.as_bytes()]).await;

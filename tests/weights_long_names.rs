@@ -7,12 +7,6 @@ use crate::support::{Desk, Typed};
 
 const A: &str = "10.0.0.1:80";
 
-async fn done(desk: &Desk, words: &str) -> Typed {
-    let typed = desk.weights(words).await;
-    assert_eq!((typed.code, typed.errors.as_str()), (Some(0), ""), "{words}");
-    typed
-}
-
 async fn is_refused(desk: &Desk, words: &str, why: &str) -> Typed {
     let typed = desk.weights(words).await;
     assert_eq!((typed.code, typed.said.as_str()), (Some(1), ""), "{words}: {}", typed.errors);
@@ -33,7 +27,7 @@ async fn has_members(desk: &Desk, members: &[(&str, f64)]) {
 #[tokio::test]
 async fn a_name_too_long_for_a_backend_is_kept_shortened_and_is_in_nobodys_way_back() {
     let desk = Desk::start().await;
-    done(&desk, &format!("set web {A}=1")).await;
+    desk.done(&format!("set web {A}=1")).await;
     let long = "é".repeat(500_000);
     zadd(&desk, "servers", "5", long.as_bytes()).await;
 
@@ -48,11 +42,11 @@ async fn a_name_too_long_for_a_backend_is_kept_shortened_and_is_in_nobodys_way_b
     assert!(bytes < 20_000, "the history takes {bytes} bytes");
 
     // While it is there, it stays there; gone, it stays gone.
-    done(&desk, &format!("set web {A}=2")).await;
-    let back = done(&desk, "rollback web 1").await;
+    desk.done(&format!("set web {A}=2")).await;
+    let back = desk.done("rollback web 1").await;
     assert_eq!(back.said, format!("web: version 3, version 1 again\n    {A}  2 -> 1\n"));
     has_members(&desk, &[(A, 1.0), (&long, 5.0)]).await;
-    let back = done(&desk, "rollback web 0").await;
+    let back = desk.done("rollback web 0").await;
     let left_alone =
         "1 member left alone: a name too long for a backend is not kept, so there is no way back for it\n";
     assert!(back.said.starts_with(left_alone), "{back:?}");
@@ -66,7 +60,7 @@ async fn a_name_too_long_for_a_backend_is_kept_shortened_and_is_in_nobodys_way_b
 #[tokio::test]
 async fn a_member_of_20_mb_is_named_with_its_cure_and_all_works_again_once_it_is_removed() {
     let desk = Desk::start().await;
-    done(&desk, &format!("set web {A}=1")).await;
+    desk.done(&format!("set web {A}=1")).await;
     zadd(&desk, "servers", "5", &vec![b'z'; 20_000_000]).await;
     let commands = [
         "get web".to_owned(),
@@ -88,7 +82,7 @@ async fn a_member_of_20_mb_is_named_with_its_cure_and_all_works_again_once_it_is
 
     has_members(&desk, &[(A, 1.0)]).await;
     for words in &commands {
-        done(&desk, words).await;
+        desk.done(words).await;
     }
     let history = desk.json("history web").await;
     assert_eq!(history["entries"].as_array().map(Vec::len), Some(4), "{history}");
@@ -146,7 +140,7 @@ async fn what_others_have_written_beside_the_table_is_named_with_its_cure() {
     }
     // Not the newest: only who reads all of them comes upon it.
     desk.redis.run_words(&entry("[]")).await;
-    done(&desk, "get web").await;
+    desk.done("get web").await;
     is_refused(&desk, "history web", "{servers}:history holds more than statera writes there: delete it")
         .await;
     desk.redis.run("DEL {servers}:history").await;
@@ -156,6 +150,6 @@ async fn what_others_have_written_beside_the_table_is_named_with_its_cure() {
         is_refused(&desk, words, "{servers}:known holds more than statera writes there: delete it").await;
     }
     desk.redis.run("DEL {servers}:known").await;
-    done(&desk, "set web a:1=1").await;
-    done(&desk, "history web").await;
+    desk.done("set web a:1=1").await;
+    desk.done("history web").await;
 }

@@ -68,10 +68,16 @@ impl Desk {
         Typed::of(self.command(words)).await
     }
 
-    /// The same of what must succeed, in JSON.
-    pub async fn json(&self, words: &str) -> Value {
-        let typed = self.weights(&format!("{words} --json")).await;
+    /// The same of what must succeed.
+    pub async fn done(&self, words: &str) -> Typed {
+        let typed = self.weights(words).await;
         assert_eq!((typed.code, typed.errors.as_str()), (Some(0), ""), "{words}");
+        typed
+    }
+
+    /// The same in JSON.
+    pub async fn json(&self, words: &str) -> Value {
+        let typed = self.done(&format!("{words} --json")).await;
         serde_json::from_str(&typed.said).unwrap_or_else(|error| panic!("{error}: {}", typed.said))
     }
 
