@@ -303,6 +303,7 @@ fn applied(cell: &Cell) -> (u64, ContentHash) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::balance::{Table, Weight};
 
     #[test]
     fn only_what_a_person_must_mend_makes_a_proxy_silent_for_long() {
@@ -329,7 +330,6 @@ mod tests {
         }
         assert_eq!(Refusal::of(&Trouble::Moved.into()), None);
     }
-    use crate::balance::{Table, Weight};
 
     fn table(weight: f64) -> Table {
         Table::new(vec![("10.0.0.1:80".parse().expect("an address"), Weight::new(weight).expect("a weight"))])

@@ -21,6 +21,7 @@ mod parts;
 mod primary;
 mod redirect;
 mod reply_limit;
+mod rest;
 mod sentinel;
 mod slot;
 pub mod status;

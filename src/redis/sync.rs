@@ -18,6 +18,7 @@ use super::Followed;
 use super::connection::{self, Connection};
 use super::decode::{self, Decoded, Rejected};
 use super::pace::{HeldBack, Pace};
+use super::rest::rest_after;
 use super::status::{RedisStatus, TableStatus};
 use super::trouble::Trouble;
 use crate::balance::Table;
@@ -26,16 +27,6 @@ use crate::runtime::backoff::{Backoff, jittered};
 
 /// A table of this size is read in some 50 ms and picked from in 20 ns; one that is larger is a mistake or an attack.
 pub(super) const MAX_MEMBERS: usize = 100_000;
-/// Rest after a read, for each member that it gave: a read costs Redis 0.5 µs a member, so it is never busy with us for
-/// more than a twentieth of its time.
-const REST_PER_MEMBER: Duration = Duration::from_micros(10);
-const LONGEST_REST: Duration = Duration::from_millis(100);
-/// A read that took long, because Redis is busy with a whole fleet's, is followed by a rest of so many times that. Then all
-/// of them together, however many, take a fifth of its time.
-const REST_PER_READ: u32 = 4;
-/// One that took no longer has met nobody else's.
-const QUICK_READ: Duration = Duration::from_micros(200);
-const LONGEST_REST_OF_A_FLEET: Duration = Duration::from_millis(400);
 /// Between two tries at a key that cannot be read.
 const REST_AFTER_REFUSAL: Duration = Duration::from_secs(1);
 /// The same of an answer that is too large: Redis makes up the whole of it each time, for each proxy.
@@ -396,13 +387,6 @@ async fn has_too_many(connection: &mut Connection, key: &str) -> Result<bool, Re
     }
 }
 
-/// How long to rest after a read of so many members that took so long.
-fn rest_after(members: usize, took: Duration) -> Duration {
-    let of_members = REST_PER_MEMBER * u32::try_from(members).unwrap_or(u32::MAX);
-    let of_fleet = if took > QUICK_READ { took * REST_PER_READ } else { Duration::ZERO };
-    of_members.min(LONGEST_REST).max(of_fleet.min(LONGEST_REST_OF_A_FLEET))
-}
-
 /// Waits for a change, at most until `rest_ends`, when something that changed before has rested. Cancel safe.
 pub(super) async fn changed(changes: &Changes, rest_ends: Option<Instant>) {
     match rest_ends {
@@ -418,17 +402,6 @@ mod tests {
     use crate::balance::cell::Cell;
     use std::sync::Arc;
     use tokio::time::advance;
-
-    #[test]
-    fn a_rest_grows_with_the_table_and_with_what_the_read_took_up_to_a_bound() {
-        let (micros, millis) = (Duration::from_micros, Duration::from_millis);
-        assert_eq!(rest_after(10, micros(200)), micros(100), "nobody else's read was in the way");
-        assert_eq!(rest_after(10, micros(201)), micros(804));
-        assert_eq!(rest_after(10_000, millis(10)), millis(100));
-        assert_eq!(rest_after(MAX_MEMBERS, millis(20)), millis(100));
-        assert_eq!(rest_after(10, millis(50)), millis(200), "whoever waits for redis is one of many");
-        assert_eq!(rest_after(usize::MAX, Duration::from_secs(20)), LONGEST_REST_OF_A_FLEET);
-    }
 
     #[tokio::test(start_paused = true)]
     async fn the_state_in_which_flips_end_is_said_when_the_window_has_passed() {
