@@ -51,9 +51,12 @@ async fn fleet(redis: &Redis) -> Vec<Program> {
     programs
 }
 
-/// A number of `INFO`, by its name.
-async fn number(connection: &mut MultiplexedConnection, section: &str, name: &str) -> u64 {
-    let info: String = redis::cmd("INFO").arg(section).query_async(connection).await.expect("an answer");
+async fn info(connection: &mut MultiplexedConnection, section: &str) -> String {
+    redis::cmd("INFO").arg(section).query_async(connection).await.expect("an answer")
+}
+
+/// A number of it, by its name.
+fn number(info: &str, name: &str) -> u64 {
     let line = info.lines().find_map(|line| line.strip_prefix(name));
     line.and_then(|line| line.split([',', '\r']).next()?.parse().ok()).unwrap_or(0)
 }
@@ -71,15 +74,17 @@ const WATCHING: Sign = Sign { section: "commandstats", name: "cmdstat_subscribe:
 
 impl Sign {
     async fn count(self, connection: &mut MultiplexedConnection) -> u64 {
-        number(connection, self.section, self.name).await
+        number(&info(connection, self.section).await, self.name)
     }
 }
 
 /// How often Redis was asked what: whole reads, picks.
 async fn reads(connection: &mut MultiplexedConnection) -> (u64, u64) {
-    let zrange = number(connection, "commandstats", "cmdstat_zrange:calls=").await;
+    // All in one answer: a pick between two of them would be taken off the reads.
+    let info = info(connection, "commandstats").await;
+    let zrange = number(&info, "cmdstat_zrange:calls=");
     let command = if Redis::is_before_7() { "cmdstat_evalsha:calls=" } else { "cmdstat_evalsha_ro:calls=" };
-    let picks = number(connection, "commandstats", command).await;
+    let picks = number(&info, command);
     // Each pick reads the table too, inside of the script.
     (zrange - picks, picks)
 }
