@@ -37,5 +37,6 @@ mod system_calls;
 mod table_kept;
 mod weights;
 mod weights_errors;
+mod weights_limits;
 mod weights_long_names;
 mod weights_rights;

@@ -114,6 +114,41 @@ async fn a_node_that_dies_with_a_key_that_went_ahead_does_not_keep_its_pool() {
     scene.see([3, 3]).await;
 }
 
+/// A reshard that was broken off, and cleaned up at one end alone.
+#[tokio::test]
+async fn a_key_that_comes_back_is_read_where_it_is_though_the_other_node_still_imports_its_slot() {
+    let scene = Scene::start("on_empty: refuse").await;
+    scene.move_ahead("servers").await;
+    scene.write(1, "servers", 2).await;
+    scene.see([2, 1]).await;
+    scene.node(0).run(&format!("CLUSTER SETSLOT {SLOT} STABLE")).await;
+    let mut back = redis::pipe();
+    back.cmd("ASKING").ignore().cmd("MIGRATE").arg("127.0.0.1").arg(scene.node(0).port);
+    back.arg("servers").arg(0).arg(5000).ignore();
+    let mut connection = scene.node(1).connection().await;
+    back.query_async::<()>(&mut connection).await.expect("it has the key");
+    scene.see([2, 1]).await;
+    for weight in 3..6 {
+        scene.write(0, "servers", weight).await;
+        scene.see([weight, 1]).await;
+    }
+}
+
+#[tokio::test]
+async fn a_table_that_is_deleted_after_it_went_ahead_is_empty() {
+    let scene = Scene::start("on_empty: refuse").await;
+    scene.move_ahead("servers").await;
+    scene.write(1, "servers", 2).await;
+    scene.see([2, 1]).await;
+    let mut delete = redis::pipe();
+    delete.cmd("ASKING").ignore().cmd("DEL").arg("servers").ignore();
+    let mut connection = scene.node(1).connection().await;
+    delete.query_async::<()>(&mut connection).await.expect("it has the key");
+    eventually("it is empty", || async { scene.weights() == [None, Some(1.0)] }).await;
+    scene.write(1, "servers", 3).await;
+    eventually("it is back", || async { scene.weights() == [Some(3.0), Some(1.0)] }).await;
+}
+
 /// More of them than are asked at once, so that each that fails gives its place to another.
 #[tokio::test]
 async fn nodes_that_are_all_away_are_not_dialled_without_a_rest() {

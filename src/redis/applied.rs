@@ -37,8 +37,6 @@ const LEASE: Duration = Duration::from_secs(15);
 const PATIENCE: Duration = Duration::from_secs(6);
 /// Every so many reports, the first among them, those whose lease has ended are forgotten: it costs a read of all.
 const REPORTS_PER_CLEANING: u32 = 100;
-/// What only a person can mend is seldom mended, and then nobody waits.
-const REFUSED_PAUSE: Duration = Duration::from_secs(60);
 /// Taking reports back must not hold anything up.
 const LEAVING_TIME: Duration = Duration::from_secs(1);
 /// More than any fleet: so many are read at once.
@@ -180,10 +178,10 @@ impl Reporter<'_> {
                             if !self.told.swap(true, Relaxed) {
                                 self.say_what_is_missing(&error);
                             }
-                            jittered(REFUSED_PAUSE)
+                            jittered(RENEWAL)
                         }
-                        Some(Refusal::IsTold) => jittered(REFUSED_PAUSE),
-                        Some(Refusal::Other) => jittered(RENEWAL),
+                        // Not later than that: it is missed as soon as the others report again.
+                        Some(Refusal::IsTold | Refusal::Other) => jittered(RENEWAL),
                         None => backoff.pause(),
                     }
                 }

@@ -234,14 +234,18 @@ impl<'a> Council<'a> {
     }
 
     fn owners(&self) -> Vec<Option<Holder>> {
-        let owner = |place: &Place| Some(Holder { node: place.owner.as_ref()?.address.clone(), asks: false });
-        self.places.iter().map(owner).collect()
+        let owner = |place: &Place| Some(place.owner.as_ref()?.address.clone());
+        let holder = |place: &Place| Some(Holder { node: owner(place)?, ahead_of: None });
+        self.places.iter().map(holder).collect()
     }
 
     fn readable(&self) -> Vec<Option<Holder>> {
-        let holder = |place: &Place| match &place.detour {
-            Some(node) => Some(Holder { node: node.clone(), asks: true }),
-            None => Some(Holder { node: place.owner.as_ref()?.address.clone(), asks: false }),
+        let holder = |place: &Place| {
+            let owner = place.owner.as_ref()?.address.clone();
+            Some(match &place.detour {
+                Some(node) => Holder { node: node.clone(), ahead_of: Some(owner) },
+                None => Holder { node: owner, ahead_of: None },
+            })
         };
         self.places.iter().map(holder).collect()
     }
@@ -254,7 +258,9 @@ impl<'a> Council<'a> {
                 Hint::Ahead { key: ahead, to }
                     if key == ahead && place.no_detour_until.is_none_or(|until| until <= now) =>
                 {
-                    place.detour = place.owner.as_ref().map(|_| to.clone());
+                    // Heard late, it may lead to who owns the slot by now.
+                    let is_ahead = place.owner.as_ref().is_some_and(|owner| owner.address != *to);
+                    place.detour = is_ahead.then(|| to.clone());
                 }
                 Hint::NotAhead { keys, node }
                     if keys.contains(key) && place.detour.as_ref() == Some(node) =>

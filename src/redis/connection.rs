@@ -56,6 +56,15 @@ impl Connection {
     pub(super) fn guided(self, guide: Option<Arc<Guide>>) -> Self {
         Self { guide, ..self }
     }
+
+    /// An empty answer about `key` is the truth, or an error: where the key has come back to the slot's owner, the node that it
+    /// had gone ahead to knows nothing of it.
+    pub(super) async fn is_empty_for_sure(&self, key: &str) -> RedisResult<()> {
+        match &self.guide {
+            Some(guide) => guide.is_empty_for_sure(key).await,
+            None => Ok(()),
+        }
+    }
 }
 
 impl Deref for Connection {
@@ -112,7 +121,7 @@ pub(super) async fn open_found(settings: &Redis, found: &RedisAddress) -> RedisR
     let connection = open_at(settings, found, |_| {}).await?;
     let guide = matches!(settings.address, RedisAddress::Cluster(_)).then(|| {
         let (settings, node) = (Arc::new(settings.clone()), found.clone());
-        Arc::new(Guide { settings, node, asks: false, goes: true, keys: Vec::new(), hints: None })
+        Arc::new(Guide { settings, node, ahead_of: None, goes: true, keys: Vec::new(), hints: None })
     });
     Ok(connection.guided(guide))
 }

@@ -40,8 +40,8 @@ pub(super) type Division = Vec<Arc<Part>>;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Holder {
     pub(super) node: RedisAddress,
-    /// It does not own the slot yet.
-    pub(super) asks: bool,
+    /// It does not own the slot yet, but this one does.
+    pub(super) ahead_of: Option<RedisAddress>,
 }
 
 /// How the pools are divided among the servers; known to all that have to do with them.
@@ -121,7 +121,7 @@ impl Parts {
                 let guide = Guide {
                     settings: Arc::clone(&self.settings),
                     node: holder.node,
-                    asks: holder.asks,
+                    ahead_of: holder.ahead_of,
                     goes,
                     keys: places.iter().map(|place| self.keys[*place].clone()).collect(),
                     hints: Some(self.hints.clone()),

@@ -40,7 +40,9 @@ impl Primary {
     }
 
     pub(super) fn is_held_by(&self, holder: &Holder) -> bool {
-        self.guide.as_ref().is_some_and(|guide| guide.node == holder.node && guide.asks == holder.asks)
+        self.guide
+            .as_ref()
+            .is_some_and(|guide| guide.node == holder.node && guide.ahead_of == holder.ahead_of)
     }
 
     /// Connects to it at `address`, where it was last known to be. Pushed messages go to `on_push`.

@@ -31,8 +31,8 @@ pub(super) struct Guide {
     pub(super) settings: Arc<Redis>,
     /// Where that connection leads.
     pub(super) node: RedisAddress,
-    /// The node does not own the slots yet: each command needs its ASKING.
-    pub(super) asks: bool,
+    /// The node does not own the slots yet, but this one does: each command needs its ASKING.
+    pub(super) ahead_of: Option<RedisAddress>,
     /// Goes where it is sent, once for each command.
     pub(super) goes: bool,
     /// What tables are read from over it.
@@ -48,9 +48,9 @@ impl Guide {
     }
 
     fn is_wrong(&self, keys: &[String]) {
-        self.hint(match self.asks {
-            true => Hint::NotAhead { keys: keys.to_vec(), node: self.node.clone() },
-            false => Hint::Changed,
+        self.hint(match self.ahead_of {
+            Some(_) => Hint::NotAhead { keys: keys.to_vec(), node: self.node.clone() },
+            None => Hint::Changed,
         });
     }
 
@@ -67,7 +67,7 @@ impl Guide {
         connection: &mut MultiplexedConnection,
         command: &Cmd,
     ) -> RedisResult<Value> {
-        let error = match send(connection, command, self.asks).await {
+        let error = match send(connection, command, self.ahead_of.is_some()).await {
             Ok(answer) => return Ok(answer),
             Err(error) => error,
         };
@@ -93,6 +93,19 @@ impl Guide {
             Some(Redirect { to, .. }) => Trouble::Elsewhere(to.to_string()).into(),
             None => error,
         })
+    }
+
+    /// Asks the owner of a key that has gone ahead, and whose table is empty there: it sends us there again only where it has none
+    /// itself.
+    pub(super) async fn is_empty_for_sure(&self, key: &str) -> RedisResult<()> {
+        let Some(owner) = &self.ahead_of else { return Ok(()) };
+        let mut connection = connection::open_at(&self.settings, owner, |_| {}).await?;
+        let mut count = Cmd::new();
+        count.arg("ZCARD").arg(key);
+        match send(&mut connection, &count, false).await {
+            Err(error) if Redirect::of(&error, owner).is_some_and(|redirect| redirect.is_ask) => Ok(()),
+            _ => Err(Trouble::Elsewhere(owner.to_string()).into()),
+        }
     }
 
     /// What `command` reads: the first word that is one of the keys, since members come after it.

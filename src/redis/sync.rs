@@ -4,6 +4,7 @@
 //! many reads as there is time for, and a lost or doubled notification can do no harm that the next read does not mend.
 
 use std::collections::HashMap;
+use std::mem::{Discriminant, discriminant};
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering::Relaxed;
@@ -123,8 +124,8 @@ struct State {
     had_too_many: bool,
     /// After answers that are too large.
     too_large: Backoff,
-    /// Times in a row that a read ended with the connection.
-    cut_offs: u32,
+    /// Why the last read ended with the connection.
+    cut_off: Option<Discriminant<Trouble>>,
 }
 
 impl State {
@@ -132,7 +133,7 @@ impl State {
         Self {
             had_too_many: false,
             too_large: Backoff::new(REST_AFTER_REFUSAL, LONGEST_REST_AFTER_TOO_LARGE),
-            cut_offs: 0,
+            cut_off: None,
             in_step: false,
             said: None,
             states: Pace::new(MOST_STATES),
@@ -215,8 +216,8 @@ impl<'a> Syncer<'a> {
             _ if error.is_timeout() => Trouble::Late,
             _ => return error,
         };
-        self.states[place].cut_offs += 1;
-        if self.states[place].cut_offs > 1 { trouble.into() } else { error }
+        let cause = discriminant(&trouble);
+        if self.states[place].cut_off.replace(cause) == Some(cause) { trouble.into() } else { error }
     }
 
     /// Nothing has changed, says a heartbeat of the moment `asked` that was answered after every notification before it:
@@ -268,8 +269,11 @@ impl<'a> Syncer<'a> {
         };
         match read {
             Ok(decoded) => {
+                if decoded.table.is_empty() {
+                    connection.is_empty_for_sure(key).await?;
+                }
                 self.states[place].too_large.reset();
-                self.states[place].cut_offs = 0;
+                self.states[place].cut_off = None;
                 self.take(place, decoded, asked, since);
                 Ok(Some(members))
             }

@@ -112,9 +112,10 @@ local function hash(list)
     return redis.sha1hex(table.concat(parts))
 end
 
-local function record(what, version, by, reason, back_to, changes, list)
+local function record(what, version, by, reason, back_to, changes, list, text)
     call('XADD', history, 'MAXLEN', '~', longest_history, '*', 'version', version, 'what', what, 'back_to', back_to,
-        'who', by, 'why', reason, 'count', #changes, 'changes', encode(changes), 'hash', hash(list))
+        'who', by, 'why', reason, 'count', #changes, 'changes', text or encode(changes), 'hash',
+        hash(list))
 end
 
 -- Redis does not take back what a script did before it failed. So everything that is going to be written is tried first
@@ -149,6 +150,17 @@ local function write(changes)
     end
     in_pieces('ZADD', added)
     in_pieces('ZREM', removed)
+end
+
+-- Nobody could read a larger table, or make it smaller again.
+local function check(target)
+    local members, bytes, longest = 0, 0, 0
+    for member, weight in pairs(target) do
+        members, longest = members + 1, math.max(longest, #member)
+        bytes = bytes + #member + #weight + AROUND
+    end
+    if members > most_members then refuse('ZADD', key, 'TOOLARGE') end
+    if bytes > most_bytes then refuse('ZADD', key, 'OVERSIZED ' .. longest) end
 end
 
 local function fields(entry)
@@ -202,10 +214,14 @@ local function run()
         version = math.max(version, tonumber(fields(newest).version) or 0)
     end
     local held, list = read(key)
-    local known = read(known_key)
+    local known, known_list = read(known_key)
     local outside = difference(known, held)
+    -- Deleted, or changed by other hands: then it is not known what the newest entry left, and nothing can be undone from there.
+    local left = newest and fields(newest).hash
+    local is_lost = left and left ~= hash(known_list)
+    local outside_text = is_lost and '' or encode(outside)
     if wanted == 'look' then
-        return { 'seen', version, list, encode(outside), #outside, newest or false }
+        return { 'seen', version, list, outside_text, #outside, newest or false }
     end
     if expected ~= '' and tonumber(expected) ~= version then return { 'conflict', version } end
 
@@ -223,6 +239,7 @@ local function run()
     elseif wanted == 'rollback' then
         back_to = ARGV[FIRST] == '' and version - 1 or tonumber(ARGV[FIRST])
         if back_to < 0 or back_to > version then return { 'no_such_version', version } end
+        if is_lost then return { 'too_large', version, version, back_to } end
         local found, long_or_reason, at = table_at(back_to, version, known)
         if not found then return { long_or_reason, version, at, back_to } end
         target = found
@@ -234,10 +251,11 @@ local function run()
         passed_over = #difference(long_or_reason, long_now)
     end
 
+    if wanted == 'set' or wanted == 'rollback' then check(target) end
     local before, changes = version, difference(held, target)
-    if #outside > 0 or #changes > 0 then
+    if is_lost or #outside > 0 or #changes > 0 then
         prove(version, held)
-        if #outside > 0 then record('outside', version, '', '', '', outside, list) end
+        if is_lost or #outside > 0 then record('outside', version, '', '', '', outside, list, outside_text) end
         if #changes > 0 then
             write(changes)
             version = version + 1

@@ -189,7 +189,10 @@ fn failure(outcome: &str, answer: &mut Answer, key: &str, expected: Option<u64>)
         }
         "too_large" => {
             let at = answer.number();
-            format!("{key} cannot go back behind a change at version {at} that was too large to be kept")
+            format!(
+                "{key} cannot go back behind a change at version {at} that is not kept: it was too large, or the key beside the table that \
+                 tells what was before it was lost"
+            )
         }
         _ => "redis answered the script with something unknown".to_owned(),
     })

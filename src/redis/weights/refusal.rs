@@ -82,7 +82,7 @@ pub(super) fn of_redis(
             "redis at {address}: {error}: the slot moves, try again soon"
         ));
     }
-    if connection::is_too_large(error) {
+    if connection::is_too_large(error) && asked != Asked::ToWrite {
         let written = if asked == Asked::WhoHasIt { &companions.applied } else { &companions.history };
         return WeightsError::Refused(holds_too_much(written));
     }
@@ -126,7 +126,8 @@ pub(super) fn of_script(table: &str, command: &str, key: &str, reason: &str) -> 
     let lower = command.to_lowercase();
     let has = |part: &str| reason.contains(part);
     let message = if reason == "TOOLARGE" {
-        format!("{key} has more than {} members: split the pool", super::MAX_MEMBERS)
+        let has = if command == "ZADD" { "would have" } else { "has" };
+        format!("{key} {has} more than {} members: split the pool", super::MAX_MEMBERS)
     } else if let Some(longest) = reason.strip_prefix("OVERSIZED ") {
         if key == table { too_large(key, longest.parse().unwrap_or(0)) } else { holds_too_much(key) }
     } else if reason == "FOREIGN" {
