@@ -86,7 +86,7 @@ fn table_text(pool: &Pool, seen: &Seen, reports: &Reports) -> String {
             )
         };
         if !reports.are_all_in.is_zero() {
-            text += "; redis was away or has lost reports, others may be alive";
+            text += "; redis was away, has lost reports or one has just come back: others may be alive";
         }
         text.push('\n');
     }

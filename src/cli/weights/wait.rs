@@ -38,8 +38,8 @@ impl Fleet {
         }
         if self.have_not.is_empty() {
             return format!(
-                "version {version} is written and {} applied it, but redis was away or has lost reports, so whether these are \
-                 all is not known for another {}: wait longer than {limit}",
+                "version {version} is written and {} applied it, but redis was away, has lost reports or a proxy has \
+                 just come back, so whether these are all is not known for another {}: wait longer than {limit}",
                 super::show::proxies_have(self.have.len()),
                 humantime::format_duration(Duration::from_millis(self.are_all_in.as_millis() as u64))
             );
