@@ -11,7 +11,7 @@ ARGS ?=
 
 # Tests that load the whole machine or break its network: one at a time. The same names as group `heavy` of
 # .config/nextest.toml, for machines without nextest.
-HEAVY := real_programs:: faults:: storm:: redis_herd:: redis_random:: redis_random_sentinel:: redis_sentinel:: redis_cluster:: redis_slots::
+HEAVY := real_programs:: faults:: outage:: storm:: redis_herd:: redis_random:: redis_random_sentinel:: redis_sentinel:: redis_cluster:: redis_slots::
 NEXTEST := $(CARGO) nextest
 SCRIPTS := .ci/run tests/install.sh tests/redis_matrix.sh
 
@@ -116,6 +116,16 @@ bench-micro: ## What a pick and a weight change cost (ARGS=snapshot for some)
 bench-herd: ## What 50 proxies cost one Redis: at rest, for a weight, when it restarts (ARGS="--proxies 10")
 	@tests/install.sh test
 	$(CARGO) bench --locked --bench herd -- $(ARGS)
+
+.PHONY: bench-health
+bench-health: ## What checking 10,000 backends costs, and what becomes of the sessions beside it
+	@tests/install.sh build
+	$(CARGO) bench --locked --bench health
+
+.PHONY: bench-balance
+bench-balance: ## What least_conn is worth: beside a slow backend, and with 5,000 sessions that stay
+	@tests/install.sh build
+	$(CARGO) bench --locked --bench balance
 
 .PHONY: bench-instructions
 bench-instructions: ## Count the instructions of a pick, a session and a request, and compare (STATERA_ACCEPT=1 accepts)

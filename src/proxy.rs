@@ -109,7 +109,7 @@ pub fn start(config: &Config, log: Option<LogSink>) -> Result<Running, StartErro
         let sync =
             config.redis.as_ref().map(|redis| Sync { max_stale: redis.max_stale, lua: picker.clone() });
         let table = Table::new(pool.backends.clone());
-        Arc::new(Pool::new(Arc::clone(&pool.name), index, pool.balance, table, sync, workers))
+        Arc::new(Pool::new(Arc::clone(&pool.name), index, pool.policy(), table, sync, workers))
     };
     let pools: Vec<Arc<Pool>> = config.pools.iter().enumerate().map(make_pool).collect();
 

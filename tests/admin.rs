@@ -29,7 +29,7 @@ fn backends(addresses: &[SocketAddr]) -> String {
 }
 
 /// CONTRACT.md's names, as far as this version has them: the family, its type, its labels.
-const METRICS: [(&str, &str, &[&str]); 30] = [
+const METRICS: [(&str, &str, &[&str]); 36] = [
     ("statera_listener_connections", "counter", &["listener"]),
     ("statera_listener_connections_active", "gauge", &["listener"]),
     ("statera_listener_rejected", "counter", &["listener", "reason"]),
@@ -44,6 +44,12 @@ const METRICS: [(&str, &str, &[&str]); 30] = [
     ("statera_backend_up", "gauge", &["pool", "backend"]),
     ("statera_backend_weight", "gauge", &["pool", "backend"]),
     ("statera_backend_effective_weight", "gauge", &["pool", "backend"]),
+    ("statera_backend_health_checks", "counter", &["pool", "backend", "result"]),
+    ("statera_backend_ejections", "counter", &["pool", "backend"]),
+    ("statera_backend_admin_state", "gauge", &["pool", "backend", "state"]),
+    ("statera_pool_fail_open", "gauge", &["pool"]),
+    ("statera_pool_queue", "gauge", &["pool"]),
+    ("statera_pool_queued", "counter", &["pool"]),
     ("statera_sessions_closed", "counter", &["reason"]),
     ("statera_picks", "counter", &["pool", "source"]),
     ("statera_redis_connected", "gauge", &[]),
@@ -78,13 +84,17 @@ async fn every_metric_of_the_contract_is_there_and_prometheus_can_read_it() {
     redis.set_weights([(&backend, 2.5)]).await;
     let state = tempfile::TempDir::new().expect("a folder");
     let top = format!("redis: {{url: \"{}\"}}\nstate_dir: {:?}", redis.url(), state.path());
-    let (program, entry, admin) = statera(&top, "", "weights_key: servers").await;
+    let (program, entry, admin) =
+        statera(&top, "", "weights_key: servers, health_check: {}, max_connections: 9").await;
     echo(entry, b"ping").await.expect("an answer");
+    redis.run(&format!("HSET {{servers}}:states {} drain", backend.address)).await;
     // A change makes a notification, and the propagation's first observation.
     redis.run(&format!("ZADD servers 5 {}", backend.address)).await;
     eventually("the weight has arrived", || async {
         program.metric("statera_weight_propagation_seconds_count", "").await >= 1.0
             && program.metric("statera_backend_session_duration_seconds_count", "").await == 1.0
+            && program.metric("statera_backend_health_checks_total", "passed").await >= 1.0
+            && program.metric("statera_backend_admin_state", "drain").await == 1.0
     })
     .await;
 

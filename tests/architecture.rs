@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 ///
 /// The data plane stands above: it knows nothing of Redis. What Redis says reaches it as snapshots, which `redis`
 /// publishes through `balance`'s plain types; where both need an answer at once (the Lua pick), `balance` owns the channel.
-const ARROWS: [(&str, &[&str]); 12] = [
+const ARROWS: [(&str, &[&str]); 13] = [
     ("reactor", &[]),
     ("balance", &["reactor", "telemetry::counters"]),
     ("relay", &["reactor", "telemetry::counters"]),
@@ -33,6 +33,7 @@ const ARROWS: [(&str, &[&str]); 12] = [
     (
         "redis",
         &[
+            "balance::AdminState",
             "balance::BackendId",
             "balance::InvalidAddress",
             "balance::InvalidWeight",
@@ -43,9 +44,11 @@ const ARROWS: [(&str, &[&str]); 12] = [
             "balance::cell::Cell",
             "config",
             "runtime::backoff",
+            "runtime::pace",
             "telemetry::counters",
         ],
     ),
+    ("health", &["balance", "config", "listen::socket", "runtime::backoff", "runtime::pace"]),
     // What it saves comes out of the snapshot cells, so it has no need to know Redis.
     ("state", &["balance", "config", "runtime::backoff", "telemetry::counters"]),
     ("runtime", &["balance", "config", "listen", "reactor", "relay::Stream", "session", "telemetry"]),
@@ -65,8 +68,13 @@ const ARROWS: [(&str, &[&str]); 12] = [
     (
         "cli",
         &[
+            "balance::AdminState",
             "balance::BackendId",
+            "balance::Table",
             "balance::Weight",
+            // What `weights simulate` shows.
+            "balance::Balance",
+            "balance::simulation",
             "config",
             "proxy",
             "redis::weights",
@@ -74,11 +82,25 @@ const ARROWS: [(&str, &[&str]); 12] = [
         ],
     ),
     // The composition root: it alone may know all.
-    ("proxy", &["balance", "config", "listen", "redis", "relay", "runtime", "session", "state", "telemetry"]),
+    (
+        "proxy",
+        &[
+            "balance",
+            "config",
+            "health",
+            "listen",
+            "redis",
+            "relay",
+            "runtime",
+            "session",
+            "state",
+            "telemetry",
+        ],
+    ),
 ];
 
 /// These never name Redis, neither the module nor the crate.
-const WITHOUT_REDIS: [&str; 6] = ["balance", "listen", "reactor", "relay", "session", "state"];
+const WITHOUT_REDIS: [&str; 7] = ["balance", "health", "listen", "reactor", "relay", "session", "state"];
 
 /// Above this, a file has a second subject.
 const FILE_MAX_LINES: usize = 450;

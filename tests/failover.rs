@@ -104,7 +104,7 @@ async fn no_session_waits_longer_than_the_deadline() {
 async fn no_more_backends_are_tried_than_attempts_allow_and_none_twice() {
     let dead: Vec<_> = (0..6).map(|_| dead_address()).collect();
     let addresses: Vec<_> = dead.iter().map(|(_, address)| *address).collect();
-    let proxy = Proxy::web("", &format!("{}, connect: {{attempts: 4}}", backends(&addresses)));
+    let proxy = Proxy::web("", &format!("{}, outlier: off, connect: {{attempts: 4}}", backends(&addresses)));
     let mut before = vec![0.0; addresses.len()];
     for session in 1..=10 {
         greeting(proxy.address()).await.expect_err("there is no backend");

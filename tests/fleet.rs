@@ -93,7 +93,8 @@ async fn one_that_reports_and_one_that_stands_still(desk: &Desk) -> [Program; 2]
 async fn waits_for_the_one_that_stands_still(desk: &Desk, second: &Program) {
     let set = desk.weights(&format!("set web {A}=2 --wait=2s")).await;
     assert_eq!(set.code, Some(3), "{set:?}");
-    let why = "and 1 proxy has applied it, but redis was away, has lost reports or a proxy has just come back, so whether these are all is not known";
+    let why = "and 1 proxy has applied it, but redis was away, has lost reports or a proxy has just come back, \
+               so whether these are all is not known";
     assert!(set.errors.contains(why), "{set:?}");
     let get = desk.weights("get web").await;
     assert!(get.said.contains("applied by 1 proxy; redis was away, has lost reports or one"), "{get:?}");

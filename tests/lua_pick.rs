@@ -7,14 +7,17 @@ use redis::Value;
 use redis::aio::MultiplexedConnection;
 use statera::balance::backend::Registry;
 use statera::balance::snapshot::{Origin, Snapshot};
-use statera::balance::{BackendId, Table, Weight};
+use statera::balance::{BackendId, Balance, Table, Weight};
 
-use crate::support::{Backend, Link, Passing, Proxy, Redis, dead_address, eventually, greeting, seed};
+use crate::support::{
+    Backend, LEAST_RIGHTS, Link, Passing, Proxy, Redis, dead_address, eventually, greeting, seed,
+};
 
 const SCRIPT: &str = include_str!("../src/redis/pick.lua");
 /// As `src/redis/lua_pick.rs` calls it.
 const LARGEST_WHOLE: usize = 500;
 const HEAVIEST: usize = 100;
+const STATES: &str = "{t}:states";
 const PICKS: usize = 10_000;
 
 type Members = Vec<(Vec<u8>, String)>;
@@ -59,7 +62,11 @@ impl Script {
             for _ in 0..500 {
                 let point = (self.rng.u64(..) >> 11) as f64 / 2f64.powi(53);
                 pipe.cmd(self.command).arg(&self.sha).arg(1).arg("t").arg(format!("{point:.17}"));
-                pipe.arg(self.rng.u32(1..=2_147_483_646)).arg(LARGEST_WHOLE).arg(HEAVIEST).arg(tried);
+                pipe.arg(self.rng.u32(1..=2_147_483_646))
+                    .arg(LARGEST_WHOLE)
+                    .arg(HEAVIEST)
+                    .arg(STATES)
+                    .arg(tried);
             }
             let answers: Vec<Value> = pipe.query_async(&mut self.connection).await.expect("no error");
             for answer in answers {
@@ -84,7 +91,13 @@ impl Script {
             let id: BackendId = std::str::from_utf8(member).ok()?.parse().ok()?;
             Some((id, Weight::new(score.parse().ok()?).ok()?))
         });
-        let snapshot = Snapshot::new(1, Origin::Redis, &Table::new(decoded.collect()), &Registry::new(1));
+        let snapshot = Snapshot::new(
+            1,
+            Origin::Redis,
+            &Table::new(decoded.collect()),
+            Balance::WeightedRandom,
+            &Registry::new(1),
+        );
         let tried: Vec<BackendId> = tried.iter().map(|id| id.parse().expect("an address")).collect();
         let mut counts = BTreeMap::new();
         for _ in 0..PICKS {
@@ -222,14 +235,51 @@ async fn lua_leaves_out_what_was_tried_and_keeps_the_proportions_of_the_rest() {
         .await;
 }
 
+#[tokio::test]
+async fn lua_leaves_out_who_is_in_drain_or_maint_and_keeps_the_proportions_of_the_rest() {
+    let mut script = Script::start().await;
+    let huge = "x".repeat(5_000_000);
+    let mut states = redis::cmd("HSET");
+    states.arg(STATES).arg(&["10.0.0.0:80", "drain", "10.0.0.2:80", "maint", "10.0.0.3:80", "READY"]);
+    states.arg("10.0.0.4:80").arg(&huge).arg("nobody").arg("drain");
+    states.query_async::<()>(&mut script.connection).await.expect("written");
+    let out = ["10.0.0.0:80", "10.0.0.2:80"];
+    let large = std::iter::once("600").chain(std::iter::repeat_n("1", 600));
+    for (what, table) in [
+        ("a small table", members(["8", "4", "2", "1", "3"])),
+        ("a large table, of which the heaviest is in drain", members(large.collect::<Vec<_>>())),
+        ("nobody is ready", members(["8", "0", "2"])),
+    ] {
+        script.write(&table).await;
+        let lua = script.picks(PICKS, &[]).await;
+        let snapshot = script.snapshot_picks(&table, &out);
+        if let Some(difference) = differ(&lua, &snapshot) {
+            panic!("{what}: {difference}\nlua {lua:?}\nsnapshot {snapshot:?}");
+        }
+    }
+    // What is no hash says nothing.
+    let table = members(["8", "4", "2"]);
+    script.write(&table).await;
+    redis::cmd("SET")
+        .arg(STATES)
+        .arg("drain")
+        .query_async::<()>(&mut script.connection)
+        .await
+        .expect("written");
+    assert!(script.picks(500, &[]).await.contains_key("10.0.0.0:80"));
+}
+
 /// A beat often enough that scenarios are short; picks have all the time they need on a busy machine.
 const HASTY: &str = "heartbeat_interval: 100ms, max_stale: 300ms, poll_interval: 100ms, response_timeout: 300ms, connect_timeout: 300ms, \
                      resync_interval: 1s";
 
 /// A proxy whose watching connection goes silent, so that its snapshot is stale, while Redis can still be asked to pick.
 async fn stale_proxy(redis: &Redis, link: &Link, top: &str, more: &str) -> Proxy {
-    let proxy =
-        Proxy::web(&format!("redis: {{url: \"{}\", {more}}}\n{top}", link.url()), "weights_key: servers");
+    stale_proxy_of("weights_key: servers", redis, link, top, more).await
+}
+
+async fn stale_proxy_of(pool: &str, redis: &Redis, link: &Link, top: &str, more: &str) -> Proxy {
+    let proxy = Proxy::web(&format!("redis: {{url: \"{}\", {more}}}\n{top}", link.url()), pool);
     eventually("the table arrives", || async { !proxy.weights().is_empty() }).await;
     link.pass(Passing::AllButTheWatch);
     eventually("the snapshot is stale and redis picks", || async {
@@ -260,6 +310,14 @@ async fn while_the_snapshot_is_stale_redis_picks_by_weights_that_the_snapshot_ne
         assert_eq!((&line["source"], &line["weight"]), (&"lua".into(), &2.5.into()), "{line}");
     }
 
+    // Who is in drain since then is not picked.
+    redis.run(&format!("ZADD servers 1000 {}", old.address)).await;
+    redis.run(&format!("HSET {{servers}}:states {} drain", old.address)).await;
+    for _ in 0..20 {
+        assert_eq!(greeting(proxy.address()).await.expect("an answer"), "new");
+    }
+    redis.run(&format!("ZREM servers {}", old.address)).await;
+
     // A flushed script is loaded again within the same pick.
     redis.run("SCRIPT FLUSH").await;
     let (asked, stale) = (proxy.picks("lua"), proxy.picks("stale"));
@@ -278,6 +336,27 @@ async fn while_the_snapshot_is_stale_redis_picks_by_weights_that_the_snapshot_ne
 }
 
 #[tokio::test]
+async fn redis_does_not_pick_whom_health_speaks_against() {
+    let (redis, alive) = (Redis::start().await, Backend::named("alive").await);
+    let (_guard, dead) = dead_address();
+    redis.run(&format!("ZADD servers 1 {} 1000 {dead}", alive.address)).await;
+    let link = Link::to(redis.port);
+    let checked = "weights_key: servers, outlier: off, health_check: {interval: 50ms}";
+    let proxy = stale_proxy_of(checked, &redis, &link, "lua_pick: {timeout: 2500ms}", HASTY).await;
+    let up = format!("statera_backend_up{{pool=\"web\",backend=\"{dead}\"}}");
+    eventually("its checks fail", || async { proxy.metric(&up) == Some(0.0) }).await;
+    let failures = || {
+        let series = format!("statera_backend_connect_failures_total{{pool=\"web\",backend=\"{dead}\"}}");
+        proxy.metric(&series).unwrap_or_default()
+    };
+    let (asked, failed) = (proxy.picks("lua"), failures());
+    for _ in 0..10 {
+        assert_eq!(greeting(proxy.address()).await.expect("an answer"), "alive");
+    }
+    assert_eq!((proxy.picks("lua"), failures()), (asked + 10.0, failed));
+}
+
+#[tokio::test]
 async fn redis_picks_for_a_user_who_may_not_write() {
     let backend = Backend::named("backend").await;
     let redis = Redis::start().await;
@@ -291,7 +370,7 @@ async fn redis_picks_for_a_user_who_may_not_write() {
         .await;
     let link = Link::to(redis.port);
     let more = format!("username: statera, password: secret, {HASTY}");
-    let _proxy = stale_proxy(&redis, &link, "lua_pick: {timeout: 2500ms}", &more).await;
+    let proxy = stale_proxy(&redis, &link, "lua_pick: {timeout: 2500ms}", &more).await;
     let Value::BulkString(stats) = redis.run("INFO commandstats").await else { panic!("no statistics") };
     let stats = String::from_utf8_lossy(&stats).into_owned();
     let (used, other) = if Redis::is_before_7() {
@@ -300,6 +379,21 @@ async fn redis_picks_for_a_user_who_may_not_write() {
         ("cmdstat_evalsha_ro:", "cmdstat_evalsha:")
     };
     assert!(stats.contains(used) && !stats.contains(other), "{stats}");
+
+    // It may not read who is in drain either, and picks by the weights; with the rights of config.yaml it goes by both.
+    let drained = Backend::named("drained").await;
+    redis.run(&format!("HSET {{servers}}:states {} drain", drained.address)).await;
+    redis.run(&format!("ZADD servers 1000000 {}", drained.address)).await;
+    assert_eq!(greeting(proxy.address()).await.expect("an answer"), "drained");
+    redis.grant(LEAST_RIGHTS).await;
+    eventually("it is left out", || async {
+        greeting(proxy.address()).await.is_ok_and(|name| name == "backend")
+    })
+    .await;
+    for _ in 0..10 {
+        assert_eq!(greeting(proxy.address()).await.expect("an answer"), "backend");
+    }
+    assert_eq!(proxy.weights(), [(backend.address.to_string(), 1.0)], "the snapshot cannot know");
 }
 
 /// Who may not read the first pool's key, and knows only the older command.

@@ -148,6 +148,38 @@ async fn a_name_that_does_not_resolve_is_named_once_and_costs_no_session() {
 }
 
 #[tokio::test]
+async fn checks_follow_a_name_and_leave_one_alone_that_nobody_knows() {
+    let ((old, new), fixed) = (on_one_port("old", "new").await, Backend::named("fixed").await);
+    let hosts = Hosts::new("127.0.0.1 localhost\n");
+    let name = format!("db.test:{}", old.address.port());
+    let program = hosts.run(&format!(
+        "listeners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\nadmin: {{bind: \"127.0.0.1:0\"}}\n\
+         pools: {{web: {{backends: {{\"{}\": 1, \"{name}\": 1}}, health_check: {{interval: 50ms}}}}}}",
+        fixed.address
+    ));
+    eventually("who is known is asked", || async { fixed.accepted() >= 5 }).await;
+    let count = async |result: &str| {
+        let labels = format!("pool=\"web\",backend=\"{name}\",result=\"{result}\"");
+        program.metric("statera_backend_health_checks_total", &labels).await
+    };
+    assert_eq!((count("passed").await, count("failed").await), (0.0, 0.0));
+
+    hosts.write("127.0.0.1 db.test\n");
+    eventually("it is asked once it is known", || async { old.accepted() >= 3 }).await;
+    hosts.write("127.0.0.2 db.test\n");
+    eventually("it is asked where it is now", || async { new.accepted() >= 3 }).await;
+    let (before, asked) = (old.accepted(), new.accepted());
+    eventually("and there alone", || async { new.accepted() >= asked + 3 }).await;
+    assert_eq!(old.accepted(), before);
+    // Nobody listens there.
+    hosts.write("127.0.0.3 db.test\n");
+    program.says("its health checks fail: it gets no sessions").await;
+    assert!(count("passed").await >= 6.0);
+    assert_eq!(program.messages("the backend's name does not resolve").len(), 1, "{}", program.log());
+    assert_eq!(program.messages("its health checks fail: it gets no sessions").len(), 1, "{}", program.log());
+}
+
+#[tokio::test]
 async fn configured_names_serve_from_the_first_session_on_though_redis_hangs() {
     let backend = Backend::named("configured").await;
     let (_silent, redis) = silent_address().await;

@@ -10,44 +10,8 @@ use rustix::process::Signal;
 use tokio::net;
 
 use crate::support::{
-    Answer, PATIENCE, Program, Redis, Server, eventually, free_port, get, output, require, seed, sum_of,
+    Nginx, PATIENCE, Program, Redis, Server, eventually, free_port, get, output, require, seed, sum_of,
 };
-
-/// nginx with one worker, whose answer is its name.
-struct Nginx {
-    server: Server,
-    address: SocketAddr,
-}
-
-impl Nginx {
-    async fn start(name: &str) -> Self {
-        let (program, port) = (require("nginx", "nginx"), free_port());
-        let server = Server::start(|folder| {
-            let temporary: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
-                .map(|kind| format!("{kind}_temp_path {}/{kind}; ", folder.display()))
-                .concat();
-            let text = format!(
-                "daemon off; master_process off; pid {0}/pid; error_log stderr;\n\
-                 events {{ worker_connections 1024; }}\n\
-                 http {{ access_log off; keepalive_requests 1000; {temporary}\n\
-                 server {{ listen 127.0.0.1:{port} backlog=4096; default_type text/plain;\n\
-                 location / {{ return 200 \"{name}\"; }} }} }}\n",
-                folder.display()
-            );
-            let config = folder.join("nginx.conf");
-            std::fs::write(&config, text).expect("a file");
-            let mut command = Command::new(program);
-            command.arg("-p").arg(folder).arg("-c").arg(config).args(["-e", "stderr"]);
-            command
-        });
-        let address = SocketAddr::from(([127, 0, 0, 1], port));
-        eventually("nginx answers", || async {
-            get(address, "/").await.is_ok_and(|answer: Answer| answer.body == name)
-        })
-        .await;
-        Self { server, address }
-    }
-}
 
 /// wrk until it is told to stop.
 fn wrk(target: SocketAddr, headers: &[&str]) -> Server {

@@ -267,7 +267,8 @@ async fn a_node_that_is_frozen_keeps_only_its_own_pools_from_the_lua_pick() {
 }
 
 /// What config.yaml tells people to grant.
-const LEAST_RIGHTS: &str = "on >secret resetkeys %R~servers* resetchannels &__keyspace@0__:servers* nocommands +hello +auth +ping \
+const LEAST_RIGHTS: &str = "on >secret resetkeys %R~servers* %R~{servers}:states resetchannels &__keyspace@0__:servers* \
+                            &__keyspace@0__:{servers}:states nocommands +hello +auth +ping +hlen +hgetall +hget +hstrlen \
                             +select +client|setname +client|id +client|tracking +subscribe +unsubscribe +zrange +zcard +eval_ro \
                             +evalsha_ro +script|load +config|get +cluster|slots +cluster|nodes +asking";
 

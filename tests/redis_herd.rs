@@ -70,7 +70,8 @@ struct Sign {
 }
 
 const CONNECTED: Sign = Sign { section: "stats", name: "total_connections_received:", total: CONNECTIONS };
-const WATCHING: Sign = Sign { section: "commandstats", name: "cmdstat_subscribe:calls=", total: PROXIES };
+/// Each subscribes to the weights, and then to the admin states.
+const WATCHING: Sign = Sign { section: "commandstats", name: "cmdstat_subscribe:calls=", total: 2 * PROXIES };
 
 impl Sign {
     async fn count(self, connection: &mut MultiplexedConnection) -> u64 {

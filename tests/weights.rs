@@ -56,7 +56,10 @@ async fn several_members_are_set_at_once_and_get_shows_shares_version_and_author
         assert!(get.said.contains(part), "{part}: {}", get.said);
     }
     let get = desk.json("get web").await;
-    assert_eq!(get["members"][0], json!({"member": A, "weight": 300.0, "share_percent": 75.0}));
+    assert_eq!(
+        get["members"][0],
+        json!({"member": A, "weight": 300.0, "share_percent": 75.0, "state": "ready"})
+    );
     assert_eq!(get["last_change"]["changes"], json!([{"member": B, "old": "0.1", "new": "100"}]));
     assert!(get["last_change"]["who"].as_str().expect("a text").starts_with("jo@"), "{get}");
 

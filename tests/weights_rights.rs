@@ -55,8 +55,14 @@ async fn can_read(desk: &Desk) -> bool {
 
 /// True where everything that writes works.
 async fn can_write(desk: &Desk) -> bool {
-    for words in ["set web 10.0.0.1:80=2 --wait=20s", "remove web 10.0.0.1:80", "rollback web", "history web"]
-    {
+    for words in [
+        "drain web 10.0.0.1:80",
+        "ready web 10.0.0.1:80",
+        "set web 10.0.0.1:80=2 --wait=20s",
+        "remove web 10.0.0.1:80",
+        "rollback web",
+        "history web",
+    ] {
         if desk.weights(words).await.code != Some(0) {
             return false;
         }

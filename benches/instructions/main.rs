@@ -23,7 +23,6 @@ use std::process::ExitCode;
 
 use anyhow::{Result, ensure};
 use clap::Parser;
-use statera::balance::Balance;
 use tokio::time::Instant;
 
 use expected::{Expected, Figure};
@@ -55,7 +54,7 @@ struct Arguments {
 #[derive(Debug, Clone, Copy)]
 enum Case {
     /// A pick from a fresh snapshot.
-    Pick(Balance, usize),
+    Pick(&'static str, usize),
     /// A short session, one at a time.
     Session { logged: bool },
     /// A request on an open connection.
@@ -63,11 +62,15 @@ enum Case {
 }
 
 impl Case {
-    const ALL: [Self; 7] = [
-        Self::Pick(Balance::WeightedRandom, 10),
-        Self::Pick(Balance::WeightedRandom, 10_000),
-        Self::Pick(Balance::WeightedRoundRobin, 10),
-        Self::Pick(Balance::WeightedRoundRobin, 10_000),
+    const ALL: [Self; 11] = [
+        Self::Pick("weighted_random", 10),
+        Self::Pick("weighted_random", 10_000),
+        Self::Pick("weighted_round_robin", 10),
+        Self::Pick("weighted_round_robin", 10_000),
+        Self::Pick("least_conn", 10),
+        Self::Pick("least_conn", 10_000),
+        Self::Pick("source_hash", 10),
+        Self::Pick("source_hash", 10_000),
         Self::Session { logged: false },
         Self::Session { logged: true },
         Self::Request,
@@ -76,7 +79,7 @@ impl Case {
     /// As in `expected.yaml`.
     fn name(self) -> String {
         match self {
-            Self::Pick(balance, backends) => format!("pick {} {backends}", picks::name(balance)),
+            Self::Pick(algorithm, backends) => format!("pick {algorithm} {backends}"),
             Self::Session { logged: false } => "session".into(),
             Self::Session { logged: true } => "session logged".into(),
             Self::Request => "request".into(),
@@ -96,7 +99,7 @@ impl Case {
     /// What a whole run with so many units takes.
     fn count(self, valgrind: &Valgrind, statera: &Path, units: u64) -> Result<Counts> {
         match self {
-            Self::Pick(balance, backends) => picks::count(valgrind, balance, backends, units),
+            Self::Pick(algorithm, backends) => picks::count(valgrind, algorithm, backends, units),
             Self::Session { logged } => {
                 let mut proxy = Proxy::start(valgrind, statera, &self.name(), logged)?;
                 for _ in 0..units {

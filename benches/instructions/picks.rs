@@ -1,6 +1,7 @@
 //! Picks, as a program of its own: this one, started again under valgrind.
 
 use std::hint::black_box;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -10,18 +11,10 @@ use tokio::time::Instant;
 
 use super::valgrind::{Counts, Valgrind};
 
-/// As in config.yaml.
-pub fn name(balance: Balance) -> &'static str {
-    match balance {
-        Balance::WeightedRandom => "weighted_random",
-        Balance::WeightedRoundRobin => "weighted_round_robin",
-    }
-}
-
 /// What a process takes that picks so many times.
-pub fn count(valgrind: &Valgrind, balance: Balance, backends: usize, picks: u64) -> Result<Counts> {
+pub fn count(valgrind: &Valgrind, algorithm: &str, backends: usize, picks: u64) -> Result<Counts> {
     let program = std::env::current_exe()?;
-    let (algorithm, backends, picks) = (name(balance), backends.to_string(), picks.to_string());
+    let (backends, picks) = (backends.to_string(), picks.to_string());
     let arguments = ["--picks", algorithm, &backends, &picks];
     valgrind.start(&format!("pick {algorithm} {backends}"), &program, &arguments)?.wait()
 }
@@ -29,9 +22,8 @@ pub fn count(valgrind: &Valgrind, balance: Balance, backends: usize, picks: u64)
 /// What is counted: the whole of a pick, as a session pays for it (the cell, freshness, the reference count).
 pub fn run(arguments: &[String]) -> Result<()> {
     let [algorithm, backends, picks] = arguments else { bail!("--picks ALGORITHM BACKENDS PICKS") };
-    let balance = [Balance::WeightedRandom, Balance::WeightedRoundRobin];
-    let balance =
-        balance.into_iter().find(|balance| name(*balance) == algorithm).context("no such algorithm")?;
+    let named = Balance::NAMES.into_iter().find(|(name, _)| name == algorithm);
+    let (_, balance) = named.context("no such algorithm")?;
     let (backends, picks): (usize, u64) = (backends.parse()?, picks.parse()?);
 
     let runtime = tokio::runtime::Builder::new_current_thread().build()?;
@@ -43,7 +35,11 @@ pub fn run(arguments: &[String]) -> Result<()> {
         // so many picks average out.
         let (mut rng, now) = (fastrand::Rng::with_seed(7), Instant::now());
         for _ in 0..picks {
-            ensure!(black_box(pool.pick(&[], rng.u64(..), now).await).is_some(), "a pick found no backend");
+            let client = SocketAddr::from((rng.u32(..).to_be_bytes(), 1));
+            ensure!(
+                black_box(pool.pick(client, &[], rng.u64(..), now).await).is_ok(),
+                "a pick found no backend"
+            );
         }
         Ok(())
     })

@@ -1,6 +1,6 @@
 //! A backend as long as it lives: through any number of snapshots, and until its last session ends.
 //!
-//! Whatever must survive a weight change (counters and resolved addresses today) is kept here, not in the snapshot.
+//! Whatever must survive a weight change (health, counters, resolved addresses) is kept here, not in the snapshot.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -10,6 +10,11 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use arc_swap::ArcSwap;
 
+use super::condition::{Condition, Reached};
+use super::leaving::Leaving;
+pub use super::places::Active;
+use super::places::Places;
+use super::queue::{Capacity, Queue};
 use super::{Address, BackendId};
 use crate::telemetry::counters::{BackendCounters, PerWorker};
 
@@ -21,6 +26,11 @@ pub struct Backend {
     resolved: ArcSwap<Vec<SocketAddr>>,
     /// Rotates over `resolved`.
     turn: AtomicUsize,
+    places: Places,
+    /// What is known of its health.
+    pub condition: Condition,
+    /// Whether its sessions are to end.
+    pub leaving: Leaving,
     /// What the workers count of it.
     pub counters: PerWorker<BackendCounters>,
 }
@@ -35,11 +45,14 @@ pub enum Endpoint {
 }
 
 impl Backend {
-    fn new(id: BackendId, workers: usize) -> Self {
+    fn new(id: BackendId, workers: usize, places: Places) -> Self {
         Self {
             id,
             resolved: ArcSwap::default(),
             turn: AtomicUsize::new(0),
+            places,
+            condition: Condition::default(),
+            leaving: Leaving::default(),
             counters: PerWorker::new(workers),
         }
     }
@@ -48,6 +61,26 @@ impl Backend {
     #[must_use]
     pub fn id(&self) -> &BackendId {
         &self.id
+    }
+
+    /// Sessions that it has, those that are about to connect among them.
+    #[must_use]
+    pub fn active(&self) -> u32 {
+        self.places.active()
+    }
+
+    #[inline]
+    pub(super) fn places(&self) -> &Places {
+        &self.places
+    }
+
+    /// What its sessions have reached so far.
+    #[must_use]
+    pub fn reached(&self) -> Reached {
+        Reached {
+            connected: self.counters.sum(|counters| &counters.connections),
+            answered: self.counters.sum(|counters| &counters.answered),
+        }
     }
 
     /// The place of the next session's first address among several.
@@ -103,6 +136,8 @@ impl Backend {
 #[derive(Debug)]
 pub struct Registry {
     workers: usize,
+    max_connections: u32,
+    queue: Arc<Queue>,
     known: Mutex<Known>,
 }
 
@@ -124,10 +159,23 @@ impl Known {
 }
 
 impl Registry {
-    /// Empty; its backends will count for `workers` threads.
+    /// Empty; its backends will count for `workers` threads, and take any number of sessions.
     #[must_use]
     pub fn new(workers: usize) -> Self {
-        Self { workers, known: Mutex::default() }
+        Self::with_capacity(workers, &Capacity::default())
+    }
+
+    /// The same, but its backends will take so many sessions as they may.
+    #[must_use]
+    pub fn with_capacity(workers: usize, capacity: &Capacity) -> Self {
+        let queue = Arc::new(Queue::new(capacity));
+        Self { workers, max_connections: capacity.max_connections, queue, known: Mutex::default() }
+    }
+
+    /// Who waits for a place at one of its backends.
+    #[must_use]
+    pub fn queue(&self) -> &Arc<Queue> {
+        &self.queue
     }
 
     /// The living backend of that name, or a new one.
@@ -141,7 +189,8 @@ impl Registry {
         if known.backends.len() > known.sweep_above {
             known.sweep(|backend| backend.strong_count() > 0);
         }
-        let backend = Arc::new(Backend::new(id.clone(), self.workers));
+        let places = Places::new(self.max_connections, Arc::clone(&self.queue));
+        let backend = Arc::new(Backend::new(id.clone(), self.workers, places));
         known.backends.insert(id.clone(), Arc::downgrade(&backend));
         backend
     }
@@ -149,6 +198,13 @@ impl Registry {
     /// All that a snapshot or a session still holds, in the order of their names. Forgets the others.
     #[must_use]
     pub fn living(&self) -> Vec<Arc<Backend>> {
+        let mut living = self.living_in_any_order();
+        living.sort_unstable_by(|a, b| a.id.cmp(&b.id));
+        living
+    }
+
+    /// The same, not sorted.
+    pub(super) fn living_in_any_order(&self) -> Vec<Arc<Backend>> {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let mut living = Vec::with_capacity(known.backends.len());
         known.sweep(|backend| {
@@ -157,8 +213,6 @@ impl Registry {
             living.extend(backend);
             is_alive
         });
-        drop(known);
-        living.sort_unstable_by(|a, b| a.id.cmp(&b.id));
         living
     }
 }
@@ -181,6 +235,15 @@ mod tests {
     }
 
     #[test]
+    fn sessions_are_counted_from_their_begin_to_their_end() {
+        let backend = Registry::new(1).get_or_create(&id("10.0.0.1:80"));
+        let [first, second] = [0, 1].map(|_| Active::take(&backend).expect("there is no limit"));
+        assert_eq!((backend.active(), first.id()), (2, backend.id()));
+        drop((first, second));
+        assert_eq!(backend.active(), 0);
+    }
+
+    #[test]
     fn backends_that_come_and_go_are_forgotten_though_nobody_asks() {
         let registry = Registry::new(1);
         let stay: Vec<_> =
@@ -195,7 +258,7 @@ mod tests {
 
     #[test]
     fn a_name_is_reachable_once_resolved_and_gives_its_addresses_in_turn() {
-        let backend = Backend::new(id("db.internal:5432"), 1);
+        let backend = Registry::new(1).get_or_create(&id("db.internal:5432"));
         assert_eq!((backend.endpoint(0), backend.endpoints(), backend.is_reachable()), (None, 0, false));
         let [a, b] = ["10.0.0.1:5432", "10.0.0.2:5432"].map(|text| text.parse().expect("an address"));
         assert!(backend.set_resolved(vec![b, a, b]));

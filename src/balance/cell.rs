@@ -4,6 +4,7 @@
 //! moves on while the snapshot stays the same: the moment when the question was asked, not when its answer came, so that
 //! an answer that was long under way makes nothing look younger than it is.
 
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -12,11 +13,22 @@ use arc_swap::{ArcSwap, Guard};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::Table;
 use super::backend::Registry;
+use super::leaving::Leavers;
+use super::policy::Policy;
 use super::snapshot::{Origin, Snapshot};
+use super::{AdminState, BackendId, Table};
 
 const NEVER: u64 = u64::MAX;
+
+/// What of a snapshot goes on by itself, or is worth a line in the log.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Standing {
+    /// See [`Snapshot::fails_open`].
+    pub fails_open: bool,
+    /// See [`Snapshot::ramps`].
+    pub ramps: bool,
+}
 
 /// One pool's newest snapshot.
 #[derive(Debug)]
@@ -25,8 +37,13 @@ pub struct Cell {
     /// What the newest snapshot was made from, to make it again when a backend changes. Only publishers lock it.
     table: Mutex<Table>,
     registry: Registry,
+    policy: Policy,
     /// Says when the newest table came.
     published: watch::Sender<SystemTime>,
+    /// Says what of the newest snapshot the control plane has to act on.
+    standing: watch::Sender<Standing>,
+    /// Says whose sessions are to end.
+    leavers: Leavers,
     /// Milliseconds from `epoch` to the last confirmation, or [`NEVER`].
     confirmed: AtomicU64,
     epoch: Instant,
@@ -35,14 +52,18 @@ pub struct Cell {
 impl Cell {
     /// Begins with the table of config.yaml, not confirmed by anyone.
     #[must_use]
-    pub fn new(configured: Table, workers: usize) -> Self {
-        let registry = Registry::new(workers);
-        let first = Snapshot::new(1, Origin::Configured, &configured, &registry);
+    pub fn new(configured: Table, policy: impl Into<Policy>, workers: usize) -> Self {
+        let policy = policy.into();
+        let registry = Registry::with_capacity(workers, &policy.capacity);
+        let first = Snapshot::new(1, Origin::Configured, &configured, policy, &registry);
         Self {
             newest: ArcSwap::from_pointee(first),
             table: Mutex::new(configured),
             registry,
+            policy,
             published: watch::Sender::new(SystemTime::now()),
+            standing: watch::Sender::default(),
+            leavers: Leavers::default(),
             confirmed: AtomicU64::new(NEVER),
             epoch: Instant::now(),
         }
@@ -72,8 +93,7 @@ impl Cell {
         let newest = self.newest.load();
         let changed = newest.origin != Origin::Redis || *current != table;
         if changed {
-            let next = newest.next(Origin::Redis, &table, &self.registry);
-            self.newest.store(Arc::new(next));
+            self.store(newest.next(Origin::Redis, &table, self.policy, &self.registry));
             *current = table;
             self.published.send_replace(SystemTime::now());
         }
@@ -86,8 +106,25 @@ impl Cell {
         let mut current = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         let newest = self.newest.load();
         if newest.origin == Origin::Configured {
-            let next = newest.next(Origin::Saved, &table, &self.registry);
-            self.newest.store(Arc::new(next));
+            self.store(newest.next(Origin::Saved, &table, self.policy, &self.registry));
+            *current = table;
+            self.published.send_replace(SystemTime::now());
+        }
+    }
+
+    /// Which backends of the newest table are not ready.
+    #[must_use]
+    pub fn states(&self) -> Vec<(BackendId, AdminState)> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner).states().to_vec()
+    }
+
+    /// The table stays, and these of its backends are not ready.
+    pub fn set_states(&self, states: Vec<(BackendId, AdminState)>) {
+        let mut current = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        let table = current.clone().with_states(states);
+        if *current != table {
+            let newest = self.newest.load();
+            self.store(newest.next(newest.origin, &table, self.policy, &self.registry));
             *current = table;
             self.published.send_replace(SystemTime::now());
         }
@@ -104,8 +141,59 @@ impl Cell {
     pub fn refresh(&self) {
         let current = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         let newest = self.newest.load();
-        let next = newest.next(newest.origin, &current, &self.registry);
+        self.store(newest.next(newest.origin, &current, self.policy, &self.registry));
+    }
+
+    /// Hears when a slow start or the fail-open begins and ends. It works for as long as the cell lives.
+    #[must_use]
+    pub fn standing(&self) -> watch::Receiver<Standing> {
+        self.standing.subscribe()
+    }
+
+    /// The backends that are leaving; none where `drain.timeout` is zero.
+    #[must_use]
+    pub fn leavers(&self) -> &Leavers {
+        &self.leavers
+    }
+
+    /// What a table means here.
+    #[must_use]
+    pub fn policy(&self) -> &Policy {
+        &self.policy
+    }
+
+    fn store(&self, next: Snapshot) {
+        let standing = Standing { fails_open: next.fails_open, ramps: next.ramps };
+        if !self.policy.drain_timeout.is_zero() {
+            self.leavers.look(&next, &self.registry);
+        }
         self.newest.store(Arc::new(next));
+        self.registry.queue().renewed();
+        self.standing.send_if_modified(|before| std::mem::replace(before, standing) != standing);
+    }
+
+    /// The backends that somebody has put into drain or maint, and those that have sessions though they are to have no new ones
+    /// (at weight zero, or no members any more); each with its sessions.
+    #[must_use]
+    pub fn leaving(&self) -> Vec<(BackendId, u32)> {
+        let newest = self.load();
+        let (mut told, mut leaving) = (HashSet::new(), Vec::new());
+        for member in newest.members_and_stand_ins() {
+            let is_ready = member.state == AdminState::Ready;
+            if !is_ready {
+                leaving.push((member.backend.id().clone(), member.backend.active()));
+            }
+            if !is_ready || member.wants_sessions() {
+                told.insert(Arc::as_ptr(&member.backend));
+            }
+        }
+        for backend in self.registry.living_in_any_order() {
+            let sessions = backend.active();
+            if sessions > 0 && !told.contains(&Arc::as_ptr(&backend)) {
+                leaving.push((backend.id().clone(), sessions));
+            }
+        }
+        leaving
     }
 
     /// Notes that the newest snapshot is known, now, to be what Redis wants.
@@ -140,7 +228,7 @@ impl Cell {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Weight;
+    use super::super::{Balance, Weight};
     use super::*;
 
     fn table(weight: f64) -> Table {
@@ -149,7 +237,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn an_unchanged_table_confirms_without_a_new_snapshot() {
-        let cell = Cell::new(table(1.0), 1);
+        let cell = Cell::new(table(1.0), Balance::WeightedRandom, 1);
         assert_eq!(cell.age(), None);
         assert!(cell.publish(table(1.0)), "the origin changes from the file to redis");
         let version = cell.load().version;
@@ -163,7 +251,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn an_answer_is_as_old_as_its_question() {
-        let cell = Cell::new(table(1.0), 1);
+        let cell = Cell::new(table(1.0), Balance::WeightedRandom, 1);
         let second = Duration::from_secs(1);
         tokio::time::advance(second).await;
         let asked = Instant::now();
@@ -178,7 +266,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_saved_table_comes_before_the_configured_one_and_after_redis() {
-        let cell = Cell::new(table(1.0), 1);
+        let cell = Cell::new(table(1.0), Balance::WeightedRandom, 1);
         let mut published = cell.published();
         cell.restore(table(2.0));
         let first = Arc::clone(&cell.load());
@@ -196,7 +284,7 @@ mod tests {
 
     #[tokio::test]
     async fn everyone_who_listens_hears_of_a_new_table_and_of_no_unchanged_one() {
-        let cell = Cell::new(table(1.0), 1);
+        let cell = Cell::new(table(1.0), Balance::WeightedRandom, 1);
         let listeners = [cell.published(), cell.published()];
         cell.publish(table(2.0));
         for mut listener in listeners {
@@ -210,7 +298,7 @@ mod tests {
 
     #[test]
     fn a_backend_is_the_same_object_in_every_snapshot() {
-        let cell = Cell::new(table(1.0), 1);
+        let cell = Cell::new(table(1.0), Balance::WeightedRandom, 1);
         let first = Arc::clone(&cell.load().members()[0].backend);
         cell.publish(table(5.0));
         cell.refresh();

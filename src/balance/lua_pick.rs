@@ -64,7 +64,7 @@ pub fn channel(max_in_flight: usize, timeout: Duration) -> (LuaPicker, LuaReques
 
 impl LuaPicker {
     /// Lets Redis pick at `point` (of 2⁶⁴). `None`: it did not, in time, or it is not to be asked now.
-    pub async fn pick(&self, pool: usize, point: u64, tried: &[BackendId]) -> LuaAnswer {
+    pub async fn pick(&self, pool: usize, point: u64, tried: Vec<BackendId>) -> LuaAnswer {
         if !self.answering.load(Relaxed) {
             return None;
         }
@@ -72,7 +72,7 @@ impl LuaPicker {
         let (answer, answered) = oneshot::channel();
         // The upper 53 bits: what an f64 holds exactly, so the quotient stays below 1.
         let point = (point >> 11) as f64 / 2f64.powi(53);
-        let request = LuaRequest { pool, point, tried: tried.to_vec(), answer, _place: place };
+        let request = LuaRequest { pool, point, tried, answer, _place: place };
         self.requests.try_send(request).ok()?;
         timeout_at(Instant::now() + self.timeout, answered).await.ok()?.ok()?
     }
@@ -90,18 +90,18 @@ mod tests {
         let waiting: Vec<_> = (0..2)
             .map(|_| {
                 let picker = picker.clone();
-                tokio::spawn(async move { picker.pick(0, 0, &[]).await })
+                tokio::spawn(async move { picker.pick(0, 0, Vec::new()).await })
             })
             .collect();
         tokio::task::yield_now().await;
-        assert!(picker.pick(0, 0, &[]).await.is_none());
+        assert!(picker.pick(0, 0, Vec::new()).await.is_none());
         assert_eq!(started.elapsed(), Duration::ZERO);
         for task in waiting {
             assert!(task.await.expect("the task ends").is_none());
         }
         assert_eq!(started.elapsed(), Duration::from_millis(50));
         // The places come back only when the requests themselves are gone: a frozen Redis is not asked again.
-        assert!(picker.pick(0, 0, &[]).await.is_none());
+        assert!(picker.pick(0, 0, Vec::new()).await.is_none());
         assert_eq!(started.elapsed(), Duration::from_millis(50));
         while requests.queue.try_recv().is_ok() {}
         assert_eq!(picker.places.available_permits(), 2);
@@ -111,7 +111,7 @@ mod tests {
     async fn nobody_waits_while_redis_is_known_not_to_answer() {
         let (picker, mut requests) = channel(2, Duration::from_millis(50));
         let started = tokio::time::Instant::now();
-        assert!(picker.pick(0, 0, &[]).await.is_none());
+        assert!(picker.pick(0, 0, Vec::new()).await.is_none());
         assert_eq!(started.elapsed(), Duration::ZERO);
         assert!(requests.queue.try_recv().is_err());
     }
@@ -120,7 +120,7 @@ mod tests {
     async fn the_point_sent_to_redis_is_below_one() {
         let (picker, mut requests) = channel(1, Duration::from_millis(50));
         requests.answering.store(true, Relaxed);
-        let asked = tokio::spawn(async move { picker.pick(3, u64::MAX, &[]).await });
+        let asked = tokio::spawn(async move { picker.pick(3, u64::MAX, Vec::new()).await });
         let request = requests.queue.recv().await.expect("a request");
         assert!(request.point < 1.0 && request.point > 0.999_999 && request.pool == 3);
         drop(request);

@@ -3,24 +3,37 @@
 //! Pure but for the clock that tells a fresh snapshot from a stale one: no socket, no Redis. The names come first
 //! ([`Weight`], [`Address`], [`BackendId`]), then what is written ([`Table`]), what is picked from ([`snapshot`], made of
 //! `shares`), where it is published ([`cell`]) and the order in which sources are asked ([`pool`]). Tables come in
-//! through `redis/sync.rs` or config.yaml.
+//! through `redis/sync.rs` or config.yaml. What would come of a table is tried in [`simulation`].
 
 mod address;
+mod admin_state;
 pub mod backend;
 mod backend_id;
 pub mod cell;
+pub mod condition;
+pub mod leaving;
 pub mod lua_pick;
+mod maglev;
+mod member;
+mod places;
+mod policy;
 pub mod pool;
+pub mod queue;
 mod sequence;
 mod shares;
+pub mod simulation;
 pub mod snapshot;
 mod table;
 mod weight;
 
 pub use address::{Address, InvalidAddress};
+pub use admin_state::AdminState;
 pub use backend_id::BackendId;
+pub use policy::{Outlier, Policy};
 pub use table::Table;
 pub use weight::{InvalidWeight, Weight};
+
+pub(crate) use maglev::client_hash;
 
 /// How a pool chooses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,4 +42,29 @@ pub enum Balance {
     WeightedRandom,
     /// Picks are spread evenly: after any number of them each backend is within a few sessions of its exact share.
     WeightedRoundRobin,
+    /// Of two backends drawn by weight, the one with fewer active sessions for its weight.
+    LeastConn,
+    /// A client's address always leads to the same backend, on every proxy of the fleet.
+    SourceHash,
+}
+
+impl Balance {
+    /// As in config.yaml.
+    pub const NAMES: [(&'static str, Self); 4] = [
+        (Self::WeightedRandom.name(), Self::WeightedRandom),
+        (Self::WeightedRoundRobin.name(), Self::WeightedRoundRobin),
+        (Self::LeastConn.name(), Self::LeastConn),
+        (Self::SourceHash.name(), Self::SourceHash),
+    ];
+
+    /// As in config.yaml.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::WeightedRandom => "weighted_random",
+            Self::WeightedRoundRobin => "weighted_round_robin",
+            Self::LeastConn => "least_conn",
+            Self::SourceHash => "source_hash",
+        }
+    }
 }

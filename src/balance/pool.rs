@@ -1,16 +1,24 @@
 //! A pool as the data plane sees it, and the order in which its sources are asked for a backend.
 
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::backend::Backend;
+use super::backend::{Active, Backend};
 use super::cell::Cell;
+use super::condition::{Failure, Probe, ProbeNumber};
 use super::lua_pick::LuaPicker;
-use super::snapshot::Origin;
-use super::{BackendId, Balance, Table, Weight};
+use super::places::{take, take_another};
+use super::queue::Queue;
+use super::snapshot::{Member, Origin, Snapshot};
+use super::{BackendId, Balance, Policy, Table, Weight, client_hash};
 use crate::telemetry::counters::{Counter, PerWorker};
+
+/// Redis is told so many backends at most that health speaks against: each makes its work longer.
+const LEFT_OUT_MAX: usize = 64;
 
 /// Who named the backend. The log and the metrics say it by [`Source::name`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,17 +54,30 @@ impl Source {
 pub struct PoolCounters {
     /// Backends named, by [`Source`].
     pub picks: [Counter; 4],
+    /// Sessions that waited in the queue.
+    pub queued: Counter,
 }
 
 /// A backend for a session.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Pick {
-    /// The backend itself.
-    pub backend: Arc<Backend>,
+    /// The session's place there.
+    pub backend: Active,
+    /// The session is to show whether the backend is back. Nobody else does until [`Pool::probed`] hears what became of it.
+    pub probe: Option<ProbeNumber>,
     /// The weight it was picked by.
     pub weight: Weight,
     /// Who named it.
     pub source: Source,
+}
+
+/// Why there is no backend for a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NoPick {
+    /// None has any weight, or none is left to try.
+    Nobody,
+    /// Those that are have as many sessions as they may have, or others wait for a place already.
+    Full,
 }
 
 /// One pool, shared by all workers.
@@ -72,6 +93,8 @@ pub struct Pool {
     index: usize,
     balance: Balance,
     sync: Option<Sync>,
+    /// A backend failed so often that it may have to be ejected, or the session that probes one has come further.
+    suspicion: Notify,
 }
 
 /// How a pool's table follows Redis.
@@ -89,57 +112,161 @@ impl Pool {
     pub fn new(
         name: Arc<str>,
         index: usize,
-        balance: Balance,
+        policy: impl Into<Policy>,
         configured: Table,
         sync: Option<Sync>,
         workers: usize,
     ) -> Self {
+        let policy = policy.into();
         Self {
             name,
             index,
-            balance,
+            balance: policy.balance,
             sync,
-            cell: Arc::new(Cell::new(configured, workers)),
+            suspicion: Notify::new(),
+            cell: Arc::new(Cell::new(configured, policy, workers)),
             counters: PerWorker::new(workers),
         }
     }
 
-    /// A backend that is not in `tried`; `random` is uniform over all of `u64`. A fresh snapshot is asked first; where
-    /// it is missing, stale or has none left, Redis; then the last snapshot however old, which at the start is the
-    /// saved or the configured one. `None`: there is none.
+    /// A backend for `client` that is not in `tried`, with a place there; `random` is uniform over all of `u64`. A fresh snapshot is
+    /// asked first; where it is missing, stale or has none left, Redis; then the last snapshot however old, which at the start
+    /// is the saved or the configured one.
     ///
     /// A fresh snapshot without any weight is an answer too ("no new sessions"), so nobody else is asked then.
     ///
+    /// # Errors
+    /// `Full`: the session may wait in the [`Pool::queue`].
+    ///
     /// # Cost
     /// No allocation, no lock and no look at the clock while the snapshot is fresh. Otherwise at most
-    /// `lua_pick.timeout`.
-    pub async fn pick(&self, tried: &[BackendId], random: u64, now: Instant) -> Option<Pick> {
-        let Some(sync) = &self.sync else { return self.pick_from_cell(tried, random, true) };
-
-        let fresh = self.cell.age_at(now).is_some_and(|age| age <= sync.max_stale);
-        if fresh {
-            let pick = self.pick_from_cell(tried, random, true);
-            if pick.is_some() || tried.is_empty() {
-                return pick;
-            }
+    /// `lua_pick.timeout`. Where backends are full, some more draws, and at worst two looks at each of them.
+    pub async fn pick(
+        &self,
+        client: SocketAddr,
+        tried: &[BackendId],
+        random: u64,
+        now: Instant,
+    ) -> Result<Pick, NoPick> {
+        if self.has_limit() && self.queue().waiting() > 0 {
+            return Err(NoPick::Full);
         }
-        if let Some(lua) = &sync.lua
-            && let Some((backend, weight)) = lua.pick(self.index, random, tried).await
-        {
-            return Some(Pick { backend, weight, source: Source::Lua });
+        let point = self.point(client.ip(), random);
+        match self.pick_at_once(tried, point, now) {
+            Some(pick) => pick,
+            None => self.pick_by_redis(tried, point, now).await,
         }
-        self.pick_from_cell(tried, random, fresh)
     }
 
-    fn pick_from_cell(&self, tried: &[BackendId], random: u64, fresh: bool) -> Option<Pick> {
+    /// The same, for a session of the queue whose turn it is.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn pick_in_turn(
+        &self,
+        client: SocketAddr,
+        tried: &[BackendId],
+        random: u64,
+        now: Instant,
+    ) -> Result<Pick, NoPick> {
+        let point = self.point(client.ip(), random);
+        match self.pick_at_once(tried, point, now) {
+            Some(pick) => pick,
+            None => self.pick_by_redis(tried, point, now).await,
+        }
+    }
+
+    /// From a fresh snapshot, or one that never ages. `None`: there is none, or it has nobody left for a session that has tried some.
+    // Inlined, and no future of its own: each that a pick comes through copies it in pieces, for some 10 ns.
+    #[inline]
+    fn pick_at_once(&self, tried: &[BackendId], point: u64, now: Instant) -> Option<Result<Pick, NoPick>> {
+        if !self.is_fresh(now) {
+            return None;
+        }
+        let pick = self.pick_from_cell(tried, point, true);
+        let is_said = self.sync.is_none() || tried.is_empty() || !matches!(pick, Err(NoPick::Nobody));
+        is_said.then_some(pick)
+    }
+
+    #[inline]
+    fn is_fresh(&self, now: Instant) -> bool {
+        let Some(sync) = &self.sync else { return true };
+        self.cell.age_at(now).is_some_and(|age| age <= sync.max_stale)
+    }
+
+    /// Where no fresh snapshot has an answer: Redis, then the last snapshot however old.
+    async fn pick_by_redis(&self, tried: &[BackendId], point: u64, now: Instant) -> Result<Pick, NoPick> {
+        let mut none = NoPick::Nobody;
+        if let Some(lua) = self.sync.as_ref().and_then(|sync| sync.lua.as_ref())
+            && let Some((backend, weight)) = lua.pick(self.index, point, self.left_out(tried)).await
+        {
+            if let Some(backend) = Active::take(&backend) {
+                return Ok(Pick { backend, probe: None, weight, source: Source::Lua });
+            }
+            none = NoPick::Full;
+        }
+        self.pick_from_cell(tried, point, self.is_fresh(now))
+            .map_err(|no| if no == NoPick::Full { no } else { none })
+    }
+
+    /// Who waits for a place.
+    #[must_use]
+    pub fn queue(&self) -> &Arc<Queue> {
+        self.cell.registry().queue()
+    }
+
+    /// True where a backend may have only so many sessions.
+    #[must_use]
+    pub fn has_limit(&self) -> bool {
+        self.cell.policy().capacity.max_connections > 0
+    }
+
+    /// A session failed by the fault of `backend`.
+    pub fn failed(&self, backend: &Backend, failure: Failure) {
+        let Some(outlier) = self.cell.policy().outlier else { return };
+        let in_a_row = backend.condition.failed(failure, backend.reached());
+        // Who is out already cannot be ejected, and gets many sessions while health is ignored.
+        if in_a_row >= outlier.consecutive_failures.get() && backend.condition.is_usable() {
+            self.suspicion.notify_one();
+        }
+    }
+
+    /// The session with this probe of `backend` has come so far; `Wanted`: it has ended, and where it showed nothing, the next one is
+    /// to.
+    pub fn probed(&self, backend: &Backend, probe: ProbeNumber, to: Probe) {
+        if to == Probe::Wanted {
+            backend.condition.end_probe(probe);
+        } else if backend.condition.move_probe(probe, to) {
+            self.suspicion.notify_one();
+        }
+    }
+
+    /// Waits until a backend failed so often that it may have to be ejected, or until a probe has come further. Cancel safe.
+    pub async fn suspicion(&self) {
+        self.suspicion.notified().await;
+    }
+
+    /// What Redis, which knows nothing of health and places, is not to pick: those in `tried`, and some of those that are not ready
+    /// (of which it may know), that health speaks against or that are full.
+    fn left_out(&self, tried: &[BackendId]) -> Vec<BackendId> {
         let snapshot = self.cell.load();
-        let point = match self.balance {
-            // A retry takes no point of the sequence: each failure would take the same next one, and the backends that
-            // come behind the failing one in the sequence would get all its sessions.
-            Balance::WeightedRoundRobin if tried.is_empty() => snapshot.next_point(),
-            Balance::WeightedRoundRobin | Balance::WeightedRandom => random,
+        let full = snapshot.pickable().iter().filter(|member| member.backend.places().is_full());
+        let out = |wants_sessions: bool| {
+            snapshot.unusable().filter(move |member| member.wants_sessions() == wants_sessions)
         };
-        let member = snapshot.pick(point, tried)?;
+        let others = out(false).chain(out(true)).chain(full).map(|member| member.backend.id().clone());
+        tried.iter().cloned().chain(others.take(LEFT_OUT_MAX)).collect()
+    }
+
+    #[inline]
+    fn pick_from_cell(&self, tried: &[BackendId], point: u64, fresh: bool) -> Result<Pick, NoPick> {
+        let snapshot = self.cell.load();
+        let first = self.choose(&snapshot, tried, point).ok_or(NoPick::Nobody)?;
+        let (member, (backend, probe)) = match take(first) {
+            Ok(place) => (first, place),
+            Err(_) => take_another(&snapshot, tried, point, |point| self.draw(&snapshot, tried, point))
+                .map_err(|_| NoPick::Full)?,
+        };
         let source = match (snapshot.origin, fresh) {
             (Origin::Configured, _) => Source::Configured,
             // However fresh: Redis confirms it only for want of members (`on_empty: keep_last`).
@@ -147,7 +274,38 @@ impl Pool {
             (Origin::Redis, true) => Source::Snapshot,
             (Origin::Redis, false) => Source::Stale,
         };
-        Some(Pick { backend: Arc::clone(&member.backend), weight: member.weight, source })
+        Ok(Pick { backend, probe, weight: member.weight, source })
+    }
+
+    /// What a session's choice goes by, where it is not the sequence: `random`, or who the client is.
+    #[inline]
+    pub(super) fn point(&self, client: IpAddr, random: u64) -> u64 {
+        if self.balance == Balance::SourceHash { client_hash(client) } else { random }
+    }
+
+    /// The choice itself.
+    #[inline]
+    pub(super) fn choose<'a>(
+        &self,
+        snapshot: &'a Snapshot,
+        tried: &[BackendId],
+        point: u64,
+    ) -> Option<&'a Member> {
+        match self.balance {
+            Balance::WeightedRoundRobin if tried.is_empty() => snapshot.pick(snapshot.next_point(), tried),
+            Balance::SourceHash => snapshot.pick_for(point, tried),
+            _ => self.draw(snapshot, tried, point),
+        }
+    }
+
+    /// A choice after one that did not do. It takes no point of the sequence: each failure would take the same next one, and the
+    /// backends that come behind the failing one in the sequence would get all its sessions. Nor is it the client's own.
+    #[inline]
+    fn draw<'a>(&self, snapshot: &'a Snapshot, tried: &[BackendId], point: u64) -> Option<&'a Member> {
+        match self.balance {
+            Balance::LeastConn => snapshot.pick_less_busy(point, tried),
+            _ => snapshot.pick(point, tried),
+        }
     }
 }
 
@@ -158,6 +316,7 @@ mod tests {
     use std::sync::atomic::Ordering::Relaxed;
 
     const MAX_STALE: Duration = Duration::from_secs(5);
+    const CLIENT: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 1);
 
     fn table(members: &[(&str, f64)]) -> Table {
         let member = |(text, weight): &(&str, f64)| {
@@ -172,7 +331,7 @@ mod tests {
     }
 
     async fn pick(pool: &Pool, tried: &[BackendId]) -> Option<(String, Source)> {
-        let pick = pool.pick(tried, 7, Instant::now()).await?;
+        let pick = pool.pick(CLIENT, tried, 7, Instant::now()).await.ok()?;
         Some((pick.backend.id().to_string(), pick.source))
     }
 

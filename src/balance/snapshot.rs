@@ -1,14 +1,19 @@
 //! A table made ready for picking: immutable, swapped in whole.
 //!
 //! A pick is one point and one lookup; it allocates nothing and locks nothing. Points come from the caller, so a seed
-//! replays a run. Snapshots are published through `cell.rs`.
+//! replays a run. Snapshots are published through `cell.rs`. What
+//! a weight is worth is `member.rs`'s.
 
 use std::sync::Arc;
 
-use super::backend::{Backend, Registry};
+use super::backend::Registry;
+use super::maglev::{Maglev, mix};
+pub use super::member::Member;
+use super::member::{Weighed, begin_ramps, known, weigh};
+use super::policy::Policy;
 use super::sequence::Sequence;
 use super::shares::Shares;
-use super::{BackendId, Table, Weight};
+use super::{BackendId, Balance, Table};
 
 /// Where a snapshot's table was written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,67 +45,108 @@ pub struct Snapshot {
     pub version: u64,
     /// Where the table was written.
     pub origin: Origin,
+    /// Too little of the weight is on healthy backends, so health is ignored.
+    pub fails_open: bool,
+    /// A weight still grows: the snapshot is to be made again soon.
+    pub ramps: bool,
     /// Those that may be picked come first, so that a stretch of `shares` is an index here.
     members: Box<[Member]>,
-    /// Those of the snapshot before, while no member that has a weight can be reached; else none.
+    /// Those of the snapshot before, while no member that has a weight can be reached; else none. Weighed and ordered as members.
     stand_ins: Box<[Member]>,
     /// Over the stand-ins where there are any, else over the members.
     shares: Shares,
-    /// Where `weighted_round_robin` stands.
-    sequence: Sequence,
-}
-
-/// One backend of a snapshot.
-#[derive(Clone, Debug)]
-pub struct Member {
-    /// The backend itself.
-    pub backend: Arc<Backend>,
-    /// What is written.
-    pub weight: Weight,
-    /// What picks use: zero while a name does not resolve.
-    pub effective_weight: Weight,
+    /// Where `weighted_round_robin` stands: one for all snapshots of a pool, so that a change of weights does not begin the spread
+    /// again.
+    sequence: Arc<Sequence>,
+    /// Over the same as `shares`, for `source_hash` alone.
+    maglev: Option<Maglev>,
 }
 
 impl Snapshot {
     /// Makes `table` ready. Takes the living backends from `registry`, so that what they know of themselves stays.
     #[must_use]
-    pub fn new(version: u64, origin: Origin, table: &Table, registry: &Registry) -> Self {
-        let mut members: Box<[Member]> = table
-            .members()
-            .iter()
-            .map(|(id, weight)| {
-                let backend = registry.get_or_create(id);
-                let effective_weight = if backend.is_reachable() { *weight } else { Weight::ZERO };
-                Member { backend, weight: *weight, effective_weight }
-            })
-            .collect();
-        members.sort_by_key(|member| member.effective_weight.is_zero());
-        let shares = shares(&members);
-        Self { version, origin, stand_ins: Box::default(), shares, sequence: Sequence::new(version), members }
+    pub fn new(
+        version: u64,
+        origin: Origin,
+        table: &Table,
+        policy: impl Into<Policy>,
+        registry: &Registry,
+    ) -> Self {
+        let (members, policy) = (known(table, registry), policy.into());
+        Self::of(members, version, origin, &policy, Arc::default())
     }
 
     /// Makes `table` ready to follow this snapshot.
+    ///
+    /// Backends that it did not know, or that were not ready, begin their slow start, unless nobody else is ready: a pool that is new
+    /// as a whole would be slow for no one's good.
     ///
     /// Where it gives weight to names alone and none of them has been resolved, which takes a moment for new ones, the
     /// backends that this snapshot picks from stand in, so that the swap of a backend for a name loses no session. Not
     /// those that `table` puts at weight zero: they get no new sessions, whatever else is wrong.
     #[must_use]
-    pub fn next(&self, origin: Origin, table: &Table, registry: &Registry) -> Self {
-        let mut next = Self::new(self.version + 1, origin, table, registry);
-        let waits_for_names =
-            pickable(&next.members).is_empty() && next.members.iter().any(|member| !member.weight.is_zero());
+    pub fn next(
+        &self,
+        origin: Origin,
+        table: &Table,
+        policy: impl Into<Policy>,
+        registry: &Registry,
+    ) -> Self {
+        let (members, policy) = (known(table, registry), policy.into());
+        if !policy.slow_start.is_zero() && origin == self.origin {
+            begin_ramps(&self.members, &members);
+        }
+        let mut next = Self::of(members, self.version + 1, origin, &policy, Arc::clone(&self.sequence));
+        let waits_for_names = pickable(&next.members).is_empty()
+            && next.members.iter().any(|member| member.wants_sessions() && !member.backend.is_reachable());
         if waits_for_names {
             let written = table.members();
             let is_written =
-                |member: &&Member| written.binary_search_by(|(id, _)| id.cmp(member.backend.id())).is_ok();
-            next.stand_ins =
-                pickable(self.picked_from()).iter().filter(|m| !is_written(m)).cloned().collect();
-            next.shares = shares(&next.stand_ins);
+                |member: &Member| written.binary_search_by(|(id, _)| id.cmp(member.backend.id())).is_ok();
+            // Also those that are out for now: they may be back before the names are.
+            let can_be = |m: &&Member| m.wants_sessions() && m.backend.is_reachable() && !is_written(m);
+            let stand_in =
+                |member: &Member| Member { state: table.state(member.backend.id()), ..member.clone() };
+            let stand_ins = self.picked_from().iter().filter(can_be).map(stand_in).collect();
+            next.pick_from_stand_ins(stand_ins, &policy);
         }
         next
     }
 
-    fn picked_from(&self) -> &[Member] {
+    fn pick_from_stand_ins(&mut self, mut stand_ins: Box<[Member]>, policy: &Policy) {
+        let Weighed { fails_open, ramps } = weigh(&mut stand_ins, policy);
+        stand_ins.sort_by_key(|member| member.effective_weight.is_zero());
+        (self.fails_open, self.ramps) = (fails_open, ramps);
+        (self.shares, self.maglev) = (shares(&stand_ins), maglev(&stand_ins, policy.balance));
+        self.stand_ins = stand_ins;
+    }
+
+    fn of(
+        mut members: Box<[Member]>,
+        version: u64,
+        origin: Origin,
+        policy: &Policy,
+        sequence: Arc<Sequence>,
+    ) -> Self {
+        let Weighed { fails_open, ramps } = weigh(&mut members, policy);
+        members.sort_by_key(|member| member.effective_weight.is_zero());
+        let (shares, maglev) = (shares(&members), maglev(&members, policy.balance));
+        Self {
+            version,
+            origin,
+            fails_open,
+            ramps,
+            stand_ins: Box::default(),
+            shares,
+            sequence,
+            maglev,
+            members,
+        }
+    }
+
+    /// Those that sessions are sent to, and those among them that are out: the members, or those that stand in for them.
+    #[must_use]
+    pub fn picked_from(&self) -> &[Member] {
         if self.stand_ins.is_empty() { &self.members } else { &self.stand_ins }
     }
 
@@ -124,15 +170,72 @@ impl Snapshot {
         index.map(|i| &members[i])
     }
 
+    /// The backend that `point` names, leaving out those for which `leaves_out` holds. Walks all of them. `None`: none is left.
+    pub(super) fn pick_where(&self, point: u64, leaves_out: impl Fn(&Member) -> bool) -> Option<&Member> {
+        let members = self.picked_from();
+        self.shares.at_excluding(point, |i| leaves_out(&members[i])).map(|i| &members[i])
+    }
+
+    /// All that may be picked.
+    pub(super) fn pickable(&self) -> &[Member] {
+        pickable(self.picked_from())
+    }
+
+    /// All that are to have sessions, healthy or not, and the stand-ins among them.
+    pub(super) fn in_use(&self) -> impl Iterator<Item = &Member> {
+        self.members_and_stand_ins().filter(|member| member.wants_sessions())
+    }
+
+    /// Of two that `point` names, the one with fewer active sessions for its weight; leaves out those in `tried`. `None`: none is
+    /// left.
+    #[inline]
+    #[must_use]
+    pub fn pick_less_busy(&self, point: u64, tried: &[BackendId]) -> Option<&Member> {
+        let first = self.pick(point, tried)?;
+        let second = self.pick(mix(point), tried)?;
+        // With the session that is to come, else the lighter ones would get the first sessions like the heavy ones.
+        let load =
+            |member: &Member| (f64::from(member.backend.active()) + 1.0) / member.effective_weight.get();
+        Some(if load(second) < load(first) { second } else { first })
+    }
+
+    /// The one that a client with this hash belongs to; where that is in `tried`, the client's next one, by weight. `None`: none is
+    /// left.
+    #[inline]
+    #[must_use]
+    pub fn pick_for(&self, client: u64, tried: &[BackendId]) -> Option<&Member> {
+        let own = self.maglev.as_ref()?.at(client).map(|index| &self.picked_from()[index])?;
+        if tried.contains(own.backend.id()) { self.pick(mix(client), tried) } else { Some(own) }
+    }
+
+    /// Those that have weight, and are not to be picked: they are not ready, or health speaks against them and is not ignored.
+    pub fn unusable(&self) -> impl Iterator<Item = &Member> {
+        let is_out = |member: &&Member| {
+            !member.wants_sessions() || !self.fails_open && !member.backend.condition.is_usable()
+        };
+        self.members.iter().filter(|member| !member.weight.is_zero()).filter(is_out)
+    }
+
     /// All backends of the table, those at weight zero too.
     #[must_use]
     pub fn members(&self) -> &[Member] {
         &self.members
     }
+
+    /// The members, and after them those that stand in for them.
+    pub fn members_and_stand_ins(&self) -> impl Iterator<Item = &Member> {
+        self.members.iter().chain(&self.stand_ins)
+    }
 }
 
 fn pickable(members: &[Member]) -> &[Member] {
     &members[..members.partition_point(|member| !member.effective_weight.is_zero())]
+}
+
+fn maglev(members: &[Member], balance: Balance) -> Option<Maglev> {
+    let members = pickable(members).iter();
+    let names = members.map(|member| (member.backend.id().as_str(), member.effective_weight.get()));
+    (balance == Balance::SourceHash).then(|| Maglev::new(names))
 }
 
 fn shares(members: &[Member]) -> Shares {
@@ -142,8 +245,12 @@ fn shares(members: &[Member]) -> Shares {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Weight;
+    use super::super::backend::Active;
     use super::*;
     use proptest::prelude::*;
+
+    const RANDOM: Balance = Balance::WeightedRandom;
 
     fn table(weights: &[f64]) -> Table {
         let member = |(i, weight): (usize, &f64)| {
@@ -154,7 +261,7 @@ mod tests {
     }
 
     fn snapshot(weights: &[f64]) -> Snapshot {
-        Snapshot::new(1, Origin::Configured, &table(weights), &Registry::new(1))
+        Snapshot::new(1, Origin::Configured, &table(weights), RANDOM, &Registry::new(1))
     }
 
     #[test]
@@ -213,15 +320,72 @@ mod tests {
         }
     }
 
+    /// Sessions come and go at random, 50 for each backend in the mean; heavier backends are to have more of them.
+    #[test]
+    fn of_100_backends_none_is_much_busier_for_its_weight_than_the_mean_of_all() {
+        let seed = fastrand::u64(..);
+        let mut rng = fastrand::Rng::with_seed(seed);
+        for spread in [0.0, 3.0] {
+            let weights: Vec<f64> = (0..100).map(|_| 1.0 + spread * rng.f64()).collect();
+            let snapshot = snapshot(&weights);
+            let mut sessions = Vec::new();
+            for step in 0..50_000 {
+                if step >= 5_000 {
+                    sessions.swap_remove(rng.usize(..sessions.len()));
+                }
+                let member = snapshot.pick_less_busy(rng.u64(..), &[]).expect("weights are positive");
+                sessions.push(Active::take(&member.backend).expect("there is no limit"));
+            }
+            let mean = sessions.len() as f64 / weights.iter().sum::<f64>();
+            let loads = snapshot.members().iter().map(|m| f64::from(m.backend.active()) / m.weight.get());
+            let most = loads.fold(0.0, f64::max) / mean;
+            assert!(most <= 1.3, "seed {seed}: {most} times the mean");
+            drop(sessions);
+            assert!(snapshot.members().iter().all(|member| member.backend.active() == 0));
+        }
+    }
+
+    #[test]
+    fn a_client_keeps_its_backend_and_has_the_same_next_one_when_that_fails() {
+        let table = table(&[1.0, 2.0, 3.0]);
+        let [first, second] = [1, 2].map(|version| {
+            Snapshot::new(version, Origin::Redis, &table, Balance::SourceHash, &Registry::new(1))
+        });
+        let id = |member: Option<&Member>| member.map(|member| member.backend.id().clone());
+        for client in (0..1_000).map(mix) {
+            let mut tried: Vec<BackendId> = Vec::new();
+            for _ in 0..3 {
+                let picked = id(first.pick_for(client, &tried)).expect("some are left");
+                assert_eq!(id(second.pick_for(client, &tried)), Some(picked.clone()), "of another proxy");
+                assert!(!tried.contains(&picked));
+                tried.push(picked);
+            }
+            assert_eq!(id(first.pick_for(client, &tried)), None);
+        }
+    }
+
+    #[test]
+    fn stand_ins_serve_each_client_by_its_address_too() {
+        let registry = Registry::new(1);
+        let first = Snapshot::new(1, Origin::Redis, &table(&[1.0; 5]), Balance::SourceHash, &registry);
+        let waiting =
+            first.next(Origin::Redis, &written(&[("new.internal:80", 1.0)]), Balance::SourceHash, &registry);
+        for client in (0..1_000).map(mix) {
+            let [before, now] =
+                [&first, &waiting].map(|s| s.pick_for(client, &[]).expect("one").backend.id());
+            assert_eq!(before, now);
+        }
+    }
+
     #[test]
     fn a_name_that_does_not_resolve_has_no_share_until_it_does() {
         let registry = Registry::new(1);
         let id: BackendId = "db.internal:5432".parse().expect("an address");
         let table = Table::new(vec![(id.clone(), Weight::new(1.0).expect("a weight"))]);
-        assert!(Snapshot::new(1, Origin::Redis, &table, &registry).pick(0, &[]).is_none());
+        assert!(Snapshot::new(1, Origin::Redis, &table, RANDOM, &registry).pick(0, &[]).is_none());
         let backend = registry.get_or_create(&id);
         backend.set_resolved(vec!["10.0.0.1:5432".parse().expect("an address")]);
-        assert!(Snapshot::new(2, Origin::Redis, &table, &registry).pick(0, &[]).is_some());
+        assert!(Snapshot::new(2, Origin::Redis, &table, RANDOM, &registry).pick(0, &[]).is_some());
     }
 
     fn written(members: &[(&str, f64)]) -> Table {
@@ -236,23 +400,31 @@ mod tests {
         let registry = Registry::new(1);
         let picked = |snapshot: &Snapshot| snapshot.pick(7, &[]).map(|m| m.backend.id().to_string());
         let old = Some("10.0.0.1:80".to_owned());
-        let first = Snapshot::new(1, Origin::Redis, &written(&[("10.0.0.1:80", 1.0)]), &registry);
+        let first = Snapshot::new(1, Origin::Redis, &written(&[("10.0.0.1:80", 1.0)]), RANDOM, &registry);
 
         let name = written(&[("new.internal:80", 1.0)]);
-        let waiting = first.next(Origin::Redis, &name, &registry);
+        let waiting = first.next(Origin::Redis, &name, RANDOM, &registry);
         assert_eq!((picked(&waiting), waiting.version, waiting.members().len()), (old.clone(), 2, 1));
         assert!(waiting.pick(7, &["10.0.0.1:80".parse().expect("an address")]).is_none());
-        let still = waiting.next(Origin::Redis, &name, &registry);
+        let still = waiting.next(Origin::Redis, &name, RANDOM, &registry);
         assert_eq!(picked(&still), old);
 
         let backend = registry.get_or_create(&"new.internal:80".parse().expect("an address"));
         backend.set_resolved(vec!["10.0.0.2:80".parse().expect("an address")]);
-        let resolved = still.next(Origin::Redis, &name, &registry);
+        let resolved = still.next(Origin::Redis, &name, RANDOM, &registry);
         assert_eq!(picked(&resolved), Some("new.internal:80".to_owned()));
 
         let zero = written(&[("other.internal:80", 0.0)]);
-        assert_eq!(picked(&first.next(Origin::Redis, &zero, &registry)), None, "all weights zero refuses");
+        assert_eq!(
+            picked(&first.next(Origin::Redis, &zero, RANDOM, &registry)),
+            None,
+            "all weights zero refuses"
+        );
         let drained = written(&[("10.0.0.1:80", 0.0), ("other.internal:80", 1.0)]);
-        assert_eq!(picked(&first.next(Origin::Redis, &drained, &registry)), None, "weight zero stays zero");
+        assert_eq!(
+            picked(&first.next(Origin::Redis, &drained, RANDOM, &registry)),
+            None,
+            "weight zero stays zero"
+        );
     }
 }

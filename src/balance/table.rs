@@ -1,11 +1,13 @@
-//! What is written of one pool, in Redis or in config.yaml: which backend has which weight.
+//! What is written of one pool, in Redis or in config.yaml: which backend has which weight, and which is not to be used.
 
-use super::{BackendId, Weight};
+use super::{AdminState, BackendId, Weight};
 
 /// Backends and their weights, each backend once, in the order of their names: two tables that say the same are equal.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Table {
     members: Box<[(BackendId, Weight)]>,
+    /// Those that are not ready, whether they are members or not.
+    states: Box<[(BackendId, AdminState)]>,
 }
 
 impl Table {
@@ -22,7 +24,28 @@ impl Table {
             }
             same
         });
-        Self { members: members.into() }
+        Self { members: members.into(), states: Box::default() }
+    }
+
+    /// The same members, of which these are not ready; each is named once.
+    #[must_use]
+    pub fn with_states(self, mut states: Vec<(BackendId, AdminState)>) -> Self {
+        states.retain(|(_, state)| *state != AdminState::Ready);
+        states.sort_by(|(a, _), (b, _)| a.cmp(b));
+        Self { states: states.into(), ..self }
+    }
+
+    /// What is wanted of a backend.
+    #[must_use]
+    pub fn state(&self, backend: &BackendId) -> AdminState {
+        let place = self.states.binary_search_by(|(id, _)| id.cmp(backend));
+        place.map_or(AdminState::Ready, |place| self.states[place].1)
+    }
+
+    /// Those that are not ready, in the order of their names.
+    #[must_use]
+    pub fn states(&self) -> &[(BackendId, AdminState)] {
+        &self.states
     }
 
     /// In the order of their names.
@@ -51,6 +74,13 @@ mod tests {
             Table::new(vec![a.clone(), b.clone()]),
             Table::new(vec![b.clone(), member("a:1", 9.0), a.clone()])
         );
-        assert_ne!(Table::new(vec![a.clone()]), Table::new(vec![a, b]));
+        assert_ne!(Table::new(vec![a.clone()]), Table::new(vec![a.clone(), b.clone()]));
+
+        let table = Table::new(vec![a.clone(), b.clone()]);
+        let drained = table
+            .clone()
+            .with_states(vec![(b.0.clone(), AdminState::Drain), (a.0.clone(), AdminState::Ready)]);
+        assert_ne!(drained, table);
+        assert_eq!((drained.state(&a.0), drained.state(&b.0)), (AdminState::Ready, AdminState::Drain));
     }
 }

@@ -34,6 +34,12 @@ impl Weight {
         self.0
     }
 
+    /// `factor` (above 0, at most 1) of it; never zero where it is not.
+    #[must_use]
+    pub fn scaled(self, factor: f64) -> Self {
+        if self.is_zero() { self } else { Self((self.0 * factor).max(f64::from_bits(1))) }
+    }
+
     /// True when this weight asks for no new sessions.
     #[must_use]
     pub fn is_zero(self) -> bool {
@@ -50,6 +56,13 @@ impl fmt::Display for Weight {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_part_of_a_weight_is_a_weight() {
+        let scaled = |weight| Weight::new(weight).expect("a weight").scaled(0.1).get();
+        assert_eq!((scaled(50.0), scaled(0.0)), (5.0, 0.0));
+        assert!(scaled(f64::from_bits(1)) > 0.0);
+    }
 
     #[test]
     fn only_finite_numbers_from_zero_up_are_weights() {

@@ -1,9 +1,12 @@
 //! `statera weights`: a pool's weights as a person or a script changes them, with their history.
 //!
 //! What is asked for is checked here as the proxy checks it, before Redis is asked; `redis/weights.rs` does it. `show.rs`
-//! writes the answers, `wait.rs` waits until the proxies have a change.
+//! writes the answers, `wait.rs` waits until the proxies have a change, `states.rs` drains, `simulate.rs` tells what a change would
+//! do.
 
 mod show;
+mod simulate;
+mod states;
 mod wait;
 
 use std::ffi::OsString;
@@ -14,8 +17,9 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use tokio::runtime::Builder;
 
+use self::states::{DrainArguments, StateArguments};
 use super::{ConfigArgument, FAILED, INVALID, NOT_CONVERGED, UNREACHABLE, say};
-use crate::balance::{BackendId, Weight};
+use crate::balance::{AdminState, BackendId, Weight};
 use crate::config::{Config, Pool, Redis};
 use crate::redis::weights::{Author, LONGEST_HISTORY, Ledger, MOST_CHANGES, Order, Reports, WeightsError};
 
@@ -29,8 +33,16 @@ pub(super) enum WeightsCommand {
     Get(GetArguments),
     /// Give members their weights, all at once or not at all.
     Set(SetArguments),
+    /// Show which sessions members would get by these weights, and by how much chance may have it otherwise. Writes nothing.
+    Simulate(simulate::SimulateArguments),
     /// Take members out of the table, all at once or not at all.
     Remove(RemoveArguments),
+    /// Send members no new sessions, on every proxy, and keep their weights; sessions that they have finish.
+    Drain(DrainArguments),
+    /// The same, and do not check their health: they may be switched off.
+    Maint(StateArguments),
+    /// Take members out of drain or maint.
+    Ready(StateArguments),
     /// Show who changed what, newest first, changes by other programs among them.
     History(HistoryArguments),
     /// Bring back the table as it was at a version, as a new version. Members whose names are too long for a backend stay as
@@ -160,11 +172,15 @@ async fn obey(command: &WeightsCommand) -> Result<(), Failure> {
         WeightsCommand::Set(SetArguments { target, members, writing }) => {
             change(target, &Order::Set(parse_members(members)?), writing).await
         }
+        WeightsCommand::Simulate(arguments) => simulate::simulate(arguments).await,
         WeightsCommand::Remove(RemoveArguments { target, members, writing }) => {
             check_count(members.len())?;
             let members = members.iter().map(|member| member.clone().into_vec()).collect();
             change(target, &Order::Remove(members), writing).await
         }
+        WeightsCommand::Drain(arguments) => states::drain(arguments).await,
+        WeightsCommand::Maint(arguments) => states::put(arguments, AdminState::Maint).await.map(drop),
+        WeightsCommand::Ready(arguments) => states::put(arguments, AdminState::Ready).await.map(drop),
         WeightsCommand::History(HistoryArguments { target, limit }) => {
             let Settings { redis, pool } = settings(target)?;
             let mut ledger = Ledger::open(&redis, &pool.weights_key).await?;
@@ -184,7 +200,8 @@ async fn get(target: &Target) -> Result<(), Failure> {
     // A user may be allowed to read the table alone.
     let unknown = || Reports { live: Vec::new(), are_all_in: Duration::MAX };
     let reports = ledger.applied().await.unwrap_or_else(|_| unknown());
-    Ok(say(&show::table(&pool, &seen, &reports, target.json))?)
+    let states = ledger.states().await.ok();
+    Ok(say(&show::table(&pool, &seen, states.as_deref(), &reports, target.json))?)
 }
 
 async fn change(target: &Target, order: &Order, writing: &Writing) -> Result<(), Failure> {
@@ -222,6 +239,18 @@ struct Settings {
 }
 
 fn settings(target: &Target) -> Result<Settings, Failure> {
+    let (pool, redis) = find_pool(target)?;
+    let Some(redis) = redis else {
+        return Err(Failure::Invalid(format!(
+            "{} has no redis section: its pools run on their backends alone, so change those there",
+            target.config.config.display()
+        )));
+    };
+    Ok(Settings { redis, pool })
+}
+
+/// Without a Redis, a pool runs on its backends alone.
+fn find_pool(target: &Target) -> Result<(Pool, Option<Redis>), Failure> {
     let path = &target.config.config;
     let config = Config::load(path).map_err(|error| Failure::Invalid(error.to_string()))?;
     let Some(pool) = config.pools.iter().find(|pool| *pool.name == *target.pool) else {
@@ -233,13 +262,7 @@ fn settings(target: &Target) -> Result<Settings, Failure> {
             names.join(", ")
         )));
     };
-    let Some(redis) = config.redis else {
-        return Err(Failure::Invalid(format!(
-            "{} has no redis section: its pools run on their backends alone, so change those there",
-            path.display()
-        )));
-    };
-    Ok(Settings { redis, pool: pool.clone() })
+    Ok((pool.clone(), config.redis))
 }
 
 /// The last `=` parts them: a unix path may hold others.

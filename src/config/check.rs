@@ -3,6 +3,8 @@
 //! Each section has its file below `check/`; this one puts them together. Refuses to guess: what is not understood is an
 //! error. Which keys there are, and their defaults, is CONTRACT.md's business.
 
+mod capacity;
+mod health;
 mod listeners;
 mod pools;
 mod process;

@@ -1,4 +1,5 @@
-//! Starts the tasks of the control plane: the admin server, the saved tables, Redis, the names.
+//! Starts the tasks of the control plane: the admin server, the saved tables, Redis, the names, the
+//! backends' health.
 //!
 //! What they do is their modules' business; that they run to the end of the proxy is `proxy.rs`'s.
 
@@ -11,6 +12,9 @@ use tokio::time::timeout;
 use tracing::warn;
 
 use super::Control;
+use crate::health::active::Checks;
+use crate::health::passive::Ejections;
+use crate::health::{standing, thread};
 use crate::redis::{self, Followed, Parts};
 use crate::runtime::resolve::{self, Names};
 use crate::state::{Kept, keeper};
@@ -46,7 +50,25 @@ impl Control {
         for names in names {
             tasks.spawn(names.run());
         }
+        self.look_after_health(tasks);
         keepers
+    }
+
+    fn look_after_health(&self, tasks: &mut JoinSet<()>) {
+        let mut checked = Vec::new();
+        for (pool, settings) in self.observed.pools.iter().zip(&self.config.pools) {
+            tasks.spawn(standing::watch_fail_open(Arc::clone(pool)));
+            tasks.spawn(standing::grow(Arc::clone(pool)));
+            if let Some(checks) = &settings.health_check {
+                checked.push(Checks::new(Arc::clone(pool), checks.clone()));
+            }
+            if let Some(outlier) = settings.outlier {
+                tasks.spawn(Ejections::new(Arc::clone(pool), outlier).run());
+            }
+        }
+        if !checked.is_empty() {
+            tasks.spawn(thread::run(checked));
+        }
     }
 
     /// Begins with what was saved. Redis comes after it: its answer is newer.

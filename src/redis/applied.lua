@@ -4,7 +4,7 @@
 -- KEYS: that hash. ARGV: report, the proxy, what it has applied, its lease in milliseconds, "1" to forget those whose
 -- lease has ended, "first" in this proxy's life or "again" over another connection or "" · leave, the proxy · live, the
 -- most proxies, a lease, within which time of it all that are alive report again: returns { milliseconds until these are
--- known to be all, proxy, content hash, … }.
+-- known to be all, proxy, what it has applied, how many milliseconds ago it said so, … }.
 -- The server's clock alone counts: those of the proxies may differ. The key ends with the last lease.
 
 local applied, wanted = KEYS[1], ARGV[1]
@@ -57,6 +57,7 @@ for i = 1, #all, 2 do
     elseif ends and ends >= now then
         live[#live + 1] = all[i]
         live[#live + 1] = content
+        live[#live + 1] = string.format('%.0f', math.max(now - (ends - length), 0))
     end
 end
 for i = 1, #all, 2 do

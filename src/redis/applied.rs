@@ -35,6 +35,20 @@ const RENEWAL: Duration = Duration::from_secs(5);
 const LEASE: Duration = Duration::from_secs(15);
 /// Whoever is alive and reaches Redis has reported again within this time: a renewal, and the time of its way.
 const PATIENCE: Duration = Duration::from_secs(6);
+/// Between two looks at who is leaving, which are looks over all backends.
+const LEAVING_LOOK: Duration = Duration::from_millis(500);
+/// After a change in who is leaving, it is told once more: whoever waits for a last session believes no report that was made sooner than
+/// [`LANDING`] after he wrote.
+const REPEAT: Duration = Duration::from_millis(1500);
+/// So long after a proxy has heard that a backend is to get no sessions, the picks that were under way have landed, so that its sessions
+/// are all counted: a worker picks in a moment, and Redis within `lua_pick.timeout` (50 ms, unless somebody wrote more).
+pub const LANDING: Duration = Duration::from_secs(1);
+/// Stands before each backend in a report.
+const LEAVING: char = ';';
+/// Stands before the number of those that are left out.
+const UNNAMED: char = '+';
+/// Backends that are leaving in one report, those with the most sessions first: a report has some 25 kB at most.
+const MOST_LEAVING: usize = 1_000;
 /// Every so many reports, the first among them, those whose lease has ended are forgotten: it costs a read of all.
 const REPORTS_PER_CLEANING: u32 = 100;
 /// Taking reports back must not hold anything up.
@@ -49,6 +63,13 @@ pub struct Report {
     pub proxy: String,
     /// Of the table in its newest snapshot.
     pub hash: ContentHash,
+    /// The backends that it knows to be in drain or maint, and others that have sessions and are to get none; each with its
+    /// sessions.
+    pub leaving: Vec<(String, u32)>,
+    /// How many more there are, each with as few sessions as the last of `leaving`, or fewer.
+    pub unnamed: usize,
+    /// How long ago it was made, by the clock of Redis.
+    pub age: Duration,
 }
 
 /// What all proxies together have applied.
@@ -110,8 +131,21 @@ pub(super) fn reports(answer: Vec<Value>) -> Reports {
         _ => String::new(),
     });
     let mut live = Vec::new();
-    while let (Some(proxy), Some(hash)) = (texts.next(), texts.next()) {
-        live.push(Report { proxy, hash: ContentHash::reported(hash) });
+    while let (Some(proxy), Some(content), Some(age)) = (texts.next(), texts.next(), texts.next()) {
+        let mut parts = content.split(LEAVING);
+        let hash = ContentHash::reported(parts.next().unwrap_or_default().to_owned());
+        let (mut leaving, mut unnamed) = (Vec::new(), 0);
+        for part in parts {
+            if let Some(count) = part.strip_prefix(UNNAMED).and_then(|count| count.parse().ok()) {
+                unnamed = count;
+            } else if let Some((backend, sessions)) = part.rsplit_once('=')
+                && let Ok(sessions) = sessions.parse()
+            {
+                leaving.push((backend.to_owned(), sessions));
+            }
+        }
+        let age = age.parse().map_or(Duration::ZERO, Duration::from_millis);
+        live.push(Report { proxy, hash, leaving, unnamed, age });
     }
     live.sort();
     Reports { live, are_all_in: wait.map_or(PATIENCE, Duration::from_millis) }
@@ -152,6 +186,9 @@ struct Said {
     /// The snapshot that `hash` is of.
     version: u64,
     hash: Option<ContentHash>,
+    leaving: String,
+    repeat: Option<Instant>,
+    next_look: Option<Instant>,
     rests_until: Option<Instant>,
     renewal: Option<Instant>,
     reports: u32,
@@ -279,16 +316,33 @@ impl Said {
     fn news(&mut self, cell: &Cell, now: Instant) -> Option<(String, bool)> {
         let version = cell.load().version;
         let mut is_due = self.renewal.is_none_or(|renewal| renewal <= now);
+        if self.repeat.is_some_and(|repeat| repeat <= now) {
+            (self.repeat, self.next_look) = (None, None);
+            is_due = true;
+        }
         if version != self.version && self.rests_until.is_none_or(|rested| rested <= now) {
+            // A new table may have new states.
+            self.next_look = None;
             let (version, hash) = applied(cell);
             is_due |= self.hash.as_ref() != Some(&hash);
             (self.version, self.hash) = (version, Some(hash));
         }
-        let hash = self.hash.as_ref().filter(|_| is_due)?.to_string();
+        if self.next_look.is_none_or(|look| look <= now)
+            && self.rests_until.is_none_or(|rested| rested <= now)
+        {
+            let leaving = leaving(cell);
+            if self.leaving != leaving {
+                is_due = true;
+                self.repeat = Some(now + REPEAT);
+            }
+            (self.leaving, self.next_look) = (leaving, Some(now + LEAVING_LOOK));
+        }
+        let hash = self.hash.as_ref().filter(|_| is_due)?;
+        let content = format!("{hash}{}", self.leaving);
         self.rests_until = Some(now + REST);
         self.renewal = Some(now + jittered(RENEWAL));
         self.reports += 1;
-        Some((hash, self.reports % REPORTS_PER_CLEANING == 1))
+        Some((content, self.reports % REPORTS_PER_CLEANING == 1))
     }
 }
 
@@ -298,10 +352,23 @@ fn applied(cell: &Cell) -> (u64, ContentHash) {
     (snapshot.version, ContentHash::of(members))
 }
 
+/// A name that cannot stand in a report (a socket's path may hold anything) is left out of it.
+fn leaving(cell: &Cell) -> String {
+    let mut leaving = cell.leaving();
+    leaving.retain(|(id, _)| !id.as_str().contains(|c: char| c.is_whitespace() || c == LEAVING));
+    leaving.sort_by(|a, b| b.1.cmp(&a.1).then_with(|| a.0.cmp(&b.0)));
+    let named = leaving.iter().take(MOST_LEAVING).map(|(id, sessions)| format!("{LEAVING}{id}={sessions}"));
+    let mut text: String = named.collect();
+    if leaving.len() > MOST_LEAVING {
+        text += &format!("{LEAVING}{UNNAMED}{}", leaving.len() - MOST_LEAVING);
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::balance::{Table, Weight};
+    use crate::balance::{Balance, Table, Weight};
 
     #[test]
     fn only_what_a_person_must_mend_makes_a_proxy_silent_for_long() {
@@ -335,7 +402,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_change_is_reported_at_once_a_burst_of_them_once_a_rest_and_nothing_once_a_renewal() {
-        let cell = Cell::new(table(1.0), 1);
+        let cell = Cell::new(table(1.0), Balance::WeightedRandom, 1);
         let mut said = Said::default();
         let mut news = |cell: &Cell| said.news(cell, Instant::now());
         let first = news(&cell).expect("the first is news");

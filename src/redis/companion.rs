@@ -1,4 +1,5 @@
-//! The keys that stand beside a weights key: its version, its history, who has applied it.
+//! The keys that stand beside a weights key: its version, its history, who has applied it, and which of its backends
+//! are not to be used.
 //!
 //! They share its slot (`config/weights_key.rs`), so that one script may touch them all in a Redis Cluster. Where braces
 //! make that impossible, a Cluster refuses them, and `weights.rs` says so.
@@ -16,6 +17,8 @@ pub(super) struct Companions {
     pub(super) known: String,
     /// A hash: which proxy has applied what.
     pub(super) applied: String,
+    /// A hash: which backend is in drain or maint.
+    pub(super) states: String,
 }
 
 impl Companions {
@@ -28,6 +31,7 @@ impl Companions {
             history: companion("history"),
             known: companion("known"),
             applied: companion("applied"),
+            states: companion("states"),
         }
     }
 

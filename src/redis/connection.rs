@@ -57,6 +57,11 @@ impl Connection {
         Self { guide, ..self }
     }
 
+    /// Its node does not own the slots yet: what it has not of a key, the owner may have.
+    pub(super) fn is_ahead(&self) -> bool {
+        self.guide.as_ref().is_some_and(|guide| guide.ahead_of.is_some())
+    }
+
     /// An empty answer about `key` is the truth, or an error: where the key has come back to the slot's owner, the node that it
     /// had gone ahead to knows nothing of it.
     pub(super) async fn is_empty_for_sure(&self, key: &str) -> RedisResult<()> {

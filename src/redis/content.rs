@@ -11,7 +11,7 @@ use sha1_smol::Sha1;
 use crate::balance::Weight;
 
 /// The hash of a table's content.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ContentHash(String);
 
 impl ContentHash {
@@ -29,7 +29,7 @@ impl ContentHash {
     }
 
     /// As somebody reported it.
-    pub(super) fn reported(text: String) -> Self {
+    pub(crate) fn reported(text: String) -> Self {
         Self(text)
     }
 }

@@ -17,6 +17,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tracing::{debug, warn};
 
 use self::doors::{Door, Doors};
+use super::companion::Companions;
 use super::connection::Server;
 use super::decode::{decode_member, number, printable};
 use super::parts::{self, Part};
@@ -144,6 +145,7 @@ impl Session {
     }
 
     async fn ask(&mut self, key: &str, point: f64, tried: &[Vec<u8>]) -> Result<Value, RedisError> {
+        let states = Companions::of(key).states;
         let mut command = redis::cmd(self.command);
         // 17 digits carry every double.
         command
@@ -152,7 +154,7 @@ impl Session {
             .arg(key)
             .arg(format!("{point:.17}"))
             .arg(fastrand::u32(1..=2_147_483_646));
-        command.arg(LARGEST_WHOLE).arg(HEAVIEST).arg(tried);
+        command.arg(LARGEST_WHOLE).arg(HEAVIEST).arg(states).arg(tried);
         match command.query_async(&mut self.connection).await {
             // The server was restarted, or its scripts were flushed.
             Err(error) if error.code() == Some("NOSCRIPT") => {

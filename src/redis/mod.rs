@@ -7,6 +7,7 @@
 //! never writes to a weights key, unless a person's command says so: [`weights`].
 
 pub mod applied;
+mod changes;
 mod cluster;
 mod companion;
 mod connection;
@@ -16,7 +17,6 @@ mod flags;
 pub mod lua_pick;
 mod mode;
 mod opinion;
-mod pace;
 mod parts;
 mod primary;
 mod redirect;
@@ -24,6 +24,7 @@ mod reply_limit;
 mod rest;
 mod sentinel;
 mod slot;
+mod states;
 pub mod status;
 mod sync;
 mod trouble;

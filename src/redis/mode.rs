@@ -12,16 +12,20 @@
 use redis::{RedisError, Value};
 use tracing::{info, warn};
 
+use super::changes::Changes;
 use super::connection::{self, Connection};
 use super::flags;
 use super::status::WatchMode;
-use super::sync::Changes;
 use crate::config::{Redis, Watch};
+
+/// Channels named in one line.
+const MOST_NAMED: usize = 3;
 
 /// What was warned of, so that a reconnect does not repeat it.
 #[derive(Debug, Default)]
 pub(super) struct Warned {
     polling: bool,
+    states: bool,
 }
 
 /// What one connection is told of.
@@ -30,6 +34,8 @@ pub(super) struct Armed<'a> {
     settings: &'a Redis,
     changes: &'a Changes,
     subscription: Way,
+    /// Of the subscription: the channels of admin states.
+    states: Way,
     tracking: Way,
 }
 
@@ -73,6 +79,7 @@ impl<'a> Armed<'a> {
             changes,
             // Where changes are polled, a subscription costs nothing and may help.
             subscription: Way::wanted(settings.watch != Watch::Tracking),
+            states: Way::Wanted,
             tracking: Way::wanted(matches!(settings.watch, Watch::Auto | Watch::Tracking)),
         }
     }
@@ -88,11 +95,12 @@ impl<'a> Armed<'a> {
         warned: &mut Warned,
     ) -> Result<WatchMode, RedisError> {
         if self.subscription.is_to_be_tried() {
-            self.subscription = Way::from(subscribe(connection, self.changes).await)?;
+            self.subscription = Way::from(subscribe(connection, self.changes.channels()).await)?;
         }
         if self.tracking.is_to_be_tried() {
             self.tracking = Way::from(track(connection).await)?;
         }
+        self.hear_of_states(connection, warned).await?;
         let mode = match self.settings.watch {
             Watch::Poll => return Ok(WatchMode::Poll),
             Watch::Tracking => self.tracks().map(|()| WatchMode::Tracking),
@@ -111,6 +119,33 @@ impl<'a> Armed<'a> {
         }
         warned.polling = polling;
         Ok(mode.unwrap_or(WatchMode::Poll))
+    }
+
+    /// Admin states have channels of their own: who may not hear them, and does not track either, sees a change of them
+    /// with the next whole read.
+    async fn hear_of_states(
+        &mut self,
+        connection: &mut Connection,
+        warned: &mut Warned,
+    ) -> Result<(), RedisError> {
+        if !matches!(self.subscription, Way::Agreed) || matches!(self.states, Way::Agreed) {
+            return Ok(());
+        }
+        self.states = Way::from(subscribe(connection, self.changes.channels_of_states()).await)?;
+        let is_deaf = matches!(self.states, Way::Refused(_)) && !matches!(self.tracking, Way::Agreed);
+        if let Way::Refused(error) = &self.states
+            && is_deaf
+            && !warned.states
+        {
+            let channels = self.changes.channels_of_states().map(String::from_utf8_lossy);
+            let missing: Vec<_> = channels.take(MOST_NAMED).map(|channel| format!("&{channel}")).collect();
+            warn!(
+                %error, resync_interval = ?self.settings.resync_interval,
+                "a change of who is in drain or maint shows with the next whole read: grant {}", missing.join(" ")
+            );
+        }
+        warned.states = is_deaf;
+        Ok(())
     }
 
     /// Says why it does not, with a cure.
@@ -170,9 +205,12 @@ impl<'a> Armed<'a> {
     }
 }
 
-/// Subscribes to all channels and waits for the confirmations.
-async fn subscribe(connection: &mut Connection, changes: &Changes) -> Result<(), RedisError> {
-    for channel in changes.channels() {
+/// Subscribes to `channels` and waits for the confirmations.
+async fn subscribe(
+    connection: &mut Connection,
+    channels: impl Iterator<Item = &[u8]>,
+) -> Result<(), RedisError> {
+    for channel in channels {
         connection.subscribe(channel).await?;
     }
     Ok(())

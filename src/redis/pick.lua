@@ -1,16 +1,23 @@
--- Picks a member of the sorted set KEYS[1] with a probability of its score ÷ the sum of the scores.
+-- Picks a member of the sorted set KEYS[1] with a probability of its score ÷ the sum of the scores of all that are ready.
 --
 -- ARGV: a uniform number from 0 to 1 (exclusive), a seed from 1 to 2147483646, the largest set that is read whole, how
--- many of the heaviest are read of a larger one, then the members that are not to be picked. Returns the member and its
--- score as texts (a number would lose its fraction), or nil. Reads only, with ZCARD and ZRANGE. Where members are so long that
--- reading them blocks Redis, it answers the error TOOLARGE, and is not to be asked again soon.
+-- many of the heaviest are read of a larger one, the key of the admin states (a hash beside the set, of its slot), then the members
+-- that are not to be picked. Returns the member and its score as texts (a number would lose its fraction), or nil. Reads only,
+-- with ZCARD, ZRANGE, HSTRLEN and HGET. Where members are so long that reading them blocks Redis, it answers the error TOOLARGE, and
+-- is not to be asked again soon.
+--
+-- The states' key is not among KEYS: Redis would refuse the whole script to a user who may not read it, and states that
+-- cannot be read are no reason to pick nobody.
 --
 -- The caller brings the randomness: Redis's own math.random repeats itself on every call (6.2) or after every restart.
 
 local key, point, seed = KEYS[1], tonumber(ARGV[1]), tonumber(ARGV[2])
-local whole, heaviest = tonumber(ARGV[3]), tonumber(ARGV[4])
+local whole, heaviest, states = tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
 local tried = {}
-for i = 5, #ARGV do tried[ARGV[i]] = true end
+for i = 6, #ARGV do tried[ARGV[i]] = true end
+
+-- So many answers are thrown away at most, for they are in drain or miss the members.
+local most_tries = 64
 
 -- No address is longer (a name has 253 bytes, a unix socket's path 107), and 500 of them have fewer bytes together.
 local longest, most_bytes = 300, 262144
@@ -29,6 +36,14 @@ local function weight(member, score)
         return number
     end
     return 0
+end
+
+-- Only of who would be picked: a pool of hundreds has few that are not ready. The length is asked first, since a value may
+-- be anything.
+local function is_ready(member)
+    if redis.pcall('HSTRLEN', states, member) ~= 5 then return true end
+    local state = redis.pcall('HGET', states, member)
+    return state ~= 'drain' and state ~= 'maint'
 end
 
 -- The generator of Park and Miller: its products are exact in a double.
@@ -59,7 +74,8 @@ for i = 1, #list, 2 do
     total = total + weights[i]
 end
 
-local function from_list(target)
+-- Where in the list `target` lies, of `total`.
+local function place(target)
     local last
     for i = 1, #list, 2 do
         if weights[i] > 0 then
@@ -68,28 +84,44 @@ local function from_list(target)
             target = target - weights[i]
         end
     end
-    return last and { list[last], list[last + 1] }
+    return last
+end
+
+local function leave_out(i)
+    total = math.max(total - weights[i], 0)
+    weights[i] = 0
 end
 
 -- A list that is not full holds every member that has a weight.
-if size <= whole or #list < 2 * heaviest then return from_list(point * total) end
+local is_all = size <= whole or #list < 2 * heaviest
 
 -- A large set is not read whole: that would block Redis for a millisecond per thousand members. No member outside the
 -- list weighs more than the lightest in it, so each rank of the set gets that much room, and what is hit there is taken
 -- with the probability of its weight ÷ that room, unless the list has it already: the same distribution, for some misses.
-local room = tonumber(list[#list])
-if largest == 0 then largest = room end
-room = room / largest
-local listed = {}
-for i = 1, #list, 2 do listed[list[i]] = true end
-for _ = 1, 64 do
+local room, listed = 0, {}
+if not is_all then
+    room = tonumber(list[#list])
+    if largest == 0 then largest = room end
+    room = room / largest
+    for i = 1, #list, 2 do listed[list[i]] = true end
+end
+for _ = 1, most_tries do
     local target = point * (total + size * room)
-    if target < total then return from_list(target) end
-    local rank = math.min(math.floor((target - total) / room), size - 1)
-    local hit = redis.call('ZRANGE', key, rank, rank, 'WITHSCORES')
-    refusal = too_large(hit)
-    if refusal then return refusal end
-    if hit[1] and not listed[hit[1]] and uniform() * room < weight(hit[1], hit[2]) / largest then return hit end
+    if target < total or is_all then
+        local i = place(target)
+        if not i then return false end
+        if is_ready(list[i]) then return { list[i], list[i + 1] } end
+        leave_out(i)
+    else
+        local rank = math.min(math.floor((target - total) / room), size - 1)
+        local hit = redis.call('ZRANGE', key, rank, rank, 'WITHSCORES')
+        refusal = too_large(hit)
+        if refusal then return refusal end
+        if hit[1] and not listed[hit[1]] and uniform() * room < weight(hit[1], hit[2]) / largest
+            and is_ready(hit[1]) then
+            return hit
+        end
+    end
     point = uniform()
 end
 return false

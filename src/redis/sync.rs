@@ -3,28 +3,26 @@
 //! A notification only ever sets a flag: what changed is read, never told. So a burst of a thousand changes costs as
 //! many reads as there is time for, and a lost or doubled notification can do no harm that the next read does not mend.
 
-use std::collections::HashMap;
 use std::mem::{Discriminant, discriminant};
-use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use redis::{RedisError, Value};
-use tokio::sync::Notify;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 use tracing::{debug, error, info, warn};
 
 use super::Followed;
+use super::changes::Changes;
 use super::connection::{self, Connection};
 use super::decode::{self, Decoded, Rejected};
-use super::pace::{HeldBack, Pace};
 use super::rest::rest_after;
+use super::states::{self, States};
 use super::status::{RedisStatus, TableStatus};
 use super::trouble::Trouble;
 use crate::balance::Table;
 use crate::config::OnEmpty;
 use crate::runtime::backoff::{Backoff, jittered};
+use crate::runtime::pace::{HeldBack, Pace};
 
 /// A table of this size is read in some 50 ms and picked from in 20 ns; one that is larger is a mistake or an attack.
 pub(super) const MAX_MEMBERS: usize = 100_000;
@@ -38,66 +36,6 @@ const MOST_REPORTS: u32 = 1;
 const MOST_STATES: u32 = 4;
 /// Members named in one report.
 const MOST_NAMED: usize = 10;
-
-/// Which keys may have changed, set from the connection's reader.
-#[derive(Debug)]
-pub(super) struct Changes {
-    /// Channel → the places of the pools that follow its key.
-    channels: HashMap<Vec<u8>, Vec<usize>>,
-    /// For each pool: since when its key may have changed.
-    since: Mutex<Vec<Option<Instant>>>,
-    pub(super) noticed: Notify,
-}
-
-impl Changes {
-    pub(super) fn new(followed: &[Followed], database: u32) -> Self {
-        let mut channels: HashMap<Vec<u8>, Vec<usize>> = HashMap::new();
-        for (place, Followed { key, .. }) in followed.iter().enumerate() {
-            channels.entry(channel(database, key).into_bytes()).or_default().push(place);
-        }
-        Self { channels, since: Mutex::new(vec![None; followed.len()]), noticed: Notify::new() }
-    }
-
-    /// All channels, each once.
-    pub(super) fn channels(&self) -> impl Iterator<Item = &[u8]> {
-        self.channels.keys().map(Vec::as_slice)
-    }
-
-    /// A message came in on `channel`. Returns false if nobody follows it.
-    pub(super) fn notice(&self, channel: &[u8]) -> bool {
-        let Some(places) = self.channels.get(channel) else { return false };
-        self.mark(places.iter().copied());
-        true
-    }
-
-    /// Every key may have changed.
-    pub(super) fn notice_all(&self) {
-        let count = self.channels.values().map(Vec::len).sum();
-        self.mark(0..count);
-    }
-
-    fn mark(&self, places: impl Iterator<Item = usize>) {
-        let now = Instant::now();
-        let mut since = self.since.lock().unwrap_or_else(PoisonError::into_inner);
-        for place in places {
-            since[place].get_or_insert(now);
-        }
-        drop(since);
-        self.noticed.notify_one();
-    }
-
-    fn take(&self, place: usize) -> Option<Instant> {
-        self.since.lock().unwrap_or_else(PoisonError::into_inner)[place].take()
-    }
-
-    fn is_marked(&self, place: usize) -> bool {
-        self.since.lock().unwrap_or_else(PoisonError::into_inner)[place].is_some()
-    }
-}
-
-fn channel(database: u32, key: &str) -> String {
-    format!("__keyspace@{database}__:{key}")
-}
 
 /// Follows the tables of all pools over one connection after the other.
 pub(super) struct Syncer<'a> {
@@ -126,6 +64,7 @@ struct State {
     too_large: Backoff,
     /// Why the last read ended with the connection.
     cut_off: Option<Discriminant<Trouble>>,
+    admin: States,
 }
 
 impl State {
@@ -134,6 +73,7 @@ impl State {
             had_too_many: false,
             too_large: Backoff::new(REST_AFTER_REFUSAL, LONGEST_REST_AFTER_TOO_LARGE),
             cut_off: None,
+            admin: States::new(),
             in_step: false,
             said: None,
             states: Pace::new(MOST_STATES),
@@ -244,13 +184,23 @@ impl<'a> Syncer<'a> {
             return Ok(None);
         }
         let asked = Instant::now();
-        let answer: Result<Value, RedisError> = redis::cmd("ZRANGE")
-            .arg(key)
-            .arg(0)
-            .arg(MAX_MEMBERS)
-            .arg("WITHSCORES")
-            .query_async(connection)
-            .await;
+        let mut zrange = redis::cmd("ZRANGE");
+        zrange.arg(key).arg(0).arg(MAX_MEMBERS).arg("WITHSCORES");
+        let (beside, followed) = (connection.clone(), &self.followed[place]);
+        let rests = self.states[place].admin.rest();
+        // Both are sent at once, in this order.
+        let (answer, admin): (Result<Value, RedisError>, _) =
+            tokio::join!(zrange.query_async(connection), async {
+                if rests { None } else { Some(states::read(beside, followed).await) }
+            });
+        // What ends the connection is told by the table, if it was its answer.
+        let answer = match answer {
+            Err(error) if !connection::is_refusal(&error) => return Err(error),
+            answer => answer,
+        };
+        if let Some(read) = admin {
+            self.states[place].admin.take(followed, read)?;
+        }
         let is_no_table = matches!(&answer, Err(error) if error.code() == Some("WRONGTYPE"));
         let members = answer.as_ref().map_or(0, decode::members);
         self.states[place].had_too_many = members > MAX_MEMBERS;
@@ -268,17 +218,21 @@ impl<'a> Syncer<'a> {
             Err(error) => return Err(error),
         };
         match read {
-            Ok(decoded) => {
+            Ok(mut decoded) => {
                 if decoded.table.is_empty() {
                     connection.is_empty_for_sure(key).await?;
                 }
                 self.states[place].too_large.reset();
                 self.states[place].cut_off = None;
+                let known = self.states[place].admin.known(&self.followed[place].cell);
+                decoded.table = decoded.table.with_states(known);
                 self.take(place, decoded, asked, since);
                 Ok(Some(members))
             }
             Err(reason) => {
                 // Whatever was written over it, the table is gone. Any other refusal says nothing of the table.
+                let Followed { cell, .. } = &self.followed[place];
+                cell.set_states(self.states[place].admin.known(cell));
                 if is_no_table && self.on_empty == OnEmpty::Refuse {
                     self.followed[place].cell.publish_as_of(Table::default(), asked);
                     self.says_refused(place, reason, "refusing sessions (redis.on_empty)");
@@ -348,6 +302,10 @@ impl<'a> Syncer<'a> {
         self.tables[place].is_kept.store(self.on_empty == OnEmpty::KeepLast, Relaxed);
         match self.on_empty {
             OnEmpty::KeepLast => {
+                // Whatever emptied the table may have taken the states along: those that are left are obeyed.
+                if !empty.states().is_empty() {
+                    cell.set_states(empty.states().to_vec());
+                }
                 cell.confirm_as_of(asked);
                 if let Some((_, held_back)) = news {
                     let origin = cell.load().origin;
@@ -391,25 +349,18 @@ async fn has_too_many(connection: &mut Connection, key: &str) -> Result<bool, Re
     }
 }
 
-/// Waits for a change, at most until `rest_ends`, when something that changed before has rested. Cancel safe.
-pub(super) async fn changed(changes: &Changes, rest_ends: Option<Instant>) {
-    match rest_ends {
-        Some(rest_ends) => drop(timeout_at(rest_ends, changes.noticed.notified()).await),
-        None => changes.noticed.notified().await,
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use super::super::pace::LOG_WINDOW;
     use super::*;
+    use crate::balance::Balance;
     use crate::balance::cell::Cell;
+    use crate::runtime::pace::LOG_WINDOW;
     use std::sync::Arc;
     use tokio::time::advance;
 
     #[tokio::test(start_paused = true)]
     async fn the_state_in_which_flips_end_is_said_when_the_window_has_passed() {
-        let cell = Arc::new(Cell::new(Table::default(), 1));
+        let cell = Arc::new(Cell::new(Table::default(), Balance::WeightedRandom, 1));
         let followed = [Followed { pool: "web".into(), cell, key: "servers".into() }];
         let (status, tables) = (RedisStatus::default(), [TableStatus::default()]);
         let mut syncer = Syncer::new(&followed, OnEmpty::KeepLast, &status, &tables);

@@ -15,12 +15,13 @@ use redis::{ErrorKind, PushInfo, PushKind, RedisError, Value};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tracing::{debug, info, warn};
 
+use super::changes::{Changes, changed};
 use super::connection::{self, Server};
 use super::mode::{Armed, Warned};
 use super::parts::{self, Part};
 use super::primary::Primary;
 use super::status::{RedisStatus, TableStatus, WatchMode, Watching};
-use super::sync::{Changes, Syncer, changed};
+use super::sync::Syncer;
 use super::trouble::Trouble;
 use super::{FIRST_PAUSE, Followed, LONGEST_MOVE, LONGEST_PAUSE, Parts, cluster, sentinel};
 use crate::config::{Redis, RedisAddress};

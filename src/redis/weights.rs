@@ -6,11 +6,12 @@
 
 mod answer;
 mod refusal;
+mod states;
 
 pub use answer::{Change, Changes, Done, Entry, History, LeftOut, Seen};
 pub use refusal::WeightsError;
 
-pub use super::applied::{Report, Reports};
+pub use super::applied::{LANDING, Report, Reports};
 pub use super::content::ContentHash;
 
 use redis::{Cmd, RedisError, Value};

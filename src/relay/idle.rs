@@ -1,4 +1,5 @@
-//! Tells when a session has been silent for too long, and when it has lived long enough to be worth some care.
+//! Tells when a session has been silent for too long, when it has lived long enough to be worth some care, and when it is to end
+//! for another's sake.
 //!
 //! One clock for all sessions of a worker. A timer each would cost every short session a place in the reactor's sorted map,
 //! and every session that moves bytes another one for each move. Here activity is one store, and once a tick the worker looks over all its sessions (3 ns each). The price is precision: a session may be closed up
@@ -16,6 +17,8 @@ const LONGEST_TICK: Duration = Duration::from_secs(1);
 const SHORTEST_TICK: Duration = Duration::from_millis(10);
 /// Between two looks of a stalled session at the socket that it does not read.
 const LOOK_INTERVAL: Duration = Duration::from_secs(2);
+/// A session that was silent for so long owes nobody anything that we know of.
+const QUIET_TIME: Duration = Duration::from_secs(1);
 /// The clock stops when there was no session for so many ticks, so that an idle proxy sleeps.
 const TICKS_WITHOUT_SESSIONS: u32 = 5;
 
@@ -48,6 +51,19 @@ struct Entry {
     settled: bool,
     /// It waits for a socket to take bytes, and is woken now and then to look after the other one.
     stalled: bool,
+    /// It is told to end.
+    ends: bool,
+    /// The mark of its backend.
+    whose: usize,
+}
+
+/// Why a session is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Over {
+    /// It was silent for too long.
+    Silent,
+    /// It was told to end.
+    Told,
 }
 
 impl IdleClock {
@@ -101,8 +117,42 @@ impl IdleClock {
         Tick::try_from(ticks).unwrap_or(NO_LIMIT).min(NO_LIMIT)
     }
 
-    /// Begins to look over a session, active now, that settles after `settle_time`.
-    pub(super) fn enter(&self, settle_time: Duration) -> Idle<'_> {
+    /// Tells sessions to end, those first that have been silent for longest: of the backends whose marks are in `whose`, which is sorted, and of
+    /// those sessions the ones that began `age` ago or earlier (to a tick). `most` says how many of so many; `settle_time` is theirs.
+    /// Returns how many are left of these.
+    pub fn end_sessions(
+        &self,
+        whose: &[usize],
+        age: Duration,
+        settle_time: Duration,
+        most: impl FnOnce(usize) -> usize,
+    ) -> usize {
+        let (now, settles) = (self.now.get(), self.ticks(settle_time));
+        let age = Tick::try_from(age.as_nanos() / self.tick.as_nanos()).unwrap_or(NO_LIMIT).min(NO_LIMIT);
+        let mut entries = self.entries.borrow_mut();
+        let is_meant = |entry: &Entry| {
+            let began = entry.settles_at.wrapping_sub(settles);
+            !entry.ends
+                && whose.binary_search(&entry.whose).is_ok()
+                && now.wrapping_sub(began).saturating_add(1) >= age
+        };
+        let meant = entries.iter().enumerate().filter(|(_, entry)| is_meant(entry));
+        let mut meant: Vec<_> = meant.map(|(n, entry)| (now.wrapping_sub(entry.last_activity), n)).collect();
+        let most = most(meant.len()).min(meant.len());
+        if most < meant.len() {
+            meant.select_nth_unstable_by(most, |a, b| b.cmp(a));
+        }
+        for (_, n) in &meant[..most] {
+            entries[*n].ends = true;
+            if let Some(waker) = &entries[*n].waker {
+                waker.wake_by_ref();
+            }
+        }
+        meant.len() - most
+    }
+
+    /// Begins to look over a session, active now, of the backend with the mark `whose`, that settles after `settle_time`.
+    pub(super) fn enter(&self, settle_time: Duration, whose: usize) -> Idle<'_> {
         let now = self.now.get();
         let entry = Entry {
             waker: None,
@@ -111,6 +161,8 @@ impl IdleClock {
             settles_at: now.wrapping_add(self.ticks(settle_time)),
             settled: false,
             stalled: false,
+            ends: false,
+            whose,
         };
         let mut entries = self.entries.borrow_mut();
         let place = match self.free.borrow_mut().pop() {
@@ -152,24 +204,32 @@ impl Idle<'_> {
         self.entry().last_activity = self.clock.now.get();
     }
 
-    /// Ready once the session has been silent for `limit`; `None` never is. `limit` may differ from poll to poll. While it
+    /// Ready once the session is told to end or has been silent for `limit`; `None` never is. `limit` may differ from poll to poll. While it
     /// is `stalled`, it is polled at least every few seconds.
-    pub(super) fn poll_expired(
+    pub(super) fn poll_over(
         &mut self,
         cx: &mut Context<'_>,
         limit: Option<Duration>,
         stalled: bool,
-    ) -> Poll<()> {
+    ) -> Poll<Over> {
         let mut entry = self.entry();
+        if entry.ends {
+            return Poll::Ready(Over::Told);
+        }
         entry.stalled = stalled;
         entry.limit = limit.map_or(NO_LIMIT, |limit| self.clock.ticks(limit));
         if entry.is_expired(self.clock.now.get()) {
-            return Poll::Ready(());
+            return Poll::Ready(Over::Silent);
         }
         if !entry.waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
             entry.waker = Some(cx.waker().clone());
         }
         Poll::Pending
+    }
+
+    /// True if it has moved nothing for a while.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.clock.now.get().wrapping_sub(self.entry().last_activity) >= self.clock.ticks(QUIET_TIME)
     }
 
     /// True once every few seconds in which nothing moved: a stalled session is to look after the socket that it does not
@@ -211,16 +271,16 @@ mod tests {
     /// Polls a session until it expires, touching it `touches` times, each after half of its limit.
     async fn lives(clock: &IdleClock, touches: u32) -> Duration {
         let begun = Instant::now();
-        let mut idle = clock.enter(Duration::from_secs(3600));
+        let mut idle = clock.enter(Duration::from_secs(3600), 0);
         for _ in 0..touches {
-            let silence = poll_fn(|cx| idle.poll_expired(cx, Some(LIMIT), false));
+            let silence = poll_fn(|cx| idle.poll_over(cx, Some(LIMIT), false));
             assert!(
                 tokio::time::timeout(LIMIT / 2, silence).await.is_err(),
                 "it expired although it was active"
             );
             idle.touch();
         }
-        poll_fn(|cx| idle.poll_expired(cx, Some(LIMIT), false)).await;
+        poll_fn(|cx| idle.poll_over(cx, Some(LIMIT), false)).await;
         begun.elapsed()
     }
 
@@ -243,11 +303,11 @@ mod tests {
     async fn a_session_without_a_limit_lives_and_settles_once() {
         let clock = IdleClock::new(LIMIT);
         let session = async {
-            let mut idle = clock.enter(Duration::from_secs(5));
+            let mut idle = clock.enter(Duration::from_secs(5), 0);
             let mut settled = 0;
             let silence = poll_fn(|cx| {
                 settled += u32::from(idle.settles());
-                idle.poll_expired(cx, None, false)
+                idle.poll_over(cx, None, false)
             });
             assert!(tokio::time::timeout(Duration::from_secs(100_000), silence).await.is_err());
             assert_eq!(settled, 1);
@@ -261,13 +321,54 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn places_are_used_again_and_the_clock_stops_without_sessions() {
         let clock = IdleClock::new(LIMIT);
-        let sessions: Vec<_> = (0..3).map(|_| clock.enter(LIMIT)).collect();
+        let sessions: Vec<_> = (0..3).map(|_| clock.enter(LIMIT, 0)).collect();
         drop(sessions);
-        let _session = clock.enter(LIMIT);
+        let _session = clock.enter(LIMIT, 0);
         assert_eq!((clock.entries.borrow().len(), clock.free.borrow().len()), (3, 2));
         drop(_session);
         assert!(tokio::time::timeout(Duration::from_secs(60), clock.run()).await.is_err());
         assert!(clock.now.get() <= 2 * TICKS_WITHOUT_SESSIONS, "it ticks for nobody");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn those_silent_for_longest_are_ended_first_and_no_one_of_others_or_too_young() {
+        let clock = IdleClock::new(LIMIT);
+        let settle = Duration::from_secs(5);
+        let is_over = |idle: &mut Idle<'_>| {
+            let mut cx = Context::from_waker(Waker::noop());
+            matches!(idle.poll_over(&mut cx, None, false), Poll::Ready(Over::Told))
+        };
+        let sessions = async {
+            let mut of_other = clock.enter(settle, 7);
+            let mut old: Vec<_> = (0..4).map(|_| clock.enter(settle, 8)).collect();
+            for n in [2, 0, 3] {
+                sleep(LIMIT).await;
+                old[n].touch();
+            }
+            let mut young = clock.enter(settle, 8);
+            let end = |most| {
+                let mut found = 0;
+                let left = clock.end_sessions(&[8, 9], 2 * LIMIT, settle, |n| {
+                    found = n;
+                    most
+                });
+                (found, left)
+            };
+            assert_eq!(end(1), (4, 3));
+            assert_eq!(old.iter_mut().map(is_over).collect::<Vec<_>>(), [false, true, false, false]);
+            assert_eq!(end(2), (3, 1));
+            assert_eq!(old.iter_mut().map(is_over).collect::<Vec<_>>(), [true, true, true, false]);
+            assert_eq!((end(9), end(9)), ((1, 0), (0, 0)));
+            assert!(!is_over(&mut of_other) && !is_over(&mut young));
+            drop(old);
+            sleep(3 * LIMIT).await;
+            assert_eq!(end(9), (1, 0), "it is old enough now");
+            assert!(is_over(&mut young));
+        };
+        tokio::select! {
+            () = clock.run() => unreachable!("it never ends"),
+            () = sessions => {}
+        }
     }
 
     /// Ticks are counted in 32 bits, which wrap after 1.3 years of the shortest.
@@ -277,10 +378,10 @@ mod tests {
         clock.now.set(Tick::MAX - 3);
         let mut settled = 0;
         let session = async {
-            let mut idle = clock.enter(LIMIT / 2);
+            let mut idle = clock.enter(LIMIT / 2, 0);
             poll_fn(|cx| {
                 settled += u32::from(idle.settles());
-                idle.poll_expired(cx, Some(LIMIT), false)
+                idle.poll_over(cx, Some(LIMIT), false)
             })
             .await;
         };

@@ -17,14 +17,15 @@ pub use stream::Stream;
 
 use std::cell::RefCell;
 use std::future::poll_fn;
+use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use socket2::TcpKeepalive;
 
 use self::direction::{Broken, Direction};
-use self::idle::Idle;
 pub use self::idle::IdleClock;
+use self::idle::{Idle, Over};
 use self::pipe::Pipes;
 use crate::telemetry::counters::{BackendCounters, Counter};
 
@@ -121,6 +122,8 @@ pub enum Ended {
     Reset(Side),
     /// No byte moved for `idle`.
     IdleTimeout,
+    /// The worker has ended it: see [`IdleClock::end_sessions`].
+    Drained,
     /// One half was closed, and this side, whose turn it was, stayed silent for `half_closed`.
     HalfCloseTimeout(Side),
 }
@@ -138,28 +141,15 @@ pub fn relay<'a>(
     meter: Meter<'a>,
 ) -> impl Future<Output = Ended> + 'a {
     let pair = Pair { client, backend, to_backend: Direction::default(), to_client: Direction::default() };
-    let idle = shared.clock.enter(limits.settle_time);
+    let idle = shared.clock.enter(limits.settle_time, meter.backend.mark());
     let mut relaying = Relaying { pair, idle, limits, shared, meter };
     // A block, not an async function: that would keep each of its arguments twice.
     async move {
         let ended = poll_fn(|cx| relaying.poll(cx)).await;
-        let Relaying { pair, meter, limits, .. } = &mut relaying;
-        let to_deliver = match ended {
-            Ended::Reset(Side::Client) if meter.session.to_backend > 0 => Some(&*pair.backend),
-            Ended::Reset(Side::Backend) if meter.session.to_client > 0 => Some(&*pair.client),
-            _ => None,
-        };
-        if let Some(stream) = to_deliver {
-            // Boxed: few sessions come here, and its timer would make all of them larger.
-            Box::pin(stream.delivered(limits.half_closed)).await;
+        if let Some(delivered) = relaying.delivered(ended) {
+            delivered.await;
         }
-        // Silence ends a session cleanly only where nothing says that somebody was cut short: nothing waits, and the backend
-        // did not still owe the answer to a request that had ended.
-        let silent = matches!(ended, Ended::IdleTimeout | Ended::HalfCloseTimeout(Side::Client));
-        if ended == Ended::Finished || (silent && !pair.holds_bytes()) {
-            pair.client.finish();
-            pair.backend.finish();
-        }
+        relaying.close(ended);
         ended
     }
 }
@@ -203,8 +193,39 @@ impl Relaying<'_> {
             return Poll::Ready(Ended::Reset(side));
         }
         let limit = if is_open { limits.idle } else { Some(limits.half_closed) };
-        ready!(idle.poll_expired(cx, limit, stalled));
-        Poll::Ready(if is_open { Ended::IdleTimeout } else { Ended::HalfCloseTimeout(pair.awaited()) })
+        let over = ready!(idle.poll_over(cx, limit, stalled));
+        Poll::Ready(match over {
+            Over::Told => Ended::Drained,
+            Over::Silent if is_open => Ended::IdleTimeout,
+            Over::Silent => Ended::HalfCloseTimeout(pair.awaited()),
+        })
+    }
+
+    /// Where one side is about to be reset because the other was: until it has what was written to it.
+    fn delivered(&self, ended: Ended) -> Option<Pin<Box<impl Future<Output = ()>>>> {
+        let Self { pair, meter, limits, .. } = self;
+        let stream = match ended {
+            Ended::Reset(Side::Client) if meter.session.to_backend > 0 => &*pair.backend,
+            Ended::Reset(Side::Backend) if meter.session.to_client > 0 => &*pair.client,
+            _ => return None,
+        };
+        // Boxed: few sessions come here, and its timer would make all of them larger.
+        Some(Box::pin(stream.delivered(limits.half_closed)))
+    }
+
+    /// Silence ends a session cleanly only where nothing says that somebody was cut short: nothing waits, and the backend did not
+    /// still owe the answer to a request that had ended.
+    fn close(&mut self, ended: Ended) {
+        let pair = &mut self.pair;
+        let silent = match ended {
+            Ended::IdleTimeout | Ended::HalfCloseTimeout(Side::Client) => true,
+            Ended::Drained => self.idle.is_quiet() && (pair.is_open() || pair.awaited() == Side::Client),
+            _ => false,
+        };
+        if ended == Ended::Finished || (silent && !pair.holds_bytes()) {
+            pair.client.finish();
+            pair.backend.finish();
+        }
     }
 }
 
@@ -226,6 +247,9 @@ impl Pair<'_> {
             return Poll::Ready(ended);
         }
         let to_client = self.poll_towards(Side::Client, cx, buffers, |bytes| {
+            if meter.session.to_client == 0 {
+                meter.backend.answered.add(1);
+            }
             meter.session.to_client += bytes;
             meter.backend.bytes_received.add(bytes);
         });

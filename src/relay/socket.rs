@@ -86,6 +86,16 @@ impl StreamSocket {
         Ok(())
     }
 
+    /// Ready once the peer has gone away: see [`super::Stream::poll_left`].
+    pub(super) fn poll_left(&self, cx: &mut Context<'_>) -> Poll<()> {
+        let ready = ready!(self.watched.poll_ready(cx, Ready::ENDED));
+        let sent_nothing = || matches!(recv(self, &mut [0; 1], RecvFlags::PEEK), Ok((0, _)));
+        if ready.has(Ready::BROKEN) || (!ready.has(Ready::URGENT) && sent_nothing()) {
+            return Poll::Ready(());
+        }
+        self.watched.poll_ready(cx, Ready::BROKEN).map(drop)
+    }
+
     /// Reads into `buffer`; 0 is the end.
     pub(super) fn poll_read(&self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
         loop {

@@ -53,6 +53,12 @@ impl Stream {
         self.opening.wait(self.socket.socket(), cx);
     }
 
+    /// Ready once the peer has gone away: its connection is broken, or it has ended its half without having sent a byte. One that
+    /// ended it after a request may wait for the answer. To be called before anything is read.
+    pub fn poll_left(&self, cx: &mut Context<'_>) -> Poll<()> {
+        self.socket.poll_left(cx)
+    }
+
     /// Reads into `buffer`; 0 is the end.
     pub(super) fn poll_read(&self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
         self.socket.poll_read(cx, buffer)

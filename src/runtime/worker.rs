@@ -147,6 +147,7 @@ async fn serve(worker: &Rc<Worker>, doors: Vec<Door>, sharing: Sharing, drain: &
     let mut accepting = JoinSet::new();
     let neighbours = Rc::new(sharing.neighbours);
     let mut contexts = Vec::new();
+    close_leaving(&doors, worker);
     for (number, Door { socket, listener, pool, settings }) in doors.into_iter().enumerate() {
         let context = Rc::new(Context { worker: Rc::clone(worker), listener, pool, settings });
         contexts.push(Rc::clone(&context));
@@ -187,6 +188,16 @@ async fn serve(worker: &Rc<Worker>, doors: Vec<Door>, sharing: Sharing, drain: &
         begin(connection, context);
     }
     worker.active()
+}
+
+/// One task for each pool, however many doors lead to it.
+fn close_leaving(doors: &[Door], worker: &Rc<Worker>) {
+    for (number, door) in doors.iter().enumerate() {
+        if !doors[..number].iter().any(|before| Arc::ptr_eq(&before.pool, &door.pool)) {
+            let (worker, pool) = (Rc::clone(worker), Arc::clone(&door.pool));
+            spawn_local(session::leaving::close(worker, pool, door.settings.limits.settle_time));
+        }
+    }
 }
 
 async fn accept_at(

@@ -14,8 +14,10 @@ use tokio::time::Instant;
 use tracing::debug;
 
 use super::report::{CloseReason, Report};
-use super::{Context, Settings};
+use super::{Context, Settings, queue};
 use crate::balance::backend::{Backend, Endpoint};
+use crate::balance::condition::Failure;
+use crate::balance::pool::NoPick;
 use crate::config::Congestion;
 use crate::listen::socket::exhausted;
 use crate::reactor::{sleep, timeout_at};
@@ -45,19 +47,20 @@ enum ConnectError {
     Exhausted(io::Error),
 }
 
-/// Connects to a backend of the session's pool, trying up to `connect.attempts` different ones until
-/// `connect.deadline`, counted from the accept.
+/// Connects `client` to a backend of the session's pool, trying up to `connect.attempts` different ones until
+/// `connect.deadline`, counted from the accept without the time in the queue.
 ///
 /// # Errors
 /// Why there is none; each failed attempt was counted.
 ///
 /// # Cancel safety
 /// Dropping the future closes a half-open socket.
-pub(super) async fn connect(report: &mut Report) -> Result<Stream, CloseReason> {
+pub(super) async fn connect(report: &mut Report, client: &Stream) -> Result<Stream, CloseReason> {
     let context = Rc::clone(report.context());
     let settings = &context.settings.connect;
     let accepted = report.accepted();
-    let deadline = accepted + settings.deadline;
+    let mut deadline = accepted + settings.deadline;
+    let mut waited = Duration::ZERO;
     // The clock is asked where time may have passed, and each answer serves all that begins there.
     let mut asked = accepted;
     let mut tried = Vec::new();
@@ -65,15 +68,26 @@ pub(super) async fn connect(report: &mut Report) -> Result<Stream, CloseReason> 
     let mut reason = CloseReason::NoBackend;
 
     for attempt in 0..settings.attempts.get() {
-        let pick = context.pool.pick(&tried, context.worker.random(), asked).await;
+        let pick = match context.pool.pick(report.client(), &tried, context.worker.random(), asked).await {
+            Err(NoPick::Full) => {
+                let began = Instant::now();
+                report.gives_back();
+                // Boxed: only those wait who came when all was full.
+                let pick = Box::pin(queue::wait(report, client, &tried, waited, reason)).await;
+                waited += began.elapsed();
+                deadline += began.elapsed();
+                pick
+            }
+            pick => pick.map_err(|_| reason),
+        };
         let started = Instant::now();
         report.queued(started - asked);
-        let Some(pick) = pick else { break };
+        let pick = pick?;
         if let Some(failed) = failed.take() {
             failed.counters.of(context.worker.id).retries.add(1);
         }
-        let backend = Arc::clone(&pick.backend);
-        report.retries = attempt;
+        let backend = Arc::clone(pick.backend.backend());
+        report.retries = u8::try_from(attempt).unwrap_or(u8::MAX);
         report.picked(pick);
 
         let result = connect_to(&backend, &context, started, deadline).await;
@@ -98,6 +112,10 @@ pub(super) async fn connect(report: &mut Report) -> Result<Stream, CloseReason> 
         };
         if reason != CloseReason::Exhausted {
             backend.counters.of(context.worker.id).connect_failures.add(1);
+            // One that was given less time than it may take has shown nothing.
+            if reason != CloseReason::ConnectTimeout || asked - started >= settings.timeout {
+                report.failed(Failure::Connect);
+            }
         }
         if matches!(error, ConnectError::Exhausted(_)) || asked >= deadline {
             break;

@@ -2,6 +2,8 @@
 //! became of it is reported.
 
 mod connect;
+pub mod leaving;
+mod queue;
 mod report;
 mod worker;
 
@@ -79,7 +81,7 @@ pub fn serve(mut client: Stream, address: SocketAddr, context: Rc<Context>) -> i
     async move {
         // Boxed, so that what only connecting needs (timers, a place to wait for Redis) is given back before the relay,
         // in which a session spends its life.
-        let mut backend = match Box::pin(connect::connect(&mut report)).await {
+        let mut backend = match Box::pin(connect::connect(&mut report, &client)).await {
             Ok(backend) => backend,
             Err(reason) => return report.close(reason),
         };

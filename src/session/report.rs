@@ -2,14 +2,14 @@
 
 use std::net::SocketAddr;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use tokio::time::Instant;
 
 use super::Context;
 use crate::balance::Weight;
-use crate::balance::backend::Backend;
+use crate::balance::backend::Active;
+use crate::balance::condition::{Failure, Probe, ProbeNumber};
 use crate::balance::pool::{Pick, Source};
 use crate::relay::{Ended, Limits, Meter, Shared, Side, Tally};
 use crate::telemetry::access_log::{AccessLine, millis};
@@ -28,23 +28,33 @@ pub enum CloseReason {
     ConnectTimeout,
     /// We had no local port or descriptor left.
     Exhausted,
+    /// All backends were full, and so was the queue.
+    QueueFull,
+    /// All backends were full for as long as it might wait.
+    QueueTimeout,
+    /// The client went away while it waited.
+    QueueLeft,
     /// Cut, because the process ends.
     Shutdown,
 }
 
 impl CloseReason {
     /// All that can be counted.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 15] = [
         Self::Relayed(Ended::Finished),
         Self::Relayed(Ended::Reset(Side::Client)),
         Self::Relayed(Ended::Reset(Side::Backend)),
         Self::Relayed(Ended::IdleTimeout),
+        Self::Relayed(Ended::Drained),
         Self::Relayed(Ended::HalfCloseTimeout(Side::Client)),
         Self::Relayed(Ended::HalfCloseTimeout(Side::Backend)),
         Self::NoBackend,
         Self::ConnectFailed,
         Self::ConnectTimeout,
         Self::Exhausted,
+        Self::QueueFull,
+        Self::QueueTimeout,
+        Self::QueueLeft,
         Self::Shutdown,
     ];
 
@@ -55,7 +65,7 @@ impl CloseReason {
     }
 
     /// HAProxy's two letters: who ended it (C client, S server, P proxy, R resources, K killed, lower case for a
-    /// timeout) and when (C connecting, D relaying).
+    /// timeout) and when (Q waiting in the queue, C connecting, D relaying).
     #[must_use]
     pub fn term(self) -> &'static str {
         self.describe().2
@@ -68,13 +78,17 @@ impl CloseReason {
             Self::Relayed(Ended::Reset(Side::Client)) => (1, "client_reset", "CD"),
             Self::Relayed(Ended::Reset(Side::Backend)) => (2, "backend_reset", "SD"),
             Self::Relayed(Ended::IdleTimeout) => (3, "idle_timeout", "cD"),
-            Self::Relayed(Ended::HalfCloseTimeout(Side::Client)) => (4, "client_half_close_timeout", "cD"),
-            Self::Relayed(Ended::HalfCloseTimeout(Side::Backend)) => (5, "backend_half_close_timeout", "sD"),
-            Self::NoBackend => (6, "no_backend", "SC"),
-            Self::ConnectFailed => (7, "connect_failed", "SC"),
-            Self::ConnectTimeout => (8, "connect_timeout", "sC"),
-            Self::Exhausted => (9, "exhausted", "RC"),
-            Self::Shutdown => (10, "shutdown", "KD"),
+            Self::Relayed(Ended::Drained) => (4, "drained", "KD"),
+            Self::Relayed(Ended::HalfCloseTimeout(Side::Client)) => (5, "client_half_close_timeout", "cD"),
+            Self::Relayed(Ended::HalfCloseTimeout(Side::Backend)) => (6, "backend_half_close_timeout", "sD"),
+            Self::NoBackend => (7, "no_backend", "SC"),
+            Self::ConnectFailed => (8, "connect_failed", "SC"),
+            Self::ConnectTimeout => (9, "connect_timeout", "sC"),
+            Self::Exhausted => (10, "exhausted", "RC"),
+            Self::QueueFull => (11, "queue_full", "PQ"),
+            Self::QueueTimeout => (12, "queue_timeout", "sQ"),
+            Self::QueueLeft => (13, "queue_left", "CQ"),
+            Self::Shutdown => (14, "shutdown", "KD"),
         }
     }
 }
@@ -126,13 +140,16 @@ pub(super) struct Report {
     client: SocketAddr,
     accepted: Instant,
     /// The backend that was tried last.
-    backend: Option<Arc<Backend>>,
+    backend: Option<Active>,
+    /// The session is to show whether it is back.
+    probe: Option<ProbeNumber>,
     /// Of the backend, when it was picked.
     weight: Weight,
     /// Who named it.
     source: Source,
     connected: bool,
-    pub(super) retries: u32,
+    /// At most 100 (`connect.attempts`), and a session is to stay small.
+    pub(super) retries: u8,
     queue_time: Micros,
     connect_time: Micros,
     tally: Tally,
@@ -150,6 +167,7 @@ impl Report {
             client,
             accepted: Instant::now(),
             backend: None,
+            probe: None,
             weight: Weight::ZERO,
             source: Source::Snapshot,
             connected: false,
@@ -161,15 +179,27 @@ impl Report {
         }
     }
 
+    pub(super) fn client(&self) -> SocketAddr {
+        self.client
+    }
+
     pub(super) fn accepted(&self) -> Instant {
         self.accepted
     }
 
     /// `pick` is tried now.
     pub(super) fn picked(&mut self, pick: Pick) {
+        self.gives_back();
         let pool = self.context.pool.counters.of(self.context.worker.id);
         pool.picks[pick.source as usize].add(1);
-        (self.backend, self.weight, self.source) = (Some(pick.backend), pick.weight, pick.source);
+        (self.backend, self.probe) = (Some(pick.backend), pick.probe);
+        (self.weight, self.source) = (pick.weight, pick.source);
+    }
+
+    /// Before it waits for a place elsewhere, others may have the one at the backend that was tried.
+    pub(super) fn gives_back(&mut self) {
+        self.probed(Probe::Wanted);
+        (self.backend, self.probe) = (None, None);
     }
 
     /// The session has waited for a backend to be named.
@@ -185,10 +215,26 @@ impl Report {
     /// The backend that was picked last took the session.
     pub(super) fn connected(&mut self, attempt: Duration) {
         if let Some(backend) = &self.backend {
-            let backend = backend.counters.of(self.context.worker.id);
-            backend.connections.add(1);
-            backend.connect_duration.observe(attempt);
+            let counters = backend.counters.of(self.context.worker.id);
+            counters.connections.add(1);
+            counters.connect_duration.observe(attempt);
             self.connected = true;
+            self.probed(Probe::Connected);
+        }
+    }
+
+    /// The backend that was picked last is at fault.
+    pub(super) fn failed(&self, failure: Failure) {
+        if let Some(backend) = &self.backend {
+            self.context.pool.failed(backend, failure);
+            self.probed(Probe::Failed);
+        }
+    }
+
+    /// The session has come so far, if it is to show whether the backend is back.
+    fn probed(&self, to: Probe) {
+        if let (Some(backend), Some(probe)) = (&self.backend, self.probe) {
+            self.context.pool.probed(backend, probe, to);
         }
     }
 
@@ -229,14 +275,28 @@ impl Drop for Report {
         }
         let listener = self.context.listener.counters.of(worker.id);
         listener.closed.add(1);
-        if self.reason == CloseReason::NoBackend {
-            listener.no_backend.add(1);
+        match self.reason {
+            CloseReason::NoBackend => listener.no_backend.add(1),
+            CloseReason::QueueFull => listener.queue_full.add(1),
+            CloseReason::QueueTimeout => listener.queue_timeout.add(1),
+            _ => {}
         }
         if let (true, Some(backend)) = (self.connected, &self.backend) {
-            let backend = backend.counters.of(worker.id);
-            backend.closed.add(1);
-            backend.session_duration.observe(duration);
+            let counters = backend.counters.of(worker.id);
+            counters.closed.add(1);
+            counters.session_duration.observe(duration);
+            match self.reason {
+                _ if self.tally.to_client > 0 => self.probed(Probe::Succeeded),
+                CloseReason::Relayed(Ended::Reset(Side::Backend)) => self.failed(Failure::Reset),
+                // A backend that only listens does what it is there for.
+                CloseReason::Relayed(Ended::Finished | Ended::IdleTimeout) => {
+                    counters.answered.add(1);
+                    self.probed(Probe::Succeeded);
+                }
+                _ => {}
+            }
         }
+        self.probed(Probe::Wanted);
         if let Some(log) = &worker.access_log {
             log.write(&AccessLine {
                 time: SystemTime::now() - duration,
@@ -246,7 +306,7 @@ impl Drop for Report {
                 backend: self.backend.as_ref().map(|backend| backend.id().as_str()),
                 source: self.backend.as_ref().map(|_| self.source.name()),
                 weight: self.backend.as_ref().map(|_| self.weight.get()),
-                retries: self.retries,
+                retries: self.retries.into(),
                 queue_ms: millis(self.queue_time.into()),
                 connect_ms: millis(self.connect_time.into()),
                 duration_ms: millis(duration),

@@ -11,6 +11,8 @@
 //! crc32 714dce45
 //! ```
 //!
+//! A member in drain or maint has that word before its weight: `drain 100.0 10.0.0.1:80`.
+//!
 //! Text, so that a person can look at it. A file was perhaps cut, damaged, or written by someone else, so reading believes
 //! nothing: what is not whole, known and possible is refused as a whole. Pure: no file, no clock.
 
@@ -20,7 +22,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::Unusable;
 use crate::balance::snapshot::Member;
-use crate::balance::{BackendId, Table, Weight};
+use crate::balance::{AdminState, BackendId, Table, Weight};
 
 const MAGIC: &str = "statera table ";
 /// A change of what follows needs another one: it is looked at before everything else, the checksum too.
@@ -47,6 +49,9 @@ pub(super) fn encode(pool: &str, key: &str, time: SystemTime, members: &[Member]
     let mut text =
         format!("{MAGIC}{VERSION}\npool {pool}\nweights_key {key}\ntime {time}\nmembers {count}\n");
     for member in members {
+        if member.state != AdminState::Ready {
+            write!(text, "{} ", member.state).expect("memory takes all");
+        }
         // `{:?}` writes the shortest number that reads as the same one, and very large ones with an exponent.
         writeln!(text, "{:?} {}", member.weight.get(), member.backend.id()).expect("memory takes all");
     }
@@ -80,11 +85,13 @@ pub(super) fn decode(bytes: &[u8], pool: &str, key: &str) -> Result<Saved, Unusa
     let time = humantime::parse_rfc3339(time).map_err(|_| lines.impossible("it is no time"))?;
     let count = lines.field("members ")?;
     let count: usize = count.parse().map_err(|_| lines.impossible("it is no number"))?;
-    let mut members = Vec::new();
+    let (mut members, mut states) = (Vec::new(), Vec::new());
     while let Some(line) = lines.next() {
-        members.push(member(line).map_err(|reason| lines.impossible(&reason))?);
+        let (state, member) = member(line).map_err(|reason| lines.impossible(&reason))?;
+        states.push((member.0.clone(), state));
+        members.push(member);
     }
-    let table = Table::new(members);
+    let table = Table::new(members).with_states(states);
     if table.members().len() != count {
         return Err(lines.impossible(&format!("{count} different members were promised")));
     }
@@ -125,12 +132,14 @@ impl<'a> Lines<'a> {
     }
 }
 
-fn member(line: &str) -> Result<(BackendId, Weight), String> {
+fn member(line: &str) -> Result<(AdminState, (BackendId, Weight)), String> {
+    let first = line.split_once(' ').and_then(|(word, rest)| Some((AdminState::named(word)?, rest)));
+    let (state, line) = first.unwrap_or((AdminState::Ready, line));
     let (weight, name) = line.split_once(' ').ok_or("it is no weight and member")?;
     let number: f64 = weight.parse().map_err(|_| "its weight is no number")?;
     let weight = Weight::new(number).map_err(|error| error.to_string())?;
     let id = name.parse().map_err(|error| format!("{error}"))?;
-    Ok((id, weight))
+    Ok((state, (id, weight)))
 }
 
 /// Fit for a line of a log. What stands in a file of ours is escaped once already, so backslashes stay as they are.

@@ -106,6 +106,8 @@ pub struct BackendCounters {
     pub connections: Counter,
     /// Of those, the ones that ended.
     pub closed: Counter,
+    /// Of which it sent a byte, or which ended without its fault.
+    pub answered: Counter,
     /// Attempts that failed.
     pub connect_failures: Counter,
     /// Sessions that went on to another backend after this one failed.
@@ -118,6 +120,14 @@ pub struct BackendCounters {
     pub connect_duration: Histogram,
     /// From accept to close.
     pub session_duration: Histogram,
+}
+
+impl BackendCounters {
+    /// What tells them from those of other backends and workers, as long as they live.
+    #[must_use]
+    pub fn mark(&self) -> usize {
+        std::ptr::from_ref(self).addr()
+    }
 }
 
 /// What one worker counts of one listener.
@@ -133,6 +143,10 @@ pub struct ListenerCounters {
     pub accept_failed: Counter,
     /// Sessions that found no backend to try.
     pub no_backend: Counter,
+    /// Sessions that found all backends and the queue full.
+    pub queue_full: Counter,
+    /// Sessions that waited in the queue for as long as they might.
+    pub queue_timeout: Counter,
 }
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ use prometheus_client::registry::Registry;
 
 use super::counters::{BUCKET_BOUNDS_SECONDS, BackendCounters, Counter, Histogram, HistogramTotal};
 use super::log_sink::LogSink;
+use crate::balance::AdminState;
 use crate::balance::backend::Backend;
 use crate::balance::pool::{Pool, Source};
 use crate::balance::snapshot::Origin;
@@ -61,6 +62,7 @@ struct Row {
     backend: Arc<Backend>,
     weight: f64,
     effective_weight: f64,
+    state: AdminState,
 }
 
 impl Row {
@@ -80,12 +82,13 @@ impl Observed {
             let weights: std::collections::HashMap<_, _> = snapshot
                 .members()
                 .iter()
-                .map(|m| (m.backend.id().clone(), (m.weight.get(), m.effective_weight.get())))
+                .map(|m| (m.backend.id().clone(), (m.weight.get(), m.effective_weight.get(), m.state)))
                 .collect();
             let name = Arc::clone(&pool.name);
             pool.cell.registry().living().into_iter().map(move |backend| {
-                let (weight, effective_weight) = weights.get(backend.id()).copied().unwrap_or_default();
-                Row { pool: Arc::clone(&name), backend, weight, effective_weight }
+                let (weight, effective_weight, state) =
+                    weights.get(backend.id()).copied().unwrap_or_default();
+                Row { pool: Arc::clone(&name), backend, weight, effective_weight, state }
             })
         };
         self.pools.iter().flat_map(rows).collect()
@@ -119,18 +122,21 @@ impl Observed {
                 row("exhausted", l.counters.sum(|c| &c.accept_exhausted)),
                 row("accept_failed", l.counters.sum(|c| &c.accept_failed)),
                 row("no_backend", l.counters.sum(|c| &c.no_backend)),
+                row("queue_full", l.counters.sum(|c| &c.queue_full)),
+                row("queue_timeout", l.counters.sum(|c| &c.queue_timeout)),
             ]
         });
         counters(
             encoder,
             "statera_listener_rejected",
-            "Connections that could not be accepted, or found no backend; exhausted: tries to accept without a free descriptor",
+            "Connections that could not be accepted, or found no backend or no place; exhausted: tries to accept without a free descriptor",
             rejected,
         )
     }
 
     fn encode_backends(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
         let rows = self.rows();
+        encode_health(&rows, encoder)?;
         let mut count = |name: &str, help: &str, value: fn(&BackendCounters) -> &Counter| {
             counters(encoder, name, help, rows.iter().map(|row| (row.labels(), row.sum(value))))
         };
@@ -151,11 +157,18 @@ impl Observed {
         })?;
         gauge(
             "statera_backend_up",
-            "1 if sessions can be sent there, 0 if its name does not resolve",
-            |row| f64::from(u8::from(row.backend.is_reachable())),
+            "1 if sessions can be sent there, 0 if its name does not resolve, its checks fail or it is ejected",
+            |row| f64::from(u8::from(row.backend.is_reachable() && row.backend.condition.is_usable())),
         )?;
         gauge("statera_backend_weight", "What is written in Redis or in the config", |row| row.weight)?;
         gauge("statera_backend_effective_weight", "What picks use", |row| row.effective_weight)?;
+        let not_ready = rows.iter().filter(|row| row.state != AdminState::Ready).map(|row| {
+            let [pool, backend] = row.labels();
+            ([pool, backend, ("state", row.state.name())], 1.0)
+        });
+        let help =
+            "1 for the state that somebody has put the backend in: drain or maint; none where it is ready";
+        gauges(encoder, "statera_backend_admin_state", help, not_ready)?;
 
         let mut histogram = |name: &str, help: &str, value: fn(&BackendCounters) -> &Histogram| {
             let totals = rows.iter().map(|row| {
@@ -184,6 +197,28 @@ impl Observed {
         let by_pool = |value: fn(&Pool) -> Option<f64>| {
             self.pools.iter().filter_map(move |pool| Some(([("pool", pool.name.to_string())], value(pool)?)))
         };
+        let limited = || {
+            let limited = self.pools.iter().filter(|pool| pool.has_limit());
+            limited.map(|pool| ([("pool", pool.name.to_string())], pool))
+        };
+        gauges(
+            encoder,
+            "statera_pool_queue",
+            "Sessions that wait because all backends have as many as they may have",
+            limited().map(|(labels, pool)| (labels, f64::from(pool.queue().waiting()))),
+        )?;
+        counters(
+            encoder,
+            "statera_pool_queued",
+            "Sessions that waited, or wait, for a place at a backend",
+            limited().map(|(labels, pool)| (labels, pool.counters.sum(|c| &c.queued))),
+        )?;
+        gauges(
+            encoder,
+            "statera_pool_fail_open",
+            "1 while too little of the pool's weight is on healthy backends, so that health is ignored",
+            by_pool(|pool| Some(f64::from(u8::from(pool.cell.load().fails_open)))),
+        )?;
         gauges(
             encoder,
             "statera_snapshot_version",
@@ -284,6 +319,24 @@ impl Collector for Observed {
         let build = [("version", env!("CARGO_PKG_VERSION"))];
         gauges(&mut encoder, "statera_build_info", "What runs", [(build, 1.0)])
     }
+}
+
+fn encode_health(rows: &[Row], encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+    let checks = rows.iter().flat_map(|row| {
+        let [pool, backend] = row.labels();
+        let counted = ["passed", "failed"].into_iter().zip(&row.backend.condition.checks);
+        // Most pools check none.
+        let counted = counted.filter(|(_, count)| count.get() > 0);
+        counted.map(move |(result, count)| ([pool, backend, ("result", result)], count.get()))
+    });
+    counters(encoder, "statera_backend_health_checks", "Health checks that ended", checks)?;
+    let ejected = rows.iter().map(|row| (row.labels(), row.backend.condition.ejections.get()));
+    counters(
+        encoder,
+        "statera_backend_ejections",
+        "How often the backend was ejected because its sessions failed",
+        ejected,
+    )
 }
 
 /// False for `[_; 0]`. The encoder would print an empty family as `name{} 1`, where people look for `name 1`.

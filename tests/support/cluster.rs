@@ -157,7 +157,7 @@ fn text(value: Value) -> String {
 }
 
 /// A free port whose bus is free too.
-fn port_with_bus() -> u16 {
+pub fn port_with_bus() -> u16 {
     loop {
         let port = free_port();
         if port.checked_add(BUS).is_some_and(|bus| TcpListener::bind(("127.0.0.1", bus)).is_ok()) {

@@ -1,7 +1,6 @@
 //! A real redis-server on a free port, in a folder of its own.
 
 use std::env;
-use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
@@ -9,12 +8,14 @@ use redis::Value;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-use super::{Backend, PATIENCE, eventually, require};
+use super::cluster::port_with_bus;
+use super::{Backend, PATIENCE, eventually, free_port, require};
 
 /// What the config's example says that its ACL user needs, and a password: for [`Redis::grant`].
-pub const LEAST_RIGHTS: &str = "on >secret resetkeys %R~servers* resetchannels &__keyspace@0__:servers* nocommands +hello +auth \
+pub const LEAST_RIGHTS: &str = "on >secret resetkeys %R~servers* %R~{servers}:states resetchannels &__keyspace@0__:servers* \
+                                &__keyspace@0__:{servers}:states nocommands +hello +auth \
                                 +ping +select +client|setname +client|id +client|tracking +subscribe +unsubscribe +zrange \
-                                +zcard +eval_ro +evalsha_ro +script|load +config|get";
+                                +zcard +hlen +hgetall +hget +hstrlen +eval_ro +evalsha_ro +script|load +config|get";
 
 /// A redis-server; killed by its own pid when dropped.
 pub struct Redis {
@@ -32,7 +33,8 @@ impl Redis {
 
     /// With other arguments, and Redis's own default for the rest: notifications off.
     pub async fn start_with(arguments: &[&str]) -> Self {
-        let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port").port();
+        // A node of a cluster needs a second one.
+        let port = if arguments.contains(&"--cluster-enabled") { port_with_bus() } else { free_port() };
         Self::start_at(port, arguments).await
     }
 
@@ -133,6 +135,10 @@ impl Redis {
         let mut rights = rights.to_owned();
         if Self::is_before_7() {
             rights = rights.replace("%R~", "~").replace("_ro", "");
+            // Once all keys are granted, it refuses to grant some.
+            if rights.contains("~* ") {
+                rights = rights.replace("~{servers}:states ", "");
+            }
         }
         self.run(&format!("ACL SETUSER {user} {rights}")).await;
     }

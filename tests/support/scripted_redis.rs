@@ -70,11 +70,17 @@ async fn serve(mut client: TcpStream, answer: watch::Receiver<Vec<u8>>) {
                 Some("CONFIG") => b"%1\r\n+notify-keyspace-events\r\n+KA\r\n".to_vec(),
                 Some("ZRANGE") => answer.borrow().clone(),
                 Some("ZCARD") => b":1\r\n".to_vec(),
+                Some("HLEN") => b":0\r\n".to_vec(),
                 Some("EVALSHA_RO") => b"_\r\n".to_vec(),
                 _ => b"+OK\r\n".to_vec(),
             };
             // Whoever does not want to hear more has closed.
             if answer.is_empty() || client.write_all(&answer).await.is_err() {
+                return;
+            }
+            // The next answer would complete this one.
+            if !answer.ends_with(b"\n") {
+                while matches!(client.read_buf(&mut unread).await, Ok(1..)) {}
                 return;
             }
         }

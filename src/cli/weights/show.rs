@@ -28,7 +28,7 @@ pub(super) fn printable(text: &str) -> String {
 }
 
 /// The same on one line.
-fn word(text: &str) -> String {
+pub(super) fn word(text: &str) -> String {
     let mut word = printable(text).replace('\n', "\\n");
     if let Some((end, _)) = word.char_indices().nth(LONGEST_WORD) {
         word.truncate(end);
@@ -39,7 +39,7 @@ fn word(text: &str) -> String {
 
 /// JSON, with \u escapes for what a terminal might act on (C1 controls, text that runs backwards): those characters stand
 /// in texts only.
-fn json_text(value: &Value) -> String {
+pub(super) fn json_text(value: &Value) -> String {
     let mut safe = String::new();
     for character in value.to_string().chars() {
         if character.is_ascii() && character != '\x7f' || character.escape_debug().count() == 1 {
@@ -55,11 +55,19 @@ fn json_text(value: &Value) -> String {
 }
 
 /// The answer to `get`.
-pub(super) fn table(pool: &Pool, seen: &Seen, reports: &Reports, as_json: bool) -> String {
-    if as_json { table_json(pool, seen, reports) } else { table_text(pool, seen, reports) }
+///
+/// `states` are the backends that are not ready; `None`: they could not be read.
+pub(super) fn table(
+    pool: &Pool,
+    seen: &Seen,
+    states: Option<&[(String, String)]>,
+    reports: &Reports,
+    as_json: bool,
+) -> String {
+    if as_json { table_json(pool, seen, states, reports) } else { table_text(pool, seen, states, reports) }
 }
 
-fn table_text(pool: &Pool, seen: &Seen, reports: &Reports) -> String {
+fn table_text(pool: &Pool, seen: &Seen, states: Option<&[(String, String)]>, reports: &Reports) -> String {
     let mut text = format!("pool {}, key {}, version {}\n", pool.name, word(&pool.weights_key), seen.version);
     match &seen.newest {
         Some(entry) => text += &format!("last change: {}\n", headline(entry)),
@@ -97,9 +105,14 @@ fn table_text(pool: &Pool, seen: &Seen, reports: &Reports) -> String {
     let width =
         seen.table.members().iter().map(|(id, _)| id.as_str().chars().count()).max().unwrap_or(0).max(6);
     let _ = writeln!(text, "{:width$}  {:>12}  {:>7}", "MEMBER", "WEIGHT", "SHARE");
-    for ((id, weight), share) in seen.table.members().iter().zip(shares(seen)) {
+    for ((id, weight), share) in seen.table.members().iter().zip(shares(seen, states)) {
         let (id, weight) = (id.as_str(), weight.to_string());
-        let _ = writeln!(text, "{id:width$}  {weight:>12}  {share:>5.1} %");
+        let state = state_of(states, id).map(|state| format!("  {state}")).unwrap_or_default();
+        let _ = writeln!(text, "{id:width$}  {weight:>12}  {share:>5.1} %{state}");
+    }
+    let is_member = |name: &str| seen.table.members().iter().any(|(id, _)| id.as_str() == name);
+    for (name, state) in states.unwrap_or_default().iter().filter(|(name, _)| !is_member(name)) {
+        let _ = writeln!(text, "no member: {name}  {state}");
     }
     for left_out in &seen.left_out {
         let _ = writeln!(text, "left out: {}: {}", left_out.member, left_out.reason);
@@ -107,13 +120,16 @@ fn table_text(pool: &Pool, seen: &Seen, reports: &Reports) -> String {
     text
 }
 
-fn table_json(pool: &Pool, seen: &Seen, reports: &Reports) -> String {
+fn table_json(pool: &Pool, seen: &Seen, states: Option<&[(String, String)]>, reports: &Reports) -> String {
     let members: Vec<Value> = seen
         .table
         .members()
         .iter()
-        .zip(shares(seen))
-        .map(|((id, weight), share)| json!({"member": id.as_str(), "weight": weight.get(), "share_percent": share}))
+        .zip(shares(seen, states))
+        .map(|((id, weight), share)| {
+            let state = states.map(|_| state_of(states, id.as_str()).unwrap_or("ready"));
+            json!({"member": id.as_str(), "weight": weight.get(), "share_percent": share, "state": state})
+        })
         .collect();
     let left_out: Vec<Value> = seen
         .left_out
@@ -134,9 +150,21 @@ fn table_json(pool: &Pool, seen: &Seen, reports: &Reports) -> String {
     }))
 }
 
-/// In percent. Dividing by the largest keeps the sum of huge weights finite.
-fn shares(seen: &Seen) -> impl Iterator<Item = f64> {
-    let weights = || seen.table.members().iter().map(|(_, weight)| weight.get());
+/// Of whoever is not ready.
+fn state_of<'a>(states: Option<&'a [(String, String)]>, member: &str) -> Option<&'a str> {
+    let states = states?;
+    let place = states.binary_search_by(|(name, _)| name.as_str().cmp(member)).ok()?;
+    Some(states[place].1.as_str()).filter(|state| *state != "ready")
+}
+
+/// In percent, of those that are ready. Dividing by the largest keeps the sum of huge weights finite.
+fn shares(seen: &Seen, states: Option<&[(String, String)]>) -> impl Iterator<Item = f64> {
+    let weights = || {
+        seen.table.members().iter().map(move |(id, weight)| {
+            let is_out = matches!(state_of(states, id.as_str()), Some("drain" | "maint"));
+            if is_out { 0.0 } else { weight.get() }
+        })
+    };
     let largest = weights().fold(0.0, f64::max);
     let part = move |weight: f64| if largest > 0.0 { weight / largest } else { 0.0 };
     let total: f64 = weights().map(part).sum();

@@ -4,6 +4,8 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::time::Duration;
 
+use super::capacity::capacity;
+use super::health::{health_check, outlier};
 use super::{named_section, non_zero_u32, tcp_congestion};
 use crate::balance::{BackendId, Balance, Weight};
 use crate::config::decode::{Field, Keys, Section, escaped, path_of_key};
@@ -19,21 +21,18 @@ const POOL: Keys = Keys {
         "half_close_timeout",
         "keepalive",
         "tcp_congestion",
-    ],
-    later: &[
-        "max_session_duration",
-        "max_connections",
-        "queue",
         "health_check",
         "outlier",
         "fail_open_percent",
         "slow_start",
+        "max_connections",
+        "queue",
         "drain",
-        "send_proxy",
-        "source",
     ],
+    later: &["max_session_duration", "send_proxy", "source"],
 };
 const CONNECT: Keys = Keys { now: &["timeout", "attempts", "deadline"], later: &[] };
+const DRAIN: Keys = Keys { now: &["timeout"], later: &[] };
 const KEEPALIVE: Keys = Keys { now: &["idle", "interval", "probes"], later: &[] };
 
 const ATTEMPTS_MAX: u64 = 100;
@@ -84,19 +83,25 @@ fn refuse_shared_companions(
 }
 
 fn pool(name: &str, section: &Section<'_>, has_redis: bool, least_deadline: Option<Duration>) -> Pool {
-    let balances =
-        [("weighted_random", Balance::WeightedRandom), ("weighted_round_robin", Balance::WeightedRoundRobin)];
-    let later = ["least_conn", "source_hash"];
+    let backends = backends(section, has_redis);
+    let is_unix = |(id, _): &(BackendId, Weight)| id.as_str().starts_with("unix:");
+    let only_unix = !has_redis && !backends.is_empty() && backends.iter().all(is_unix);
     Pool {
         name: name.into(),
         weights_key: weights_key(name, section),
-        backends: backends(section, has_redis),
-        balance: section.choice("balance", &balances, &later, Balance::WeightedRandom),
+        backends,
+        balance: section.choice("balance", &Balance::NAMES, &[], Balance::WeightedRandom),
         connect: connect(&section.section("connect", CONNECT), least_deadline),
         idle_timeout: section.limit("idle_timeout", Duration::from_secs(60 * 60)),
         half_close_timeout: section.interval("half_close_timeout", Duration::from_secs(30)),
         keepalive: keepalive(&section.section("keepalive", KEEPALIVE)),
         tcp_congestion: tcp_congestion(section),
+        health_check: health_check(section, only_unix),
+        outlier: outlier(section),
+        fail_open: section.integer("fail_open_percent", 0..=100, 0) as f64 / 100.0,
+        slow_start: section.duration("slow_start", Duration::ZERO),
+        capacity: capacity(section),
+        drain_timeout: section.section("drain", DRAIN).duration("timeout", Duration::ZERO),
     }
 }
 

@@ -5,6 +5,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::*;
+use crate::balance::Balance;
 use crate::balance::backend::Registry;
 use crate::balance::snapshot::{Origin, Snapshot};
 
@@ -23,7 +24,7 @@ fn time() -> SystemTime {
 }
 
 fn encoded(pool: &str, key: &str, table: &Table) -> String {
-    let snapshot = Snapshot::new(1, Origin::Redis, table, &Registry::new(1));
+    let snapshot = Snapshot::new(1, Origin::Redis, table, Balance::WeightedRandom, &Registry::new(1));
     encode(pool, key, time(), snapshot.members())
 }
 
@@ -50,6 +51,19 @@ fn the_format_is_the_one_that_older_files_have() {
     );
     let saved = decode(text.as_bytes(), POOL, KEY).expect("it is whole");
     assert_eq!(saved, Saved { table: some(), time: time() });
+}
+
+#[test]
+fn who_is_in_drain_or_maint_is_so_after_a_restart() {
+    let states = [("10.0.0.1:80", AdminState::Drain), ("db.internal:5432", AdminState::Maint)];
+    let states = states.map(|(id, state)| (id.parse().expect("an address"), state));
+    let table = some().with_states(states.into());
+    let text = encoded(POOL, KEY, &table);
+    assert!(
+        text.contains("\ndrain 100.0 10.0.0.1:80\n") && text.contains("\nmaint 0.0 db.internal:5432\n"),
+        "{text}"
+    );
+    assert_eq!(decode(text.as_bytes(), POOL, KEY).expect("it is whole").table, table);
 }
 
 #[test]

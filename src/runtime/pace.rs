@@ -5,12 +5,12 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 /// A writer that flips between a good table and a bad one makes thousands of changes a second, each of them news.
-pub(super) const LOG_WINDOW: Duration = Duration::from_secs(10);
+pub const LOG_WINDOW: Duration = Duration::from_secs(10);
 
 /// Allows so many lines in each [`LOG_WINDOW`], and counts the others. What is held back is not lost: whoever asks
 /// compares with what was last *said*, so a later read says where it ended.
 #[derive(Clone, Debug)]
-pub(super) struct Pace {
+pub struct Pace {
     most: u32,
     said: u32,
     window_ends: Option<Instant>,
@@ -18,12 +18,14 @@ pub(super) struct Pace {
 }
 
 impl Pace {
-    pub(super) fn new(most: u32) -> Self {
+    /// So many lines in a window.
+    #[must_use]
+    pub fn new(most: u32) -> Self {
         Self { most, said: 0, window_ends: None, held_back: 0 }
     }
 
     /// `None`: not now. Otherwise what was held back since the last time, for the line.
-    pub(super) fn may_say(&mut self, now: Instant) -> Option<HeldBack> {
+    pub fn may_say(&mut self, now: Instant) -> Option<HeldBack> {
         if self.window_ends.is_none_or(|ends| ends <= now) {
             (self.window_ends, self.said) = (Some(now + LOG_WINDOW), 0);
         }
@@ -37,7 +39,7 @@ impl Pace {
 }
 
 /// How many lines were not written; a field of a log line that is left out where there are none.
-pub(super) type HeldBack = Option<u64>;
+pub type HeldBack = Option<u64>;
 
 #[cfg(test)]
 mod tests {

@@ -1,0 +1,56 @@
+//! What an operator wants of a backend, whatever its weight and its health.
+
+use std::fmt;
+
+/// Where nothing is written, a backend is ready.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum AdminState {
+    /// Sessions by its weight and health.
+    #[default]
+    Ready,
+    /// No new sessions, existing ones finish; it is still checked.
+    Drain,
+    /// The same, and it is not checked: it may be switched off.
+    Maint,
+}
+
+impl AdminState {
+    /// As in Redis, in commands and in metrics.
+    pub const NAMES: [(&str, Self); 3] =
+        [("ready", Self::Ready), ("drain", Self::Drain), ("maint", Self::Maint)];
+
+    /// Of [`AdminState::NAMES`].
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ready => "ready",
+            Self::Drain => "drain",
+            Self::Maint => "maint",
+        }
+    }
+
+    /// The state of that name.
+    #[must_use]
+    pub fn named(name: &str) -> Option<Self> {
+        Self::NAMES.into_iter().find_map(|(known, state)| (known == name).then_some(state))
+    }
+}
+
+impl fmt::Display for AdminState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_state_is_known_by_its_name() {
+        for (name, state) in AdminState::NAMES {
+            assert_eq!((AdminState::named(name), state.to_string().as_str()), (Some(state), name));
+        }
+        assert_eq!(AdminState::named("Drain"), None);
+    }
+}

@@ -1,0 +1,236 @@
+//! What a backend's weight is worth in a snapshot: weight × admin state × health × slow start, decided here and nowhere else.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use tokio::time::Instant;
+
+use super::backend::{Backend, Registry};
+use super::condition::Ejection;
+use super::policy::Policy;
+use super::{AdminState, BackendId, Table, Weight};
+
+/// One backend of a snapshot.
+#[derive(Clone, Debug)]
+pub struct Member {
+    /// The backend itself.
+    pub backend: Arc<Backend>,
+    /// What is written.
+    pub weight: Weight,
+    /// What picks use: zero while a name does not resolve or its health speaks against it, less than what is written in its
+    /// slow start.
+    pub effective_weight: Weight,
+    /// What is wanted of it: it has an effective weight only where it is ready.
+    pub state: AdminState,
+    /// It was ejected, and one session is to show whether it is back.
+    pub probing: Probing,
+}
+
+/// Which sessions a backend gets, as far as its ejection goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Probing {
+    /// All or none, as its effective weight says.
+    No,
+    /// One, to show whether it is back.
+    Alone,
+    /// The others besides, since health is ignored. Without it, a pool whose backends are all ejected would never have a healthy one
+    /// again.
+    AmongOthers,
+}
+
+impl Member {
+    /// It is to have sessions, if it can: it has weight and is ready.
+    #[must_use]
+    pub fn wants_sessions(&self) -> bool {
+        !self.weight.is_zero() && self.state == AdminState::Ready
+    }
+}
+
+/// What was found while weights were weighed.
+pub(super) struct Weighed {
+    /// Too little of the weight is on healthy backends, so health is ignored.
+    pub(super) fails_open: bool,
+    /// A weight still grows.
+    pub(super) ramps: bool,
+}
+
+/// The members of a table, not weighed yet.
+pub(super) fn known(table: &Table, registry: &Registry) -> Box<[Member]> {
+    let member = |(id, weight): &(BackendId, Weight)| Member {
+        backend: registry.get_or_create(id),
+        weight: *weight,
+        effective_weight: Weight::ZERO,
+        state: table.state(id),
+        probing: Probing::No,
+    };
+    table.members().iter().map(member).collect()
+}
+
+/// Sets the effective weight of each.
+pub(super) fn weigh(members: &mut [Member], policy: &Policy) -> Weighed {
+    let fails_open = fails_open(members, policy);
+    let mut ramps = false;
+    let now = Instant::now();
+    for member in members {
+        let condition = &member.backend.condition;
+        member.probing = match condition.ejection() == Ejection::Probing && !condition.fails_checks() {
+            true if fails_open => Probing::AmongOthers,
+            true => Probing::Alone,
+            false => Probing::No,
+        };
+        member.effective_weight = Weight::ZERO;
+        let is_picked = fails_open || condition.is_usable() || member.probing == Probing::Alone;
+        if !is_picked || !member.wants_sessions() || !member.backend.is_reachable() {
+            continue;
+        }
+        let ramp = condition.ramp(policy.slow_start, now);
+        ramps |= ramp < 1.0;
+        member.effective_weight = member.weight.scaled(ramp);
+    }
+    Weighed { fails_open, ramps }
+}
+
+/// Is health to be ignored? Not where no weight is written: then there is nobody to send sessions to.
+fn fails_open(members: &[Member], policy: &Policy) -> bool {
+    let (mut healthy, mut all) = (0.0, 0.0);
+    for member in members.iter().filter(|member| member.wants_sessions() && member.backend.is_reachable()) {
+        all += member.weight.get();
+        if member.backend.condition.is_usable() {
+            healthy += member.weight.get();
+        }
+    }
+    all > 0.0 && (healthy == 0.0 || healthy < policy.fail_open * all)
+}
+
+/// Those that were not there `before`, or not ready, begin their slow start, unless nobody else is: a pool that is new as a whole
+/// would be slow for no one's good.
+pub(super) fn begin_ramps(before: &[Member], now: &[Member]) {
+    let is_ready = |member: &&Member| member.state == AdminState::Ready;
+    let before: HashSet<*const Backend> =
+        before.iter().filter(is_ready).map(|member| Arc::as_ptr(&member.backend)).collect();
+    let is_new = |member: &&Member| !before.contains(&Arc::as_ptr(&member.backend));
+    let ready = || now.iter().filter(is_ready);
+    if ready().all(|member| is_new(&member)) {
+        return;
+    }
+    let began = Instant::now();
+    ready().filter(is_new).for_each(|member| member.backend.condition.begin_ramp(began));
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::super::Balance;
+    use super::super::condition::Health;
+    use super::super::snapshot::{Origin, Snapshot};
+    use super::*;
+
+    fn table(weights: &[(u8, f64)]) -> Table {
+        let member = |(n, weight): &(u8, f64)| {
+            let id = format!("10.0.0.{n}:80").parse().expect("an address");
+            (id, Weight::new(*weight).expect("a weight"))
+        };
+        Table::new(weights.iter().map(member).collect())
+    }
+
+    /// The effective weights, by the last number of the address.
+    fn effective(snapshot: &Snapshot) -> Vec<(String, f64)> {
+        let weight = |m: &Member| (m.backend.id().as_str()[7..8].to_owned(), m.effective_weight.get());
+        let mut weights: Vec<_> = snapshot.members().iter().map(weight).collect();
+        weights.sort_by(|a, b| a.0.cmp(&b.0));
+        weights
+    }
+
+    fn weights(snapshot: &Snapshot) -> Vec<f64> {
+        effective(snapshot).into_iter().map(|(_, weight)| weight).collect()
+    }
+
+    fn set_health(registry: &Registry, n: u8, health: Health) {
+        let id = format!("10.0.0.{n}:80").parse().expect("an address");
+        registry.get_or_create(&id).condition.set_health(health);
+    }
+
+    #[test]
+    fn health_counts_until_too_little_weight_is_left() {
+        let (registry, table) = (Registry::new(1), table(&[(1, 60.0), (2, 30.0), (3, 10.0), (4, 0.0)]));
+        let policy = Policy { fail_open: 0.2, ..Balance::WeightedRandom.into() };
+        // Backends live as long as somebody holds them.
+        let _living = Snapshot::new(1, Origin::Redis, &table, policy, &registry);
+        let seen = |policy: Policy| {
+            let snapshot = Snapshot::new(1, Origin::Redis, &table, policy, &registry);
+            (weights(&snapshot), snapshot.fails_open, snapshot.unusable().count())
+        };
+        let all = vec![60.0, 30.0, 10.0, 0.0];
+        assert_eq!(seen(policy), (all.clone(), false, 0), "unchecked ones are usable");
+        set_health(&registry, 1, Health::Unhealthy);
+        assert_eq!(seen(policy), (vec![0.0, 30.0, 10.0, 0.0], false, 1));
+        set_health(&registry, 2, Health::Unhealthy);
+        assert_eq!(seen(policy), (all.clone(), true, 0), "a tenth is below a fifth");
+        assert_eq!(seen(Balance::WeightedRandom.into()), (vec![0.0, 0.0, 10.0, 0.0], false, 2));
+        set_health(&registry, 3, Health::Unhealthy);
+        assert_eq!(seen(Balance::WeightedRandom.into()), (all, true, 0), "none is healthy");
+        set_health(&registry, 1, Health::Healthy);
+        assert_eq!(seen(policy), (vec![60.0, 0.0, 0.0, 0.0], false, 2));
+    }
+
+    #[test]
+    fn weights_of_zero_do_not_fail_open() {
+        let (registry, table) = (Registry::new(1), table(&[(1, 0.0)]));
+        let _living = Snapshot::new(1, Origin::Redis, &table, Balance::WeightedRandom, &registry);
+        set_health(&registry, 1, Health::Unhealthy);
+        let snapshot = Snapshot::new(1, Origin::Redis, &table, Balance::WeightedRandom, &registry);
+        assert!(!snapshot.fails_open && snapshot.pick(0, &[]).is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_joins_starts_slowly_and_no_change_of_weights_makes_it_begin_again() {
+        let (registry, second) = (Registry::new(1), Duration::from_secs(1));
+        let policy = Policy { slow_start: 10 * second, ..Balance::WeightedRandom.into() };
+        let next = |snapshot: &Snapshot, weights: &[(u8, f64)]| {
+            snapshot.next(Origin::Redis, &table(weights), policy, &registry)
+        };
+        let configured = Snapshot::new(1, Origin::Configured, &table(&[(9, 1.0)]), policy, &registry);
+        let first = next(&configured, &[(1, 100.0), (2, 100.0), (9, 1.0)]);
+        assert_eq!((weights(&first), first.ramps), (vec![100.0, 100.0, 1.0], false), "the first of Redis");
+
+        let joined = next(&first, &[(1, 100.0), (2, 100.0), (3, 100.0)]);
+        assert_eq!((weights(&joined), joined.ramps), (vec![100.0, 100.0, 10.0], true));
+        tokio::time::advance(5 * second).await;
+        let changed = next(&joined, &[(1, 100.0), (2, 50.0), (3, 200.0)]);
+        assert_eq!((weights(&changed), changed.ramps), (vec![100.0, 50.0, 100.0], true));
+        tokio::time::advance(5 * second).await;
+        let grown = next(&changed, &[(1, 100.0), (2, 50.0), (3, 200.0)]);
+        assert_eq!((weights(&grown), grown.ramps), (vec![100.0, 50.0, 200.0], false));
+
+        let all_new = next(&grown, &[(4, 5.0), (5, 5.0)]);
+        assert_eq!((weights(&all_new), all_new.ramps), (vec![5.0, 5.0], false));
+        let back = next(&all_new, &[(1, 100.0), (4, 5.0)]);
+        assert_eq!(weights(&back), [10.0, 5.0], "who left and came back has joined");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_is_ready_again_starts_slowly_and_who_gets_weight_again_does_not() {
+        let (registry, second) = (Registry::new(1), Duration::from_secs(1));
+        let policy = Policy { slow_start: 10 * second, ..Balance::WeightedRandom.into() };
+        let id: BackendId = "10.0.0.1:80".parse().expect("an address");
+        let next = |snapshot: &Snapshot, weight: f64, state: AdminState| {
+            let table = table(&[(1, weight), (2, 100.0)]).with_states(vec![(id.clone(), state)]);
+            snapshot.next(Origin::Redis, &table, policy, &registry)
+        };
+        let first = Snapshot::new(1, Origin::Redis, &table(&[(1, 100.0), (2, 100.0)]), policy, &registry);
+        for state in [AdminState::Drain, AdminState::Maint] {
+            let out = next(&first, 100.0, state);
+            assert_eq!(weights(&out), [0.0, 100.0], "{state}");
+            tokio::time::advance(5 * second).await;
+            let still_out = next(&out, 100.0, state);
+            let back = next(&still_out, 100.0, AdminState::Ready);
+            assert_eq!((weights(&back), back.ramps), (vec![10.0, 100.0], true), "{state}");
+            tokio::time::advance(5 * second).await;
+            assert_eq!(weights(&next(&back, 100.0, AdminState::Ready)), [50.0, 100.0], "{state}");
+            tokio::time::advance(5 * second).await;
+        }
+        let zero = next(&first, 0.0, AdminState::Ready);
+        assert_eq!(weights(&next(&zero, 100.0, AdminState::Ready)), [100.0, 100.0], "a weight is a weight");
+    }
+}

@@ -1,0 +1,170 @@
+//! A session's place at a backend: taken by the pick, given back when the session ends.
+//!
+//! Whatever may refuse a session though the backend has weight is asked here and nowhere else: `max_connections`, and the one
+//! session that probes an ejected backend. Where nothing is limited, a place costs one atomic add. Where the first choice
+//! refuses, others are drawn; a pick that says that all are full has asked each of them.
+
+use std::ops::Deref;
+use std::sync::Arc;
+use std::sync::atomic::{
+    AtomicU32,
+    Ordering::{Relaxed, SeqCst},
+};
+
+use super::BackendId;
+use super::backend::Backend;
+use super::condition::ProbeNumber;
+use super::maglev::mix;
+use super::member::Probing;
+use super::queue::Queue;
+use super::snapshot::{Member, Snapshot};
+
+/// Draws before all backends are looked at. Where half of the weight is full, one pick in sixteen comes that far.
+const REDRAWS: u32 = 3;
+
+/// One backend's places. Written at each session's begin and end, of all workers, so it shares no cache line with what is
+/// read at each pick.
+#[derive(Debug)]
+#[repr(align(128))]
+pub(super) struct Places {
+    active: AtomicU32,
+    /// 0: any number.
+    most: u32,
+    /// Who waits for one: the pool's.
+    queue: Arc<Queue>,
+}
+
+impl Places {
+    pub(super) fn new(most: u32, queue: Arc<Queue>) -> Self {
+        Self { active: AtomicU32::new(0), most, queue }
+    }
+
+    pub(super) fn active(&self) -> u32 {
+        self.active.load(Relaxed)
+    }
+
+    pub(super) fn is_full(&self) -> bool {
+        self.most > 0 && self.active.load(SeqCst) >= self.most
+    }
+}
+
+/// A session at a backend, counted as active from the pick to its end. Another backend is another one's.
+#[derive(Debug)]
+pub struct Active(Arc<Backend>);
+
+impl Active {
+    /// Takes a place. `None`: the backend has as many sessions as it may have.
+    #[inline]
+    #[must_use]
+    pub fn take(backend: &Arc<Backend>) -> Option<Self> {
+        let Places { active, most, .. } = backend.places();
+        if *most == 0 {
+            active.fetch_add(1, Relaxed);
+        } else {
+            let one_more = |active| (active < *most).then_some(active + 1);
+            active.fetch_update(SeqCst, SeqCst, one_more).ok()?;
+        }
+        Some(Self(Arc::clone(backend)))
+    }
+
+    /// Where.
+    #[must_use]
+    pub fn backend(&self) -> &Arc<Backend> {
+        &self.0
+    }
+}
+
+impl Deref for Active {
+    type Target = Backend;
+
+    fn deref(&self) -> &Backend {
+        &self.0
+    }
+}
+
+impl Drop for Active {
+    fn drop(&mut self) {
+        let Places { active, most, queue } = self.0.places();
+        if *most == 0 {
+            active.fetch_sub(1, Relaxed);
+        } else {
+            queue.free(|| {
+                active.fetch_sub(1, SeqCst);
+            });
+        }
+    }
+}
+
+/// Why a backend that has weight takes no session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Refusal {
+    /// It has as many as it may have.
+    Full,
+    /// It was ejected, and has got the one session that shows whether it is back.
+    Probed,
+}
+
+/// A place, and whether the session that has it is to show whether the backend is back.
+pub(super) type Place = (Active, Option<ProbeNumber>);
+
+/// A place at `member`'s backend.
+#[inline]
+pub(super) fn take(member: &Member) -> Result<Place, Refusal> {
+    let active = || Active::take(&member.backend).ok_or(Refusal::Full);
+    if member.probing == Probing::No {
+        return Ok((active()?, None));
+    }
+    let condition = &member.backend.condition;
+    let Some(number) = condition.take_probe() else {
+        return if member.probing == Probing::Alone { Err(Refusal::Probed) } else { Ok((active()?, None)) };
+    };
+    let active = active().inspect_err(|_| condition.end_probe(number))?;
+    Ok((active, Some(number)))
+}
+
+/// A place at another backend than the one that was chosen first, which refused: a few more are drawn by `draw`, then one by
+/// weight from those that do not seem to refuse, and then each is asked. Only if no other takes it, and none of them because
+/// it is full, does one get the session that has its probe already.
+///
+/// # Errors
+/// `Full` after each backend was full at some moment of the call.
+#[cold]
+pub(super) fn take_another<'a>(
+    snapshot: &'a Snapshot,
+    tried: &[BackendId],
+    point: u64,
+    draw: impl Fn(u64) -> Option<&'a Member>,
+) -> Result<(&'a Member, Place), Refusal> {
+    let mut point = point;
+    for _ in 0..REDRAWS {
+        // Twice, since `least_conn` uses up the next one.
+        point = mix(mix(point));
+        if let Some(member) = draw(point)
+            && let Ok(place) = take(member)
+        {
+            return Ok((member, place));
+        }
+    }
+    let refuses = |member: &Member| {
+        member.backend.places().is_full()
+            || member.probing == Probing::Alone && member.backend.condition.is_probed()
+    };
+    let is_tried = |member: &Member| tried.contains(member.backend.id());
+    // The last one has just led to a backend that refused, so it is not as likely to lie anywhere.
+    point = mix(mix(point));
+    if let Some(member) = snapshot.pick_where(point, |member| refuses(member) || is_tried(member))
+        && let Ok(place) = take(member)
+    {
+        return Ok((member, place));
+    }
+    let mut refusal = Refusal::Probed;
+    for member in snapshot.pickable().iter().filter(|member| !is_tried(member)) {
+        match take(member) {
+            Ok(place) => return Ok((member, place)),
+            Err(Refusal::Full) => refusal = Refusal::Full,
+            Err(Refusal::Probed) => {}
+        }
+    }
+    let probed = draw(point).filter(|_| refusal == Refusal::Probed).ok_or(refusal)?;
+    Active::take(&probed.backend).map(|active| (probed, (active, None))).ok_or(Refusal::Full)
+}

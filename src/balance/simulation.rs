@@ -1,0 +1,310 @@
+//! What a table would do, found by letting a pool choose: the same code that chooses for sessions, on a pool of its own
+//! that nobody serves from.
+//!
+//! Health is not known here: all backends are up, all names resolved, and nobody is in a slow start. Randomness comes from the
+//! caller, so a seed gives the same answer again. `cli/weights/simulate.rs` shows it to people.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::num::NonZeroU32;
+use std::ptr;
+use std::sync::Arc;
+
+use fastrand::Rng;
+
+use super::backend::Active;
+use super::pool::Pool;
+use super::snapshot::{Member, Snapshot};
+use super::{Address, BackendId, Balance, Policy, Table};
+
+/// Points at equal distances over all of `u64`: a share is exact to a millionth for each backend.
+const GRID_BITS: u32 = 20;
+/// Runs whose sessions make more choices than this are fewer.
+const MOST_CHOICES: u32 = 4_000_000;
+/// So few leave the standard deviation uncertain by a tenth, so many by 4 %.
+const RUNS: std::ops::RangeInclusive<u32> = 50..=400;
+/// Standard deviations to each side of the mean within which 95 of 100 runs lie.
+const DEVIATIONS: f64 = 1.96;
+
+/// What is tried.
+#[derive(Clone, Copy, Debug)]
+pub struct Trial {
+    /// Of one run.
+    pub sessions: NonZeroU32,
+    /// For `least_conn`: sessions that are active at each moment. As one comes, one ends, whichever it is, as sessions of
+    /// exponential length do on backends of one speed.
+    pub active: NonZeroU32,
+}
+
+/// What one backend would get.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Forecast {
+    /// Its name.
+    pub id: BackendId,
+    /// Of the sessions, 0 to 1.
+    pub share: f64,
+    /// Its sessions of one run: at least so many in all but one of 40 runs.
+    pub least: u32,
+    /// At most so many, likewise.
+    pub most: u32,
+}
+
+/// One pool with one table.
+#[derive(Debug)]
+pub struct Simulation {
+    pool: Pool,
+    balance: Balance,
+}
+
+impl Simulation {
+    /// As a proxy with this policy would have it.
+    #[must_use]
+    pub fn new(policy: impl Into<Policy>, table: Table) -> Self {
+        let policy = policy.into();
+        let pool = Pool::new("simulated".into(), 0, policy, table, None, 1);
+        // Nobody connects to it: a name that has an address may be chosen.
+        let anywhere = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
+        for member in pool.cell.load().members() {
+            if matches!(member.backend.id().address(), Address::Name { .. }) {
+                member.backend.set_resolved(vec![anywhere]);
+            }
+        }
+        pool.cell.refresh();
+        Self { pool, balance: policy.balance }
+    }
+
+    /// How many runs it takes to know what one of so many sessions is like.
+    #[must_use]
+    pub fn runs(sessions: NonZeroU32) -> u32 {
+        (MOST_CHOICES / sessions).clamp(*RUNS.start(), *RUNS.end())
+    }
+
+    /// What each backend would get, in the order of their names. All shares are 0 where no weight is above it: such a pool
+    /// refuses sessions.
+    ///
+    /// # Cost
+    /// Some 5 million choices, or 50 runs if those are more: below a second up to 100,000 sessions.
+    #[must_use]
+    pub fn forecast(&self, trial: Trial, rng: &mut Rng) -> Vec<Forecast> {
+        let snapshot = Arc::clone(&self.pool.cell.load());
+        let mut places: HashMap<*const Member, usize> = HashMap::new();
+        places.extend(
+            snapshot.members().iter().enumerate().map(|(place, member)| (ptr::from_ref(member), place)),
+        );
+        let place = |member: &Member| places[&ptr::from_ref(member)];
+
+        let runs = Self::runs(trial.sessions);
+        let mut tallies = vec![Tally::default(); snapshot.members().len()];
+        let mut active = Vec::new();
+        if self.balance == Balance::LeastConn {
+            // Twice as many as are active, so that the first ones, who came to an empty pool, have gone but for some.
+            for _ in 0..2 * u64::from(trial.active.get()) {
+                self.session(&snapshot, trial, &mut active, rng);
+            }
+        }
+        for _ in 0..runs {
+            for _ in 0..trial.sessions.get() {
+                if let Some(member) = self.session(&snapshot, trial, &mut active, rng) {
+                    tallies[place(member)].run += 1;
+                }
+            }
+            tallies.iter_mut().for_each(Tally::end_run);
+        }
+
+        let of_grid = self.is_a_function_of_the_point().then(|| {
+            let mut hits = vec![0u32; tallies.len()];
+            for point in grid() {
+                if let Some(member) = self.pool.choose(&snapshot, &[], point) {
+                    hits[place(member)] += 1;
+                }
+            }
+            hits
+        });
+        let mut forecasts: Vec<Forecast> = (snapshot.members().iter().zip(&tallies).enumerate())
+            .map(|(place, (member, tally))| {
+                let (mean, deviation) = tally.mean_and_deviation(runs);
+                let share = match &of_grid {
+                    Some(hits) => f64::from(hits[place]) / f64::from(1u32 << GRID_BITS),
+                    None => mean / f64::from(trial.sessions.get()),
+                };
+                let expected = share * f64::from(trial.sessions.get());
+                Forecast {
+                    id: member.backend.id().clone(),
+                    share,
+                    least: (expected - DEVIATIONS * deviation).floor().max(0.0) as u32,
+                    most: (expected + DEVIATIONS * deviation).ceil() as u32,
+                }
+            })
+            .collect();
+        forecasts.sort_unstable_by(|a, b| a.id.cmp(&b.id));
+        forecasts
+    }
+
+    /// The share of clients that `other` would send to another backend, 0 to 1. `None`: this balance does not go by clients.
+    #[must_use]
+    pub fn moved_clients(&self, other: &Self) -> Option<f64> {
+        if self.balance != Balance::SourceHash || other.balance != Balance::SourceHash {
+            return None;
+        }
+        let (here, there) = (self.pool.cell.load(), other.pool.cell.load());
+        let moved = grid().filter(|&point| {
+            let id = |pool: &Pool, snapshot: &Snapshot| {
+                pool.choose(snapshot, &[], point).map(|member| member.backend.id().clone())
+            };
+            id(&self.pool, &here) != id(&other.pool, &there)
+        });
+        Some(moved.count() as f64 / f64::from(1u32 << GRID_BITS))
+    }
+
+    /// Then shares are read off the grid: nothing that came before plays a part. The hashes of clients are even, as random
+    /// points are.
+    fn is_a_function_of_the_point(&self) -> bool {
+        matches!(self.balance, Balance::WeightedRandom | Balance::SourceHash)
+    }
+
+    /// The next session, of a client whom nobody has seen before.
+    fn session<'a>(
+        &self,
+        snapshot: &'a Snapshot,
+        trial: Trial,
+        active: &mut Vec<Active>,
+        rng: &mut Rng,
+    ) -> Option<&'a Member> {
+        let client = IpAddr::from(Ipv4Addr::from_bits(rng.u32(..)));
+        let member = self.pool.choose(snapshot, &[], self.pool.point(client, rng.u64(..)))?;
+        if self.balance == Balance::LeastConn {
+            if active.len() >= trial.active.get() as usize {
+                // Any of them.
+                active.swap_remove(rng.usize(..active.len()));
+            }
+            active.extend(Active::take(&member.backend));
+        }
+        Some(member)
+    }
+}
+
+/// Points in the middle of 2^[`GRID_BITS`] equal stretches.
+fn grid() -> impl Iterator<Item = u64> {
+    let width = 1u64 << (u64::BITS - GRID_BITS);
+    (0..1u64 << GRID_BITS).map(move |stretch| stretch * width + width / 2)
+}
+
+/// One backend's sessions, run by run.
+#[derive(Clone, Copy, Debug, Default)]
+struct Tally {
+    run: u32,
+    sum: u64,
+    /// Of squares; 400 runs of 2³² sessions fit.
+    squares: u128,
+}
+
+impl Tally {
+    fn end_run(&mut self) {
+        self.sum += u64::from(self.run);
+        self.squares += u128::from(self.run).pow(2);
+        self.run = 0;
+    }
+
+    fn mean_and_deviation(&self, runs: u32) -> (f64, f64) {
+        let mean = self.sum as f64 / f64::from(runs);
+        // In whole numbers: the difference of two large sums.
+        let difference = u128::from(runs) * self.squares - u128::from(self.sum).pow(2);
+        (mean, (difference as f64).sqrt() / f64::from(runs))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Weight;
+    use super::*;
+
+    const SESSIONS: u32 = 2_000;
+
+    fn table(weights: &[f64]) -> Table {
+        let member = |(i, weight): (usize, &f64)| {
+            let id = format!("10.0.0.{i}:80").parse().expect("an address");
+            (id, Weight::new(*weight).expect("a weight"))
+        };
+        Table::new(weights.iter().enumerate().map(member).collect())
+    }
+
+    fn trial(active: u32) -> Trial {
+        let number = |number| NonZeroU32::new(number).expect("not zero");
+        Trial { sessions: number(SESSIONS), active: number(active) }
+    }
+
+    fn forecast(balance: Balance, weights: &[f64]) -> Vec<Forecast> {
+        Simulation::new(balance, table(weights)).forecast(trial(900), &mut Rng::with_seed(7))
+    }
+
+    #[test]
+    fn shares_are_those_of_the_weights_and_the_range_is_as_wide_as_the_balance_makes_it() {
+        let weights = [0.0, 100.0, 300.0, 50.0];
+        for (_, balance) in Balance::NAMES {
+            let forecasts = forecast(balance, &weights);
+            for (forecast, weight) in forecasts.iter().zip(weights) {
+                let share = weight / 450.0;
+                // Of `least_conn`: what the active sessions of a run's begin and end leave.
+                let exact = if balance == Balance::LeastConn { 0.01 } else { 1e-4 };
+                assert!((forecast.share - share).abs() < exact, "{balance:?}: {forecast:?}: {share}");
+                let binomial = (f64::from(SESSIONS) * share * (1.0 - share)).sqrt();
+                let width = f64::from(forecast.most - forecast.least) / (2.0 * DEVIATIONS);
+                let fits = match balance {
+                    Balance::WeightedRandom | Balance::SourceHash => {
+                        (0.8 * binomial - 1.0..=1.2 * binomial + 1.0).contains(&width)
+                    }
+                    // It strays by 3.5 sessions at most from its begin, and by twice that from any other moment.
+                    Balance::WeightedRoundRobin => width <= 4.0,
+                    // The more sessions stay, the more they leave to those who come to even out.
+                    Balance::LeastConn => width <= 1.2 * binomial + 1.0,
+                };
+                assert!(fits, "{balance:?}: {forecast:?}: {width} where a coin has {binomial}");
+            }
+            let named: Vec<&str> = forecasts.iter().map(|forecast| forecast.id.as_str()).collect();
+            assert_eq!(named, ["10.0.0.0:80", "10.0.0.1:80", "10.0.0.2:80", "10.0.0.3:80"]);
+        }
+    }
+
+    /// What no formula of shares would tell.
+    #[test]
+    fn with_few_active_sessions_least_conn_prefers_the_heavier_one() {
+        let simulation = Simulation::new(Balance::LeastConn, table(&[100.0, 300.0]));
+        let shares = |active| {
+            let forecasts = simulation.forecast(trial(active), &mut Rng::with_seed(7));
+            forecasts.iter().map(|forecast| forecast.share).collect::<Vec<_>>()
+        };
+        assert!(shares(1)[0] < 0.15, "{:?}", shares(1));
+        assert!((shares(1_000)[0] - 0.25).abs() < 0.01, "{:?}", shares(1_000));
+        let active: u32 = simulation.pool.cell.load().members().iter().map(|m| m.backend.active()).sum();
+        assert_eq!(active, 0, "all end with the forecast");
+    }
+
+    #[test]
+    fn where_nothing_has_a_weight_nobody_gets_anything() {
+        for (_, balance) in Balance::NAMES {
+            for forecast in forecast(balance, &[0.0, 0.0]) {
+                assert_eq!((forecast.share, forecast.least, forecast.most), (0.0, 0, 0), "{balance:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_name_that_nobody_has_resolved_gets_its_share() {
+        let members = ["db.internal:80", "10.0.0.1:80"]
+            .map(|id| (id.parse().expect("an address"), Weight::new(1.0).expect("a weight")));
+        let simulation = Simulation::new(Balance::WeightedRandom, Table::new(members.into()));
+        let forecasts = simulation.forecast(trial(1), &mut Rng::with_seed(7));
+        assert!(forecasts.iter().all(|forecast| (forecast.share - 0.5).abs() < 1e-5), "{forecasts:?}");
+    }
+
+    #[test]
+    fn clients_that_move_are_counted() {
+        let of = |balance, weights: &[f64]| Simulation::new(balance, table(weights));
+        let before = of(Balance::SourceHash, &[1.0; 10]);
+        let after = of(Balance::SourceHash, &[1.0; 9]);
+        let moved = before.moved_clients(&after).expect("clients have backends");
+        assert!((0.0999..0.12).contains(&moved), "{moved}");
+        assert_eq!(before.moved_clients(&before), Some(0.0));
+        assert_eq!(of(Balance::LeastConn, &[1.0]).moved_clients(&of(Balance::LeastConn, &[2.0])), None);
+    }
+}

@@ -1,0 +1,213 @@
+//! `statera weights drain`, `maint` and `ready`: what is wanted of a backend, whatever its weight and its health.
+
+use std::collections::HashSet;
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use clap::Args;
+use serde_json::json;
+use tokio::time::{Instant, sleep};
+
+use super::{Failure, Settings, Target, check_count, settings, show};
+use crate::balance::{AdminState, BackendId};
+use crate::cli::say;
+use crate::redis::weights::{ContentHash, LANDING, Ledger, Report, Reports};
+
+/// Between two looks: a proxy reports a change within three quarters of a second, and once more two seconds after the last.
+const LOOK: Duration = Duration::from_millis(100);
+/// Between two lines that say who is waited for.
+const TELL: Duration = Duration::from_secs(5);
+/// Named in a message.
+const MOST_NAMED: usize = 20;
+
+#[derive(Args, Debug)]
+pub(in crate::cli) struct StateArguments {
+    #[command(flatten)]
+    target: Target,
+    /// As they stand in the table.
+    #[arg(required = true, value_name = "MEMBER")]
+    members: Vec<String>,
+}
+
+#[derive(Args, Debug)]
+pub(in crate::cli) struct DrainArguments {
+    #[command(flatten)]
+    which: StateArguments,
+    /// Wait until no proxy has a session there any more, at most so long [default: 10m]; exit 3 if some have.
+    #[arg(long, value_name = "TIME", num_args = 0..=1, require_equals = true, default_missing_value = "10m")]
+    #[arg(value_parser = humantime::parse_duration)]
+    wait: Option<Duration>,
+}
+
+pub(super) async fn drain(arguments: &DrainArguments) -> Result<(), Failure> {
+    let DrainArguments { which, wait } = arguments;
+    let (mut ledger, members) = put(which, AdminState::Drain).await?;
+    let Some(limit) = *wait else { return Ok(()) };
+    let proxies = wait_for(&mut ledger, &members, limit).await?;
+    if !which.target.json {
+        say(&format!("no session is left: {} say so\n", show::proxies(proxies)))?;
+    }
+    Ok(())
+}
+
+/// Changes the state, and says what it was.
+pub(super) async fn put(
+    arguments: &StateArguments,
+    state: AdminState,
+) -> Result<(Ledger, Vec<BackendId>), Failure> {
+    let StateArguments { target, members } = arguments;
+    check_count(members.len())?;
+    let parse = |text: &String| {
+        text.parse::<BackendId>().map_err(|error| Failure::Invalid(format!("{text}: {error}")))
+    };
+    let members = members.iter().map(parse).collect::<Result<Vec<_>, _>>()?;
+    let Settings { redis, pool } = settings(target)?;
+    let mut ledger = Ledger::open(&redis, &pool.weights_key).await?;
+    let before = ledger.put(&members, state).await?;
+    let text = if target.json {
+        let change =
+            |(member, before): (&BackendId, &String)| json!({"member": member.as_str(), "before": before});
+        let changes: Vec<_> = members.iter().zip(&before).map(change).collect();
+        json!({"pool": &*pool.name, "state": state.name(), "members": changes}).to_string() + "\n"
+    } else {
+        let mut text = String::new();
+        for (member, before) in members.iter().zip(&before) {
+            let _ = writeln!(text, "{}: {before} -> {state}", show::printable(member.as_str()));
+        }
+        text
+    };
+    say(&text)?;
+    Ok((ledger, members))
+}
+
+/// Returns how many proxies say that they have no session there.
+async fn wait_for(ledger: &mut Ledger, members: &[BackendId], limit: Duration) -> Result<usize, Failure> {
+    let (begun, mut told) = (Instant::now(), Instant::now());
+    loop {
+        let written = begun.elapsed();
+        let Reports { live, are_all_in } = ledger.applied().await?;
+        // A proxy does not name who has left the table and has no sessions.
+        let are_named = |report: &Report| members.iter().all(|member| sessions(report, member).is_some());
+        let left = if live.iter().all(are_named) { Left::default() } else { left(ledger, members).await? };
+        let busy: Vec<String> =
+            live.iter().filter_map(|report| busy(report, members, &left, written)).collect();
+        if busy.is_empty() && !live.is_empty() && are_all_in.is_zero() {
+            return Ok(live.len());
+        }
+        let waits = waits_for(&busy, &live);
+        if begun.elapsed() >= limit {
+            let limit = humantime::format_duration(limit);
+            return Err(Failure::NotConverged(format!("it is in drain, and within {limit} {waits}")));
+        }
+        if told.elapsed() >= TELL {
+            told = Instant::now();
+            eprintln!("statera: {}", show::printable(&waits));
+        }
+        sleep(LOOK).await;
+    }
+}
+
+/// Who is no member of the table any more.
+#[derive(Debug, Default)]
+struct Left {
+    members: HashSet<BackendId>,
+    /// What a proxy reports that knows it.
+    hash: ContentHash,
+}
+
+async fn left(ledger: &mut Ledger, members: &[BackendId]) -> Result<Left, Failure> {
+    let seen = ledger.look().await?;
+    let table = seen.table.members();
+    let has_left = |member: &&BackendId| table.binary_search_by(|(id, _)| id.cmp(member)).is_err();
+    Ok(Left { members: members.iter().filter(has_left).cloned().collect(), hash: seen.hash() })
+}
+
+fn sessions(report: &Report, member: &BackendId) -> Option<u32> {
+    let of_it = report.leaving.iter().find(|(backend, _)| backend == member.as_str());
+    of_it.map(|(_, sessions)| *sessions)
+}
+
+/// What a proxy has there still, or why that is not known; so long after it was `written` that there is to be nothing. `None`: nothing.
+fn busy(report: &Report, members: &[BackendId], left: &Left, written: Duration) -> Option<String> {
+    let (proxy, mut count) = (&report.proxy, 0);
+    for member in members {
+        match sessions(report, member) {
+            Some(sessions) => count += u64::from(sessions),
+            None if report.unnamed > 0 => {
+                let named = report.leaving.len();
+                return Some(format!("{proxy} (tells of {named} of {} that leave)", named + report.unnamed));
+            }
+            None if left.members.contains(member) && left.hash == report.hash => {}
+            None => return Some(format!("{proxy} (has not applied it)")),
+        }
+    }
+    if count > 0 {
+        return Some(format!("{proxy} ({count})"));
+    }
+    // It may be an older report, of an earlier drain, say.
+    (report.age + LANDING > written).then(|| format!("{proxy} (has not said so since)"))
+}
+
+fn waits_for(busy: &[String], live: &[Report]) -> String {
+    if live.is_empty() {
+        return "no proxy reports: is one running, and may it write to redis? its log tells".to_owned();
+    }
+    if busy.is_empty() {
+        return "redis was away, has lost reports or a proxy has just come back: others may be alive"
+            .to_owned();
+    }
+    let named = busy.iter().take(MOST_NAMED).cloned().collect::<Vec<_>>().join(", ");
+    let more = if busy.len() > MOST_NAMED { ", …" } else { "" };
+    format!("{} of {} are waited for: {named}{more}", busy.len(), show::proxies(live.len()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::redis::weights::ContentHash;
+
+    fn members() -> [BackendId; 2] {
+        ["10.0.0.1:80", "10.0.0.2:80"].map(|text| text.parse().expect("an address"))
+    }
+
+    fn report(leaving: &[(&str, u32)]) -> Report {
+        Report {
+            proxy: "a/1/0000".to_owned(),
+            hash: ContentHash::default(),
+            leaving: leaving.iter().map(|(backend, sessions)| ((*backend).to_owned(), *sessions)).collect(),
+            unnamed: 0,
+            age: Duration::from_secs(1),
+        }
+    }
+
+    fn waits(report: &Report, left: &Left, written: f64) -> Option<String> {
+        let waits = busy(report, &members(), left, Duration::from_secs_f64(written))?;
+        Some(waits.strip_prefix("a/1/0000 ").expect("the proxy first").to_owned())
+    }
+
+    #[test]
+    fn a_proxy_is_done_when_it_has_said_so_of_all_after_they_were_put_into_drain() {
+        let none = report(&[("10.0.0.1:80", 0), ("10.0.0.2:80", 0)]);
+        assert_eq!(waits(&none, &Left::default(), 2.0), None);
+        let old = waits(&none, &Left::default(), 1.9);
+        assert_eq!(old.as_deref(), Some("(has not said so since)"));
+        let some = waits(&report(&[("10.0.0.2:80", 3), ("10.0.0.1:80", 4)]), &Left::default(), 9.0);
+        assert_eq!(some.as_deref(), Some("(7)"));
+    }
+
+    #[test]
+    fn who_is_not_named_is_not_known_to_be_in_drain_unless_he_has_left_the_table() {
+        let one = report(&[("10.0.0.1:80", 0)]);
+        let unknown = waits(&one, &Left::default(), 9.0);
+        assert_eq!(unknown.as_deref(), Some("(has not applied it)"));
+        let cut = waits(&Report { unnamed: 7, ..one.clone() }, &Left::default(), 9.0);
+        assert_eq!(cut.as_deref(), Some("(tells of 1 of 8 that leave)"));
+
+        let left = Left { members: members()[1..].iter().cloned().collect(), hash: ContentHash::default() };
+        assert_eq!(waits(&one, &left, 9.0), None);
+        let still = waits(&report(&[("10.0.0.1:80", 0), ("10.0.0.2:80", 1)]), &left, 9.0);
+        assert_eq!(still.as_deref(), Some("(1)"));
+        let other = Left { hash: ContentHash::reported("0".to_owned()), ..left };
+        assert_eq!(waits(&one, &other, 9.0).as_deref(), Some("(has not applied it)"), "nor that he left");
+    }
+}

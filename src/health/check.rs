@@ -1,0 +1,286 @@
+//! One question to a backend: does it take a connection, and does it say what is expected?
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::net::{TcpSocket, UnixStream};
+use tokio::time::{Instant, timeout_at};
+
+use crate::balance::backend::{Backend, Endpoint};
+use crate::config::HealthCheck;
+use crate::listen::socket::exhausted;
+
+/// What a backend may say before what is expected has come.
+const ANSWER_MAX_BYTES: usize = 64 * 1024;
+/// Of what it said instead, for the log.
+const SHOWN_BYTES: usize = 40;
+/// Of a name with more addresses than anyone waits for.
+const ADDRESSES_MAX: usize = 8;
+
+/// Why a check did not pass.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum CheckError {
+    #[error("no connection within {0:?}")]
+    NoConnection(Duration),
+    #[error("cannot connect: {0}")]
+    Connect(io::Error),
+    #[error("the kernel connected the socket to itself: nothing listens on that port of this machine")]
+    ToItself,
+    #[error("it broke the connection: {0}")]
+    Broken(io::Error),
+    #[error("what is expected did not come within {0:?}; it said {1}")]
+    Silent(Duration, String),
+    #[error("it closed the connection before what is expected had come; it said {0}")]
+    Closed(String),
+    #[error("what is expected was not among the first {ANSWER_MAX_BYTES} bytes that it said: {0}")]
+    TooMuch(String),
+    /// Shows nothing of the backend.
+    #[error("its name has not been resolved")]
+    Unresolved,
+    /// Ours, too.
+    #[error("this machine was too busy to hear the answer in time: it looked {0:?} late")]
+    Late(Duration),
+    /// Ours: shows nothing of the backend.
+    #[error("no descriptor, memory or local port left: {0}")]
+    Exhausted(io::Error),
+}
+
+impl CheckError {
+    /// False where it says something of this machine, not of the backend.
+    pub(super) fn is_of_backend(&self) -> bool {
+        !matches!(self, Self::Unresolved | Self::Late(_) | Self::Exhausted(_))
+    }
+}
+
+/// Asks `backend` once, for `timeout` at the longest. A name passes if one of its addresses does: a session tries them all, too.
+pub(super) async fn check(backend: &Backend, settings: &HealthCheck) -> Result<(), CheckError> {
+    let mut result = Err(CheckError::Unresolved);
+    let (until, mut left) = (Instant::now() + settings.timeout, settings.timeout);
+    let addresses = backend.endpoints().min(ADDRESSES_MAX);
+    for turn in 0..addresses {
+        // A name may lose addresses meanwhile; the next check goes by what it has then.
+        let Some(endpoint) = backend.endpoint(turn) else { break };
+        let patience = Patience::new(left / u32::try_from(addresses - turn).unwrap_or(1));
+        result = match endpoint {
+            Endpoint::Tcp(mut address) => {
+                address.set_port(settings.port.unwrap_or(address.port()));
+                ask_tcp(address, settings, patience).await
+            }
+            Endpoint::Unix(path) => ask_unix(&path, settings, patience).await,
+        };
+        if result.as_ref().map_or_else(|error| !error.is_of_backend(), |()| true) {
+            break;
+        }
+        left = until.saturating_duration_since(Instant::now());
+    }
+    result
+}
+
+/// How long one address may take.
+#[derive(Clone, Copy)]
+struct Patience {
+    time: Duration,
+    until: Instant,
+}
+
+impl Patience {
+    fn new(time: Duration) -> Self {
+        Self { time, until: Instant::now() + time }
+    }
+
+    /// Nothing came in time, so `error` it is, unless this thread had no time to look. What came before it did is there: the reactor
+    /// looks at sockets before it looks at clocks. But a question that was asked late has had no time for its answer.
+    fn over(self, error: CheckError) -> CheckError {
+        let late = self.until.elapsed();
+        if late > self.time / 4 { CheckError::Late(late) } else { error }
+    }
+}
+
+async fn ask_tcp(address: SocketAddr, settings: &HealthCheck, patience: Patience) -> Result<(), CheckError> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() };
+    let socket = socket.map_err(failed)?;
+    // The end is a reset: thousands of checks a second would leave a place in TIME_WAIT each.
+    socket.set_zero_linger().map_err(failed)?;
+    let mut stream = timeout_at(patience.until, socket.connect(address))
+        .await
+        .map_err(|_| patience.over(CheckError::NoConnection(patience.time)))?
+        .map_err(failed)?;
+    // Possible where the port is one of those that the kernel gives to callers.
+    if stream.local_addr().is_ok_and(|local| local == address) {
+        return Err(CheckError::ToItself);
+    }
+    talk(&mut stream, settings, patience).await
+}
+
+async fn ask_unix(path: &Path, settings: &HealthCheck, patience: Patience) -> Result<(), CheckError> {
+    let mut stream = timeout_at(patience.until, UnixStream::connect(path))
+        .await
+        .map_err(|_| patience.over(CheckError::NoConnection(patience.time)))?
+        .map_err(failed)?;
+    talk(&mut stream, settings, patience).await
+}
+
+fn failed(error: io::Error) -> CheckError {
+    if exhausted(&error) || error.kind() == io::ErrorKind::AddrNotAvailable {
+        CheckError::Exhausted(error)
+    } else {
+        CheckError::Connect(error)
+    }
+}
+
+/// Says and hears what the settings ask for.
+async fn talk<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: &mut S,
+    settings: &HealthCheck,
+    patience: Patience,
+) -> Result<(), CheckError> {
+    if settings.send.is_none() && settings.expect.is_none() {
+        return Ok(());
+    }
+    let mut said = Vec::new();
+    let talking = async {
+        if let Some(send) = &settings.send {
+            stream.write_all(send).await.map_err(CheckError::Broken)?;
+        }
+        let Some(expect) = &settings.expect else { return Ok(()) };
+        hear(stream, expect, &mut said).await
+    };
+    let result = timeout_at(patience.until, talking).await;
+    result.unwrap_or_else(|_| Err(patience.over(CheckError::Silent(patience.time, shown(&said)))))
+}
+
+async fn hear<S: AsyncRead + Unpin>(
+    stream: &mut S,
+    expect: &[u8],
+    said: &mut Vec<u8>,
+) -> Result<(), CheckError> {
+    loop {
+        // What was looked through already cannot hold its beginning, but for its last bytes.
+        let begin = said.len().saturating_sub(expect.len() - 1);
+        let read = stream.read_buf(said).await.map_err(CheckError::Broken)?;
+        if said[begin..].windows(expect.len()).any(|window| window == expect) {
+            return Ok(());
+        }
+        if read == 0 {
+            return Err(CheckError::Closed(shown(said)));
+        }
+        if said.len() >= ANSWER_MAX_BYTES {
+            return Err(CheckError::TooMuch(shown(said)));
+        }
+    }
+}
+
+fn shown(said: &[u8]) -> String {
+    if said.is_empty() {
+        return "nothing".to_owned();
+    }
+    let more = if said.len() > SHOWN_BYTES { "…" } else { "" };
+    format!("\"{}{more}\"", said[..said.len().min(SHOWN_BYTES)].escape_ascii())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::num::NonZeroU32;
+    use std::sync::Arc;
+
+    use crate::balance::backend::Registry;
+    use tokio::io::duplex;
+
+    fn settings(send: Option<&[u8]>, expect: Option<&[u8]>) -> HealthCheck {
+        HealthCheck {
+            interval: Duration::from_secs(2),
+            timeout: Duration::from_secs(1),
+            rise: NonZeroU32::MIN,
+            fall: NonZeroU32::MIN,
+            port: None,
+            send: send.map(Arc::from),
+            expect: expect.map(Arc::from),
+        }
+    }
+
+    /// What a check makes of a backend that says `pieces`, and closes or stays silent then.
+    async fn answer(pieces: Vec<Vec<u8>>, closes: bool) -> Result<(), CheckError> {
+        let (mut stream, mut backend) = duplex(1024);
+        let saying = tokio::spawn(async move {
+            let mut sent = [0; 4];
+            backend.read_exact(&mut sent).await.expect("the question");
+            assert_eq!(&sent, b"PING");
+            for piece in pieces {
+                // The check may have heard enough.
+                let _ = backend.write_all(&piece).await;
+                tokio::task::yield_now().await;
+            }
+            if !closes {
+                std::future::pending::<()>().await;
+            }
+        });
+        let result = {
+            let patience = Patience::new(Duration::from_secs(1));
+            talk(&mut stream, &settings(Some(b"PING"), Some(b"PONG")), patience).await
+        };
+        saying.abort();
+        result
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_expected_is_found_wherever_it_stands_and_however_it_is_cut() {
+        for pieces in [
+            vec![b"PONG".to_vec()],
+            vec![b"+PONG\r\n".to_vec()],
+            vec![b"P".to_vec(), b"O".to_vec(), b"N".to_vec(), b"G".to_vec()],
+            vec![b"PPPO".to_vec(), b"PON".to_vec(), b"G and more".to_vec()],
+            vec![vec![b'.'; 60_000], b"PONG".to_vec()],
+        ] {
+            answer(pieces, false).await.expect("it is there");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn whatever_else_comes_is_told_in_short() {
+        let told =
+            async |pieces, closes| answer(pieces, closes).await.expect_err("it is not there").to_string();
+        assert_eq!(told(vec![], false).await, "what is expected did not come within 1s; it said nothing");
+        assert_eq!(
+            told(vec![b"-ERR\r\n".to_vec()], true).await,
+            "it closed the connection before what is expected had come; it said \"-ERR\\r\\n\""
+        );
+        let megabytes = told(vec![vec![b'x'; 3_000_000]], false).await;
+        assert!(
+            megabytes.starts_with("what is expected was not among the first 65536 bytes that it said: \"xxx")
+        );
+        assert!(megabytes.len() < 150, "{megabytes}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_thread_that_had_no_time_to_look_blames_nobody() {
+        let (mut stream, _backend) = duplex(1024);
+        let settings = settings(Some(b"PING"), Some(b"PONG"));
+        let mut asking = Box::pin(talk(&mut stream, &settings, Patience::new(Duration::from_secs(1))));
+        assert!(tokio::time::timeout(Duration::ZERO, &mut asking).await.is_err(), "nobody answers");
+        tokio::time::advance(Duration::from_secs(3)).await;
+        let error = asking.await.expect_err("nobody answers");
+        assert!(matches!(error, CheckError::Late(_)) && !error.is_of_backend(), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_connection_is_enough_where_nothing_is_expected_and_a_name_may_have_dead_addresses() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let address = listener.local_addr().expect("bound");
+        let registry = Registry::new(1);
+        let backend = registry.get_or_create(&format!("db.test:{}", address.port()).parse().expect("a name"));
+        let result = check(&backend, &settings(None, None)).await;
+        assert!(matches!(result, Err(CheckError::Unresolved)));
+
+        // Nothing listens on the first one.
+        let dead = SocketAddr::from(([127, 0, 0, 0], 1));
+        backend.set_resolved(vec![dead, address]);
+        check(&backend, &settings(None, None)).await.expect("it listens");
+        drop(listener);
+        let result = check(&backend, &settings(None, None)).await;
+        assert!(matches!(result, Err(CheckError::Connect(_))), "{result:?}");
+    }
+}

@@ -1,0 +1,12 @@
+//! Keeps what is known of each backend's health up to date, in the control plane.
+//!
+//! [`active`] asks backends whether they live (`check.rs` is one such question), on a [`thread`] of its own; [`passive`] ejects those that fail their
+//! sessions, and [`standing`] lets weights grow and says when health is ignored. What they find is kept on the backend
+//! (`balance/condition.rs`), and becomes weight with the next snapshot (`balance/snapshot.rs`).
+
+pub mod active;
+mod check;
+mod lines;
+pub mod passive;
+pub mod standing;
+pub mod thread;

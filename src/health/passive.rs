@@ -1,0 +1,256 @@
+//! Ejects backends that fail one session after the other, and takes them back once a session has shown that they are.
+//!
+//! Sessions count their failures on the backend (`balance/condition.rs`) and ring when a row is long enough. All that follows is
+//! decided here. An ejected backend gets nothing for a time that grows with each ejection, then one session: the
+//! *probe*. If that ends well, or lives for a second, the backend is back; if it fails, the next ejection begins. The session knows
+//! that it is the probe, and rings when it has come further; what others do that began earlier says nothing.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, sleep_until};
+use tracing::{info, warn};
+
+use super::lines::Lines;
+use crate::balance::backend::Backend;
+use crate::balance::condition::{Ejection, Probe, ProbeNumber};
+use crate::balance::pool::Pool;
+use crate::balance::snapshot::Member;
+use crate::balance::{BackendId, Outlier};
+use crate::runtime::backoff::jittered;
+
+/// Between two looks over a pool, however often sessions ring: a look over 10,000 backends takes a tenth of a millisecond.
+const PACE: Duration = Duration::from_millis(5);
+/// The same while more fail than may be ejected: nothing comes of most looks then.
+const PACE_AT_LIMIT: Duration = Duration::from_millis(100);
+/// A probe that has been connected for so long has succeeded: not every backend speaks first.
+const PROBE_PATIENCE: Duration = Duration::from_secs(1);
+/// The longest ejection is so many times the first one.
+const LONGEST_EJECTION: u32 = 30;
+
+/// Who is ejected from one pool, and who was.
+#[derive(Debug)]
+pub struct Ejections {
+    pool: Arc<Pool>,
+    outlier: Outlier,
+    published: watch::Receiver<SystemTime>,
+    known: HashMap<BackendId, Known>,
+    next_look: Option<Instant>,
+    /// It was said that more should be ejected than may be.
+    told_limit: bool,
+    /// What sessions ring before is heard then.
+    hears_from: Instant,
+    lines: Lines,
+}
+
+/// One backend that is or was ejected.
+#[derive(Debug)]
+struct Known {
+    /// Ejections without a good time in between.
+    times: u32,
+    /// Of the last ejection.
+    length: Duration,
+    /// Of the ejection, and then of the good time after which all is forgiven.
+    until: Instant,
+    /// Put off by each look that finds it in the table and still ejected.
+    forgotten_at: Instant,
+    /// Its newest probe that has connected, and when that was seen.
+    connected: Option<(ProbeNumber, Instant)>,
+}
+
+/// What a look decides for one backend.
+enum Verdict {
+    Stay,
+    Eject,
+    Probe,
+    TakeBack,
+}
+
+impl Ejections {
+    /// Nobody is ejected yet.
+    #[must_use]
+    pub fn new(pool: Arc<Pool>, outlier: Outlier) -> Self {
+        Self {
+            published: pool.cell.published(),
+            pool,
+            outlier,
+            known: HashMap::new(),
+            next_look: None,
+            told_limit: false,
+            hears_from: Instant::now(),
+            lines: Lines::new(),
+        }
+    }
+
+    /// Ejects and takes back. Never ends.
+    pub async fn run(mut self) {
+        loop {
+            let next_look = self.next_look.unwrap_or_else(|| Instant::now() + Duration::from_secs(3600));
+            let rung = async {
+                sleep_until(self.hears_from).await;
+                self.pool.suspicion().await;
+            };
+            tokio::select! {
+                () = rung => {}
+                // Whoever comes back to the table may have been ejected when it left.
+                Ok(()) = self.published.changed() => {}
+                () = sleep_until(next_look) => {}
+            }
+            self.look();
+            sleep(PACE).await;
+        }
+    }
+
+    fn look(&mut self) {
+        let (snapshot, now) = (Arc::clone(&self.pool.cell.load()), Instant::now());
+        let wanted = || snapshot.picked_from().iter().filter(|member| member.wants_sessions());
+        let most = wanted().count() * self.outlier.max_ejected_percent as usize / 100;
+        // Those whom checks or names keep out too: what is left is what counts.
+        let is_in = |backend: &Backend| backend.condition.is_usable() && backend.is_reachable();
+        let mut out = wanted().filter(|member| !is_in(&member.backend)).count();
+        let mut changed = false;
+        self.next_look = None;
+        if out < most {
+            self.told_limit = false;
+        }
+        for member in snapshot.members_and_stand_ins() {
+            let backend = &member.backend;
+            match self.judge(member, now) {
+                Verdict::Stay => continue,
+                Verdict::Eject if member.wants_sessions() && is_in(backend) && out >= most => {
+                    self.tell_limit(backend);
+                    continue;
+                }
+                Verdict::Eject => {
+                    out += usize::from(member.wants_sessions() && is_in(backend));
+                    self.eject(backend);
+                }
+                Verdict::Probe => self.probe(backend),
+                Verdict::TakeBack => self.take_back(backend),
+            }
+            changed = true;
+        }
+        // Those who are forgiven, and those who left the table long ago while they were ejected.
+        self.known.retain(|_, known| known.forgotten_at > now);
+        if changed {
+            self.pool.cell.refresh();
+        }
+    }
+
+    fn judge(&mut self, member: &Member, now: Instant) -> Verdict {
+        let (backend, condition) = (&member.backend, &member.backend.condition);
+        match condition.ejection() {
+            Ejection::None => {
+                let row = condition.failures(backend.reached());
+                if row >= self.outlier.consecutive_failures.get() { Verdict::Eject } else { Verdict::Stay }
+            }
+            Ejection::Ejected => {
+                let until = self.known(backend, now).until;
+                if until > now {
+                    self.look_again_at(until);
+                    return Verdict::Stay;
+                }
+                // The check that passes ends the ejection; a table that gives it sessions is looked at.
+                let is_over = member.wants_sessions() && !condition.fails_checks();
+                if is_over { Verdict::Probe } else { Verdict::Stay }
+            }
+            Ejection::Probing => {
+                let known = self.known(backend, now);
+                let (number, probe) = condition.probe();
+                match probe {
+                    Probe::Failed => Verdict::Eject,
+                    _ if condition.fails_checks() => Verdict::Stay,
+                    Probe::Wanted | Probe::Begun => Verdict::Stay,
+                    Probe::Succeeded => Verdict::TakeBack,
+                    Probe::Connected => {
+                        let seen = known.connected.filter(|(of, _)| *of == number);
+                        let (_, since) = *known.connected.insert(seen.unwrap_or((number, now)));
+                        if now - since >= PROBE_PATIENCE {
+                            return Verdict::TakeBack;
+                        }
+                        self.look_again_at(since + PROBE_PATIENCE);
+                        Verdict::Stay
+                    }
+                }
+            }
+        }
+    }
+
+    /// What is known of a member that is ejected, for as long as it is one, and somewhat longer.
+    fn known(&mut self, backend: &Backend, now: Instant) -> &mut Known {
+        let longest = self.outlier.ejection * LONGEST_EJECTION;
+        // One that left the table and came back after a long time is not known any more.
+        let first = || Known {
+            times: 1,
+            length: self.outlier.ejection,
+            until: now,
+            forgotten_at: now,
+            connected: None,
+        };
+        let known = self.known.entry(backend.id().clone()).or_insert_with(first);
+        known.forgotten_at = known.until.max(now) + longest;
+        known
+    }
+
+    fn look_again_at(&mut self, at: Instant) {
+        self.next_look = Some(self.next_look.map_or(at, |next| next.min(at)));
+    }
+
+    fn eject(&mut self, backend: &Arc<Backend>) {
+        let now = Instant::now();
+        let failures = backend.condition.failures(backend.reached());
+        let again = backend.condition.ejection() == Ejection::Probing;
+        let forgiven = |known: &Known| !again && known.until <= now;
+        let times = match self.known.get(backend.id()) {
+            Some(known) if !forgiven(known) => known.times + 1,
+            _ => 1,
+        };
+        let length = jittered(self.outlier.ejection * times.min(LONGEST_EJECTION));
+        let until = now + length;
+        let forgotten_at = until + self.outlier.ejection * LONGEST_EJECTION;
+        self.known
+            .insert(backend.id().clone(), Known { times, length, until, forgotten_at, connected: None });
+        self.look_again_at(until);
+        backend.condition.set_ejection(Ejection::Ejected);
+        backend.condition.ejections.add(1);
+        if self.lines.allow(&self.pool.name) {
+            let (pool, backend) = (&*self.pool.name, backend.id());
+            if again {
+                warn!(pool, %backend, times, ejection = ?length, "the session that probed it failed: ejected again");
+            } else {
+                warn!(pool, %backend, failures, times, ejection = ?length, "its sessions fail one after the other: ejected");
+            }
+        }
+    }
+
+    fn probe(&mut self, backend: &Arc<Backend>) {
+        backend.condition.set_ejection(Ejection::Probing);
+    }
+
+    fn take_back(&mut self, backend: &Arc<Backend>) {
+        if let Some(known) = self.known.get_mut(backend.id()) {
+            known.until = Instant::now() + known.length;
+            known.forgotten_at = known.until;
+        }
+        backend.condition.set_ejection(Ejection::None);
+        backend.condition.begin_ramp(Instant::now());
+        if self.lines.allow(&self.pool.name) {
+            info!(pool = %self.pool.name, backend = %backend.id(), "the session that probed it succeeded: back");
+        }
+    }
+
+    fn tell_limit(&mut self, backend: &Arc<Backend>) {
+        self.hears_from = Instant::now() + PACE_AT_LIMIT;
+        // Counts from nothing again, or each look would come to the same end.
+        backend.condition.set_ejection(Ejection::None);
+        if !std::mem::replace(&mut self.told_limit, true) {
+            let most = self.outlier.max_ejected_percent;
+            warn!(pool = %self.pool.name, backend = %backend.id(), "its sessions fail, but no more than {most} % are ejected (outlier.max_ejected_percent)");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

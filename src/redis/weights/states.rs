@@ -1,0 +1,67 @@
+//! Puts backends into drain or maint and takes them back, for a person: see `states.lua`.
+
+use redis::Value;
+
+use super::Ledger;
+use super::refusal::{self, WeightsError};
+use crate::balance::{AdminState, BackendId};
+use crate::redis::decode::printable;
+
+const SCRIPT: &str = include_str!("states.lua");
+/// States that are read at once.
+const MOST_STATES: usize = 10_000;
+
+impl Ledger {
+    /// Puts members into `state`; returns the state that each was in.
+    ///
+    /// # Errors
+    /// One is no member: nothing was changed. Redis is away, or refuses.
+    pub async fn put(
+        &mut self,
+        members: &[BackendId],
+        state: AdminState,
+    ) -> Result<Vec<String>, WeightsError> {
+        let mut command = redis::cmd("EVAL");
+        command.arg(SCRIPT).arg(2).arg(&[&self.key, &self.companions.states]).arg(state.name());
+        command.arg(members.iter().map(BackendId::as_str).collect::<Vec<_>>());
+        let answer: Result<Vec<Value>, _> = command.query_async(&mut self.connection).await;
+        let answer = answer.map_err(|error| self.refused(&error, refusal::Asked::ToWrite))?;
+        let mut words = answer.iter().map(|word| match word {
+            Value::BulkString(text) => printable(text),
+            _ => String::new(),
+        });
+        let outcome = words.next();
+        let words: Vec<String> = words.collect();
+        match outcome.as_deref() {
+            Some("done") => Ok(words),
+            _ => {
+                let names = words.into_iter().take(10).collect::<Vec<_>>().join(", ");
+                Err(WeightsError::Refused(format!("{} has no member {names}: nothing was changed", self.key)))
+            }
+        }
+    }
+
+    /// Who is not ready, as it is written, whether it is a member or not; in the order of the names.
+    ///
+    /// # Errors
+    /// Redis is away, or refuses; there are more than anyone reads.
+    pub async fn states(&mut self) -> Result<Vec<(String, String)>, WeightsError> {
+        let key = &self.companions.states;
+        let count: Result<usize, _> = redis::cmd("HLEN").arg(key).query_async(&mut self.connection).await;
+        let count = count.map_err(|error| self.refused(&error, refusal::Asked::ToRead))?;
+        if count > MOST_STATES {
+            let key = &self.companions.states;
+            return Err(WeightsError::Refused(format!(
+                "{key} has {count} fields: delete those that are no backends"
+            )));
+        }
+        let mut fields = redis::cmd("HGETALL");
+        fields.arg(&self.companions.states);
+        let fields: Result<Vec<(Vec<u8>, Vec<u8>)>, _> = fields.query_async(&mut self.connection).await;
+        let fields = fields.map_err(|error| self.refused(&error, refusal::Asked::ToRead))?;
+        let mut states: Vec<_> =
+            fields.iter().map(|(backend, state)| (printable(backend), printable(state))).collect();
+        states.sort_unstable();
+        Ok(states)
+    }
+}

@@ -1,0 +1,273 @@
+//! Health checks against backends that behave badly, the fail-open and the slow start.
+
+use std::net::SocketAddr;
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+
+use crate::support::{Backend, Program, Proxy, Redis, dead_address, eventually, greeting};
+
+fn backends(addresses: &[SocketAddr]) -> String {
+    let members: Vec<_> = addresses.iter().map(|address| format!("\"{address}\": 1")).collect();
+    format!("backends: {{{}}}", members.join(", "))
+}
+
+fn backend_metric(proxy: &Proxy, name: &str, backend: SocketAddr) -> f64 {
+    let series = format!("statera_backend_{name}{{pool=\"web\",backend=\"{backend}\"}}");
+    proxy.metric(&series).unwrap_or_else(|| panic!("{series} is not there"))
+}
+
+/// Says `greeting` and then what `then` does.
+async fn saying<F>(
+    greeting: &'static str,
+    then: impl Fn(TcpStream) -> F + Copy + Send + Sync + 'static,
+) -> Backend
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    Backend::start(move |mut stream| async move {
+        // The other side may have gone away.
+        let _ = stream.write_all(greeting.as_bytes()).await;
+        then(stream).await;
+    })
+    .await
+}
+
+/// Until the other side ends.
+async fn wait_for_end(mut stream: TcpStream) {
+    let mut end = [0; 64];
+    while stream.read(&mut end).await.is_ok_and(|bytes| bytes > 0) {}
+}
+
+async fn megabytes(mut stream: TcpStream) {
+    while stream.write_all(&[b'x'; 65_536]).await.is_ok() {}
+}
+
+async fn reset(stream: TcpStream) {
+    // Its handshake may be all that the other side wanted.
+    let _ = stream.set_zero_linger();
+}
+
+async fn nothing(_: TcpStream) {}
+
+#[tokio::test]
+async fn backends_that_behave_badly_are_told_apart_once_each_and_get_no_sessions() {
+    let good = saying("220 ready\r\n", nothing).await;
+    let bad = [
+        (saying("", wait_for_end).await, "what is expected did not come within 2s; it said nothing"),
+        (
+            saying("500 no\r\n", wait_for_end).await,
+            "did not come within 2s; it said \\\"500 no\\\\r\\\\n\\\"",
+        ),
+        (saying("", megabytes).await, "was not among the first 65536 bytes that it said: \\\"xxxx"),
+        (saying("", reset).await, "Connection reset by peer"),
+        (
+            saying("22", nothing).await,
+            "it closed the connection before what is expected had come; it said \\\"22\\\"",
+        ),
+    ];
+    let (_guard, dead) = dead_address();
+    let addresses: Vec<SocketAddr> =
+        bad.iter().map(|(backend, _)| backend.address).chain([dead, good.address]).collect();
+    let mut program = Program::run(&format!(
+        "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\npools: {{web: {{{}, \
+         health_check: {{interval: 2s, timeout: 2s, expect: \"220 \"}}}}}}\n\
+         log: {{access: false}}\n",
+        backends(&addresses)
+    ));
+    let address = program.address().await;
+    let lines_of = |log: &str, backend: SocketAddr| -> Vec<String> {
+        let of_it = |line: &&str| line.contains("its health checks") && line.contains(&backend.to_string());
+        log.lines().filter(of_it).map(str::to_owned).collect()
+    };
+    eventually("all are told", || async {
+        let log = program.log();
+        addresses[..6].iter().all(|backend| !lines_of(&log, *backend).is_empty())
+    })
+    .await;
+    let asked = bad[0].0.accepted();
+    eventually("they are asked again", || async { bad[0].0.accepted() >= asked + 2 }).await;
+    for _ in 0..50 {
+        assert_eq!(greeting(address).await.expect("an answer"), "220 ready\r\n");
+    }
+    program.signal(rustix::process::Signal::TERM);
+    program.wait();
+    let log = program.log();
+    for (backend, reason) in &bad {
+        let lines = lines_of(&log, backend.address);
+        assert!(lines.len() == 1 && lines[0].contains(reason), "{reason}: {lines:?}");
+    }
+    let lines = lines_of(&log, dead);
+    assert!(lines.len() == 1 && lines[0].contains("cannot connect: Connection refused"), "{lines:?}");
+    assert!(lines_of(&log, good.address).is_empty());
+}
+
+#[tokio::test]
+async fn a_backend_at_weight_zero_is_checked_and_has_no_sessions_when_it_gets_weight() {
+    let (redis, alive, (_guard, dead)) =
+        (Redis::start().await, Backend::named("alive").await, dead_address());
+    redis.run(&format!("ZADD servers 1 {} 0 {dead}", alive.address)).await;
+    let proxy = Proxy::web(
+        &format!("redis: {{url: \"{}\"}}", redis.url()),
+        "weights_key: servers, outlier: off, health_check: {interval: 50ms}",
+    );
+    eventually("it is checked", || async {
+        proxy.weights().len() == 2 && backend_metric(&proxy, "up", dead) == 0.0
+    })
+    .await;
+    redis.run(&format!("ZADD servers 1000 {dead}")).await;
+    eventually("the weight arrives", || async { backend_metric(&proxy, "weight", dead) == 1000.0 }).await;
+    for _ in 0..20 {
+        assert_eq!(greeting(proxy.address()).await.expect("an answer"), "alive");
+    }
+    assert_eq!(backend_metric(&proxy, "connect_failures_total", dead), 0.0);
+}
+
+#[tokio::test]
+async fn another_port_may_speak_for_the_backend() {
+    let (backend, other) = (Backend::named("served").await, Backend::named("fine").await);
+    let pool = |port: u16| {
+        format!(
+            "{}, health_check: {{interval: 50ms, port: {port}, expect: fine}}",
+            backends(&[backend.address])
+        )
+    };
+    let proxy = Proxy::web("", &pool(other.address.port()));
+    eventually("it is checked there", || async { other.accepted() >= 3 }).await;
+    assert_eq!((backend_metric(&proxy, "up", backend.address), backend.accepted()), (1.0, 0));
+    let (_guard, dead) = dead_address();
+    let proxy = Proxy::web("", &pool(dead.port()));
+    eventually("it is down", || async { backend_metric(&proxy, "up", backend.address) == 0.0 }).await;
+}
+
+#[tokio::test]
+async fn when_none_is_healthy_health_is_ignored_and_said_once_on_entry_and_on_exit() {
+    let (first, second) = (Backend::named("first").await, Backend::named("second").await);
+    let dead = dead_address();
+    // Both answer sessions, and their checks fail.
+    let program = Program::run(&format!(
+        "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\npools: {{web: {{{}, \
+         health_check: {{interval: 50ms, port: {}}}}}}}\nlog: {{access: false}}\nadmin: {{bind: \"127.0.0.1:0\"}}\n",
+        backends(&[first.address, second.address]),
+        dead.1.port()
+    ));
+    let address = program.address().await;
+    let said = |text: &str| program.log().matches(text).count();
+    eventually("it fails open", || async { said("health is ignored (fail-open)") == 1 }).await;
+    for _ in 0..10 {
+        greeting(address).await.expect("an answer");
+    }
+    // Somebody answers for them now.
+    let (socket, answering) = dead;
+    drop(socket);
+    let _answers = Backend::start_at(answering, nothing).await;
+    eventually("health counts again", || async { said("health counts again") == 1 }).await;
+    // One that is healthy is enough for that; the other passes at a time of its own.
+    eventually("both pass", || async { said("its health checks pass again") == 2 }).await;
+    assert_eq!((said("health is ignored (fail-open)"), said("health counts again")), (1, 1));
+}
+
+#[tokio::test]
+async fn below_its_percentage_of_healthy_weight_the_pool_fails_open_and_the_gauge_says_so() {
+    let (redis, alive, (_guard, dead)) =
+        (Redis::start().await, Backend::named("alive").await, dead_address());
+    redis.run(&format!("ZADD servers 1 {} 1 {dead}", alive.address)).await;
+    let proxy = Proxy::web(
+        &format!("redis: {{url: \"{}\"}}", redis.url()),
+        "weights_key: servers, outlier: off, fail_open_percent: 30, health_check: {interval: 50ms}",
+    );
+    let fails_open = || proxy.metric("statera_pool_fail_open{pool=\"web\"}");
+    eventually("the dead one is found", || async {
+        proxy.weights().len() == 2 && backend_metric(&proxy, "effective_weight", dead) == 0.0
+    })
+    .await;
+    assert_eq!((fails_open(), backend_metric(&proxy, "up", dead)), (Some(0.0), 0.0));
+    redis.run(&format!("ZADD servers 3 {dead}")).await;
+    eventually("a quarter is too little", || async { fails_open() == Some(1.0) }).await;
+    assert_eq!(backend_metric(&proxy, "effective_weight", dead), 3.0);
+    redis.run(&format!("ZADD servers 2 {dead}")).await;
+    eventually("a third is enough", || async { fails_open() == Some(0.0) }).await;
+}
+
+/// A pool on the brink: each change of a weight takes it over, and the log is for people.
+#[tokio::test]
+async fn a_pool_that_flips_writes_few_lines_and_its_gauge_follows() {
+    let (redis, alive, (_guard, dead)) =
+        (Redis::start().await, Backend::named("alive").await, dead_address());
+    redis.run(&format!("ZADD servers 1 {} 1 {dead}", alive.address)).await;
+    let program = Program::run(&format!(
+        "workers: 1\nadmin: {{bind: \"127.0.0.1:0\"}}\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
+         pools:\n  web: {{weights_key: servers, outlier: off, fail_open_percent: 30, health_check: {{interval: 50ms}}}}\n\
+         redis: {{url: \"{}\"}}\n",
+        redis.url()
+    ));
+    program.says("its health checks fail: it gets no sessions").await;
+    for flip in 0..60 {
+        redis.run(&format!("ZADD servers {} {dead}", if flip % 2 == 0 { 3 } else { 1 })).await;
+        let wanted = f64::from(u8::from(flip % 2 == 0));
+        eventually("the gauge follows", || async {
+            program.metric("statera_pool_fail_open", "pool=\"web\"").await == wanted
+        })
+        .await;
+    }
+    let log = program.log();
+    let lines = log.lines().filter(|line| line.contains("on healthy backends")).count();
+    assert!((1..=20).contains(&lines), "{lines} lines\n{log}");
+}
+
+#[tokio::test]
+async fn a_backend_that_joins_gets_its_share_little_by_little_and_the_first_table_at_once() {
+    let redis = Redis::start().await;
+    let (old, new) = (Backend::named("old").await, Backend::named("new").await);
+    redis.set_weights([(&old, 100.0)]).await;
+    let proxy = Proxy::web(
+        &format!("redis: {{url: \"{}\"}}", redis.url()),
+        "weights_key: servers, slow_start: 1500ms",
+    );
+    let effective = |backend: &Backend| {
+        let series =
+            format!("statera_backend_effective_weight{{pool=\"web\",backend=\"{}\"}}", backend.address);
+        proxy.metric(&series).unwrap_or_default()
+    };
+    eventually("the table arrives", || async { effective(&old) == 100.0 }).await;
+    let version = || proxy.metric("statera_snapshot_version{pool=\"web\"}").unwrap_or_default();
+    let before = version();
+    redis.run(&format!("ZADD servers 100 {}", new.address)).await;
+    let mut seen = Vec::new();
+    eventually("it has its whole weight", || {
+        let weight = effective(&new);
+        seen.push(weight);
+        async move { weight == 100.0 }
+    })
+    .await;
+    seen.retain(|weight| *weight > 0.0);
+    assert!(seen.is_sorted() && seen[0] < 50.0, "{seen:?}");
+    seen.dedup();
+    assert!(seen.len() >= 5, "{seen:?}");
+    assert_eq!(effective(&old), 100.0);
+    let steps = version();
+    assert!(steps - before < 30.0, "{}", steps - before);
+    redis.run(&format!("ZADD servers 50 {}", new.address)).await;
+    eventually("a weight changes at once", || async { effective(&new) == 50.0 }).await;
+}
+
+#[tokio::test]
+async fn a_backend_that_resets_its_sessions_is_ejected() {
+    let (good, bad) = (Backend::named("good").await, saying("", reset).await);
+    let pool = format!(
+        "{}, balance: weighted_round_robin, outlier: {{consecutive_failures: 3, ejection: 1h}}",
+        backends(&[good.address, bad.address])
+    );
+    let proxy = Proxy::web("", &pool);
+    let mut failed = 0;
+    for _ in 0..100 {
+        failed += u32::from(greeting(proxy.address()).await.map_or(true, |text| text.is_empty()));
+        if backend_metric(&proxy, "ejections_total", bad.address) == 1.0 {
+            break;
+        }
+    }
+    assert!((3..10).contains(&failed), "{failed}");
+    for _ in 0..50 {
+        assert_eq!(greeting(proxy.address()).await.expect("an answer"), "good");
+    }
+}

@@ -1,0 +1,318 @@
+//! Admin states: who is in drain or maint gets no new sessions, on every proxy, whatever its weight and health.
+
+use redis::Value;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+
+use crate::support::{Backend, Desk, Program, Proxy, Redis, dead_address, eventually, greeting};
+
+const NOTIFIED: &str = "watch: notifications, resync_interval: 1h";
+
+fn follow(redis: &Redis, settings: &str, pool: &str) -> Proxy {
+    Proxy::web(
+        &format!("redis: {{url: \"{}\", {settings}}}", redis.url()),
+        &format!("weights_key: servers{pool}"),
+    )
+}
+
+fn of(proxy: &Proxy, name: &str, backend: &Backend) -> f64 {
+    let series = format!("statera_backend_{name}{{pool=\"web\",backend=\"{}\"}}", backend.address);
+    proxy.metric(&series).unwrap_or_default()
+}
+
+/// How often somebody has read the states of a table.
+async fn reads(redis: &Redis) -> u64 {
+    let Value::BulkString(stats) = redis.run("INFO commandstats").await else { panic!("no statistics") };
+    let stats = String::from_utf8_lossy(&stats).into_owned();
+    let calls = stats.split_once("cmdstat_hlen:calls=").map_or("0", |(_, calls)| calls);
+    calls.split(',').next().and_then(|calls| calls.parse().ok()).expect("a number")
+}
+
+async fn effective_weight_becomes(proxy: &Proxy, backend: &Backend, wanted: f64) {
+    eventually("the effective weight", || async { of(proxy, "effective_weight", backend) == wanted }).await;
+}
+
+#[tokio::test]
+async fn a_state_is_obeyed_in_every_way_of_watching_and_leaves_the_weight_alone() {
+    let redis = Redis::start().await;
+    let (a, b) = (Backend::named("a").await, Backend::named("b").await);
+    redis.set_weights([(&a, 5.0), (&b, 5.0)]).await;
+    let proxies = [
+        follow(&redis, NOTIFIED, ""),
+        follow(&redis, "watch: tracking, resync_interval: 1h", ""),
+        follow(&redis, "watch: poll, poll_interval: 100ms", ""),
+    ];
+    for state in ["drain", "maint"] {
+        redis.run(&format!("HSET {{servers}}:states {} {state}", a.address)).await;
+        for proxy in &proxies {
+            effective_weight_becomes(proxy, &a, 0.0).await;
+            for _ in 0..10 {
+                assert_eq!(greeting(proxy.address()).await.expect("an answer"), "b");
+            }
+            let labels = format!("{{pool=\"web\",backend=\"{}\",state=\"{state}\"}}", a.address);
+            let shown = proxy.metric(&format!("statera_backend_admin_state{labels}"));
+            assert_eq!((shown, of(proxy, "weight", &a)), (Some(1.0), 5.0));
+        }
+        // Weight and intent do not overwrite each other.
+        redis.run(&format!("ZADD servers 7 {}", a.address)).await;
+        for proxy in &proxies {
+            eventually("the weight arrives", || async { of(proxy, "weight", &a) == 7.0 }).await;
+            assert_eq!(of(proxy, "effective_weight", &a), 0.0);
+        }
+        redis.run(&format!("HDEL {{servers}}:states {}", a.address)).await;
+        for proxy in &proxies {
+            effective_weight_becomes(proxy, &a, 7.0).await;
+        }
+        redis.run(&format!("ZADD servers 5 {}", a.address)).await;
+    }
+    // All in drain refuses, and does not fail open.
+    redis.run(&format!("HSET {{servers}}:states {} drain {} drain", a.address, b.address)).await;
+    effective_weight_becomes(&proxies[0], &a, 0.0).await;
+    greeting(proxies[0].address()).await.expect_err("nobody is to have sessions");
+    assert_eq!(proxies[0].metric("statera_pool_fail_open{pool=\"web\"}"), Some(0.0));
+}
+
+#[tokio::test]
+async fn who_is_in_drain_is_checked_and_who_is_in_maint_is_not() {
+    let redis = Redis::start().await;
+    let (a, b) = (Backend::named("a").await, Backend::named("b").await);
+    redis.set_weights([(&a, 1.0), (&b, 1.0)]).await;
+    let proxy = follow(&redis, NOTIFIED, ", health_check: {interval: 50ms}");
+    redis.run(&format!("HSET {{servers}}:states {} drain {} maint", a.address, b.address)).await;
+    effective_weight_becomes(&proxy, &b, 0.0).await;
+    let (of_a, of_b) = (a.accepted(), b.accepted());
+    eventually("one is checked", || async { a.accepted() >= of_a + 10 }).await;
+    // One may have been under way.
+    assert!(b.accepted() <= of_b + 1, "{} checks", b.accepted() - of_b);
+}
+
+#[tokio::test]
+async fn what_is_no_state_is_left_out_and_what_is_no_hash_leaves_the_weights_alone() {
+    let redis = Redis::start().await;
+    let a = Backend::named("a").await;
+    redis.set_weights([(&a, 1.0)]).await;
+    let program = Program::run(&format!(
+        "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\npools: {{web: {{weights_key: servers}}}}\n\
+         redis: {{url: \"{}\", {NOTIFIED}}}\n",
+        redis.url()
+    ));
+    let address = program.address().await;
+    redis.run(&format!("HSET {{servers}}:states {} Drain nobody drain", a.address)).await;
+    eventually("it is told", || async { program.log().contains("neither drain nor maint, is left out") })
+        .await;
+    assert_eq!(greeting(address).await.expect("an answer"), "a");
+    redis.run("DEL {servers}:states").await;
+    redis.run("SET {servers}:states x").await;
+    eventually("it is told", || async {
+        program.log().contains("it holds something else than a hash: delete it")
+    })
+    .await;
+    assert_eq!(greeting(address).await.expect("an answer"), "a");
+    redis.run("DEL {servers}:states").await;
+    redis.run(&format!("HSET {{servers}}:states {} drain", a.address)).await;
+    eventually("it is obeyed", || async { greeting(address).await.is_err() }).await;
+}
+
+#[tokio::test]
+async fn who_may_not_read_the_states_follows_the_weights_and_is_told_the_right() {
+    let redis = Redis::start().await;
+    let a = Backend::named("a").await;
+    redis.set_weights([(&a, 1.0)]).await;
+    redis
+        .grant("on >secret resetkeys %R~servers* resetchannels &__keyspace@0__:servers* nocommands +hello +auth +select +subscribe +zrange +config|get")
+        .await;
+    let program = Program::run(&format!(
+        "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\npools: {{web: {{weights_key: servers}}}}\n\
+         redis: {{url: \"{}\", username: statera, password: secret}}\n",
+        redis.url()
+    ));
+    let address = program.address().await;
+    eventually("it is told", || async {
+        let log = program.log();
+        log.contains("grant the ACL user +hlen +hgetall %R~{servers}:states")
+            && log.contains("grant &__keyspace@0__:{servers}:states")
+    })
+    .await;
+    assert_eq!(greeting(address).await.expect("an answer"), "a");
+}
+
+#[tokio::test]
+async fn a_states_key_that_is_too_large_does_not_keep_the_weights_from_coming() {
+    let redis = Redis::start().await;
+    let (a, b) = (Backend::named("a").await, Backend::named("b").await);
+    redis.set_weights([(&a, 1.0)]).await;
+    redis.run("EVAL local\u{a0}s=string.rep('x',30000000)redis.call('HSET','{servers}:states','10.0.0.1:80',s) 0".replace('\u{a0}', "\t").as_str()).await;
+    let proxy = follow(&redis, NOTIFIED, "");
+    eventually("the table arrives", || async { of(&proxy, "weight", &a) == 1.0 }).await;
+    redis.set_weights([(&b, 2.0)]).await;
+    eventually("the next one, too", || async { of(&proxy, "weight", &b) == 2.0 }).await;
+}
+
+/// `on_empty: keep_last`: an empty table is no news of the weights, but whoever writes a state means it.
+#[tokio::test]
+async fn states_are_obeyed_beside_a_table_that_is_kept_and_vanish_with_none() {
+    let redis = Redis::start().await;
+    let (a, b) = (Backend::named("a").await, Backend::named("b").await);
+    redis.set_weights([(&a, 5.0), (&b, 5.0)]).await;
+    let proxy = follow(&redis, NOTIFIED, "");
+    effective_weight_becomes(&proxy, &a, 5.0).await;
+    redis.run("DEL servers").await;
+    redis.run(&format!("HSET {{servers}}:states {} drain", a.address)).await;
+    effective_weight_becomes(&proxy, &a, 0.0).await;
+    redis.run(&format!("HSET {{servers}}:states {} maint", b.address)).await;
+    redis.run(&format!("HDEL {{servers}}:states {}", a.address)).await;
+    effective_weight_becomes(&proxy, &a, 5.0).await;
+    assert_eq!(of(&proxy, "effective_weight", &b), 0.0);
+    // Whatever took the weights may take the states along: both are kept.
+    let before = reads(&redis).await;
+    redis.run("DEL {servers}:states").await;
+    eventually("it is read", || async { reads(&redis).await > before }).await;
+    for _ in 0..10 {
+        assert_eq!(greeting(proxy.address()).await.expect("an answer"), "a");
+    }
+
+    // Nor does a key that cannot be read keep the states from being obeyed.
+    redis.run("SET servers x").await;
+    redis.run(&format!("HSET {{servers}}:states {} drain", a.address)).await;
+    effective_weight_becomes(&proxy, &a, 0.0).await;
+    effective_weight_becomes(&proxy, &b, 5.0).await;
+}
+
+/// A script that writes and mends states all the time: each is news, and the log is for people.
+#[tokio::test]
+async fn states_that_flip_write_few_lines() {
+    let redis = Redis::start().await;
+    let a = Backend::named("a").await;
+    redis.set_weights([(&a, 1.0)]).await;
+    let program = Program::run(&format!(
+        "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\npools: {{web: {{weights_key: servers}}}}\n\
+         redis: {{url: \"{}\", {NOTIFIED}}}\n",
+        redis.url()
+    ));
+    let address = program.address().await;
+    eventually("the table arrives", || async { greeting(address).await.is_ok_and(|name| name == "a") }).await;
+    for flip in 0..100 {
+        let before = reads(&redis).await;
+        redis.run("DEL {servers}:states").await;
+        match flip % 3 {
+            0 => redis.run(&format!("HSET {{servers}}:states {} Drain", a.address)).await,
+            1 => redis.run("SET {servers}:states x").await,
+            _ => redis.run("PING").await,
+        };
+        eventually("it is read", || async { reads(&redis).await > before }).await;
+    }
+    let log = program.log();
+    let lines =
+        log.lines().filter(|line| line.contains("drain or maint") || line.contains("neither drain")).count();
+    assert!((2..=30).contains(&lines), "{lines} lines\n{log}");
+}
+
+/// A session that has come to `backend`.
+async fn soon_at(backend: &Backend, proxy: std::net::SocketAddr) -> TcpStream {
+    let before = backend.accepted();
+    loop {
+        let mut session = TcpStream::connect(proxy).await.expect("it listens");
+        session.write_all(b"x").await.expect("a session");
+        session.read_exact(&mut [0]).await.expect("an answer");
+        if backend.accepted() > before {
+            return session;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_hundred_that_are_in_drain_are_waited_for_at_once() {
+    let desk = Desk::start().await;
+    let members: Vec<_> = (0..100).map(|n| format!("10.0.0.{n}:80")).collect();
+    let weights: Vec<_> = members.iter().map(|member| format!("1 {member}")).collect();
+    desk.redis.run(&format!("ZADD servers {}", weights.join(" "))).await;
+    let program = Program::run(&desk.yaml(""));
+    program.address().await;
+    eventually("it reports", || async {
+        desk.json("get web").await["applied"]["have"].as_array().is_some_and(|have| have.len() == 1)
+    })
+    .await;
+    let drained = desk.weights(&format!("drain web {} --wait=60s", members.join(" "))).await;
+    assert!(drained.code == Some(0) && drained.said.contains("no session is left: 1 proxy"), "{drained:?}");
+}
+
+/// The command `waiting` does not end while `session` talks, so many times, ten a second, and ends well after it.
+async fn is_waited_for(mut session: TcpStream, mut waiting: std::process::Child, times: u32) {
+    for _ in 0..times {
+        session.write_all(b"y").await.expect("it lives");
+        session.read_exact(&mut [0]).await.expect("an answer");
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        assert!(waiting.try_wait().expect("ours").is_none(), "a session is left");
+    }
+    drop(session);
+    let ended = tokio::task::spawn_blocking(move || waiting.wait().expect("ours"));
+    assert!(ended.await.expect("no panic").success());
+}
+
+#[tokio::test]
+async fn drain_waits_for_the_last_session_of_the_fleet() {
+    let desk = Desk::start().await;
+    let (echo, other) = (Backend::echo().await, Backend::echo().await);
+    desk.redis.set_weights([(&echo, 1.0)]).await;
+    let programs = [Program::run(&desk.yaml("")), Program::run(&desk.yaml(""))];
+    eventually("both report", || async {
+        desk.json("get web").await["applied"]["have"].as_array().is_some_and(|have| have.len() == 2)
+    })
+    .await;
+    // One session through each.
+    let mut sessions = Vec::new();
+    for program in &programs {
+        let mut session = TcpStream::connect(program.address().await).await.expect("it listens");
+        session.write_all(b"x").await.expect("a session");
+        session.read_exact(&mut [0]).await.expect("an answer");
+        sessions.push(session);
+    }
+    desk.redis.run(&format!("ZADD servers 1 {}", other.address)).await;
+    let drain = format!("drain web {} --wait=1s", echo.address);
+    let typed = desk.weights(&drain).await;
+    assert_eq!(typed.code, Some(3), "{typed:?}");
+    assert!(
+        typed.errors.contains("2 of 2 proxies are waited for: ") && typed.errors.contains(" (1)"),
+        "{typed:?}"
+    );
+    let get = desk.weights("get web").await;
+    let line = get.said.lines().find(|line| line.starts_with(&echo.address.to_string()));
+    assert!(line.is_some_and(|line| line.ends_with("0.0 %  drain")), "{get:?}");
+
+    drop(sessions.pop());
+    let mut waiting = desk.command(&["drain", "web", &echo.address.to_string(), "--wait=60s"]);
+    let waiting = waiting.stdout(std::process::Stdio::null()).spawn().expect("it starts");
+    let session = sessions.pop().expect("the other one");
+    is_waited_for(session, waiting, 10).await;
+
+    // Back and away again, faster than a proxy reports: what it said last speaks of the first time.
+    desk.done(&format!("ready web {}", echo.address)).await;
+    desk.redis.run(&format!("ZADD servers 0 {}", other.address)).await;
+    let address = programs[0].address().await;
+    let again = soon_at(&echo, address).await;
+    desk.redis.run(&format!("ZADD servers 1 {}", other.address)).await;
+    let typed = desk.weights(&format!("drain web {} --wait=3s", echo.address)).await;
+    assert!(typed.code == Some(3) && typed.errors.contains(" (1)"), "{typed:?}");
+
+    // Who left the table is waited for as well.
+    let mut waiting = desk.command(&["drain", "web", &echo.address.to_string(), "--wait=60s"]);
+    let waiting = waiting.stdout(std::process::Stdio::null()).spawn().expect("it starts");
+    tokio::time::sleep(std::time::Duration::from_millis(500)).await;
+    desk.redis.run(&format!("ZREM servers {}", echo.address)).await;
+    is_waited_for(again, waiting, 25).await;
+    desk.redis.run(&format!("ZADD servers 1 {}", echo.address)).await;
+
+    let simulated = desk.json(&format!("simulate web {}=5", echo.address)).await.to_string();
+    let all = format!("\"member\":\"{}\",", other.address);
+    assert!(simulated.contains(&all) && simulated.contains("\"share_percent\":100"), "{simulated}");
+
+    let ready = desk.done(&format!("ready web {}", echo.address)).await;
+    assert_eq!(ready.said, format!("{}: drain -> ready\n", echo.address));
+    let (_guard, nobody) = dead_address();
+    let missing = desk.weights(&format!("drain web {nobody}")).await;
+    assert_eq!(missing.code, Some(1));
+    assert!(
+        missing.errors.contains(&format!("servers has no member {nobody}: nothing was changed")),
+        "{missing:?}"
+    );
+}
