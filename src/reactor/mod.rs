@@ -1,21 +1,25 @@
 //! What the tasks of a worker thread wait on: sockets, points in time, and other threads.
 //!
 //! - `watched.rs`: a socket, and what it is ready for.
+//! - `tasks.rs`: the tasks.
 //! - `timer.rs`: `sleep` and `timeout_at`.
 //! - `waking.rs`: how other threads wake this one.
-//! - `runtime.rs`: runs the thread's tasks, which are tokio's, until the first of them ends.
+//! - `runtime.rs`: runs the thread's tasks until the first of them ends.
 //!
-//! Tokio's own drivers do the same for any program, and that is what a short session pays for: a thread-safe registration of
-//! 384 bytes for each socket, a system call to take it out of epoll again (the kernel does so at the close), and a timer wheel
-//! with a lock that is asked at each wait. benches/README.md ("What the runtime costs") has the figures. Nothing here is
-//! thread-safe but waking, and nothing knows what the sockets are for.
+//! Tokio's own drivers and tasks do the same for any program, and that is what a short session pays for: a thread-safe
+//! registration of 384 bytes for each socket, a system call to take it out of epoll again (the kernel does so at the close), a
+//! timer wheel with a lock that is asked at each wait, and tasks that may be joined, aborted and woken by anybody in the middle
+//! of a step. benches/README.md ("What the runtime costs") has the figures. Nothing here is thread-safe but waking, and nothing
+//! knows what the tasks do.
 
 mod runtime;
+mod tasks;
 mod timer;
 mod waking;
 mod watched;
 
 pub use runtime::Runtime;
+pub use tasks::spawn;
 pub use timer::{Elapsed, sleep, sleep_until, timeout_at};
 pub use watched::{Ready, Watched};
 
@@ -32,6 +36,7 @@ use rustix::event::epoll::{self, Event, EventData, EventFlags};
 use rustix::io::Errno;
 use tokio::time::Instant;
 
+use self::tasks::Tasks;
 use self::timer::Timers;
 use self::waking::Waking;
 use self::watched::Places;
@@ -51,6 +56,7 @@ thread_local! {
 #[derive(Debug)]
 struct Reactor {
     epoll: OwnedFd,
+    tasks: Tasks,
     places: RefCell<Places>,
     timers: RefCell<Timers>,
     waking: Arc<Waking>,
@@ -72,6 +78,7 @@ impl Reactor {
         epoll::add(&epoll, waking.event(), WOKEN, EventFlags::IN | EventFlags::ET)?;
         Ok(Self {
             epoll,
+            tasks: Tasks::default(),
             places: RefCell::default(),
             timers: RefCell::default(),
             waking: Arc::new(waking),
@@ -90,10 +97,14 @@ impl Reactor {
         Installed(reactor)
     }
 
-    /// Waits for events, at most until the next timer, and not at all if a task was woken meanwhile; then wakes whom they
+    /// Waits for events, at most until the next timer, and not at all if a task is due; then wakes whom they
     /// concern. Returns how many there were; with [`EVENTS`] of them there may be more.
     fn turn(&self) -> usize {
-        let timeout = if self.waking.may_sleep() { self.until_next_timer() } else { Some(Duration::ZERO) };
+        let timeout = if self.tasks.are_idle() && self.waking.may_sleep() {
+            self.until_next_timer()
+        } else {
+            Some(Duration::ZERO)
+        };
         let timeout = timeout.map(|time| Timespec::try_from(time).expect("at most an hour"));
         let mut events = [const { MaybeUninit::<Event>::uninit() }; EVENTS];
         let events: &[Event] = match epoll::wait(&self.epoll, &mut events, timeout.as_ref()) {

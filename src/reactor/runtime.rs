@@ -1,4 +1,4 @@
-//! Runs the tasks of a worker thread: tokio's, on this thread's reactor. Who works for whom is `runtime/worker.rs`'s.
+//! Runs the tasks of a worker thread. Who works for whom is `runtime/worker.rs`'s.
 
 use std::future::Future;
 use std::io;
@@ -7,20 +7,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::task::{Context, Poll, Wake, Waker};
 
-use tokio::task::LocalSet;
-
 use super::{Installed, Reactor, Waking};
 
 /// A thread's tasks and what they wait on. Dropped, it drops what is left of them.
 ///
-/// Neither tokio's timers nor its sockets work here; its channels, its tasks ([`tokio::task::spawn_local`]) and its other ways
-/// to wait for one another do.
+/// Neither tokio's timers nor its sockets work here, nor its ways to spawn ([`spawn`](super::spawn) is this thread's); its channels
+/// and its other ways to wait for one another do.
 #[derive(Debug)]
-pub struct Runtime {
-    // Before the reactor: tasks that are dropped give back what they waited on.
-    tasks: LocalSet,
-    reactor: Installed,
-}
+pub struct Runtime(Installed);
 
 impl Runtime {
     /// For this thread.
@@ -31,28 +25,32 @@ impl Runtime {
     /// # Panics
     /// It has one already.
     pub fn new() -> io::Result<Self> {
-        Ok(Self { tasks: LocalSet::new(), reactor: Reactor::new(true)?.install() })
+        Ok(Self(Reactor::new(true)?.install()))
     }
 
     /// Runs `future`, and the tasks that it spawns, until it ends: not a step further.
     pub fn block_on<F: Future>(&mut self, future: F) -> F::Output {
-        let reactor = &self.reactor.0;
-        let of_tasks = Waker::from(Arc::clone(&reactor.waking));
+        let reactor = &self.0.0;
         let main = Arc::new(Main { due: AtomicBool::new(true), waking: Arc::clone(&reactor.waking) });
         let of_main = Waker::from(Arc::clone(&main));
         let mut future = pin!(future);
         loop {
-            reactor.waking.begin();
-            if main.due.swap(false, SeqCst) {
-                let _entered = self.tasks.enter();
-                if let Poll::Ready(output) = future.as_mut().poll(&mut Context::from_waker(&of_main)) {
-                    return output;
-                }
+            reactor.tasks.woken(reactor.waking.begin());
+            if main.due.swap(false, SeqCst)
+                && let Poll::Ready(output) = future.as_mut().poll(&mut Context::from_waker(&of_main))
+            {
+                return output;
             }
-            // Some sixty steps at most, then the sockets are looked at. Whether any task is left does not matter.
-            let _ = pin!(&mut self.tasks).poll(&mut Context::from_waker(&of_tasks));
+            reactor.tasks.run();
             reactor.turn();
         }
+    }
+}
+
+impl Drop for Runtime {
+    fn drop(&mut self) {
+        // While they still can give back what they waited on.
+        self.0.0.tasks.clear();
     }
 }
 
@@ -75,7 +73,7 @@ impl Wake for Main {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Ready, Watched, sleep, sleep_until, timeout_at};
+    use super::super::{Ready, Watched, sleep, sleep_until, spawn, timeout_at};
     use super::*;
     use std::future::poll_fn;
     use std::io::{Read as _, Write as _};
@@ -85,7 +83,6 @@ mod tests {
 
     use rustix::event::epoll::EventFlags;
     use tokio::sync::oneshot;
-    use tokio::task::spawn_local;
     use tokio::time::Instant;
 
     fn run<F: Future>(future: F) -> F::Output {
@@ -116,13 +113,11 @@ mod tests {
         run(async {
             let (socket, mut other) = pair();
             let (told, tells) = oneshot::channel();
-            let writer = spawn_local(async move {
+            spawn(async move {
                 sleep(Duration::from_millis(5)).await;
                 other.write_all(&[7]).expect("room");
-                other
             });
             assert_eq!(read(&socket).await, 7);
-            let _other = writer.await.expect("it ends");
             let thread = thread::spawn(move || {
                 thread::sleep(Duration::from_millis(5));
                 told.send(9)
@@ -193,11 +188,13 @@ mod tests {
             assert!(timeout_at(at(0), std::future::pending::<()>()).await.is_err());
             let order = std::rc::Rc::new(std::cell::RefCell::new(Vec::new()));
             let tasks = [30, 10, 20].map(|millis| {
-                let order = std::rc::Rc::clone(&order);
-                spawn_local(async move {
+                let (order, (tell, ended)) = (std::rc::Rc::clone(&order), oneshot::channel());
+                spawn(async move {
                     sleep_until(at(millis)).await;
                     order.borrow_mut().push(millis);
-                })
+                    tell.send(()).expect("it is waited for");
+                });
+                ended
             });
             for task in tasks {
                 task.await.expect("it ends");
@@ -232,7 +229,7 @@ mod tests {
     #[test]
     fn a_busy_task_starves_nobody() {
         run(async {
-            let busy = spawn_local(async {
+            spawn(async {
                 loop {
                     tokio::task::yield_now().await;
                 }
@@ -245,7 +242,6 @@ mod tests {
             });
             assert_eq!(read(&socket).await, 7);
             sleep(Duration::from_millis(5)).await;
-            busy.abort();
             drop(writer.join().expect("it ends"));
         });
     }
@@ -255,7 +251,7 @@ mod tests {
         let (told, mut tells) = oneshot::channel::<()>();
         run(async move {
             let (socket, other) = pair();
-            spawn_local(async move {
+            spawn(async move {
                 let _told = told;
                 let _other = other;
                 read(&socket).await;

@@ -3,9 +3,10 @@
 //! While the thread runs, a wake-up is a store; only one that comes while it sleeps, or is just about to, costs a system call.
 
 use std::io;
+use std::mem;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Wake;
 
 use rustix::event::{EventfdFlags, eventfd};
@@ -16,6 +17,8 @@ pub(super) struct Waking {
     event: OwnedFd,
     woken: AtomicBool,
     asleep: AtomicBool,
+    /// Each once at most, until the thread has taken it.
+    tasks: Mutex<Vec<u32>>,
 }
 
 impl Waking {
@@ -24,6 +27,7 @@ impl Waking {
             event: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             woken: AtomicBool::new(false),
             asleep: AtomicBool::new(false),
+            tasks: Mutex::default(),
         })
     }
 
@@ -32,9 +36,20 @@ impl Waking {
         self.event.as_fd()
     }
 
-    /// What was woken before runs now.
-    pub(super) fn begin(&self) {
-        self.woken.store(false, SeqCst);
+    /// What was woken before runs now: these tasks, and maybe what is no task.
+    pub(super) fn begin(&self) -> Vec<u32> {
+        if self.woken.swap(false, SeqCst) { mem::take(&mut *self.tasks()) } else { Vec::new() }
+    }
+
+    /// To be called by other threads.
+    pub(super) fn wake_task(self: &Arc<Self>, place: u32) {
+        self.tasks().push(place);
+        self.wake_by_ref();
+    }
+
+    /// A thread that panicked with the lock has only pushed, or not.
+    fn tasks(&self) -> MutexGuard<'_, Vec<u32>> {
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// False if something was woken since [`Waking::begin`]. From here until [`Waking::awake`] the first who wakes writes to the

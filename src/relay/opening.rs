@@ -78,10 +78,10 @@ mod tests {
     use std::time::Duration;
 
     use socket2::{Domain, Type};
-    use tokio::task::spawn_local;
+    use tokio::sync::oneshot;
 
     use super::*;
-    use crate::reactor::{Runtime, sleep};
+    use crate::reactor::{Runtime, sleep, spawn};
     use crate::relay::socket::StreamSocket;
     use crate::relay::stream::Stream;
 
@@ -119,14 +119,18 @@ mod tests {
     fn without_bytes_it_ends_after_a_few_turns() {
         Runtime::new().expect("descriptors").block_on(async {
             let (mut stream, listener) = held().await;
-            let waiting = spawn_local(std::future::poll_fn(move |cx| {
-                stream.poll_opening(cx);
-                if stream.opening() == Opening::Unused {
-                    listener.accept().ok().into()
-                } else {
-                    std::task::Poll::Pending
-                }
-            }));
+            let (tell, waiting) = oneshot::channel();
+            spawn(async move {
+                let accepted = std::future::poll_fn(|cx| {
+                    stream.poll_opening(cx);
+                    if stream.opening() == Opening::Unused {
+                        listener.accept().ok().into()
+                    } else {
+                        std::task::Poll::Pending
+                    }
+                });
+                tell.send(accepted.await).expect("it is waited for");
+            });
             let limit = async {
                 sleep(Duration::from_secs(20)).await;
                 None

@@ -1,15 +1,19 @@
 //! A data-plane thread: its own runtime, its own listening sockets, its own sessions.
 
+use std::future::poll_fn;
 use std::io;
 use std::net::TcpListener;
+use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
+use std::task::{self, Poll};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use tokio::sync::mpsc;
-use tokio::task::{JoinError, JoinSet, spawn_local, yield_now};
+use tokio::sync::oneshot::{self, error::RecvError};
+use tokio::task::yield_now;
 use tracing::{error, warn};
 
 use super::drain::Drain;
@@ -17,7 +21,7 @@ use super::handover::{Connection, Inbox, Neighbours};
 use crate::balance::pool::Pool;
 use crate::config::LogFormat;
 use crate::listen::accept::{self, Listening};
-use crate::reactor::Runtime;
+use crate::reactor::{Runtime, spawn as spawn_task};
 use crate::relay::Stream;
 use crate::session::{self, Context, Listener, SessionCounters, Settings, Starvation, Worker};
 use crate::telemetry::access_log::AccessLog;
@@ -136,34 +140,37 @@ fn run(mut runtime: Runtime, id: WorkerId, doors: Vec<Door>, sharing: Sharing, s
 async fn serve(worker: &Rc<Worker>, doors: Vec<Door>, sharing: Sharing, drain: &Drain) -> u64 {
     if worker.access_log.is_some() {
         let worker = Rc::clone(worker);
-        spawn_local(async move {
+        spawn_task(async move {
             if let Some(log) = &worker.access_log {
                 log.run().await;
             }
         });
     }
     let clock = Rc::clone(worker);
-    spawn_local(async move { clock.relay.clock.run().await });
-    let mut accepting = JoinSet::new();
+    spawn_task(async move { clock.relay.clock.run().await });
+    let mut accepting = Vec::new();
     let neighbours = Rc::new(sharing.neighbours);
     let mut contexts = Vec::new();
     close_leaving(&doors, worker);
     for (number, Door { socket, listener, pool, settings }) in doors.into_iter().enumerate() {
         let context = Rc::new(Context { worker: Rc::clone(worker), listener, pool, settings });
         contexts.push(Rc::clone(&context));
-        accepting.spawn_local(accept_at(socket, number, context, Rc::clone(&neighbours), drain.clone()));
+        let accepts = accept_at(socket, number, context, Rc::clone(&neighbours), drain.clone());
+        let (tell, ended) = oneshot::channel();
+        accepting.push(ended);
+        spawn_task(async move {
+            accepts.await;
+            // Who does not listen any more is about to end.
+            let _ = tell.send(());
+        });
     }
     // The accept loops alone hold the neighbours: when all have ended everywhere, so do the inboxes.
     drop(neighbours);
     let mut inbox = sharing.inbox;
     let finished = async {
-        let accepted = async {
-            while let Some(ended) = accepting.join_next().await {
-                // A defect of ours. The control plane sees this worker end before the drain, and starts it.
-                ended.inspect_err(|error| error!(%error, "an accept loop died"))?;
-            }
-            Ok::<_, JoinError>(())
-        };
+        // A defect of ours. The control plane sees this worker end before the drain, and starts it.
+        let died = |_: &_| error!("an accept loop died");
+        let accepted = async { poll_fn(|cx| poll_ended(&mut accepting, cx)).await.inspect_err(died) };
         let taken_over = async {
             while let Some(connection) = inbox.recv().await {
                 let context = &contexts[connection.door];
@@ -190,12 +197,28 @@ async fn serve(worker: &Rc<Worker>, doors: Vec<Door>, sharing: Sharing, drain: &
     worker.active()
 }
 
+/// Ready once all have ended, or one has died.
+fn poll_ended(
+    all: &mut Vec<oneshot::Receiver<()>>,
+    cx: &mut task::Context<'_>,
+) -> Poll<Result<(), RecvError>> {
+    let mut died = Ok(());
+    all.retain_mut(|ended| match Pin::new(ended).poll(cx) {
+        Poll::Pending => true,
+        Poll::Ready(result) => {
+            died = died.clone().and(result);
+            false
+        }
+    });
+    if died.is_ok() && !all.is_empty() { Poll::Pending } else { Poll::Ready(died) }
+}
+
 /// One task for each pool, however many doors lead to it.
 fn close_leaving(doors: &[Door], worker: &Rc<Worker>) {
     for (number, door) in doors.iter().enumerate() {
         if !doors[..number].iter().any(|before| Arc::ptr_eq(&before.pool, &door.pool)) {
             let (worker, pool) = (Rc::clone(worker), Arc::clone(&door.pool));
-            spawn_local(session::leaving::close(worker, pool, door.settings.limits.settle_time));
+            spawn_task(session::leaving::close(worker, pool, door.settings.limits.settle_time));
         }
     }
 }
@@ -224,7 +247,7 @@ async fn accept_at(
 fn begin(connection: Connection, context: &Rc<Context>) {
     let client = connection.client;
     match Stream::accepted(connection.into_socket()) {
-        Ok(stream) => drop(spawn_local(session::serve(stream, client, Rc::clone(context)))),
+        Ok(stream) => spawn_task(session::serve(stream, client, Rc::clone(context))),
         Err(error) => {
             let listener = &context.listener;
             listener.counters.of(context.worker.id).accept_failed.add(1);

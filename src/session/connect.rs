@@ -166,7 +166,8 @@ async fn connect_to(
 async fn open(endpoint: &Endpoint, settings: &Settings) -> Result<Stream, ConnectError> {
     match endpoint {
         Endpoint::Tcp(address) => open_tcp(*address, settings.congestion.as_ref()).await,
-        Endpoint::Unix(path) => open_unix(path).await,
+        // Boxed: its address and its timer would make what all sessions allocate too large for the allocator's cache.
+        Endpoint::Unix(path) => Box::pin(open_unix(path)).await,
     }
 }
 
