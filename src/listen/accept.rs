@@ -2,6 +2,7 @@
 //!
 //! It hands each connection on and knows nothing of what becomes of it.
 
+use std::cell::Cell;
 use std::future::poll_fn;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -11,11 +12,12 @@ use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 use rustix::net::{SocketFlags, acceptfrom_with};
 use socket2::Socket;
+use tokio::task::yield_now;
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::socket::{exhausted, ignore_new_handshakes};
-use crate::reactor::{Ready, Watched, sleep, timeout_at};
+use crate::reactor::{self, Ready, Watched, sleep, timeout_at};
 use crate::runtime::drain::{Drain, Phase};
 use crate::telemetry::counters::ListenerCounters;
 
@@ -29,14 +31,22 @@ const EXHAUSTED_LOG_INTERVAL: Duration = Duration::from_secs(10);
 /// A listening socket that only ever fails is broken, and asking it again at once would eat the core. Single failures
 /// are a client's, and anyone may cause as many as he likes: they must not slow down the others.
 const FAILURES_BEFORE_PAUSE: u32 = 100;
-/// After so many connections the sessions of this worker get their turn, however long the queue.
-const BATCH: u32 = 64;
+/// After so many connections the sessions of this worker get their turn, however long the queue: few are under way at once then,
+/// and what they touch is still in the processor's caches. The others wait in the kernel's queue.
+const BATCH: u32 = 8;
+/// So many without an empty queue in between, and whoever comes has waited there for some turns, so that his first bytes are
+/// likely to be there already.
+const CROWD: u32 = 64;
 /// How long a handshake that was under way when the drain began may take: a round trip around the world.
 const HANDSHAKE_TIME: Duration = Duration::from_millis(300);
 
 /// A listening socket that this thread's reactor watches.
 #[derive(Debug)]
-pub struct Listening(Watched<TcpListener>);
+pub struct Listening {
+    socket: Watched<TcpListener>,
+    /// Connections since its queue was empty.
+    in_a_row: Cell<u32>,
+}
 
 impl Listening {
     /// Begins to watch `socket`, which must not block.
@@ -44,21 +54,26 @@ impl Listening {
     /// # Errors
     /// The kernel can watch no more sockets.
     pub fn watch(socket: TcpListener) -> io::Result<Self> {
-        Watched::new(socket, EventFlags::IN).map(Self).map_err(|(_, error)| error)
+        let socket = Watched::new(socket, EventFlags::IN).map_err(|(_, error)| error)?;
+        Ok(Self { socket, in_a_row: Cell::default() })
     }
 
     /// The next connection, which nobody watches yet: whoever is to serve it does. Cancel safe.
     async fn accept(&self) -> io::Result<(Socket, SocketAddr)> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         loop {
-            poll_fn(|cx| self.0.poll_ready(cx, Ready::READ)).await;
-            let (socket, client) = match acceptfrom_with(self.0.socket(), flags) {
+            poll_fn(|cx| self.socket.poll_ready(cx, Ready::READ)).await;
+            let (socket, client) = match acceptfrom_with(self.socket.socket(), flags) {
                 Err(Errno::AGAIN) => {
-                    self.0.clear(Ready::READ);
+                    self.socket.clear(Ready::READ);
+                    self.in_a_row.set(0);
+                    reactor::set_busy(false);
                     continue;
                 }
                 result => result?,
             };
+            self.in_a_row.set(self.in_a_row.get().saturating_add(1));
+            reactor::set_busy(self.in_a_row.get() > CROWD);
             let client = client.and_then(|client| SocketAddr::try_from(client).ok());
             // Only where the connection is gone already.
             return Ok((socket.into(), client.ok_or(io::ErrorKind::ConnectionAborted)?));
@@ -83,7 +98,7 @@ pub async fn run(
     // Kept through short recoveries: with one descriptor coming and going, each accept ends an outage and begins one.
     let mut warned: Option<Instant> = None;
     let mut draining = std::pin::pin!(drain.started());
-    let mut accepted = 0u32;
+    let mut batch = Batch(BATCH);
     let mut failures = 0u32;
     loop {
         while is_starved() && drain.phase() < Phase::Draining {
@@ -103,10 +118,7 @@ pub async fn run(
                 }
                 failures = 0;
                 on_connection(stream, client);
-                accepted = accepted.wrapping_add(1);
-                if accepted.is_multiple_of(BATCH) {
-                    tokio::task::yield_now().await;
-                }
+                batch.accepted().await;
             }
             Err(error) if exhausted(&error) => {
                 counters.accept_exhausted.add(1);
@@ -143,22 +155,18 @@ async fn accept_the_rest(
     counters: &ListenerCounters,
     on_connection: &impl Fn(Socket, SocketAddr),
 ) {
-    if let Err(error) = ignore_new_handshakes(listener.0.socket()) {
+    if let Err(error) = ignore_new_handshakes(listener.socket.socket()) {
         warn!(listener = name, %error, "handshakes that complete while the listener closes will be reset");
     }
     let end = Instant::now() + HANDSHAKE_TIME;
-    let mut accepted = 0u32;
+    let mut batch = Batch(BATCH);
     while let Ok(result) = timeout_at(end, listener.accept()).await {
         match result {
             Ok((stream, client)) => {
                 on_connection(stream, client);
-                accepted += 1;
-                if accepted.is_multiple_of(BATCH) {
-                    tokio::task::yield_now().await;
-                    // Where new handshakes could not be ignored, the queue may never be empty.
-                    if Instant::now() >= end {
-                        break;
-                    }
+                // Where new handshakes could not be ignored, the queue may never be empty.
+                if batch.accepted().await && Instant::now() >= end {
+                    break;
                 }
             }
             Err(error) => {
@@ -166,6 +174,22 @@ async fn accept_the_rest(
                 sleep(Duration::from_millis(1)).await;
             }
         }
+    }
+}
+
+/// How many are left until the sessions get their turn.
+struct Batch(u32);
+
+impl Batch {
+    /// One more. True after the last one, once the sessions had their turn.
+    async fn accepted(&mut self) -> bool {
+        self.0 -= 1;
+        if self.0 > 0 {
+            return false;
+        }
+        yield_now().await;
+        self.0 = BATCH;
+        true
     }
 }
 
@@ -178,15 +202,13 @@ mod tests {
     use super::*;
     use crate::reactor::beside_tokio;
     use crate::runtime::drain;
-    use std::cell::Cell;
     use std::net::TcpStream;
-    use tokio::task::yield_now;
 
-    /// A session that wants to run every time sees no more than a batch accepted in between.
+    /// A session that wants to run every time sees no more than a batch accepted in between, and is told whether others wait.
     #[tokio::test]
     async fn a_flood_of_connections_starves_no_session() {
         // As many as the standard library's queue surely has places.
-        const FLOOD: u32 = 2 * BATCH - 8;
+        const FLOOD: u32 = 120;
         let socket = TcpListener::bind("127.0.0.1:0").expect("a free port");
         let address = socket.local_addr().expect("bound");
         let _clients: Vec<_> = (0..FLOOD).map(|_| TcpStream::connect(address).expect("a place")).collect();
@@ -197,14 +219,20 @@ mod tests {
         let (accepted, counters) = (Cell::new(0), ListenerCounters::default());
         let _reactor = beside_tokio::install();
         let listening = Listening::watch(socket).expect("a reactor");
-        let accepting =
-            run(listening, "web", &counters, &drain, || false, |_, _| accepted.set(accepted.get() + 1));
+        let on_connection = |_, _| {
+            accepted.set(accepted.get() + 1);
+            assert_eq!(reactor::is_busy(), accepted.get() > CROWD);
+        };
+        let accepting = run(listening, "web", &counters, &drain, || false, on_connection);
         let session = async {
             let (mut before, mut most) = (0, 0);
             while before < FLOOD {
                 yield_now().await;
                 most = most.max(accepted.get() - before);
                 before = accepted.get();
+            }
+            while reactor::is_busy() {
+                yield_now().await;
             }
             most
         };

@@ -9,8 +9,8 @@
 //! Tokio's own drivers and tasks do the same for any program, and that is what a short session pays for: a thread-safe
 //! registration of 384 bytes for each socket, a system call to take it out of epoll again (the kernel does so at the close), a
 //! timer wheel with a lock that is asked at each wait, and tasks that may be joined, aborted and woken by anybody in the middle
-//! of a step. benches/README.md ("What the runtime costs") has the figures. Nothing here is thread-safe but waking, and nothing
-//! knows what the tasks do.
+//! of a step, of which many run between two looks at the sockets. benches/README.md ("What the runtime costs") has the figures.
+//! Nothing here is thread-safe but waking, and nothing knows what the tasks do.
 
 mod runtime;
 mod tasks;
@@ -43,8 +43,6 @@ use self::watched::Places;
 
 /// Events of one wait. Those that are left over come with the next.
 const EVENTS: usize = 256;
-/// So many in one wait, and the next turn is some time away.
-const MANY_EVENTS: usize = EVENTS / 4;
 /// Of `Waking`'s descriptor, which has no place.
 const WOKEN: EventData = EventData::new_u64(u64::MAX);
 
@@ -64,7 +62,7 @@ struct Reactor {
     turned: Cell<Instant>,
     /// How often it has waited, modulo 256.
     turns: Cell<u8>,
-    /// The last wait brought [`MANY_EVENTS`].
+    /// As [`set_busy`] says.
     is_busy: Cell<bool>,
     /// False where tokio's clock runs, which tests can stop.
     has_timers: bool,
@@ -115,7 +113,6 @@ impl Reactor {
         self.waking.awake();
         self.turned.set(Instant::now());
         self.turns.set(self.turns.get().wrapping_add(1));
-        self.is_busy.set(events.len() >= MANY_EVENTS);
         let mut places = self.places.borrow_mut();
         for &Event { data, flags, .. } in events {
             if data != WOKEN {
@@ -153,7 +150,12 @@ pub fn turns() -> u8 {
     with(|reactor| reactor.turns.get()).unwrap_or_default()
 }
 
-/// True if this thread found much to do when it last looked, so that it may be some time until it looks again.
+/// This thread cannot keep up with what comes, or can again.
+pub fn set_busy(is_busy: bool) {
+    with(|reactor| reactor.is_busy.set(is_busy));
+}
+
+/// What [`set_busy`] was last told.
 #[must_use]
 pub fn is_busy() -> bool {
     with(|reactor| reactor.is_busy.get()).unwrap_or_default()

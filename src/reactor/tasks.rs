@@ -4,7 +4,7 @@
 //! costs one allocation, of its own size. A waker that outlives its task wakes the next one in its place for nothing, which
 //! a future has to bear from anybody.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::fmt;
 use std::mem;
@@ -29,6 +29,10 @@ pub(super) struct Tasks {
     places: RefCell<Vec<Place>>,
     free: RefCell<Vec<u32>>,
     due: RefCell<VecDeque<u32>>,
+    /// The one that runs.
+    running: Cell<Option<u32>>,
+    /// Those that have woken themselves: due once the sockets were looked at.
+    yielded: RefCell<Vec<u32>>,
 }
 
 /// One task's, or none's. There is one for each idle session, so its size counts.
@@ -67,7 +71,7 @@ impl Wake for Alarm {
         let is_ours = with(|reactor| {
             let is_ours = ptr::eq(&*reactor.waking, &*self.thread);
             if is_ours {
-                reactor.tasks.due.borrow_mut().push_back(self.place);
+                reactor.tasks.woke(self.place);
             }
             is_ours
         });
@@ -95,6 +99,14 @@ impl Tasks {
         }
     }
 
+    fn woke(&self, place: u32) {
+        if self.running.get() == Some(place) {
+            self.yielded.borrow_mut().push(place);
+        } else {
+            self.due.borrow_mut().push_back(place);
+        }
+    }
+
     /// Other threads have woken them.
     pub(super) fn woken(&self, places: impl IntoIterator<Item = u32>) {
         self.due.borrow_mut().extend(places);
@@ -102,11 +114,16 @@ impl Tasks {
 
     /// None is due.
     pub(super) fn are_idle(&self) -> bool {
-        self.due.borrow().is_empty()
+        self.due.borrow().is_empty() && self.yielded.borrow().is_empty()
     }
 
-    /// Runs those that are due, and whom they wake meanwhile, within [`STEPS`].
+    /// Runs those that are due, and whom they wake meanwhile, within [`STEPS`]; each that wakes itself once.
     pub(super) fn run(&self) {
+        let mut yielded = self.yielded.borrow_mut();
+        if !yielded.is_empty() {
+            self.due.borrow_mut().extend(yielded.drain(..));
+        }
+        drop(yielded);
         let mut steps = self.due.borrow().len().max(STEPS);
         while steps > 0
             && let Some(place) = self.next()
@@ -127,8 +144,10 @@ impl Tasks {
             let Some(task) = place.task.take() else { return };
             (task, mem::replace(&mut place.waker, Waker::noop().clone()))
         };
+        self.running.set(Some(number));
         // A task that panics, of which the thread's hook has told, is over; the others are not.
         let polled = catch_unwind(AssertUnwindSafe(|| task.as_mut().poll(&mut Context::from_waker(&waker))));
+        self.running.set(None);
         let is_over = !matches!(polled, Ok(Poll::Pending));
         let left = if is_over {
             end(task);
@@ -323,7 +342,7 @@ mod tests {
 
     /// One that always wants to run lets the sockets be looked at, and what came from them run.
     #[test]
-    fn a_run_ends() {
+    fn a_task_that_wakes_itself_runs_once_a_turn() {
         run(async {
             let steps = Rc::new(Cell::new(0));
             let counted = Rc::clone(&steps);
@@ -333,6 +352,29 @@ mod tests {
                     yield_now().await;
                 }
             });
+            yield_now().await;
+            assert_eq!(steps.get(), 1);
+            yield_now().await;
+            assert_eq!(steps.get(), 2);
+        });
+    }
+
+    #[test]
+    fn tasks_that_wake_each_other_let_the_sockets_be_looked_at() {
+        run(async {
+            let (steps, wakers) = (Rc::new(Cell::new(0)), Rc::new(RefCell::new([None::<Waker>, None])));
+            for number in 0..2 {
+                let (counted, wakers) = (Rc::clone(&steps), Rc::clone(&wakers));
+                spawn(poll_fn(move |cx| {
+                    counted.set(counted.get() + 1);
+                    let mut wakers = wakers.borrow_mut();
+                    wakers[number] = Some(cx.waker().clone());
+                    if let Some(other) = &wakers[1 - number] {
+                        other.wake_by_ref();
+                    }
+                    Poll::Pending
+                }));
+            }
             yield_now().await;
             assert_eq!(steps.get(), STEPS);
             yield_now().await;

@@ -33,8 +33,8 @@ pub enum Opening {
 impl Opening {
     /// For a TCP socket that is about to connect.
     ///
-    /// A busy worker takes so long from the connect to the session's next step that the client's first bytes are often there
-    /// by then: a packet less costs it 3 % less a session. One that has time would pay for the switch and gain nothing.
+    /// Where clients wait to be accepted, their first bytes are there by then: a packet less costs 3 % less a session. A worker that
+    /// keeps up with them would pay for the switch and gain nothing.
     #[must_use]
     pub fn before_connect(socket: &Socket) -> Self {
         if reactor::is_busy() { Self::hold(socket) } else { Self::Unused }
