@@ -313,18 +313,19 @@ mod tests {
     /// Whom a task wakes, or spawns, while it is dropped with the thread's last.
     #[test]
     fn the_last_tasks_may_wake_and_spawn() {
-        struct Last(Option<oneshot::Sender<()>>);
+        struct Last(Option<oneshot::Sender<()>>, Rc<Cell<bool>>);
         impl Drop for Last {
             fn drop(&mut self) {
                 let _ = self.0.take().expect("once").send(());
                 spawn(pending());
+                self.1.set(true);
             }
         }
-        let ended = Rc::new(());
+        let (ended, has_spawned) = (Rc::new(()), Rc::new(Cell::new(false)));
         run(async {
             let (tell, told) = oneshot::channel();
             let both = [Rc::clone(&ended), Rc::clone(&ended)];
-            let last = Last(Some(tell));
+            let last = Last(Some(tell), Rc::clone(&has_spawned));
             let [first, second] = both;
             spawn(async move {
                 let _held = first;
@@ -335,8 +336,11 @@ mod tests {
                 let _held = (second, last);
                 pending::<()>().await;
             });
+            // Its place is the last one, free, and gone before the others.
+            spawn(async {});
             yield_now().await;
         });
+        assert!(has_spawned.get());
         assert_eq!(Rc::strong_count(&ended), 1);
     }
 
