@@ -150,7 +150,7 @@ pub fn turns() -> u8 {
     with(|reactor| reactor.turns.get()).unwrap_or_default()
 }
 
-/// This thread cannot keep up with what comes, or can again.
+/// This thread cannot keep up with what comes, or can again: as who accepts says, and of several the last.
 pub fn set_busy(is_busy: bool) {
     with(|reactor| reactor.is_busy.set(is_busy));
 }

@@ -1,8 +1,12 @@
 //! The tasks of a worker thread: run in the order in which they were woken, each once however often it was.
 //!
-//! What serves a task for the next one, too, is kept: its place, and the waker that sockets and timers hold. So a task
-//! costs one allocation, of its own size. A waker that outlives its task wakes the next one in its place for nothing, which
-//! a future has to bear from anybody.
+//! One that wakes itself comes after the next look at the sockets, so that whoever yields lets them be looked at. What serves a
+//! task for the next one, too, is kept: its place, and the waker that sockets and timers hold. So a task costs one allocation, of
+//! its own size. A waker that outlives its task wakes the next one in its place for nothing, which a future has to bear from
+//! anybody.
+//!
+//! Tasks are not joined, aborted or given a result: who wants to know of an end has a channel. Next: `runtime.rs` says when they
+//! run, `waking.rs` how other threads reach them.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
