@@ -13,7 +13,7 @@ ARGS ?=
 # .config/nextest.toml, for machines without nextest.
 HEAVY := real_programs:: faults:: outage:: storm:: redis_herd:: redis_random:: redis_random_sentinel:: redis_sentinel:: redis_cluster:: redis_slots::
 NEXTEST := $(CARGO) nextest
-SCRIPTS := .ci/run tests/install.sh tests/redis_matrix.sh
+SCRIPTS := .ci/run tests/install.sh tests/redis_matrix.sh tests/under_load.sh
 
 .PHONY: help
 help: ## List the targets
@@ -45,6 +45,11 @@ test-redis-matrix: ## The scenarios with a Redis against Redis 6.2 and 8.2, Valk
 test-long: ## All tests and those that take minutes to hours (STATERA_LONG=1)
 	@tests/install.sh test
 	@STATERA_LONG=1 $(MAKE) scenarios PROFILE=long
+
+.PHONY: test-under-load
+test-under-load: ## All tests five times beside busy loops, as on a machine half as fast (ARGS="1 faults::": one run of some)
+	@tests/install.sh test
+	tests/under_load.sh $(ARGS)
 
 # nextest runs no doctests. They come first, so that the run ends on the summary of the tests proper.
 .PHONY: doctest

@@ -6,7 +6,7 @@
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use proptest::prelude::*;
 use statera::config::{Config, LoadError, LogFormat, OnEmpty, RedisAddress, Watch};
@@ -154,20 +154,18 @@ fn a_file_that_cannot_be_read_is_named_with_its_cure() {
 }
 
 #[test]
-fn two_hundred_thousand_brackets_are_refused_at_once() {
-    let started = SystemTime::now();
+fn two_hundred_thousand_brackets_are_refused_before_they_are_parsed() {
+    // The message is the guard's. The parser, which looks at every open bracket again for each token, has another one, and
+    // takes 5.7 s to come to it.
     for bracket in ["[", "{", "[\n", "{a: "] {
         let message = refusal(&format!("pools:\n{}", bracket.repeat(200_000)));
         assert!(message.ends_with("more than 300 brackets are open: close them"), "{message}");
     }
     assert_eq!(refusal(&"[".repeat(200_000)), "line 1: more than 300 brackets are open: close them");
-    // 5.7 s each without the guard.
-    assert!(started.elapsed().unwrap() < Duration::from_secs(5));
 }
 
 #[test]
 fn nesting_and_aliases_that_would_eat_the_machine_are_refused() {
-    let started = cpu_time();
     let deep = refusal(&"- ".repeat(100_000));
     assert!(deep.starts_with("not valid YAML: "), "{deep}");
     // 5,000 aliases of a list with 5,000 items: 25 million values in 35 kB.
@@ -181,14 +179,6 @@ fn nesting_and_aliases_that_would_eat_the_machine_are_refused() {
     }
     let message = refusal(&laughs);
     assert!(message.contains("its aliases"), "{message}");
-    assert!(cpu_time() - started < Duration::from_secs(20));
-}
-
-/// Of this thread: what others do on the machine takes none of it.
-fn cpu_time() -> Duration {
-    let stat = fs::read_to_string("/proc/thread-self/schedstat").expect("the kernel counts it");
-    let nanos = stat.split(' ').next().and_then(|nanos| nanos.parse().ok());
-    Duration::from_nanos(nanos.expect("a number"))
 }
 
 #[test]
@@ -202,15 +192,14 @@ fn a_thousand_problems_are_counted_and_fifty_are_listed() {
     assert!(message.ends_with("\nand 1950 more: correct these first"), "{message}");
 }
 
+/// Each line that a message names costs one more parse of the file: 18 s for all that this message could name.
 #[test]
-fn the_largest_file_is_refused_in_seconds() {
-    let started = cpu_time();
+fn the_largest_file_is_parsed_again_for_twenty_lines_at_the_most() {
     let message = refusal(&"a:\n".repeat(1024 * 1024 / 3));
     assert!(message.contains("a: written twice, first on line 1: keep one of them (line 2)"), "{message}");
     assert!(message.contains("more: correct these first"), "{message}");
-    // Looking up each line that the message could have took 18 s.
-    let taken = cpu_time() - started;
-    assert!(taken < Duration::from_secs(12), "{taken:?}");
+    assert_eq!(message.matches("line ").count(), 20, "{message}");
+    assert_eq!(message.lines().count(), 1 + 50 + 1, "problems without a line are listed too: {message}");
 }
 
 const PIECES: &[&str] = &[

@@ -172,7 +172,7 @@ async fn iperf3_runs_unchanged_in_both_directions_and_both_at_once() {
     let program = require("iperf3", "iperf3");
     // A server for each direction: one that has just served a client tells the next one for a while that it is busy.
     let directions: [&[&str]; 4] = [&[], &["-R"], &["--bidir"], &["-P", "4"]];
-    let servers = directions.map(|_| {
+    let mut servers = directions.map(|_| {
         let port = free_port();
         let server = Server::start(|_| {
             let mut command = Command::new(&program);
@@ -181,9 +181,9 @@ async fn iperf3_runs_unchanged_in_both_directions_and_both_at_once() {
         });
         (server, SocketAddr::from(([127, 0, 0, 1], port)))
     });
-    for (server, _) in &servers {
+    for (server, _) in &mut servers {
         // A connection to try it out would count as its client.
-        eventually("iperf3 listens", || async { server.output().contains("Server listening") }).await;
+        server.says("Server listening").await;
     }
     // One worker: iperf3 --bidir takes its second connection for the way back, whichever comes second to its server, and
     // two workers may swap them.

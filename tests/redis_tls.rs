@@ -212,6 +212,9 @@ async fn sentinels_behind_tls_name_a_primary_that_is_behind_tls_too_and_a_failov
     follows(&proxy, &set.servers[0]).await;
     set.servers[0].set_weights([(&backend, 1.0)]).await;
     eventually("the table is replicated", || set.is_replicated(0)).await;
+    // The table before it names an address where no backend is: a session that came earlier would be lost there.
+    let first = [(backend.address.to_string(), 1.0)];
+    eventually("the proxy has the table", || async { proxy.weights() == first }).await;
     let traffic = Traffic::start(proxy.address());
     traffic.more(20).await;
     set.fail_over().await;

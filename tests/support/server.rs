@@ -1,7 +1,6 @@
 //! Other people's programs: servers that run beside a scenario, clients that run to their end.
 
 use std::fs::File;
-use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
@@ -10,7 +9,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::PATIENCE;
+use super::{PATIENCE, eventually};
 
 /// A program that runs until it is dropped. Ended by its own pid: by TERM, and by KILL if that does not help.
 pub struct Server {
@@ -37,6 +36,20 @@ impl Server {
     pub fn output(&self) -> String {
         let bytes = std::fs::read(self.folder.path().join("output")).expect("a file");
         String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// Waits until it has written `text`. Panics with all that it has written where it ends before that.
+    pub async fn says(&mut self, text: &str) {
+        let Self { child, folder } = self;
+        let output = folder.path().join("output");
+        let mut written = String::new();
+        eventually(&format!("a server says {text:?}"), || {
+            written = String::from_utf8_lossy(&std::fs::read(&output).expect("a file")).into_owned();
+            let ended = child.try_wait().expect("it is ours");
+            assert!(written.contains(text) || ended.is_none(), "it has ended ({ended:?}): {written}");
+            std::future::ready(written.contains(text))
+        })
+        .await;
     }
 
     pub fn pid(&self) -> u32 {
@@ -91,9 +104,4 @@ pub async fn output(command: Command) -> Output {
     let mut command = tokio::process::Command::from(command);
     let ended = timeout(PATIENCE, command.stdin(Stdio::null()).kill_on_drop(true).output()).await;
     ended.unwrap_or_else(|_| panic!("{text} does not end")).unwrap_or_else(|error| panic!("{text}: {error}"))
-}
-
-/// A port of 127.0.0.1 that nobody has, for a program that cannot take port 0.
-pub fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a free port").port()
 }
