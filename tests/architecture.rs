@@ -44,13 +44,14 @@ const ARROWS: [(&str, &[&str]); 13] = [
             "balance::cell::Cell",
             "config",
             "runtime::backoff",
+            "runtime::lookup",
             "runtime::pace",
             "telemetry::counters",
         ],
     ),
     ("health", &["balance", "config", "listen::socket", "runtime::backoff", "runtime::pace"]),
     // What it saves comes out of the snapshot cells, so it has no need to know Redis.
-    ("state", &["balance", "config", "runtime::backoff", "telemetry::counters"]),
+    ("state", &["balance", "config", "runtime::backoff", "runtime::blocking", "telemetry::counters"]),
     ("runtime", &["balance", "config", "listen", "reactor", "relay::Stream", "session", "telemetry"]),
     (
         "telemetry",
@@ -60,6 +61,7 @@ const ARROWS: [(&str, &[&str]); 13] = [
             "listen::socket",
             "reactor",
             "redis::status",
+            "runtime::blocking",
             "runtime::drain",
             "session",
             "state::SaveStatus",

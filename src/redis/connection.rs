@@ -17,6 +17,7 @@ use rustls::pki_types::ServerName;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
+use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout_at};
 use tokio_rustls::TlsConnector;
@@ -30,9 +31,13 @@ pub(super) use super::trouble::{
 };
 use super::{cluster, sentinel};
 use crate::config::{Redis, RedisAddress, Sentinel, Tls};
+use crate::runtime::lookup;
 
 /// Silence on the wire before the kernel asks whether the peer is still there.
 const KEEPALIVE: Duration = Duration::from_secs(30);
+/// Lookups of names of servers, of the whole process. Each connection that is being opened has one at most; one whose resolver
+/// hangs keeps its place until the system's library gives up.
+static LOOKUPS: Semaphore = Semaphore::const_new(32);
 
 /// What a server says of itself in answer to HELLO.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -219,7 +224,18 @@ async fn stream(settings: &Redis, address: &RedisAddress, deadline: Instant) -> 
 
 async fn tcp(settings: &Redis, host: &str, port: u16) -> RedisResult<TcpStream> {
     let limit = Instant::now() + settings.connect_timeout;
-    let stream = timeout_at(limit, TcpStream::connect((host, port))).await.map_err(|_| Trouble::Silent)??;
+    let stream = match lookup::literal(host, port) {
+        Some(address) => timeout_at(limit, TcpStream::connect(address)).await,
+        None => {
+            let asked = timeout_at(limit, lookup::start(&LOOKUPS, host.into(), port)).await;
+            let asked = asked.map_err(|_| io::Error::other("no thread could be had to look up its name"))?;
+            timeout_at(limit, async {
+                TcpStream::connect(&asked.await.map_err(io::Error::other)??[..]).await
+            })
+            .await
+        }
+    };
+    let stream = stream.map_err(|_| Trouble::Silent)??;
     stream.set_nodelay(true)?;
     // A peer that vanished without a word is noticed by the heartbeat; this frees its socket.
     let socket = SockRef::from(&stream);

@@ -7,17 +7,18 @@
 
 use std::collections::HashMap;
 use std::future::{Future, poll_fn};
-use std::net::{SocketAddr, ToSocketAddrs as _};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::{Semaphore, watch};
-use tokio::task::{JoinSet, spawn_blocking};
+use tokio::task::{self, JoinSet};
 use tokio::time::{Instant, sleep_until, timeout};
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use super::backoff::{Backoff, jittered};
+use super::lookup;
 use crate::balance::backend::Backend;
 use crate::balance::pool::Pool;
 use crate::balance::{Address, BackendId};
@@ -34,7 +35,7 @@ const LOOKUP_TIMEOUT: Duration = Duration::from_secs(6);
 const PACE: Duration = Duration::from_millis(50);
 
 /// Each lookup has a thread for as long as the system's library takes, which may be longer than anyone waits for it.
-/// The bounds are the whole process's; together they are far below the 512 threads that tokio allows.
+/// The bounds are the whole process's.
 static PLACES: Semaphore = Semaphore::const_new(96);
 /// Names that failed the last time have fewer places, of their own: they are those that take long.
 static PLACES_OF_FAILING: Semaphore = Semaphore::const_new(32);
@@ -60,7 +61,8 @@ type Answer = Result<Vec<SocketAddr>, String>;
 #[derive(Debug)]
 struct Known {
     due: Instant,
-    is_running: bool,
+    /// The task that looks it up now.
+    lookup: Option<task::Id>,
     /// Why it does not resolve: logged once for each new reason, not once for each look.
     error: Option<String>,
     backoff: Backoff,
@@ -115,11 +117,10 @@ impl Names {
             biased;
             () = at(refresh_at) => self.refresh(),
             () = at(next_look) => self.look(),
-            Some(done) = self.lookups.join_next() => {
-                if let Ok((backend, result)) = done {
-                    self.take(&backend, result);
-                }
-            }
+            Some(done) = self.lookups.join_next_with_id() => match done {
+                Ok((_, (backend, result))) => self.take(&backend, result),
+                Err(died) => self.died(died.id()),
+            },
             // The pool is held here, and with it the cell.
             Ok(()) = self.published.changed() => self.look(),
         }
@@ -134,23 +135,22 @@ impl Names {
         for backend in names {
             let mut known = gone.remove(backend.id()).unwrap_or_else(|| Known {
                 due: now,
-                is_running: false,
+                lookup: None,
                 error: None,
                 backoff: Backoff::new(FIRST_PAUSE, INTERVAL),
             });
             // A backend that left the table and came back has lost its addresses.
             let is_new = known.error.is_none() && !backend.is_reachable();
-            if !known.is_running && (is_new || known.due <= now) {
-                known.is_running = true;
+            if known.lookup.is_none() && (is_new || known.due <= now) {
                 let places = if known.error.is_some() { &PLACES_OF_FAILING } else { &PLACES };
-                self.lookups.spawn(look_up(Arc::clone(backend), places));
+                known.lookup = Some(self.lookups.spawn(look_up(Arc::clone(backend), places)).id());
             }
             self.known.insert(backend.id().clone(), known);
         }
-        let waiting = self.known.values().filter(|known| !known.is_running);
+        let waiting = self.known.values().filter(|known| known.lookup.is_none());
         self.next_look = waiting.map(|known| known.due.max(now + PACE)).min();
         // A name that comes and goes with every other table has its pauses nevertheless.
-        gone.retain(|_, known| known.is_running || known.due + INTERVAL > now);
+        gone.retain(|_, known| known.lookup.is_some() || known.due + INTERVAL > now);
         self.known.extend(gone);
     }
 
@@ -158,7 +158,7 @@ impl Names {
     fn take(&mut self, backend: &Backend, result: Answer) {
         let now = Instant::now();
         let Some(known) = self.known.get_mut(backend.id()) else { return };
-        known.is_running = false;
+        known.lookup = None;
         let (pool, name) = (&self.pool.name, backend.id());
         match result {
             Ok(addresses) => {
@@ -186,6 +186,19 @@ impl Names {
         self.next_look = Some(self.next_look.map_or(due, |other| other.min(due)));
     }
 
+    /// A lookup's task died, which is a defect: its name is looked up again, at the pace of a name that fails.
+    fn died(&mut self, lookup: task::Id) {
+        let Some((name, known)) = self.known.iter_mut().find(|(_, known)| known.lookup == Some(lookup))
+        else {
+            return;
+        };
+        error!(pool = %self.pool.name, backend = %name, "a lookup's task died: the name is looked up again");
+        known.lookup = None;
+        known.due = Instant::now() + known.backoff.patient_pause();
+        let due = known.due;
+        self.next_look = Some(self.next_look.map_or(due, |other| other.min(due)));
+    }
+
     fn refresh(&mut self) {
         self.pool.cell.refresh();
         self.refresh_at = None;
@@ -207,19 +220,13 @@ fn is_name(backend: &Backend) -> bool {
 
 async fn look_up(backend: Arc<Backend>, places: &'static Semaphore) -> (Arc<Backend>, Answer) {
     let Address::Name { host, port } = backend.id().address() else { return (backend, Ok(Vec::new())) };
-    let (host, port) = (Arc::clone(host), *port);
-    let place = places.acquire().await;
-    let asked = spawn_blocking(move || {
-        // Kept by the thread: a lookup that is no longer waited for still has one.
-        let _place = place;
-        let addresses = (&*host, port).to_socket_addrs();
-        addresses.map(Iterator::collect::<Vec<_>>)
-    });
+    // Waits for as long as the system gives no thread: that says nothing of the name.
+    let asked = lookup::start(places, Arc::clone(host), *port).await;
     let result = match timeout(LOOKUP_TIMEOUT, asked).await {
         Ok(Ok(Ok(addresses))) if addresses.is_empty() => Err("it has no address".to_owned()),
         Ok(Ok(Ok(addresses))) => Ok(addresses),
         Ok(Ok(Err(error))) => Err(error.to_string()),
-        Ok(Err(_)) => Err("the lookup was given up".to_owned()),
+        Ok(Err(panicked)) => Err(panicked.to_string()),
         Err(_) => Err("the resolver did not answer in time".to_owned()),
     };
     (backend, result)
@@ -227,6 +234,7 @@ async fn look_up(backend: Arc<Backend>, places: &'static Semaphore) -> (Arc<Back
 
 #[cfg(test)]
 mod tests {
+    use super::super::blocking;
     use super::*;
     use crate::balance::{Balance, Table, Weight};
     use tokio::time::advance;
@@ -333,5 +341,30 @@ mod tests {
         names.pool.cell.publish(table(&[("a.test:80", 1.0)]));
         names.look();
         assert_eq!(begun(&mut names).await, 1);
+    }
+
+    #[tokio::test]
+    async fn a_lookup_that_gets_no_thread_is_started_once_there_is_one() {
+        let mut names = names(&[("localhost:80", 1.0)]);
+        let backend = backend(&names, "localhost:80");
+        blocking::refusals::refuse(3);
+        names.look();
+        while !backend.is_reachable() {
+            names.step().await;
+        }
+        assert_eq!(blocking::refusals::left(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_name_whose_lookup_died_is_looked_up_again() {
+        let mut names = names(&[("a.test:80", 1.0)]);
+        names.look();
+        assert_eq!(begun(&mut names).await, 1);
+        let known = names.known.values_mut().next().expect("it is known");
+        known.lookup = Some(names.lookups.spawn(async { panic!("a defect that this test makes") }).id());
+        names.step().await;
+        while begun(&mut names).await == 0 {
+            names.step().await;
+        }
     }
 }

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::{Semaphore, watch};
-use tokio::task::{JoinSet, spawn_blocking};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 use tracing::{error, info, warn};
 
@@ -22,6 +22,7 @@ use super::{Kept, SaveStatus, Unusable};
 use crate::balance::snapshot::Snapshot;
 use crate::config::OnEmpty;
 use crate::runtime::backoff::Backoff;
+use crate::runtime::blocking::{self, Panicked};
 
 /// How long a start waits for the saved tables: a disk that is slower has failed.
 const READ_TIME: Duration = Duration::from_secs(1);
@@ -34,6 +35,9 @@ const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// Without a failure for this long, the next one is a first one. A disk that is full every other moment is not.
 const CALM: Duration = Duration::from_secs(60);
+
+/// Threads that touch the disk, of the whole process. One that hangs keeps its place, so there are some to spare.
+static THREADS: Semaphore = Semaphore::const_new(8);
 
 /// How long the end waits for the newest tables to be written.
 const LAST_WRITES: Duration = Duration::from_secs(1);
@@ -115,14 +119,14 @@ impl Shared {
     async fn restore(&self, on_empty: OnEmpty, kept: &[Kept]) {
         let (folder, wanted) = (self.folder.clone(), kept.to_vec());
         let read = move || -> Vec<_> { wanted.iter().map(|kept| read(&folder, kept)).collect() };
-        let results = match timeout(READ_TIME, spawn_blocking(read)).await {
-            Ok(Ok(results)) => results,
-            Ok(Err(error)) => {
-                return error!(%error, "reading the saved tables failed: starting without them");
+        let state_dir = self.folder.display();
+        let results = match within(READ_TIME, read).await {
+            Ok(results) => results,
+            Err(NoResult::Panicked(panicked)) => {
+                return error!(error = %panicked, "reading the saved tables failed: starting without them");
             }
-            Err(_) => {
-                let state_dir = self.folder.display();
-                return warn!(%state_dir, "state_dir does not answer: starting without the saved tables");
+            Err(reason) => {
+                return warn!(%state_dir, %reason, "cannot read state_dir: starting without the saved tables");
             }
         };
         for (kept, result) in kept.iter().zip(results) {
@@ -146,11 +150,10 @@ impl Shared {
 
     async fn prepare(&self) {
         let folder = self.folder.clone();
-        match timeout(READ_TIME, spawn_blocking(move || file::prepare(&folder))).await {
-            Ok(Ok(Ok(()))) => {}
-            Ok(Ok(Err(error))) => self.fails(None, &error.to_string(), error.cure()),
-            Ok(Err(panic)) => self.fails(None, &panic.to_string(), "it is a defect"),
-            Err(_) => self.fails(None, "the folder does not answer", "look after its disk"),
+        match within(READ_TIME, move || file::prepare(&folder)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => self.fails(None, &error.to_string(), error.cure()),
+            Err(reason) => self.fails(None, &reason.to_string(), reason.cure()),
         }
     }
 
@@ -167,6 +170,36 @@ impl Shared {
             info!(%state_dir, "tables are saved again");
         }
     }
+}
+
+/// Why work that touches the disk gave no result.
+#[derive(Debug, thiserror::Error)]
+enum NoResult {
+    #[error("the system gives no thread")]
+    NoThread,
+    #[error("the folder does not answer")]
+    Silent,
+    #[error(transparent)]
+    Panicked(Panicked),
+}
+
+impl NoResult {
+    fn cure(&self) -> &'static str {
+        match self {
+            Self::NoThread => "raise TasksMax (systemd), pids.max (containers) or `ulimit -u`",
+            Self::Silent => "look after its disk",
+            Self::Panicked(_) => "it is a defect",
+        }
+    }
+}
+
+/// Runs `work` on a thread. Gives it `limit` to get one, and as long to end.
+async fn within<T: Send + 'static>(
+    limit: Duration,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, NoResult> {
+    let job = timeout(limit, blocking::start(&THREADS, work)).await.map_err(|_| NoResult::NoThread)?;
+    timeout(limit, job).await.map_err(|_| NoResult::Silent)?.map_err(NoResult::Panicked)
 }
 
 fn read(folder: &Path, kept: &Kept) -> Result<Option<Saved>, Unusable> {
@@ -222,7 +255,9 @@ impl Keeper {
         let time = *self.published.borrow_and_update();
         let snapshot = Arc::clone(&self.kept.cell.load());
         let (shared, kept) = (Arc::clone(&self.shared), self.kept.clone());
-        let mut write = spawn_blocking(move || write(&shared.folder, &kept, time, &snapshot));
+        // Where the system gives no thread, the table is saved once it does.
+        let mut write =
+            blocking::start(&THREADS, move || write(&shared.folder, &kept, time, &snapshot)).await;
         let ended = match timeout(WRITE_TIME, &mut write).await {
             Ok(ended) => ended,
             Err(_) => {
@@ -233,7 +268,7 @@ impl Keeper {
         match &ended {
             Ok(Ok(())) => self.shared.works(self.place),
             Ok(Err(error)) => self.fails(&error.to_string(), error.cure()),
-            Err(panic) => self.fails(&panic.to_string(), "it is a defect"),
+            Err(panicked) => self.fails(&panicked.to_string(), "it is a defect"),
         }
         matches!(ended, Ok(Ok(())))
     }

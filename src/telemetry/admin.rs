@@ -21,6 +21,7 @@ use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
 use tokio::task::{AbortHandle, yield_now};
 use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
@@ -28,6 +29,7 @@ use tracing::{debug, warn};
 use super::prometheus::{self, Observed};
 use crate::config::{Admin, Secret};
 use crate::listen::socket::explain;
+use crate::runtime::blocking;
 use crate::runtime::drain::{Drain, Phase};
 
 const MOST_CONNECTIONS: usize = 256;
@@ -35,6 +37,10 @@ const HEADER_TIME: Duration = Duration::from_secs(5);
 /// A scraper that keeps its connection open reconnects after this.
 const CONNECTION_TIME: Duration = Duration::from_secs(300);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Threads that write metrics at the same time.
+static ENCODERS: Semaphore = Semaphore::const_new(2);
+/// How long a scrape waits for one of them.
+const ENCODER_TIME: Duration = Duration::from_secs(5);
 
 /// What the answers are made from.
 #[derive(Debug)]
@@ -152,9 +158,14 @@ async fn readyz(State(state): State<Arc<AdminState>>) -> Response {
 
 async fn metrics(State(state): State<Arc<AdminState>>) -> Response {
     // Ten thousand backends are a long text: made here, it would hold back the watch over Redis.
-    match tokio::task::spawn_blocking(move || prometheus::encode(&state.observed)).await {
+    let started = blocking::start(&ENCODERS, move || prometheus::encode(&state.observed));
+    let Ok(job) = timeout(ENCODER_TIME, started).await else {
+        let reason = "no thread could be had to write the metrics: ask again\n";
+        return (StatusCode::SERVICE_UNAVAILABLE, reason).into_response();
+    };
+    match job.await {
         Ok(text) => ([(header::CONTENT_TYPE, prometheus::CONTENT_TYPE)], text).into_response(),
-        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+        Err(panicked) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{panicked}\n")).into_response(),
     }
 }
 
