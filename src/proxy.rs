@@ -11,25 +11,25 @@ use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::{self, JoinHandle};
 
-use tokio::runtime::Builder;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 use tracing::{error, info};
 
+use self::control::Begun;
 use crate::balance::Table;
 use crate::balance::lua_pick::{self as picking, LuaRequests};
 use crate::balance::pool::{Pool, Sync};
 use crate::config::{Config, Shutdown};
 use crate::listen::socket::{self, BindError, Options};
 use crate::redis::status::TableStatus;
+use crate::runtime::control_runtime;
 use crate::runtime::drain::{self, DrainControl, Phase};
-use crate::runtime::handover;
-use crate::runtime::worker::{self, Door, Shared};
+use crate::runtime::worker::{Door, Shared};
 use crate::session::{Listener, Settings};
 use crate::state::{SaveStatus, keeper};
 use crate::telemetry::admin::{self, AdminBindError};
-use crate::telemetry::counters::{PerWorker, WorkerId};
+use crate::telemetry::counters::PerWorker;
 use crate::telemetry::log_sink::LogSink;
 use crate::telemetry::prometheus::Observed;
 
@@ -92,7 +92,8 @@ pub struct Running {
 /// process has.
 ///
 /// # Errors
-/// Nothing is left behind.
+/// What was begun has ended, and its addresses can be bound again. Only a thread that waits for a disk or for the system's
+/// resolver may be left, for as long as that takes.
 pub fn start(config: &Config, log: Option<LogSink>) -> Result<Running, StartError> {
     check_congestion(config)?;
     let (drain_control, drain) = drain::channel();
@@ -250,7 +251,7 @@ struct Control {
 
 impl Control {
     fn run(self, started: SyncSender<io::Result<()>>, stops: watch::Receiver<Stop>) -> Summary {
-        let runtime = match Builder::new_current_thread().enable_all().build() {
+        let runtime = match control_runtime::new() {
             Ok(runtime) => runtime,
             Err(error) => {
                 drop(started.send(Err(error)));
@@ -268,30 +269,15 @@ impl Control {
         started: SyncSender<io::Result<()>>,
         mut stops: watch::Receiver<Stop>,
     ) -> Summary {
-        let mut tasks = JoinSet::new();
-        let mut keepers = self.begin(&mut tasks).await;
+        let mut begun = Begun::default();
         let (tell, ends) = mpsc::unbounded_channel();
-        let sharing = handover::between(self.doors.len(), &self.shared.sessions);
-        let workers: io::Result<Vec<_>> = self
-            .doors
-            .drain(..)
-            .zip(sharing)
-            .enumerate()
-            .map(|(id, (doors, (neighbours, inbox)))| {
-                let sharing = worker::Sharing { neighbours, inbox };
-                let ended = worker::Ended::new(tell.clone());
-                worker::spawn(WorkerId(id), doors, sharing, self.shared.clone(), ended)
-            })
-            .collect();
-        drop(tell);
-        let workers = match workers {
-            Ok(workers) => workers,
-            Err(error) => {
-                drop(started.send(Err(error)));
-                self.drain.advance(Phase::Closing);
-                return Summary::default();
-            }
-        };
+        if let Err(error) = self.begin(&mut begun, tell).await {
+            self.give_up(begun).await;
+            // Only now: the caller may try again at once.
+            drop(started.send(Err(error)));
+            return Summary::default();
+        }
+        let Begun { tasks, mut keepers, workers } = begun;
         self.drain.advance(Phase::Serving);
         drop(started.send(Ok(())));
         let summary = end(&self.drain, self.config.shutdown, tasks, &mut keepers, ends, &mut stops).await;

@@ -49,7 +49,17 @@ const ARROWS: [(&str, &[&str]); 13] = [
             "telemetry::counters",
         ],
     ),
-    ("health", &["balance", "config", "listen::socket", "runtime::backoff", "runtime::pace"]),
+    (
+        "health",
+        &[
+            "balance",
+            "config",
+            "listen::socket",
+            "runtime::backoff",
+            "runtime::control_runtime",
+            "runtime::pace",
+        ],
+    ),
     // What it saves comes out of the snapshot cells, so it has no need to know Redis.
     ("state", &["balance", "config", "runtime::backoff", "runtime::blocking", "telemetry::counters"]),
     ("runtime", &["balance", "config", "listen", "reactor", "relay::Stream", "session", "telemetry"]),
@@ -80,6 +90,8 @@ const ARROWS: [(&str, &[&str]); 13] = [
             "config",
             "proxy",
             "redis::weights",
+            "runtime::control_runtime",
+            "runtime::pace",
             "telemetry::log_sink",
         ],
     ),

@@ -5,35 +5,34 @@
 //! core it would have to wait as often.
 
 use std::io;
-use std::thread::Builder;
+use std::thread::{Builder, JoinHandle};
 
-use tokio::runtime;
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tracing::error;
 
 use super::active::Checks;
+use crate::runtime::control_runtime;
 
-/// Runs `checks`. Ends only where there can be no thread, or it dies.
-///
-/// # Cancel safety
-/// Dropping the future ends the thread.
-pub async fn run(checks: Vec<Checks>) {
-    let (running, dropped) = oneshot::channel::<()>();
-    let (alive, died) = oneshot::channel::<()>();
-    if let Err(error) = spawn(checks, dropped, alive) {
-        error!(%error, "no thread for health checks");
-        return;
-    }
-    // Nothing is ever sent: its end of the channel goes with the thread.
-    let _ = died.await;
-    drop(running);
+/// The running thread. Dropped, it has ended.
+#[derive(Debug)]
+pub struct CheckThread {
+    /// The thread ends when this is dropped.
+    runs: Option<oneshot::Sender<()>>,
+    /// Nothing is ever sent: the thread's end of the channel goes with it.
+    died: oneshot::Receiver<()>,
+    thread: Option<JoinHandle<()>>,
 }
 
-fn spawn(checks: Vec<Checks>, dropped: oneshot::Receiver<()>, alive: oneshot::Sender<()>) -> io::Result<()> {
-    let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
-    // Not waited for: it ends by itself once `dropped` is ready.
-    drop(Builder::new().name("statera-checks".to_owned()).spawn(move || {
+/// Starts the thread, which runs `checks`.
+///
+/// # Errors
+/// The system gives no thread or no descriptors.
+pub fn start(checks: Vec<Checks>) -> io::Result<CheckThread> {
+    let (runs, dropped) = oneshot::channel::<()>();
+    let (alive, died) = oneshot::channel::<()>();
+    let runtime = control_runtime::new()?;
+    let thread = Builder::new().name("statera-checks".to_owned()).spawn(move || {
         let _alive = alive;
         runtime.block_on(async {
             let mut running: JoinSet<()> = checks.into_iter().map(Checks::run).collect();
@@ -42,6 +41,26 @@ fn spawn(checks: Vec<Checks>, dropped: oneshot::Receiver<()>, alive: oneshot::Se
                 Some(ended) = running.join_next() => error!(?ended, "health checks ended"),
             }
         });
-    })?);
-    Ok(())
+    })?;
+    Ok(CheckThread { runs: Some(runs), died, thread: Some(thread) })
+}
+
+impl CheckThread {
+    /// Waits until the thread ends by itself, which is a defect.
+    ///
+    /// # Cancel safety
+    /// Dropping the future ends the thread.
+    pub async fn ended(mut self) {
+        let _ = (&mut self.died).await;
+    }
+}
+
+impl Drop for CheckThread {
+    fn drop(&mut self) {
+        drop(self.runs.take());
+        if let Some(thread) = self.thread.take() {
+            // Takes as long as one look at one check. That it died was seen by `ended`.
+            let _ = thread.join();
+        }
+    }
 }

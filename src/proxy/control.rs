@@ -1,12 +1,15 @@
-//! Starts the tasks of the control plane: the admin server, the saved tables, Redis, the names, the
-//! backends' health.
+//! Starts the tasks of the control plane (the admin server, the saved tables, Redis, the names, the backends' health) and the
+//! workers, and ends them again where a start fails.
 //!
 //! What they do is their modules' business; that they run to the end of the proxy is `proxy.rs`'s.
 
+use std::io;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
-use tokio::sync::oneshot;
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tracing::warn;
@@ -16,24 +19,44 @@ use crate::health::active::Checks;
 use crate::health::passive::Ejections;
 use crate::health::{standing, thread};
 use crate::redis::{self, Followed, Parts};
+use crate::runtime::drain::Phase;
 use crate::runtime::resolve::{self, Names};
+use crate::runtime::{handover, worker};
 use crate::state::{Kept, keeper};
 use crate::telemetry::admin::{self, AdminState};
+use crate::telemetry::counters::WorkerId;
 
 /// How long accepting waits for Redis's first answer and for the first names. Clients that connect meanwhile wait in
 /// the kernel's queue.
 const FIRST_LOOK: Duration = Duration::from_secs(1);
 
+/// What a start has begun: the tasks of the control plane, those that save tables, the threads of the data plane.
+#[derive(Default)]
+pub(super) struct Begun {
+    pub(super) tasks: JoinSet<()>,
+    pub(super) keepers: keeper::Keepers,
+    pub(super) workers: Vec<JoinHandle<()>>,
+}
+
 impl Control {
-    /// Starts the tasks of the control plane, and waits for the first names and for Redis's first answer.
-    pub(super) async fn begin(&mut self, tasks: &mut JoinSet<()>) -> keeper::Keepers {
+    /// Starts the tasks of the control plane, waits for the first names and for Redis's first answer, and starts the workers.
+    /// What was begun is in `begun`, also where the rest fails.
+    ///
+    /// # Errors
+    /// The system gives no thread or no descriptor.
+    pub(super) async fn begin(
+        &mut self,
+        begun: &mut Begun,
+        tell: mpsc::UnboundedSender<Option<u64>>,
+    ) -> io::Result<()> {
+        let tasks = &mut begun.tasks;
         if let Some(socket) = self.admin_socket.take() {
             let token = self.config.admin.as_ref().and_then(|admin| admin.token.clone());
             let state =
                 AdminState { observed: self.observed.clone(), drain: self.shared.drain.clone(), token };
-            tasks.spawn(admin::serve(socket, Arc::new(state)));
+            tasks.spawn(admin::serve(TcpListener::from_std(socket)?, Arc::new(state)));
         }
-        let keepers = self.keep_tables().await;
+        begun.keepers = self.keep_tables().await;
         let (first_try_over, over) = oneshot::channel::<()>();
         self.follow_redis(tasks, first_try_over);
         let mut names: Vec<Names> = self.observed.pools.iter().cloned().map(Names::new).collect();
@@ -50,11 +73,30 @@ impl Control {
         for names in names {
             tasks.spawn(names.run());
         }
-        self.look_after_health(tasks);
-        keepers
+        self.look_after_health(tasks)?;
+        let sharing = handover::between(self.doors.len(), &self.shared.sessions);
+        for (id, (doors, (neighbours, inbox))) in self.doors.drain(..).zip(sharing).enumerate() {
+            let sharing = worker::Sharing { neighbours, inbox };
+            let ended = worker::Ended::new(tell.clone());
+            begun.workers.push(worker::spawn(WorkerId(id), doors, sharing, self.shared.clone(), ended)?);
+        }
+        Ok(())
     }
 
-    fn look_after_health(&self, tasks: &mut JoinSet<()>) {
+    /// Ends what a start has begun that failed then, and waits for it: the addresses can be bound again, no thread is left but
+    /// those that wait for a disk or a resolver.
+    pub(super) async fn give_up(&self, begun: Begun) {
+        let Begun { mut tasks, keepers, workers } = begun;
+        self.drain.advance(Phase::Closing);
+        tasks.shutdown().await;
+        keepers.finish().await;
+        for worker in workers {
+            // It ends because the drain is at its end, and has told how.
+            let _ = worker.join();
+        }
+    }
+
+    fn look_after_health(&self, tasks: &mut JoinSet<()>) -> io::Result<()> {
         let mut checked = Vec::new();
         for (pool, settings) in self.observed.pools.iter().zip(&self.config.pools) {
             tasks.spawn(standing::watch_fail_open(Arc::clone(pool)));
@@ -67,8 +109,9 @@ impl Control {
             }
         }
         if !checked.is_empty() {
-            tasks.spawn(thread::run(checked));
+            tasks.spawn(thread::start(checked)?.ended());
         }
+        Ok(())
     }
 
     /// Begins with what was saved. Redis comes after it: its answer is newer.

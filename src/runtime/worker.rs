@@ -28,17 +28,32 @@ use crate::telemetry::access_log::AccessLog;
 use crate::telemetry::counters::{PerWorker, WorkerId};
 use crate::telemetry::log_sink::LogSink;
 
-/// One socket that a worker accepts from.
+/// One socket that a worker accepts from: a [`Listening`] one once the worker has started.
 #[derive(Debug)]
-pub struct Door {
+pub struct Door<S = TcpListener> {
     /// Bound and listening.
-    pub socket: TcpListener,
+    pub socket: S,
     /// Whose it is.
     pub listener: Arc<Listener>,
     /// Where its sessions go.
     pub pool: Arc<Pool>,
     /// How they are served.
     pub settings: Settings,
+}
+
+impl Door {
+    /// Begins to watch its socket on this thread.
+    fn watch(self) -> io::Result<Door<Listening>> {
+        let Self { socket, listener, pool, settings } = self;
+        let socket = Listening::watch(socket).map_err(|error| {
+            let name = &listener.name;
+            io::Error::new(
+                error.kind(),
+                format!("listeners.{name}: a listening socket cannot be watched: {error}"),
+            )
+        })?;
+        Ok(Door { socket, listener, pool, settings })
+    }
 }
 
 /// What a worker needs beside its sockets.
@@ -89,7 +104,7 @@ impl Drop for Ended {
 /// through `ended`.
 ///
 /// # Errors
-/// No thread, or no epoll descriptor.
+/// No thread, no epoll descriptor, or a listening socket that cannot be watched. The thread has ended then.
 pub fn spawn(
     id: WorkerId,
     doors: Vec<Door>,
@@ -101,8 +116,12 @@ pub fn spawn(
     let thread = thread::Builder::new().name(format!("statera-{}", id.0)).spawn(move || {
         let mut ended = ended;
         // Made on the thread that drives it: it cannot be sent there.
-        match Runtime::new() {
-            Ok(runtime) => {
+        let ready = Runtime::new().and_then(|runtime| {
+            let doors = doors.into_iter().map(Door::watch).collect::<io::Result<Vec<_>>>()?;
+            Ok((runtime, doors))
+        });
+        match ready {
+            Ok((runtime, doors)) => {
                 // `spawn` waits for this.
                 let _ = started.send(Ok(()));
                 ended.cut = Some(run(runtime, id, doors, sharing, &shared));
@@ -112,11 +131,22 @@ pub fn spawn(
             }
         }
     })?;
-    has_started.recv().map_err(|_| io::Error::other("the worker died"))??;
+    let started = has_started.recv().unwrap_or_else(|_| Err(io::Error::other("the worker died")));
+    if let Err(error) = started {
+        // It was told why, or has died: nothing more is to be heard from it.
+        let _ = thread.join();
+        return Err(error);
+    }
     Ok(thread)
 }
 
-fn run(mut runtime: Runtime, id: WorkerId, doors: Vec<Door>, sharing: Sharing, shared: &Shared) -> u64 {
+fn run(
+    mut runtime: Runtime,
+    id: WorkerId,
+    doors: Vec<Door<Listening>>,
+    sharing: Sharing,
+    shared: &Shared,
+) -> u64 {
     let access_log = shared.access_log.as_ref().map(|(format, sink)| AccessLog::new(*format, sink.clone()));
     let limits = doors.iter().map(|door| &door.settings.limits);
     let shortest = limits.map(|limits| limits.half_closed.min(limits.idle.unwrap_or(Duration::MAX))).min();
@@ -137,7 +167,7 @@ fn run(mut runtime: Runtime, id: WorkerId, doors: Vec<Door>, sharing: Sharing, s
 }
 
 /// Returns the number of sessions that are left.
-async fn serve(worker: &Rc<Worker>, doors: Vec<Door>, sharing: Sharing, drain: &Drain) -> u64 {
+async fn serve(worker: &Rc<Worker>, doors: Vec<Door<Listening>>, sharing: Sharing, drain: &Drain) -> u64 {
     if worker.access_log.is_some() {
         let worker = Rc::clone(worker);
         spawn_task(async move {
@@ -214,7 +244,7 @@ fn poll_ended(
 }
 
 /// One task for each pool, however many doors lead to it.
-fn close_leaving(doors: &[Door], worker: &Rc<Worker>) {
+fn close_leaving(doors: &[Door<Listening>], worker: &Rc<Worker>) {
     for (number, door) in doors.iter().enumerate() {
         if !doors[..number].iter().any(|before| Arc::ptr_eq(&before.pool, &door.pool)) {
             let (worker, pool) = (Rc::clone(worker), Arc::clone(&door.pool));
@@ -224,17 +254,13 @@ fn close_leaving(doors: &[Door], worker: &Rc<Worker>) {
 }
 
 async fn accept_at(
-    socket: TcpListener,
+    socket: Listening,
     door: usize,
     context: Rc<Context>,
     neighbours: Rc<Neighbours>,
     drain: Drain,
 ) {
     let Context { worker, listener, .. } = &*context;
-    let socket = match Listening::watch(socket) {
-        Ok(socket) => socket,
-        Err(error) => return error!(listener = %listener.name, %error, "cannot watch a listening socket"),
-    };
     let on_connection = |socket, client| {
         if let Some(connection) = neighbours.offer(Connection::new(door, socket, client)) {
             begin(connection, &context);
@@ -267,20 +293,44 @@ mod tests {
     use crate::balance::{Balance, Table};
     use crate::config::Config;
 
-    /// It was accepted, so it is cut like a session, not lost: counted, logged and reset.
-    #[test]
-    fn a_connection_that_is_handed_over_at_the_very_end_is_cut() {
+    fn any() -> TcpListener {
+        TcpListener::bind("127.0.0.1:0").expect("a free port")
+    }
+
+    fn door(socket: TcpListener) -> Door {
         let config = Config::from_yaml(
             "listeners: {web: {bind: \"127.0.0.1:0\", pool: web}}\npools: {web: {backends: {\"127.0.0.1:9\": 1}}}",
         )
         .expect("a valid config");
-        let any = || TcpListener::bind("127.0.0.1:0").expect("a free port");
-        let door = Door {
-            socket: any(),
+        Door {
+            socket,
             listener: Arc::new(Listener { name: "web".into(), counters: PerWorker::new(1) }),
             pool: Arc::new(Pool::new("web".into(), 0, Balance::WeightedRandom, Table::default(), None, 1)),
             settings: Settings::from(&config.pools[0]),
-        };
+        }
+    }
+
+    /// The kernel refuses to watch a plain file, as it refuses sockets beyond fs.epoll.max_user_watches.
+    #[test]
+    fn a_listening_socket_that_cannot_be_watched_fails_the_start_and_leaves_no_thread() {
+        let file = std::fs::File::open("/proc/self/exe").expect("this program");
+        let (control, drain) = drain::channel();
+        control.advance(Phase::Serving);
+        let sessions = Arc::new(PerWorker::new(1));
+        let (neighbours, inbox) = handover::between(1, &sessions).remove(0);
+        let shared = Shared { access_log: None, sessions, starvation: Arc::default(), drain };
+        let (tell, mut ends) = mpsc::unbounded_channel();
+        let doors = vec![door(any()), door(TcpListener::from(std::os::fd::OwnedFd::from(file)))];
+        let sharing = Sharing { neighbours, inbox };
+        let error = spawn(WorkerId(0), doors, sharing, shared, Ended::new(tell)).expect_err("a file");
+        assert!(error.to_string().starts_with("listeners.web: a listening socket"), "{error}");
+        assert_eq!(ends.try_recv(), Ok(None), "the thread has ended");
+    }
+
+    /// It was accepted, so it is cut like a session, not lost: counted, logged and reset.
+    #[test]
+    fn a_connection_that_is_handed_over_at_the_very_end_is_cut() {
+        let door = door(any());
         door.socket.set_nonblocking(true).expect("a socket");
         let other = any();
         let mut client = TcpStream::connect(other.local_addr().expect("bound")).expect("it listens");
@@ -296,7 +346,9 @@ mod tests {
         let shared =
             Shared { access_log: None, sessions: Arc::clone(&sessions), starvation: Arc::default(), drain };
         let sharing = Sharing { neighbours, inbox };
-        let cut = run(Runtime::new().expect("descriptors"), WorkerId(0), vec![door], sharing, &shared);
+        let runtime = Runtime::new().expect("descriptors");
+        let doors = vec![door.watch().expect("a socket")];
+        let cut = run(runtime, WorkerId(0), doors, sharing, &shared);
 
         assert_eq!((cut, listener.counters.of(WorkerId(0)).connections.get()), (1, 1));
         assert_eq!(sessions.of(WorkerId(0)).closed(session::CloseReason::Shutdown).get(), 1);

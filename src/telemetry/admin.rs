@@ -24,7 +24,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::{AbortHandle, yield_now};
 use tokio::time::{sleep, timeout};
-use tracing::{debug, warn};
+use tracing::debug;
 
 use super::prometheus::{self, Observed};
 use crate::config::{Admin, Secret};
@@ -74,11 +74,7 @@ pub fn bind(admin: &Admin) -> Result<StdListener, AdminBindError> {
 }
 
 /// Serves until it is dropped.
-pub async fn serve(listener: StdListener, state: Arc<AdminState>) {
-    let listener = match TcpListener::from_std(listener) {
-        Ok(listener) => listener,
-        Err(error) => return warn!(%error, "the admin server cannot start"),
-    };
+pub async fn serve(listener: TcpListener, state: Arc<AdminState>) {
     let guarded = Router::new()
         .route("/metrics", get(metrics))
         .route_layer(middleware::from_fn_with_state(Arc::clone(&state), require_token));

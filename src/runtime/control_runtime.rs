@@ -1,0 +1,17 @@
+//! Makes the tokio runtime of a control-plane thread.
+
+use std::io;
+use std::os::unix::net::UnixStream;
+
+use tokio::runtime::{Builder, Runtime};
+
+/// A runtime for this thread.
+///
+/// # Errors
+/// The system gives no descriptors.
+pub fn new() -> io::Result<Runtime> {
+    // With its first runtime tokio makes two sockets for signals, beside an epoll and an eventfd, and panics where it gets
+    // none. So it is tried before whether there are four descriptors.
+    drop((UnixStream::pair()?, UnixStream::pair()?));
+    Builder::new_current_thread().enable_all().build()
+}
