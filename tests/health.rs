@@ -251,6 +251,85 @@ async fn a_backend_that_joins_gets_its_share_little_by_little_and_the_first_tabl
     eventually("a weight changes at once", || async { effective(&new) == 50.0 }).await;
 }
 
+/// Sessions that one after the other got `greeting`, one in a row to each backend: how many each has got.
+async fn sessions_of_each(proxy: &Proxy, good: &[Backend], sessions: u64) -> Vec<u64> {
+    let before: Vec<u64> = good.iter().map(Backend::accepted).collect();
+    for _ in 0..sessions {
+        assert_eq!(greeting(proxy.address()).await.expect("an answer"), "good");
+    }
+    good.iter().zip(before).map(|(backend, before)| backend.accepted() - before).collect()
+}
+
+/// `ZADD`s one member after the other, each when the one before has arrived.
+async fn write_one_by_one(redis: &Redis, proxy: &Proxy, addresses: &[SocketAddr]) {
+    for (n, address) in addresses.iter().enumerate() {
+        redis.run(&format!("ZADD servers 100 {address}")).await;
+        eventually("the member arrives", || async { proxy.weights().len() == n + 1 }).await;
+    }
+}
+
+#[tokio::test]
+async fn a_table_that_is_deleted_and_written_one_by_one_keeps_its_health_and_its_even_shares() {
+    let redis = Redis::start().await;
+    let mut good = Vec::new();
+    for _ in 0..7 {
+        good.push(saying("good", nothing).await);
+    }
+    // Takes connections and says nothing.
+    let hanging = saying("", wait_for_end).await;
+    let mut addresses: Vec<SocketAddr> = good.iter().map(|backend| backend.address).collect();
+    addresses.insert(3, hanging.address);
+    let checks = "health_check: {interval: 60s, timeout: 200ms, expect: good}, slow_start: 60s";
+    let members: Vec<_> = addresses.iter().map(|address| format!("100 {address}")).collect();
+    let all = format!("ZADD servers {}", members.join(" "));
+    redis.run(&all).await;
+    let proxy = Proxy::web(
+        &format!("redis: {{url: \"{}\"}}", redis.url()),
+        &format!("weights_key: servers, balance: weighted_round_robin, outlier: off, {checks}"),
+    );
+    let up = |backend: &Backend| {
+        let series = format!("statera_backend_up{{pool=\"web\",backend=\"{}\"}}", backend.address);
+        proxy.metric(&series)
+    };
+    eventually("the checks find it out", || async { up(&hanging) == Some(0.0) }).await;
+    let checked = |backend: &Backend| backend.accepted();
+    let sessions_before = checked(&hanging);
+
+    // Deleted for a while, too: an empty table that is refused means that all members have left.
+    for _ in 0..2 {
+        redis.run("DEL servers").await;
+        write_one_by_one(&redis, &proxy, &addresses).await;
+        assert_eq!(up(&hanging), Some(0.0), "what was found out is remembered");
+        let each = sessions_of_each(&proxy, &good, 70).await;
+        assert!(each.iter().all(|sessions| (9..=11).contains(sessions)), "{each:?}");
+    }
+    assert_eq!(checked(&hanging), sessions_before, "no session and no check went there");
+}
+
+#[tokio::test]
+async fn a_first_table_that_is_written_one_by_one_has_even_shares() {
+    for on_empty in ["keep_last", "refuse"] {
+        let redis = Redis::start().await;
+        let mut good = Vec::new();
+        for _ in 0..4 {
+            good.push(saying("good", nothing).await);
+        }
+        let addresses: Vec<SocketAddr> = good.iter().map(|backend| backend.address).collect();
+        let proxy = Proxy::web(
+            &format!("redis: {{url: \"{}\", on_empty: {on_empty}}}", redis.url()),
+            "weights_key: servers, balance: weighted_round_robin, slow_start: 60s",
+        );
+        let first_answer = || {
+            let is_kept = proxy.metric("statera_pool_table_kept{pool=\"web\"}") == Some(1.0);
+            is_kept || proxy.metric("statera_snapshot_age_seconds{pool=\"web\"}").is_some()
+        };
+        eventually("redis has said that it holds nothing", || async { first_answer() }).await;
+        write_one_by_one(&redis, &proxy, &addresses).await;
+        let each = sessions_of_each(&proxy, &good, 40).await;
+        assert!(each.iter().all(|sessions| (9..=11).contains(sessions)), "{on_empty}: {each:?}");
+    }
+}
+
 #[tokio::test]
 async fn a_backend_that_resets_its_sessions_is_ejected() {
     let (good, bad) = (Backend::named("good").await, saying("", reset).await);

@@ -6,11 +6,13 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use arc_swap::ArcSwap;
+use tokio::time::Instant;
 
 use super::condition::{Condition, Reached};
+use super::departed::{Departed, Presence};
 use super::leaving::Leaving;
 pub use super::places::Active;
 use super::places::Places;
@@ -27,6 +29,7 @@ pub struct Backend {
     /// Rotates over `resolved`.
     turn: AtomicUsize,
     places: Places,
+    presence: Presence,
     /// What is known of its health.
     pub condition: Condition,
     /// Whether its sessions are to end.
@@ -51,6 +54,7 @@ impl Backend {
             resolved: ArcSwap::default(),
             turn: AtomicUsize::new(0),
             places,
+            presence: Presence::default(),
             condition: Condition::default(),
             leaving: Leaving::default(),
             counters: PerWorker::new(workers),
@@ -72,6 +76,10 @@ impl Backend {
     #[inline]
     pub(super) fn places(&self) -> &Places {
         &self.places
+    }
+
+    pub(super) fn presence(&self) -> &Presence {
+        &self.presence
     }
 
     /// What its sessions have reached so far.
@@ -144,6 +152,8 @@ pub struct Registry {
 #[derive(Debug, Default)]
 struct Known {
     backends: HashMap<BackendId, Weak<Backend>>,
+    /// Those of them that are remembered.
+    departed: Departed,
     /// Above so many, the dead are dropped: seldom enough that each new backend pays for a few looks at most.
     sweep_above: usize,
 }
@@ -181,7 +191,7 @@ impl Registry {
     /// The living backend of that name, or a new one.
     #[must_use]
     pub fn get_or_create(&self, id: &BackendId) -> Arc<Backend> {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.lock();
         if let Some(backend) = known.backends.get(id).and_then(Weak::upgrade) {
             return backend;
         }
@@ -195,7 +205,39 @@ impl Registry {
         backend
     }
 
-    /// All that a snapshot or a session still holds, in the order of their names. Forgets the others.
+    /// Goes by the snapshot `version`, which has the backends `now` and follows one with the backends `before`, of which each
+    /// was ready or not.
+    pub(super) fn follow<'a>(
+        &self,
+        version: u64,
+        before: impl Iterator<Item = (&'a Arc<Backend>, bool)>,
+        now: impl Iterator<Item = &'a Arc<Backend>>,
+    ) {
+        self.lock().departed.follow(version, before, now);
+    }
+
+    /// Forgets the backends that left the table too long ago.
+    pub(super) fn forget_old(&self, now: Instant) {
+        self.lock().departed.forget_old(now);
+    }
+
+    /// True for a backend that left the table a short time ago, and that was ready then.
+    pub(super) fn left_ready(&self, backend: &Backend) -> bool {
+        backend.presence.references() > 0 && self.lock().departed.was_ready(backend)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How many there are in memory.
+    #[cfg(test)]
+    pub(super) fn known(&self) -> usize {
+        self.lock().backends.len()
+    }
+
+    /// All that a snapshot or a session still holds, in the order of their names; not those that are only remembered. Forgets
+    /// the others.
     #[must_use]
     pub fn living(&self) -> Vec<Arc<Backend>> {
         let mut living = self.living_in_any_order();
@@ -205,12 +247,16 @@ impl Registry {
 
     /// The same, not sorted.
     pub(super) fn living_in_any_order(&self) -> Vec<Arc<Backend>> {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.lock();
+        known.departed.forget_old(Instant::now());
         let mut living = Vec::with_capacity(known.backends.len());
         known.sweep(|backend| {
             let backend = backend.upgrade();
             let is_alive = backend.is_some();
-            living.extend(backend);
+            // The reference of this line is one of them.
+            let is_used =
+                |backend: &Arc<Backend>| Arc::strong_count(backend) > 1 + backend.presence.references();
+            living.extend(backend.filter(is_used));
             is_alive
         });
         living

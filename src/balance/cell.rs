@@ -56,6 +56,7 @@ impl Cell {
         let policy = policy.into();
         let registry = Registry::with_capacity(workers, &policy.capacity);
         let first = Snapshot::new(1, Origin::Configured, &configured, policy, &registry);
+        registry.follow(first.version, std::iter::empty(), first.members().iter().map(|m| &m.backend));
         Self {
             newest: ArcSwap::from_pointee(first),
             table: Mutex::new(configured),
@@ -93,7 +94,10 @@ impl Cell {
         let newest = self.newest.load();
         let changed = newest.origin != Origin::Redis || *current != table;
         if changed {
-            self.store(newest.next(Origin::Redis, &table, self.policy, &self.registry));
+            // After an answer without members Redis was watched: its next table is no first one, its backends are new.
+            let is_first = newest.origin != Origin::Redis && self.age().is_none();
+            let (policy, registry) = (self.policy, &self.registry);
+            self.store(newest.next_or_first(Origin::Redis, &table, policy, registry, is_first));
             *current = table;
             self.published.send_replace(SystemTime::now());
         }
@@ -163,6 +167,10 @@ impl Cell {
     }
 
     fn store(&self, next: Snapshot) {
+        let before = self.newest.load();
+        let (was, is) = (before.members_and_stand_ins(), next.members_and_stand_ins());
+        let was = was.map(|member| (&member.backend, member.state == AdminState::Ready));
+        self.registry.follow(next.version, was, is.map(|member| &member.backend));
         let standing = Standing { fails_open: next.fails_open, ramps: next.ramps };
         if !self.policy.drain_timeout.is_zero() {
             self.leavers.look(&next, &self.registry);

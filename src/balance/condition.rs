@@ -133,8 +133,9 @@ pub struct Condition {
     probe: AtomicU32,
     connects: Row,
     resets: Row,
-    /// [`millis`] of the moment at which it joined or recovered; 0: it has its whole weight.
-    returned: AtomicU64,
+    /// [`millis`] of the moment at which it joined or recovered, times two; the lowest bit: it is held back since. 0: it was
+    /// there from the beginning.
+    begun: AtomicU64,
     /// Checks that passed and that failed; written by the control plane.
     pub checks: [Counter; 2],
     /// How often it was ejected; written by the control plane.
@@ -159,7 +160,7 @@ impl Default for Condition {
             probe: AtomicU32::new(0),
             connects: Row::default(),
             resets: Row::default(),
-            returned: AtomicU64::new(0),
+            begun: AtomicU64::new(0),
             checks: Default::default(),
             ejections: Counter::default(),
         }
@@ -279,19 +280,41 @@ impl Condition {
 
     /// It joined the pool or recovered: its weight begins to grow.
     pub fn begin_ramp(&self, now: Instant) {
-        self.returned.store(millis(now), Relaxed);
+        self.begun.store(millis(now) << 1 | HELD_BACK, Relaxed);
+    }
+
+    /// It joined a pool in which no other backend has been for long: it has its whole weight at once.
+    pub(super) fn begin_whole(&self, now: Instant) {
+        self.begun.store(millis(now) << 1, Relaxed);
+    }
+
+    /// It has its whole weight from now on, though it joined or recovered a short time ago.
+    pub(super) fn end_ramp(&self) {
+        self.begun.fetch_and(!HELD_BACK, Relaxed);
+    }
+
+    /// It joined or recovered so long ago that another one may start slowly beside it.
+    pub(super) fn is_settled(&self, slow_start: Duration, now: Instant) -> bool {
+        let begun = self.begun.load(Relaxed);
+        begun == 0 || since(begun, now) >= slow_start
     }
 
     /// The part of its weight that it has in its slow start, and 1 after it.
     #[must_use]
     pub fn ramp(&self, slow_start: Duration, now: Instant) -> f64 {
-        let returned = self.returned.load(Relaxed);
-        if returned == 0 || slow_start.is_zero() {
+        let begun = self.begun.load(Relaxed);
+        if begun & HELD_BACK == 0 || slow_start.is_zero() {
             return 1.0;
         }
-        let passed = Duration::from_millis(millis(now).saturating_sub(returned));
-        (passed.as_secs_f64() / slow_start.as_secs_f64()).clamp(RAMP_BEGINS_AT, 1.0)
+        (since(begun, now).as_secs_f64() / slow_start.as_secs_f64()).clamp(RAMP_BEGINS_AT, 1.0)
     }
+}
+
+/// In [`Condition::begun`], beside the milliseconds: it has only a part of its weight.
+const HELD_BACK: u64 = 1;
+
+fn since(begun: u64, now: Instant) -> Duration {
+    Duration::from_millis(millis(now).saturating_sub(begun >> 1))
 }
 
 #[cfg(test)]

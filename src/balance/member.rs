@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::time::Instant;
 
@@ -56,6 +57,7 @@ pub(super) struct Weighed {
 
 /// The members of a table, not weighed yet.
 pub(super) fn known(table: &Table, registry: &Registry) -> Box<[Member]> {
+    registry.forget_old(Instant::now());
     let member = |(id, weight): &(BackendId, Weight)| Member {
         backend: registry.get_or_create(id),
         weight: *weight,
@@ -102,25 +104,41 @@ fn fails_open(members: &[Member], policy: &Policy) -> bool {
     all > 0.0 && (healthy == 0.0 || healthy < policy.fail_open * all)
 }
 
-/// Those that were not there `before`, or not ready, begin their slow start, unless nobody else is: a pool that is new as a whole
-/// would be slow for no one's good.
-pub(super) fn begin_ramps(before: &[Member], now: &[Member]) {
+/// Begins the slow start of those that were not there `before`, or not ready. One that left a short time ago and returns goes on
+/// by the clock that it had.
+///
+/// A backend is held back only where another one can take its part: one that gets sessions, and has done so for `slow_start`.
+/// A pool that is new as a whole, also one that is written member by member, has its whole weight at once.
+pub(super) fn begin_ramps(before: &[Member], members: &[Member], slow_start: Duration, registry: &Registry) {
     let is_ready = |member: &&Member| member.state == AdminState::Ready;
     let before: HashSet<*const Backend> =
         before.iter().filter(is_ready).map(|member| Arc::as_ptr(&member.backend)).collect();
-    let is_new = |member: &&Member| !before.contains(&Arc::as_ptr(&member.backend));
-    let ready = || now.iter().filter(is_ready);
-    if ready().all(|member| is_new(&member)) {
-        return;
+    let is_new = |member: &Member| {
+        !before.contains(&Arc::as_ptr(&member.backend)) && !registry.left_ready(&member.backend)
+    };
+    let now = Instant::now();
+    let can_spare = |member: &Member| {
+        let condition = &member.backend.condition;
+        member.wants_sessions()
+            && member.backend.is_reachable()
+            && condition.is_usable()
+            && condition.is_settled(slow_start, now)
+            && !is_new(member)
+    };
+    let is_held_back = members.iter().any(can_spare);
+    for member in members.iter().filter(is_ready) {
+        let condition = &member.backend.condition;
+        match (is_new(member), is_held_back) {
+            (true, true) => condition.begin_ramp(now),
+            (true, false) => condition.begin_whole(now),
+            (false, true) => {}
+            (false, false) => condition.end_ramp(),
+        }
     }
-    let began = Instant::now();
-    ready().filter(is_new).for_each(|member| member.backend.condition.begin_ramp(began));
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::super::Balance;
     use super::super::condition::Health;
     use super::super::snapshot::{Origin, Snapshot};
@@ -205,8 +223,9 @@ mod tests {
 
         let all_new = next(&grown, &[(4, 5.0), (5, 5.0)]);
         assert_eq!((weights(&all_new), all_new.ramps), (vec![5.0, 5.0], false));
+        tokio::time::advance(10 * second).await;
         let back = next(&all_new, &[(1, 100.0), (4, 5.0)]);
-        assert_eq!(weights(&back), [10.0, 5.0], "who left and came back has joined");
+        assert_eq!(weights(&back), [10.0, 5.0], "one that is not remembered has joined");
     }
 
     #[tokio::test(start_paused = true)]

@@ -11,6 +11,7 @@ pub mod backend;
 mod backend_id;
 pub mod cell;
 pub mod condition;
+mod departed;
 pub mod leaving;
 pub mod lua_pick;
 mod maglev;

@@ -78,8 +78,8 @@ impl Snapshot {
 
     /// Makes `table` ready to follow this snapshot.
     ///
-    /// Backends that it did not know, or that were not ready, begin their slow start, unless nobody else is ready: a pool that is new
-    /// as a whole would be slow for no one's good.
+    /// Backends that it did not know, or that were not ready, begin their slow start, if another one can take their part
+    /// (`member.rs`).
     ///
     /// Where it gives weight to names alone and none of them has been resolved, which takes a moment for new ones, the
     /// backends that this snapshot picks from stand in, so that the swap of a backend for a name loses no session. Not
@@ -92,9 +92,23 @@ impl Snapshot {
         policy: impl Into<Policy>,
         registry: &Registry,
     ) -> Self {
+        let is_first = origin != self.origin;
+        self.next_or_first(origin, table, policy, registry, is_first)
+    }
+
+    /// The same, where the caller knows whether the table is the first that this process sees of its source: then its backends
+    /// may have been in use for long, and none of them starts slowly.
+    pub(super) fn next_or_first(
+        &self,
+        origin: Origin,
+        table: &Table,
+        policy: impl Into<Policy>,
+        registry: &Registry,
+        is_first: bool,
+    ) -> Self {
         let (members, policy) = (known(table, registry), policy.into());
-        if !policy.slow_start.is_zero() && origin == self.origin {
-            begin_ramps(&self.members, &members);
+        if !policy.slow_start.is_zero() && !is_first {
+            begin_ramps(&self.members, &members, policy.slow_start, registry);
         }
         let mut next = Self::of(members, self.version + 1, origin, &policy, Arc::clone(&self.sequence));
         let waits_for_names = pickable(&next.members).is_empty()

@@ -31,6 +31,12 @@ const PACE: Duration = Duration::from_millis(10);
 /// The first checks of a new table are spread over so much for each backend, up to an interval: a few are asked at once.
 const FIRST_SPREAD: Duration = Duration::from_millis(1);
 
+/// The checks of a member that left stay as they are for so long: a table that is deleted and written anew, again and again, must
+/// neither keep a check from its end nor cause more of them.
+const AWAY_PATIENCE: Duration = Duration::from_secs(1);
+/// So many more members that left than there are members are treated like that.
+const AWAY_SPARE: usize = 1_024;
+
 /// So that a small pool is not swept for each member that leaves.
 const DUE_SPARE: usize = 64;
 
@@ -42,6 +48,10 @@ pub struct Checks {
     places: &'static [Semaphore; 2],
     published: watch::Receiver<SystemTime>,
     known: HashMap<BackendId, Known>,
+    /// Those that left a moment ago, and until when they stand here.
+    away: HashMap<BackendId, (Instant, Known)>,
+    /// When the first of them is forgotten.
+    forget_at: Option<Instant>,
     /// When who is asked next. What stands here and not in `known` is over.
     due: BinaryHeap<Reverse<(Instant, BackendId)>>,
     running: JoinSet<(Arc<Backend>, Instant, Result<(), CheckError>)>,
@@ -72,6 +82,8 @@ impl Checks {
             settings: Arc::new(settings),
             places: &PLACES,
             known: HashMap::new(),
+            away: HashMap::new(),
+            forget_at: None,
             due: BinaryHeap::new(),
             running: JoinSet::new(),
             refresh_at: None,
@@ -91,6 +103,7 @@ impl Checks {
     async fn step(&mut self) {
         let far = Instant::now() + Duration::from_secs(3600);
         let next_check = self.due.peek().map_or(far, |Reverse((due, _))| *due);
+        let forget_at = self.forget_at.unwrap_or(far);
         let refresh_at = self.refresh_at.unwrap_or(far);
         tokio::select! {
             Ok(()) = self.published.changed() => self.look(),
@@ -101,6 +114,7 @@ impl Checks {
                 Err(error) => warn!(pool = %self.pool.name, %error, "a health check died"),
             },
             () = sleep_until(next_check) => self.begin_due(),
+            () = sleep_until(forget_at) => self.forget(),
             () = sleep_until(refresh_at) => {
                 self.refresh_at = None;
                 self.pool.cell.refresh();
@@ -108,46 +122,77 @@ impl Checks {
         }
     }
 
-    /// Goes by the newest table: whoever is new gets a time, whoever left is forgotten. Weight zero is checked, too: it may have
+    /// Goes by the newest table: a new member gets a time, one that left is forgotten soon. Weight zero is checked, too: it may have
     /// weight the next moment; and so are those that stand in for names.
     fn look(&mut self) {
         self.published.mark_unchanged();
-        let snapshot = self.pool.cell.load();
+        let now = Instant::now();
+        let snapshot = Arc::clone(&self.pool.cell.load());
         let members = || snapshot.members_and_stand_ins();
         let mut before = std::mem::replace(&mut self.known, HashMap::with_capacity(members().count()));
-        let mut new = Vec::new();
         // Who is in maint may be switched off: it is not asked, and nothing is known of it any more.
         for member in members().filter(|member| member.state == AdminState::Maint) {
             member.backend.condition.set_health(Health::Unchecked);
+            before.remove(member.backend.id());
+            self.away.remove(member.backend.id());
         }
+        let mut new = Vec::new();
         for member in members().filter(|member| member.state != AdminState::Maint) {
             let id = member.backend.id();
-            match before.remove(id).filter(|known| Arc::ptr_eq(&known.backend, &member.backend)) {
-                Some(known) => {
-                    self.known.insert(id.clone(), known);
+            let is_same = |known: &Known| Arc::ptr_eq(&known.backend, &member.backend);
+            if let Some(known) = before.remove(id).filter(is_same) {
+                self.known.insert(id.clone(), known);
+            } else if let Some((_, known)) = self.away.remove(id).filter(|(_, known)| is_same(known)) {
+                let passed_meanwhile = known.due.is_some_and(|due| due <= now);
+                self.known.insert(id.clone(), known);
+                if passed_meanwhile {
+                    self.schedule(id, now);
                 }
-                None => new.push(Arc::clone(&member.backend)),
+            } else {
+                new.push(Arc::clone(&member.backend));
             }
         }
-        drop(snapshot);
         let spread_over =
             (FIRST_SPREAD * u32::try_from(new.len()).unwrap_or(u32::MAX)).min(self.settings.interval);
-        let now = Instant::now();
         for backend in new {
-            let id = backend.id().clone();
-            let known = Known { backend, due: None, check: None, against: 0, failed_last: false };
+            let (id, failed_last) = (backend.id().clone(), backend.condition.fails_checks());
+            let known = Known { backend, due: None, check: None, against: 0, failed_last };
             self.known.insert(id.clone(), known);
             self.schedule(&id, now + spread(spread_over));
         }
+        let room = (self.known.len() + AWAY_SPARE).saturating_sub(self.away.len());
+        let left = before.into_iter().take(room);
+        self.away.extend(left.map(|(id, known)| (id, (now + AWAY_PATIENCE, known))));
+        if !self.away.is_empty() {
+            self.forget_at.get_or_insert(now + AWAY_PATIENCE);
+        }
         // Whoever left and came back, again and again, has a time of each stay in there.
-        if self.due.len() > 2 * self.known.len() + DUE_SPARE {
-            let known = &self.known;
-            self.due.retain(|Reverse((due, id))| known.get(id).is_some_and(|known| known.due == Some(*due)));
+        if self.due.len() > 2 * (self.known.len() + self.away.len()) + DUE_SPARE {
+            let mut due = std::mem::take(&mut self.due);
+            due.retain(|Reverse((due, id))| self.is_due(id, *due));
+            self.due = due;
         }
     }
 
+    /// Forgets those that have not returned in time.
+    fn forget(&mut self) {
+        let now = Instant::now();
+        self.away.retain(|_, (until, _)| *until > now);
+        self.forget_at = self.away.values().map(|(until, _)| *until).min();
+    }
+
+    fn is_due(&self, id: &BackendId, due: Instant) -> bool {
+        let known = self.known.get(id).or_else(|| self.away.get(id).map(|(_, known)| known));
+        known.is_some_and(|known| known.due == Some(due))
+    }
+
+    /// Also one that left a moment ago: it may be back at any time.
+    fn find(&mut self, id: &BackendId) -> Option<&mut Known> {
+        self.known.get_mut(id).or_else(|| self.away.get_mut(id).map(|(_, known)| known))
+    }
+
     fn schedule(&mut self, id: &BackendId, at: Instant) {
-        if let Some(known) = self.known.get_mut(id) {
+        if let Some(known) = self.find(id) {
             known.due = Some(at);
             self.due.push(Reverse((at, id.clone())));
         }
@@ -180,16 +225,16 @@ impl Checks {
     /// Hears how a check ended that was begun at `started`.
     fn take(&mut self, backend: &Arc<Backend>, started: Instant, result: Result<(), CheckError>) {
         let id = backend.id();
-        let Some(known) = self.known.get_mut(id).filter(|known| Arc::ptr_eq(&known.backend, backend)) else {
+        let (settings, mut interval) = (Arc::clone(&self.settings), jittered(self.settings.interval));
+        let Some(known) = self.find(id).filter(|known| Arc::ptr_eq(&known.backend, backend)) else {
             return;
         };
-        let mut interval = jittered(self.settings.interval);
         if let Err(error) = &result
             && !error.is_of_backend()
         {
             debug!(pool = %self.pool.name, backend = %id, %error, "a check showed nothing");
         } else {
-            let changed = known.judge(result.is_ok(), &self.settings);
+            let changed = known.judge(result.is_ok(), &settings);
             if known.against > 0 && known.backend.condition.health() == Health::Healthy {
                 interval /= 2;
             }
@@ -260,90 +305,4 @@ impl Known {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::num::NonZeroU32;
-
-    use crate::balance::{Balance, Table, Weight};
-
-    fn table(members: &[&str]) -> Table {
-        let member = |id: &&str| (id.parse().expect("an address"), Weight::new(1.0).expect("a weight"));
-        Table::new(members.iter().map(member).collect())
-    }
-
-    fn checks(members: &[&str], interval: Duration, timeout: Duration) -> Checks {
-        let pool = Pool::new("web".into(), 0, Balance::WeightedRandom, table(members), None, 1);
-        let (rise, fall) = (NonZeroU32::MIN, NonZeroU32::MIN);
-        let expect = Some(b"nobody says so"[..].into());
-        let settings = HealthCheck { interval, timeout, rise, fall, port: None, send: None, expect };
-        Checks::new(Arc::new(pool), settings)
-    }
-
-    /// Takes connections and says nothing; with the names of so many backends that are all there.
-    fn silent(backends: u8) -> (std::net::TcpListener, Vec<String>) {
-        let listener = std::net::TcpListener::bind("0.0.0.0:0").expect("a free port");
-        let port = listener.local_addr().expect("bound").port();
-        (listener, (1..=backends).map(|n| format!("127.0.0.{n}:{port}")).collect())
-    }
-
-    #[tokio::test]
-    async fn who_finds_no_place_is_asked_in_his_turn() {
-        let (_listener, names) = silent(7);
-        let names: Vec<_> = names.iter().map(String::as_str).collect();
-        let mut checks = checks(&names, Duration::from_millis(20), Duration::from_millis(20));
-        checks.places = Box::leak(Box::new([Semaphore::new(2), Semaphore::new(2)]));
-        checks.look();
-        let asked = |checks: &Checks| -> Vec<u64> {
-            let members = checks.pool.cell.load();
-            members.members().iter().map(|m| m.backend.condition.checks[1].get()).collect()
-        };
-        while asked(&checks).iter().sum::<u64>() < 70 {
-            checks.step().await;
-        }
-        assert!(asked(&checks).iter().all(|asked| (8..=12).contains(asked)), "{:?}", asked(&checks));
-    }
-
-    #[tokio::test]
-    async fn the_check_of_one_that_left_holds_nobody_up() {
-        let (_listener, names) = silent(1);
-        let hour = Duration::from_secs(3600);
-        let mut checks = checks(&[&names[0]], Duration::from_secs(1), hour);
-        checks.places = Box::leak(Box::new([Semaphore::new(1), Semaphore::new(1)]));
-        checks.look();
-        while checks.places[0].available_permits() > 0 {
-            tokio::time::timeout(Duration::from_millis(10), checks.step()).await.unwrap_or_default();
-        }
-        // Nothing listens there.
-        checks.pool.cell.publish(table(&["127.0.0.1:1"]));
-        while checks.pool.cell.load().members()[0].backend.condition.health() != Health::Unhealthy {
-            checks.step().await;
-        }
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn who_stands_in_for_a_name_is_asked_and_the_table_too() {
-        let mut checks = checks(&["10.0.0.1:80"], Duration::from_secs(3600), Duration::from_secs(1));
-        checks.pool.cell.publish(table(&["10.0.0.1:80"]));
-        checks.pool.cell.publish(table(&["new.internal:80"]));
-        checks.look();
-        let mut known: Vec<_> = checks.known.keys().map(BackendId::as_str).collect();
-        known.sort_unstable();
-        assert_eq!(known, ["10.0.0.1:80", "new.internal:80"]);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_member_that_comes_and_goes_leaves_no_times_behind() {
-        let second = Duration::from_secs(1);
-        let mut checks = checks(&["10.0.0.1:80", "10.0.0.2:80"], 3600 * second, second);
-        for _ in 0..1_000 {
-            for members in [&["10.0.0.1:80"][..], &["10.0.0.1:80", "10.0.0.2:80"]] {
-                checks.pool.cell.publish(table(members));
-                checks.look();
-            }
-        }
-        assert!(checks.due.len() <= 2 * 2 + DUE_SPARE, "{} times of two members", checks.due.len());
-        assert!(checks.known.iter().all(|(id, known)| {
-            checks.due.iter().any(|Reverse((due, of))| of == id && known.due == Some(*due))
-        }));
-    }
-}
+mod tests;

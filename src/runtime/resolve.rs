@@ -63,6 +63,8 @@ struct Known {
     due: Instant,
     /// The task that looks it up now.
     lookup: Option<task::Id>,
+    /// It was in no table when the names were last looked at.
+    is_away: bool,
     /// Why it does not resolve: logged once for each new reason, not once for each look.
     error: Option<String>,
     backoff: Backoff,
@@ -136,11 +138,13 @@ impl Names {
             let mut known = gone.remove(backend.id()).unwrap_or_else(|| Known {
                 due: now,
                 lookup: None,
+                is_away: false,
                 error: None,
                 backoff: Backoff::new(FIRST_PAUSE, INTERVAL),
             });
-            // A backend that left the table and came back has lost its addresses.
-            let is_new = known.error.is_none() && !backend.is_reachable();
+            // A backend that returns to the table has the addresses that it had, or none: its name may have moved meanwhile.
+            let is_back = std::mem::take(&mut known.is_away);
+            let is_new = known.error.is_none() && (is_back || !backend.is_reachable());
             if known.lookup.is_none() && (is_new || known.due <= now) {
                 let places = if known.error.is_some() { &PLACES_OF_FAILING } else { &PLACES };
                 known.lookup = Some(self.lookups.spawn(look_up(Arc::clone(backend), places)).id());
@@ -151,6 +155,7 @@ impl Names {
         self.next_look = waiting.map(|known| known.due.max(now + PACE)).min();
         // A name that comes and goes with every other table has its pauses nevertheless.
         gone.retain(|_, known| known.lookup.is_some() || known.due + INTERVAL > now);
+        gone.values_mut().for_each(|known| known.is_away = true);
         self.known.extend(gone);
     }
 

@@ -1,0 +1,320 @@
+//! Remembers the backends that left a pool's table for a while.
+//!
+//! A tool that writes its table anew (DEL, then one ZADD a member) makes each member leave and return within milliseconds. What
+//! is known of a backend (health, ejection, slow start, counters, resolved addresses) is kept in the backend itself, so it is
+//! enough to keep that alive. A remembered backend is not checked, not picked and has no metrics.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::backend::Backend;
+
+/// A backend that was away for longer is new when it returns.
+pub(super) const REMEMBERED_FOR: Duration = Duration::from_secs(300);
+/// Backends that are remembered of a pool: so many, or as many times its members as stands below, whichever is more. One is
+/// about 2 kB with two workers.
+const LEAST_REMEMBERED: usize = 1_024;
+const REMEMBERED_PER_MEMBER: usize = 2;
+
+/// Whether a backend is in the newest snapshot. Written by the control plane.
+#[derive(Debug, Default)]
+pub(super) struct Presence {
+    /// The version of the newest snapshot that it was in.
+    snapshot: AtomicU64,
+    /// Its key in [`Departed`]; 0: it is not in there.
+    departure: AtomicU64,
+}
+
+impl Presence {
+    /// 1 while the backend is remembered, which is one reference that nobody uses.
+    pub(super) fn references(&self) -> usize {
+        usize::from(self.departure.load(Relaxed) != 0)
+    }
+}
+
+/// The backends that left one pool's table, by the order in which they left.
+#[derive(Debug)]
+pub(super) struct Departed {
+    backends: BTreeMap<u64, Departure>,
+    newest: u64,
+    largest: LargestTable,
+}
+
+#[derive(Debug)]
+struct Departure {
+    backend: Arc<Backend>,
+    at: Instant,
+    /// It was in neither drain nor maint.
+    was_ready: bool,
+}
+
+impl Default for Departed {
+    fn default() -> Self {
+        Self { backends: BTreeMap::new(), newest: 0, largest: LargestTable::new() }
+    }
+}
+
+impl Departed {
+    /// Goes by the snapshot `version` with the backends `now`, after the one with the backends `before`: those that left are
+    /// remembered, those that returned are in use again. `before` says of each whether it was ready.
+    pub(super) fn follow<'a>(
+        &mut self,
+        version: u64,
+        before: impl Iterator<Item = (&'a Arc<Backend>, bool)>,
+        now: impl Iterator<Item = &'a Arc<Backend>>,
+    ) {
+        let mut members = 0;
+        for backend in now {
+            members += 1;
+            backend.presence().snapshot.store(version, Relaxed);
+            let departure = backend.presence().departure.swap(0, Relaxed);
+            if departure != 0 {
+                self.backends.remove(&departure);
+            }
+        }
+        let at = Instant::now();
+        let most = REMEMBERED_PER_MEMBER * self.largest.with(members, at);
+        for (backend, was_ready) in before {
+            // A stand-in may be named twice.
+            let is_here = backend.presence().snapshot.load(Relaxed) == version;
+            if is_here || backend.presence().departure.load(Relaxed) != 0 {
+                continue;
+            }
+            self.newest += 1;
+            backend.presence().departure.store(self.newest, Relaxed);
+            self.backends.insert(self.newest, Departure { backend: Arc::clone(backend), at, was_ready });
+        }
+        while self.backends.len() > most.max(LEAST_REMEMBERED) {
+            self.forget_oldest();
+        }
+        self.forget_old(at);
+    }
+
+    /// Forgets those that left too long ago.
+    pub(super) fn forget_old(&mut self, now: Instant) {
+        let is_old = |departure: &Departure| now.saturating_duration_since(departure.at) >= REMEMBERED_FOR;
+        while self.backends.first_key_value().is_some_and(|(_, departure)| is_old(departure)) {
+            self.forget_oldest();
+        }
+    }
+
+    fn forget_oldest(&mut self) {
+        if let Some((_, departure)) = self.backends.pop_first() {
+            departure.backend.presence().departure.store(0, Relaxed);
+        }
+    }
+
+    /// True for a backend that is remembered, and that was ready when it left.
+    pub(super) fn was_ready(&self, backend: &Backend) -> bool {
+        let departure = backend.presence().departure.load(Relaxed);
+        departure != 0 && self.backends.get(&departure).is_some_and(|departure| departure.was_ready)
+    }
+}
+
+/// The members of the largest table of the last minutes: a table that was deleted has none, and its backends are remembered.
+#[derive(Debug)]
+struct LargestTable {
+    now: usize,
+    before: usize,
+    turned: Instant,
+}
+
+impl LargestTable {
+    fn new() -> Self {
+        Self { now: 0, before: 0, turned: Instant::now() }
+    }
+
+    /// The size of the largest one, of which the newest has so many `members`.
+    fn with(&mut self, members: usize, now: Instant) -> usize {
+        if now.saturating_duration_since(self.turned) >= REMEMBERED_FOR {
+            // What was largest until now is so for the table that is replaced, too.
+            self.before = std::mem::take(&mut self.now);
+            self.turned = now;
+        }
+        self.now = self.now.max(members);
+        self.now.max(self.before)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::cell::Cell;
+    use super::super::condition::{Ejection, Health};
+    use super::super::{AdminState, BackendId, Balance, Policy, Table, Weight};
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn id(n: usize) -> BackendId {
+        format!("10.0.{}.{}:80", n / 250, n % 250).parse().expect("an address")
+    }
+
+    /// Members of these numbers, each with the weight 100.
+    fn table(members: impl IntoIterator<Item = usize>) -> Table {
+        let weight = Weight::new(100.0).expect("a weight");
+        Table::new(members.into_iter().map(|n| (id(n), weight)).collect())
+    }
+
+    fn cell(members: usize, slow_start: Duration) -> Cell {
+        let cell = Cell::new(Table::default(), Policy { slow_start, ..Balance::WeightedRandom.into() }, 1);
+        cell.publish(table(0..members));
+        cell
+    }
+
+    /// The effective weights, in the order of the names.
+    fn weights(cell: &Cell) -> Vec<f64> {
+        let snapshot = cell.load();
+        let mut members: Vec<_> = snapshot.members().iter().collect();
+        members.sort_by(|a, b| a.backend.id().cmp(b.backend.id()));
+        members.iter().map(|member| member.effective_weight.get()).collect()
+    }
+
+    fn backend(cell: &Cell, n: usize) -> Arc<Backend> {
+        let snapshot = cell.load();
+        let member = snapshot.members().iter().find(|member| *member.backend.id() == id(n));
+        Arc::clone(&member.expect("it is a member").backend)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_member_that_returns_within_minutes_is_what_it_was() {
+        let cell = cell(3, Duration::ZERO);
+        backend(&cell, 0).condition.set_health(Health::Unhealthy);
+        backend(&cell, 1).condition.set_ejection(Ejection::Ejected);
+        backend(&cell, 2).condition.ejections.add(7);
+        cell.publish(table([9]));
+        assert_eq!(cell.registry().living().len(), 1, "what is remembered has no metrics");
+        tokio::time::advance(REMEMBERED_FOR - SECOND).await;
+        cell.publish(table(0..3));
+        assert_eq!(weights(&cell), [0.0, 0.0, 100.0]);
+        assert_eq!(backend(&cell, 2).condition.ejections.get(), 7);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_member_that_returns_after_its_time_is_new() {
+        let cell = cell(2, 10 * SECOND);
+        backend(&cell, 0).condition.set_health(Health::Unhealthy);
+        cell.publish(table([1]));
+        tokio::time::advance(REMEMBERED_FOR).await;
+        cell.publish(table(0..2));
+        assert_eq!(backend(&cell, 0).condition.health(), Health::Unchecked);
+        assert_eq!(weights(&cell), [10.0, 100.0]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_session_keeps_the_counters_of_a_member_that_was_away_for_long_but_not_its_place_in_the_slow_start()
+     {
+        let cell = cell(2, 10 * SECOND);
+        let held = backend(&cell, 0);
+        cell.publish(table([1]));
+        tokio::time::advance(REMEMBERED_FOR).await;
+        cell.publish(table(0..2));
+        assert!(Arc::ptr_eq(&held, &backend(&cell, 0)));
+        assert_eq!(weights(&cell), [10.0, 100.0]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_slow_start_goes_on_by_its_clock_while_its_backend_is_away() {
+        let cell = cell(1, 10 * SECOND);
+        cell.publish(table(0..2));
+        assert_eq!(weights(&cell), [100.0, 10.0]);
+        tokio::time::advance(2 * SECOND).await;
+        cell.publish(table([0]));
+        tokio::time::advance(3 * SECOND).await;
+        cell.publish(table(0..2));
+        assert_eq!(weights(&cell), [100.0, 50.0]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_table_that_is_deleted_and_written_one_by_one_begins_no_slow_start() {
+        let cell = cell(8, 10 * SECOND);
+        backend(&cell, 3).condition.set_health(Health::Unhealthy);
+        for members in 1..=8 {
+            tokio::time::advance(SECOND / 50).await;
+            cell.publish(table(0..members));
+        }
+        assert_eq!(weights(&cell), [100.0, 100.0, 100.0, 0.0, 100.0, 100.0, 100.0, 100.0]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_table_that_grows_from_empty_one_by_one_begins_no_slow_start() {
+        // Redis has said that it holds nothing: kept, and refused.
+        for is_published in [false, true] {
+            let policy = Policy { slow_start: 10 * SECOND, ..Balance::WeightedRandom.into() };
+            let cell = Cell::new(Table::default(), policy, 1);
+            if is_published {
+                cell.publish(Table::default());
+            } else {
+                cell.confirm();
+            }
+            for members in 1..=8 {
+                tokio::time::advance(SECOND / 50).await;
+                cell.publish(table(0..members));
+                assert_eq!(weights(&cell), vec![100.0; members], "{members} of 8");
+            }
+            tokio::time::advance(10 * SECOND).await;
+            cell.refresh();
+            assert_eq!(weights(&cell), [100.0; 8]);
+            cell.publish(table(0..9));
+            assert_eq!(weights(&cell)[8], 10.0, "the others have been there for long");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_table_of_other_members_that_is_written_one_by_one_begins_no_slow_start() {
+        let cell = cell(8, 10 * SECOND);
+        for members in 1..=8 {
+            tokio::time::advance(SECOND / 50).await;
+            cell.publish(table(10..10 + members));
+            assert_eq!(weights(&cell), vec![100.0; members], "{members} of 8");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn members_that_were_held_back_have_their_whole_weight_when_the_others_are_gone() {
+        let cell = cell(1, 10 * SECOND);
+        cell.publish(table([0, 10]));
+        assert_eq!(weights(&cell), [100.0, 10.0]);
+        cell.publish(table([10]));
+        cell.publish(table([10, 11]));
+        assert_eq!(weights(&cell), [100.0, 100.0]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_member_that_left_in_maint_and_returns_ready_starts_slowly() {
+        let cell = cell(2, 10 * SECOND);
+        tokio::time::advance(10 * SECOND).await;
+        cell.set_states(vec![(id(0), AdminState::Maint)]);
+        cell.publish(table([1]).with_states(cell.states()));
+        cell.publish(table(0..2));
+        assert_eq!(weights(&cell), [10.0, 100.0]);
+    }
+
+    #[test]
+    fn members_that_come_and_go_fill_no_memory() {
+        let cell = cell(1, Duration::ZERO);
+        for n in 1..10_000 {
+            cell.publish(table([n]));
+        }
+        assert_eq!(cell.registry().living().len(), 1);
+        assert_eq!(cell.registry().known(), LEAST_REMEMBERED + 1);
+        // A large table is remembered whole.
+        cell.publish(table(0..5_000));
+        cell.publish(table([0]));
+        cell.publish(table([1]));
+        assert_eq!(cell.registry().living().len(), 1);
+        assert!((5_000..=10_001).contains(&cell.registry().known()), "{}", cell.registry().known());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_table_at_rest_forgets_a_large_one_after_its_time() {
+        let cell = cell(5_000, Duration::ZERO);
+        cell.publish(table([1]));
+        tokio::time::advance(REMEMBERED_FOR).await;
+        assert_eq!(cell.registry().living().len(), 1);
+        assert_eq!(cell.registry().known(), 1);
+    }
+}

@@ -1,0 +1,126 @@
+//! The checks' times and places, and what becomes of those of a member that leaves.
+
+use super::*;
+use std::num::NonZeroU32;
+
+use crate::balance::{Balance, Table, Weight};
+
+fn table(members: &[&str]) -> Table {
+    let member = |id: &&str| (id.parse().expect("an address"), Weight::new(1.0).expect("a weight"));
+    Table::new(members.iter().map(member).collect())
+}
+
+fn checks(members: &[&str], interval: Duration, timeout: Duration) -> Checks {
+    let pool = Pool::new("web".into(), 0, Balance::WeightedRandom, table(members), None, 1);
+    let (rise, fall) = (NonZeroU32::MIN, NonZeroU32::MIN);
+    let expect = Some(b"nobody says so"[..].into());
+    let settings = HealthCheck { interval, timeout, rise, fall, port: None, send: None, expect };
+    Checks::new(Arc::new(pool), settings)
+}
+
+/// Takes connections and says nothing; with the names of so many backends that are all there.
+fn silent(backends: u8) -> (std::net::TcpListener, Vec<String>) {
+    let listener = std::net::TcpListener::bind("0.0.0.0:0").expect("a free port");
+    let port = listener.local_addr().expect("bound").port();
+    (listener, (1..=backends).map(|n| format!("127.0.0.{n}:{port}")).collect())
+}
+
+#[tokio::test]
+async fn who_finds_no_place_is_asked_in_his_turn() {
+    let (_listener, names) = silent(7);
+    let names: Vec<_> = names.iter().map(String::as_str).collect();
+    let mut checks = checks(&names, Duration::from_millis(20), Duration::from_millis(20));
+    checks.places = Box::leak(Box::new([Semaphore::new(2), Semaphore::new(2)]));
+    checks.look();
+    let asked = |checks: &Checks| -> Vec<u64> {
+        let members = checks.pool.cell.load();
+        members.members().iter().map(|m| m.backend.condition.checks[1].get()).collect()
+    };
+    while asked(&checks).iter().sum::<u64>() < 70 {
+        checks.step().await;
+    }
+    assert!(asked(&checks).iter().all(|asked| (8..=12).contains(asked)), "{:?}", asked(&checks));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_member_that_leaves_and_returns_keeps_its_verdict_its_row_and_its_time() {
+    let hour = Duration::from_secs(3600);
+    let mut checks = checks(&["10.0.0.1:80", "10.0.0.2:80"], hour, hour);
+    Arc::get_mut(&mut checks.settings).expect("no check has begun").fall = NonZeroU32::new(3).expect("three");
+    checks.pool.cell.publish(table(&["10.0.0.1:80", "10.0.0.2:80"]));
+    checks.look();
+    let id: BackendId = "10.0.0.1:80".parse().expect("an address");
+    let backend = Arc::clone(&checks.known[&id].backend);
+    let refused = || Err(CheckError::ToItself);
+    checks.take(&backend, Instant::now(), Ok(()));
+    for failed in 1..=3 {
+        assert_eq!(backend.condition.health(), Health::Healthy, "{failed}");
+        checks.pool.cell.publish(table(&["10.0.0.2:80"]));
+        checks.look();
+        tokio::time::advance(AWAY_PATIENCE / 50).await;
+        checks.pool.cell.publish(table(&["10.0.0.1:80", "10.0.0.2:80"]));
+        checks.look();
+        checks.take(&backend, Instant::now(), refused());
+        assert!(checks.known[&id].due >= Some(Instant::now() + hour / 4), "a return causes no check");
+    }
+    assert_eq!(backend.condition.health(), Health::Unhealthy);
+    // After a longer time it is asked at once.
+    checks.pool.cell.publish(table(&["10.0.0.2:80"]));
+    checks.look();
+    tokio::time::timeout(2 * AWAY_PATIENCE, async {
+        loop {
+            checks.step().await
+        }
+    })
+    .await
+    .unwrap_err();
+    assert!(checks.away.is_empty());
+    checks.pool.cell.publish(table(&["10.0.0.1:80", "10.0.0.2:80"]));
+    checks.look();
+    assert!(checks.known[&id].due <= Some(Instant::now() + FIRST_SPREAD) && checks.known[&id].failed_last);
+    assert_eq!(backend.condition.health(), Health::Unhealthy);
+}
+
+#[tokio::test]
+async fn the_check_of_one_that_left_holds_nobody_up() {
+    let (_listener, names) = silent(1);
+    let hour = Duration::from_secs(3600);
+    let mut checks = checks(&[&names[0]], Duration::from_secs(1), hour);
+    checks.places = Box::leak(Box::new([Semaphore::new(1), Semaphore::new(1)]));
+    checks.look();
+    while checks.places[0].available_permits() > 0 {
+        tokio::time::timeout(Duration::from_millis(10), checks.step()).await.unwrap_or_default();
+    }
+    // Nothing listens there.
+    checks.pool.cell.publish(table(&["127.0.0.1:1"]));
+    while checks.pool.cell.load().members()[0].backend.condition.health() != Health::Unhealthy {
+        checks.step().await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_stands_in_for_a_name_is_asked_and_the_table_too() {
+    let mut checks = checks(&["10.0.0.1:80"], Duration::from_secs(3600), Duration::from_secs(1));
+    checks.pool.cell.publish(table(&["10.0.0.1:80"]));
+    checks.pool.cell.publish(table(&["new.internal:80"]));
+    checks.look();
+    let mut known: Vec<_> = checks.known.keys().map(BackendId::as_str).collect();
+    known.sort_unstable();
+    assert_eq!(known, ["10.0.0.1:80", "new.internal:80"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_member_that_comes_and_goes_leaves_no_times_behind() {
+    let second = Duration::from_secs(1);
+    let mut checks = checks(&["10.0.0.1:80", "10.0.0.2:80"], 3600 * second, second);
+    for _ in 0..1_000 {
+        for members in [&["10.0.0.1:80"][..], &["10.0.0.1:80", "10.0.0.2:80"]] {
+            checks.pool.cell.publish(table(members));
+            checks.look();
+        }
+    }
+    assert!(checks.due.len() <= 2 * 2 + DUE_SPARE, "{} times of two members", checks.due.len());
+    assert!(checks.known.iter().all(|(id, known)| {
+        checks.due.iter().any(|Reverse((due, of))| of == id && known.due == Some(*due))
+    }));
+}
