@@ -10,9 +10,9 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::{Semaphore, watch};
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::task::{AbortHandle, JoinError, JoinSet};
 use tokio::time::{Instant, sleep_until};
-use tracing::{debug, info, warn};
+use tracing::{debug, error, info, warn};
 
 use super::check::{CheckError, check};
 use super::lines::Lines;
@@ -109,9 +109,7 @@ impl Checks {
             Ok(()) = self.published.changed() => self.look(),
             Some(ended) = self.running.join_next() => match ended {
                 Ok((backend, started, result)) => self.take(&backend, started, result),
-                // Its backend left.
-                Err(error) if error.is_cancelled() => {}
-                Err(error) => warn!(pool = %self.pool.name, %error, "a health check died"),
+                Err(error) => self.lose(&error),
             },
             () = sleep_until(next_check) => self.begin_due(),
             () = sleep_until(forget_at) => self.forget(),
@@ -243,6 +241,22 @@ impl Checks {
             }
         }
         self.schedule(id, (started + interval).max(Instant::now()));
+    }
+
+    /// A check ended without a result: it panicked, or it was given up because its backend left.
+    fn lose(&mut self, error: &JoinError) {
+        let is_lost = |known: &Known| known.check.as_ref().is_some_and(|check| check.id() == error.id());
+        let mut all = self.known.values().chain(self.away.values().map(|(_, known)| known));
+        let Some(id) = all.find(|known| is_lost(known)).map(|known| known.backend.id().clone()) else {
+            return;
+        };
+        if self.lines.allow(&self.pool.name) {
+            let pool = &*self.pool.name;
+            error!(pool, backend = %id, %error, "a health check ended without a result: this is a defect; it is repeated");
+        }
+        // Not sooner than any other: a check that panics each time must not take a core.
+        let interval = jittered(self.settings.interval);
+        self.schedule(&id, Instant::now() + interval);
     }
 
     fn tell(&mut self, backend: &Arc<Backend>, error: Option<CheckError>) {

@@ -57,6 +57,8 @@ impl CheckError {
 
 /// Asks `backend` once, for `timeout` at the longest. A name passes if one of its addresses does: a session tries them all, too.
 pub(super) async fn check(backend: &Backend, settings: &HealthCheck) -> Result<(), CheckError> {
+    #[cfg(test)]
+    fault::check();
     let mut result = Err(CheckError::Unresolved);
     let (until, mut left) = (Instant::now() + settings.timeout, settings.timeout);
     let addresses = backend.endpoints().min(ADDRESSES_MAX);
@@ -179,6 +181,31 @@ fn shown(said: &[u8]) -> String {
     }
     let more = if said.len() > SHOWN_BYTES { "…" } else { "" };
     format!("\"{}{more}\"", said[..said.len().min(SHOWN_BYTES)].escape_ascii())
+}
+
+/// Makes checks of this thread panic, for tests.
+#[cfg(test)]
+pub(super) mod fault {
+    use std::cell::Cell;
+
+    thread_local! {
+        static LEFT: Cell<u32> = const { Cell::new(0) };
+    }
+
+    pub(in super::super) fn panic_in_next_checks(checks: u32) {
+        LEFT.set(checks);
+    }
+
+    pub(in super::super) fn is_over() -> bool {
+        LEFT.get() == 0
+    }
+
+    pub(super) fn check() {
+        if LEFT.get() > 0 {
+            LEFT.set(LEFT.get() - 1);
+            panic!("a fault that a test asked for");
+        }
+    }
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use super::*;
 use std::num::NonZeroU32;
 
+use super::super::check::fault;
 use crate::balance::{Balance, Table, Weight};
 
 fn table(members: &[&str]) -> Table {
@@ -40,6 +41,32 @@ async fn who_finds_no_place_is_asked_in_his_turn() {
         checks.step().await;
     }
     assert!(asked(&checks).iter().all(|asked| (8..=12).contains(asked)), "{:?}", asked(&checks));
+}
+
+#[tokio::test]
+async fn a_check_that_panics_is_repeated_and_the_others_go_on() {
+    let listener = std::net::TcpListener::bind("0.0.0.0:0").expect("a free port");
+    let port = listener.local_addr().expect("bound").port();
+    let names = [1, 2].map(|n| format!("127.0.0.{n}:{port}"));
+    let interval = Duration::from_millis(20);
+    let mut checks = checks(&[&names[0], &names[1]], interval, Duration::from_secs(5));
+    Arc::get_mut(&mut checks.settings).expect("no check has begun").expect = None;
+    checks.look();
+    let began = Instant::now();
+    fault::panic_in_next_checks(3);
+    let passed = |checks: &Checks| -> Vec<u64> {
+        let members = checks.pool.cell.load();
+        members.members().iter().map(|m| m.backend.condition.checks[0].get()).collect()
+    };
+    let all_passed = async {
+        while passed(&checks).contains(&0) {
+            checks.step().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), all_passed).await.expect("both are checked again");
+    assert!(fault::is_over(), "three checks have panicked");
+    // Two of the three were of one backend, which was asked again an interval later each time.
+    assert!(began.elapsed() >= interval.mul_f64(0.8), "{:?}", began.elapsed());
 }
 
 #[tokio::test(start_paused = true)]
