@@ -7,6 +7,7 @@ mod architecture;
 mod balance;
 mod basics;
 mod caps;
+mod causes;
 mod cli;
 mod config;
 mod drain;

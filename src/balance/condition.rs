@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::cause::LastCause;
 use crate::telemetry::counters::Counter;
 
 /// What active checks found.
@@ -136,6 +137,10 @@ pub struct Condition {
     /// [`millis`] of the moment at which it joined or recovered, times two; the lowest bit: it is held back since. 0: it was
     /// there from the beginning.
     begun: AtomicU64,
+    /// Why a session failed last by the backend's fault.
+    pub session_error: LastCause,
+    /// Why a check failed last.
+    pub check_error: LastCause,
     /// Checks that passed and that failed; written by the control plane.
     pub checks: [Counter; 2],
     /// How often it was ejected; written by the control plane.
@@ -161,6 +166,8 @@ impl Default for Condition {
             connects: Row::default(),
             resets: Row::default(),
             begun: AtomicU64::new(0),
+            session_error: LastCause::default(),
+            check_error: LastCause::default(),
             checks: Default::default(),
             ejections: Counter::default(),
         }

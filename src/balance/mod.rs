@@ -9,6 +9,7 @@ mod address;
 mod admin_state;
 pub mod backend;
 mod backend_id;
+pub mod cause;
 pub mod cell;
 pub mod condition;
 mod departed;

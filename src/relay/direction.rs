@@ -14,6 +14,7 @@
 //!
 //! It closes nothing and knows nothing of the other direction: `mod.rs` does. Next: `socket.rs` for the system calls, `pipe.rs`.
 
+use std::io;
 use std::task::{Context, Poll, ready};
 
 use super::pipe::Pipe;
@@ -88,13 +89,29 @@ enum Way {
     Splice,
 }
 
-/// Which socket of a direction failed. Why does not matter: to the other side it is a reset either way.
+/// Which socket of a direction failed, by which errno (0: none is known). The errno is for the log alone: to the other side
+/// it is a reset either way.
 #[derive(Debug)]
 pub(super) enum Broken {
     /// The one that is read.
-    Source,
+    Source(u16),
     /// The one that is written.
-    Target,
+    Target(u16),
+}
+
+impl Broken {
+    fn source(error: io::Error) -> Self {
+        Self::Source(errno(&error))
+    }
+
+    fn target(error: io::Error) -> Self {
+        Self::Target(errno(&error))
+    }
+}
+
+/// 0 where the kernel gave none.
+pub(super) fn errno(error: &io::Error) -> u16 {
+    error.raw_os_error().and_then(|errno| u16::try_from(errno).ok()).unwrap_or(0)
 }
 
 impl Direction {
@@ -150,7 +167,7 @@ impl Direction {
     ) -> Poll<Result<Option<usize>, Broken>> {
         let mut buffer = buffers.copy.borrow_mut();
         let most = if source.can_peek() { FIRST_READ_BYTES } else { BUFFER_BYTES };
-        let read = ready!(source.poll_read(cx, &mut buffer[..most])).map_err(|_| Broken::Source)?;
+        let read = ready!(source.poll_read(cx, &mut buffer[..most])).map_err(Broken::source)?;
         self.write_or_park(cx, target, &buffer[..read], moved)?;
         if source.can_peek() && (read == most || self.holds_bytes()) {
             self.go(Way::Peek);
@@ -170,7 +187,7 @@ impl Direction {
     ) -> Poll<Result<Option<usize>, Broken>> {
         let mut buffer = buffers.copy.borrow_mut();
         let most = if self.look_kib == 0 { BUFFER_BYTES } else { usize::from(self.look_kib) * 1024 };
-        let there = ready!(source.poll_peek(cx, &mut buffer[..most])).map_err(|_| Broken::Source)?;
+        let there = ready!(source.poll_peek(cx, &mut buffer[..most])).map_err(Broken::source)?;
         if there == 0 {
             self.go(Way::Copy);
             return Poll::Ready(Ok(None));
@@ -178,7 +195,8 @@ impl Direction {
         let mut taken = 0;
         while taken < there && !self.refused {
             match target.poll_write(cx, &buffer[taken..there]) {
-                Poll::Ready(Ok(0) | Err(_)) => return Poll::Ready(Err(Broken::Target)),
+                Poll::Ready(Ok(0)) => return Poll::Ready(Err(Broken::Target(0))),
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(Broken::target(error))),
                 Poll::Ready(Ok(written)) => taken += written,
                 Poll::Pending => self.refused = true,
             }
@@ -186,7 +204,7 @@ impl Direction {
         if taken > 0 {
             moved(taken as u64);
             let is_all = !self.refused && there < most;
-            source.discard(&mut buffer[..taken], is_all).map_err(|_| Broken::Source)?;
+            source.discard(&mut buffer[..taken], is_all).map_err(Broken::source)?;
         }
         // A target that takes little at a time must not make us copy everything each time.
         let next = u8::try_from(2 * taken / 1024).unwrap_or(u8::MAX).clamp(LEAST_LOOK_KIB, MOST_LOOK_KIB);
@@ -224,7 +242,7 @@ impl Direction {
             Poll::Ready(Ok(read)) => read,
             other => {
                 buffers.pipes.give_back(pipe);
-                return other.map(|result| result.map(Some).map_err(|_| Broken::Source));
+                return other.map(|result| result.map(Some).map_err(Broken::source));
             }
         };
         if read == 0 {
@@ -250,7 +268,8 @@ impl Direction {
     ) -> Result<(), Broken> {
         while !bytes.is_empty() {
             match target.poll_write(cx, bytes) {
-                Poll::Ready(Ok(0) | Err(_)) => return Err(Broken::Target),
+                Poll::Ready(Ok(0)) => return Err(Broken::Target(0)),
+                Poll::Ready(Err(error)) => return Err(Broken::target(error)),
                 Poll::Ready(Ok(written)) => {
                     moved(written as u64);
                     bytes = &bytes[written..];
@@ -276,18 +295,17 @@ impl Direction {
             let Some(waiting) = self.waiting.as_deref_mut() else { return Poll::Ready(Ok(())) };
             let (written, left) = match waiting {
                 Waiting::Parked { bytes, start } => {
-                    let written =
-                        ready!(target.poll_write(cx, &bytes[*start..])).map_err(|_| Broken::Target)?;
+                    let written = ready!(target.poll_write(cx, &bytes[*start..])).map_err(Broken::target)?;
                     *start += written;
                     (written, bytes.len() - *start)
                 }
                 Waiting::Piped(pipe) => {
-                    let written = ready!(target.poll_empty(cx, pipe)).map_err(|_| Broken::Target)?;
+                    let written = ready!(target.poll_empty(cx, pipe)).map_err(Broken::target)?;
                     (written, pipe.held_bytes)
                 }
             };
             if written == 0 {
-                return Poll::Ready(Err(Broken::Target));
+                return Poll::Ready(Err(Broken::Target(0)));
             }
             moved(written as u64);
             if left == 0

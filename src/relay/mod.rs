@@ -23,7 +23,7 @@ use std::time::Duration;
 
 use socket2::TcpKeepalive;
 
-use self::direction::{Broken, Direction};
+use self::direction::{Broken, Direction, errno};
 pub use self::idle::IdleClock;
 use self::idle::{Idle, Over};
 use self::pipe::Pipes;
@@ -96,6 +96,8 @@ pub struct Tally {
     pub to_client: u64,
     /// It was counted among the half-closed ones.
     pub half_closed: bool,
+    /// Of the socket that broke first: why, for the log. 0: none broke, or the kernel did not say why.
+    pub errno: u16,
 }
 
 impl Tally {
@@ -190,6 +192,7 @@ impl Relaying<'_> {
             && idle.looks()
             && let Some(side) = pair.broken_source()
         {
+            meter.session.errno = pair.errno(side);
             return Poll::Ready(Ended::Reset(side));
         }
         let limit = if is_open { limits.idle } else { Some(limits.half_closed) };
@@ -239,14 +242,16 @@ struct Pair<'a> {
 
 impl Pair<'_> {
     fn poll(&mut self, cx: &mut Context<'_>, buffers: &Buffers, meter: &mut Meter<'_>) -> Poll<Ended> {
-        let to_backend = self.poll_towards(Side::Backend, cx, buffers, |bytes| {
+        let errno = &mut meter.session.errno;
+        let to_backend = self.poll_towards(Side::Backend, cx, buffers, errno, |bytes| {
             meter.session.to_backend += bytes;
             meter.backend.bytes_sent.add(bytes);
         });
         if let Some(ended) = to_backend {
             return Poll::Ready(ended);
         }
-        let to_client = self.poll_towards(Side::Client, cx, buffers, |bytes| {
+        let errno = &mut meter.session.errno;
+        let to_client = self.poll_towards(Side::Client, cx, buffers, errno, |bytes| {
             if meter.session.to_client == 0 {
                 meter.backend.answered.add(1);
             }
@@ -264,12 +269,13 @@ impl Pair<'_> {
     }
 
     /// Moves what can be moved to `target_side`, and closes that half when its source has ended. `Some`: the session is
-    /// over.
+    /// over. `broken` is set to the errno of a socket that broke.
     fn poll_towards(
         &mut self,
         target_side: Side,
         cx: &mut Context<'_>,
         buffers: &Buffers,
+        broken: &mut u16,
         moved: impl FnMut(u64),
     ) -> Option<Ended> {
         let (direction, opposite, source, source_side, target) = match target_side {
@@ -285,15 +291,24 @@ impl Pair<'_> {
         }
         match direction.poll_move(cx, source, target, buffers, moved) {
             Poll::Pending => {}
-            Poll::Ready(Err(Broken::Source)) => return Some(Ended::Reset(source_side)),
-            Poll::Ready(Err(Broken::Target)) => {
+            Poll::Ready(Err(Broken::Source(errno))) => {
+                *broken = errno;
+                return Some(Ended::Reset(source_side));
+            }
+            Poll::Ready(Err(Broken::Target(errno))) => {
+                if *broken == 0 {
+                    *broken = errno;
+                }
                 // What the target sent before it went away still waits in its socket: the other direction fetches it.
                 direction.abandon();
             }
             // Where both have ended, closing says the same and costs one system call less.
             Poll::Ready(Ok(())) if opposite.is_done() => {}
             Poll::Ready(Ok(())) => {
-                if target.shutdown().is_err() {
+                if let Err(error) = target.shutdown() {
+                    if *broken == 0 {
+                        *broken = errno(&error);
+                    }
                     direction.abandon();
                 }
             }
@@ -329,6 +344,12 @@ impl Pair<'_> {
         } else {
             None
         }
+    }
+
+    /// Why the connection to `side` broke; 0 if the kernel does not say.
+    fn errno(&self, side: Side) -> u16 {
+        let stream = if side == Side::Client { &self.client } else { &self.backend };
+        stream.error().as_ref().map_or(0, errno)
     }
 
     /// Whose bytes a half-closed session still waits for.

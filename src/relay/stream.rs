@@ -100,6 +100,11 @@ impl Stream {
             && watched[0].revents().contains(PollFlags::ERR)
     }
 
+    /// What broke the connection, where nothing has read that yet.
+    pub(super) fn error(&self) -> Option<io::Error> {
+        self.socket.socket().take_error().ok().flatten()
+    }
+
     /// Lets the kernel find out whether the peer still lives.
     pub(super) fn keep_alive(&self, keepalive: &TcpKeepalive) {
         if self.socket.is_tcp() {

@@ -16,6 +16,7 @@ use tracing::debug;
 use super::report::{CloseReason, Report};
 use super::{Context, Settings, queue};
 use crate::balance::backend::{Backend, Endpoint};
+use crate::balance::cause::Cause;
 use crate::balance::condition::Failure;
 use crate::balance::pool::NoPick;
 use crate::config::Congestion;
@@ -45,6 +46,17 @@ enum ConnectError {
     /// Ours: no backend can be reached without a descriptor.
     #[error("no descriptor or memory left: {0}")]
     Exhausted(io::Error),
+}
+
+impl ConnectError {
+    fn cause(&self) -> Cause {
+        match self {
+            Self::Unresolved => Cause::UNRESOLVED,
+            Self::TimedOut => Cause::TIMED_OUT,
+            Self::ToItself => Cause::TO_ITSELF,
+            Self::Failed(error) | Self::NoLocalPort(error) | Self::Exhausted(error) => error.into(),
+        }
+    }
 }
 
 /// Connects `client` to a backend of the session's pool, trying up to `connect.attempts` different ones until
@@ -102,6 +114,7 @@ pub(super) async fn connect(report: &mut Report, client: &Stream) -> Result<Stre
         };
 
         debug!(pool = %context.pool.name, backend = %backend.id(), %error, "connect failed");
+        report.failures.add(backend.id(), error.cause());
         reason = match &error {
             ConnectError::Exhausted(error) | ConnectError::NoLocalPort(error) => {
                 context.worker.warn_exhausted(&backend, error);
@@ -114,7 +127,7 @@ pub(super) async fn connect(report: &mut Report, client: &Stream) -> Result<Stre
             backend.counters.of(context.worker.id).connect_failures.add(1);
             // One that was given less time than it may take has shown nothing.
             if reason != CloseReason::ConnectTimeout || asked - started >= settings.timeout {
-                report.failed(Failure::Connect);
+                report.failed(Failure::Connect, error.cause());
             }
         }
         if matches!(error, ConnectError::Exhausted(_)) || asked >= deadline {

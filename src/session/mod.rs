@@ -2,6 +2,7 @@
 //! became of it is reported.
 
 mod connect;
+mod failures;
 pub mod leaving;
 mod queue;
 mod report;

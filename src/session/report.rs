@@ -1,14 +1,16 @@
 //! What became of a session: counted and logged when the report is dropped, so that no path forgets it.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 use std::rc::Rc;
 use std::time::{Duration, SystemTime};
 
 use tokio::time::Instant;
 
 use super::Context;
+use super::failures::Failures;
 use crate::balance::Weight;
 use crate::balance::backend::Active;
+use crate::balance::cause::Cause;
 use crate::balance::condition::{Failure, Probe, ProbeNumber};
 use crate::balance::pool::{Pick, Source};
 use crate::relay::{Ended, Limits, Meter, Shared, Side, Tally};
@@ -134,10 +136,34 @@ impl From<Micros> for Duration {
     }
 }
 
+/// A client's address in three quarters of the space, which pays for [`Failures`]: an IPv6 flow label is not kept.
+#[derive(Clone, Copy, Debug)]
+struct Client {
+    address: IpAddr,
+    port: u16,
+    scope_id: u32,
+}
+
+impl From<SocketAddr> for Client {
+    fn from(client: SocketAddr) -> Self {
+        let scope_id = if let SocketAddr::V6(client) = client { client.scope_id() } else { 0 };
+        Self { address: client.ip(), port: client.port(), scope_id }
+    }
+}
+
+impl From<Client> for SocketAddr {
+    fn from(Client { address, port, scope_id }: Client) -> Self {
+        match address {
+            IpAddr::V4(address) => (address, port).into(),
+            IpAddr::V6(address) => SocketAddrV6::new(address, port, 0, scope_id).into(),
+        }
+    }
+}
+
 /// One session's report, open as long as the session.
 pub(super) struct Report {
     context: Rc<Context>,
-    client: SocketAddr,
+    client: Client,
     accepted: Instant,
     /// The backend that was tried last.
     backend: Option<Active>,
@@ -152,6 +178,8 @@ pub(super) struct Report {
     pub(super) retries: u8,
     queue_time: Micros,
     connect_time: Micros,
+    /// Attempts to reach a backend.
+    pub(super) failures: Failures,
     tally: Tally,
     /// Stays [`CloseReason::Shutdown`] if the session is dropped in the middle.
     reason: CloseReason,
@@ -164,7 +192,7 @@ impl Report {
         context.listener.counters.of(context.worker.id).connections.add(1);
         Self {
             context,
-            client,
+            client: client.into(),
             accepted: Instant::now(),
             backend: None,
             probe: None,
@@ -174,13 +202,14 @@ impl Report {
             retries: 0,
             queue_time: Micros::default(),
             connect_time: Micros::default(),
+            failures: Failures::default(),
             tally: Tally::default(),
             reason: CloseReason::Shutdown,
         }
     }
 
     pub(super) fn client(&self) -> SocketAddr {
-        self.client
+        self.client.into()
     }
 
     pub(super) fn accepted(&self) -> Instant {
@@ -223,9 +252,10 @@ impl Report {
         }
     }
 
-    /// The backend that was picked last is at fault.
-    pub(super) fn failed(&self, failure: Failure) {
+    /// The backend that was picked last is at fault, for this `cause`.
+    pub(super) fn failed(&self, failure: Failure, cause: Cause) {
         if let Some(backend) = &self.backend {
+            backend.condition.session_error.set(cause);
             self.context.pool.failed(backend, failure);
             self.probed(Probe::Failed);
         }
@@ -252,6 +282,12 @@ impl Report {
         (&settings.limits, &worker.relay, Meter { backend, half_closed, session: &mut self.tally })
     }
 
+    /// Why a side of the relay broke, if one did.
+    fn relay_error(&self) -> Option<Cause> {
+        let is_reset = matches!(self.reason, CloseReason::Relayed(Ended::Reset(_)));
+        Cause::of_errno(self.tally.errno).filter(|_| is_reset)
+    }
+
     fn term(&self) -> &'static str {
         match self.reason {
             CloseReason::Shutdown if !self.connected => "KC",
@@ -267,7 +303,7 @@ impl Report {
 impl Drop for Report {
     fn drop(&mut self) {
         let worker = &self.context.worker;
-        let duration = self.accepted.elapsed();
+        let (duration, relay_error) = (self.accepted.elapsed(), self.relay_error());
         let sessions = worker.sessions.of(worker.id);
         sessions.closed(self.reason).add(1);
         if !self.tally.half_closed {
@@ -287,7 +323,9 @@ impl Drop for Report {
             counters.session_duration.observe(duration);
             match self.reason {
                 _ if self.tally.to_client > 0 => self.probed(Probe::Succeeded),
-                CloseReason::Relayed(Ended::Reset(Side::Backend)) => self.failed(Failure::Reset),
+                CloseReason::Relayed(Ended::Reset(Side::Backend)) => {
+                    self.failed(Failure::Reset, relay_error.unwrap_or(Cause::RESET));
+                }
                 // A backend that only listens does what it is there for.
                 CloseReason::Relayed(Ended::Finished | Ended::IdleTimeout) => {
                     counters.answered.add(1);
@@ -298,10 +336,20 @@ impl Drop for Report {
         }
         self.probed(Probe::Wanted);
         if let Some(log) = &worker.access_log {
+            let term = self.term();
+            let error = match self.reason {
+                _ if self.connected => relay_error,
+                CloseReason::ConnectFailed | CloseReason::ConnectTimeout | CloseReason::Exhausted => {
+                    self.failures.last_cause()
+                }
+                _ => None,
+            };
+            let is_last = error.is_some() && !self.connected && self.backend.is_some();
+            let failed = if is_last { self.failures.earlier() } else { self.failures.all() };
             log.write(&AccessLine {
                 time: SystemTime::now() - duration,
                 listener: &self.context.listener.name,
-                client: self.client,
+                client: self.client.into(),
                 pool: &self.context.pool.name,
                 backend: self.backend.as_ref().map(|backend| backend.id().as_str()),
                 source: self.backend.as_ref().map(|_| self.source.name()),
@@ -313,7 +361,9 @@ impl Drop for Report {
                 bytes_in: self.tally.to_backend,
                 bytes_out: self.tally.to_client,
                 close_reason: self.reason.name(),
-                term: self.term(),
+                term,
+                error,
+                failed,
             });
         }
         worker.session_closed();

@@ -12,6 +12,8 @@ use serde::Serialize;
 use tokio::sync::Notify;
 
 use super::log_sink::LogSink;
+use crate::balance::BackendId;
+use crate::balance::cause::Cause;
 use crate::config::LogFormat;
 use crate::reactor::sleep;
 
@@ -56,6 +58,21 @@ pub struct AccessLine<'a> {
     pub close_reason: &'static str,
     /// The same in HAProxy's two letters.
     pub term: &'static str,
+    /// Of a session that found no backend: why the last attempt failed. Of one that a side reset: what broke the connection.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<Cause>,
+    /// Backends that were tried before `backend`, and why each failed: `[{"backend": …, "error": …}]`.
+    #[serde(skip_serializing_if = "<[_]>::is_empty", serialize_with = "attempts")]
+    pub failed: &'a [(BackendId, Cause)],
+}
+
+fn attempts<S: serde::Serializer>(failed: &&[(BackendId, Cause)], serializer: S) -> Result<S::Ok, S::Error> {
+    #[derive(Serialize)]
+    struct Attempt<'a> {
+        backend: &'a str,
+        error: Cause,
+    }
+    serializer.collect_seq(failed.iter().map(|(id, error)| Attempt { backend: id.as_str(), error: *error }))
 }
 
 fn rfc3339<S: serde::Serializer>(time: &SystemTime, serializer: S) -> Result<S::Ok, S::Error> {
@@ -147,6 +164,15 @@ fn text(line: &AccessLine<'_>) -> String {
         line.close_reason,
         line.term,
     );
+    if let Some(error) = line.error {
+        let _ = write!(text, " error=\"{error}\"");
+    }
+    for (place, (backend, error)) in line.failed.iter().enumerate() {
+        let _ = write!(text, "{}{backend}: {error}", if place == 0 { " failed=\"" } else { ", " });
+    }
+    if !line.failed.is_empty() {
+        text.push('"');
+    }
     text
 }
 
@@ -171,7 +197,21 @@ mod tests {
             bytes_out: 4,
             close_reason: "finished",
             term: "--",
+            error: None,
+            failed: &[],
         }
+    }
+
+    #[test]
+    fn what_failed_stands_at_the_end_and_only_there_where_something_did() {
+        let id = |text: &str| text.parse::<BackendId>().expect("an address");
+        let failed = [(id("10.0.0.2:80"), Cause::TIMED_OUT), (id("10.0.0.3:80"), Cause::UNRESOLVED)];
+        let line = AccessLine { error: Some(Cause::RESET), failed: &failed, ..line() };
+        let json = serde_json::to_string(&line).expect("plain fields");
+        let end = r#""term":"--","error":"connection reset by peer","failed":[{"backend":"10.0.0.2:80","error":"timed out"},{"backend":"10.0.0.3:80","error":"name not resolved"}]}"#;
+        assert!(json.ends_with(end), "{json}");
+        let end = r#"term=-- error="connection reset by peer" failed="10.0.0.2:80: timed out, 10.0.0.3:80: name not resolved""#;
+        assert!(text(&line).ends_with(end), "{}", text(&line));
     }
 
     #[test]

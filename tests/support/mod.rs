@@ -40,6 +40,7 @@ pub use pair::{Kind, Pair, Pattern, Peer, soon};
 pub use pipes::{pipe_ends, piped_bytes};
 pub use ports::free_port;
 pub use program::{Program, require};
+pub use program_log::text;
 pub use proxy::Proxy;
 pub use redis_server::{LEAST_RIGHTS, Redis};
 pub use scripted_redis::ScriptedRedis;

@@ -5,6 +5,11 @@ use std::time::Duration;
 
 use super::{Program, eventually};
 
+/// A field of a log line; empty where it is not there, or no text.
+pub fn text<'a>(line: &'a serde_json::Value, field: &str) -> &'a str {
+    line[field].as_str().unwrap_or_default()
+}
+
 impl Program {
     /// Its log lines so far, session lines among them. The last one may still be on its way.
     pub fn lines(&self) -> Vec<serde_json::Value> {
