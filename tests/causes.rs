@@ -7,7 +7,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 use crate::support::{
-    Backend, Proxy, dead_address, eventually, greeting, silent_address, text,
+    Backend, Program, Proxy, dead_address, eventually, greeting, silent_address, text,
 };
 
 /// Reads a byte, and resets.
@@ -21,6 +21,77 @@ async fn session(proxy: SocketAddr) {
     let Ok(mut stream) = TcpStream::connect(proxy).await else { return };
     let _ = stream.write_all(b"x").await;
     let _ = stream.read(&mut [0]).await;
+}
+
+async fn sessions_until(program: &Program, message: &str) -> Value {
+    let address = program.address().await;
+    eventually(message, || async {
+        session(address).await;
+        !program.messages(message).is_empty()
+    })
+    .await;
+    program.messages(message).remove(0)
+}
+
+/// `program` with one pool of `backends`, each at weight 1, whose sessions connect within half a second.
+fn program(backends: &[SocketAddr], pool: &str) -> Program {
+    let backends: Vec<_> = backends.iter().map(|backend| format!("\"{backend}\": 1")).collect();
+    Program::run(&format!(
+        "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
+         pools: {{web: {{backends: {{{}}}, connect: {{timeout: 200ms, deadline: 5s}}, {pool}}}}}\nlog: {{access: false}}\n",
+        backends.join(", ")
+    ))
+}
+
+#[tokio::test]
+async fn an_ejection_and_its_trial_name_the_last_error_and_the_failure_count() {
+    let (good, resets) = (Backend::named("good").await, Backend::start(reset_after_a_byte).await);
+    let ((_guard, dead), (_queue, silent)) = (dead_address(), silent_address().await);
+    for (bad, error) in
+        [(dead, "connection refused"), (silent, "timed out"), (resets.address, "connection reset by peer")]
+    {
+        let outlier = "outlier: {consecutive_failures: 3, ejection: 300ms, max_ejected_percent: 50}";
+        let program = program(&[bad, good.address], outlier);
+        let line = sessions_until(&program, "backend ejected after ").await;
+        let begin = format!(
+            "backend ejected after 3 failed sessions in a row (last error: {error}), no sessions for 0."
+        );
+        assert!(text(&line, "message").starts_with(&begin), "{line}");
+        assert_eq!((text(&line, "error"), &line["failures"]), (error, &json!(3)), "{line}");
+        assert_eq!(text(&line, "backend"), bad.to_string());
+        let ejection = text(&line, "ejection");
+        assert!(ejection.len() == 4 && text(&line, "message").ends_with(ejection), "{line}");
+        let line = sessions_until(&program, "trial session failed").await;
+        let begin = format!("trial session failed ({error}): backend stays ejected for ");
+        assert!(text(&line, "message").starts_with(&begin) && text(&line, "error") == error, "{line}");
+    }
+}
+
+#[tokio::test]
+async fn a_backend_that_is_not_ejected_for_the_limit_is_logged_with_its_error() {
+    let (_guard, dead) = dead_address();
+    let program =
+        program(&[dead], "outlier: {consecutive_failures: 3, ejection: 300ms, max_ejected_percent: 50}");
+    let line = sessions_until(&program, "backend not ejected after ").await;
+    assert!(text(&line, "message").contains("(last error: connection refused)"), "{line}");
+}
+
+#[tokio::test]
+async fn a_backend_that_becomes_unhealthy_is_logged_with_its_last_checks_error_and_the_number_of_checks() {
+    let (good, (guard, dead)) = (Backend::named("good").await, dead_address());
+    let program = program(&[dead, good.address], "health_check: {interval: 100ms, fall: 3, rise: 2}");
+    let line = program.says("backend unhealthy after ").await;
+    let message = "backend unhealthy after 1 failed check (last error: cannot connect: connection refused)";
+    assert_eq!(
+        (text(&line, "message"), text(&line, "error")),
+        (message, "cannot connect: connection refused")
+    );
+    drop(guard);
+    let back = Backend::start_at(dead, async |_| {}).await;
+    program.says("backend healthy again after 2 passed checks").await;
+    drop(back);
+    let last = || program.messages("backend unhealthy after 3 failed checks (last error: ");
+    eventually("it fails again", || async { !last().is_empty() }).await;
 }
 
 async fn access_line(proxy: &Proxy, before: usize) -> Value {

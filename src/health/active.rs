@@ -12,10 +12,10 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::{AbortHandle, JoinError, JoinSet};
 use tokio::time::{Instant, sleep_until};
-use tracing::{debug, error, info, warn};
+use tracing::{debug, error, warn};
 
 use super::check::{CheckError, check};
-use super::lines::Lines;
+use super::lines::{self, Lines};
 use crate::balance::backend::Backend;
 use crate::balance::condition::{Ejection, Health};
 use crate::balance::pool::Pool;
@@ -232,12 +232,15 @@ impl Checks {
         {
             debug!(pool = %self.pool.name, backend = %id, %error, "a check showed nothing");
         } else {
-            let changed = known.judge(result.is_ok(), &settings);
+            if let Err(error) = &result {
+                known.backend.condition.check_error.set(error.cause());
+            }
+            let decided = known.judge(result.is_ok(), &settings);
             if known.against > 0 && known.backend.condition.health() == Health::Healthy {
                 interval /= 2;
             }
-            if changed {
-                self.tell(backend, result.err());
+            if let Some(checks) = decided {
+                self.tell(backend, checks, result.err());
             }
         }
         self.schedule(id, (started + interval).max(Instant::now()));
@@ -259,12 +262,13 @@ impl Checks {
         self.schedule(&id, Instant::now() + interval);
     }
 
-    fn tell(&mut self, backend: &Arc<Backend>, error: Option<CheckError>) {
+    /// So many checks in a row have changed what is known of `backend`; with the last one's `error`, for the worse.
+    fn tell(&mut self, backend: &Arc<Backend>, checks: u32, error: Option<CheckError>) {
         let condition = &backend.condition;
         let allowed = self.lines.allow(&self.pool.name);
         if let Some(error) = error {
             if allowed {
-                warn!(pool = %self.pool.name, backend = %backend.id(), %error, "its health checks fail: it gets no sessions");
+                lines::unhealthy(&self.pool.name, backend, checks, &error);
             }
         } else {
             // What its sessions saw is from before.
@@ -273,7 +277,7 @@ impl Checks {
             }
             condition.begin_ramp(Instant::now());
             if allowed {
-                info!(pool = %self.pool.name, backend = %backend.id(), "its health checks pass again");
+                lines::healthy(&self.pool.name, backend, checks);
             }
         }
         self.refresh_at.get_or_insert(Instant::now() + PACE);
@@ -290,22 +294,22 @@ impl Drop for Known {
 }
 
 impl Known {
-    /// Counts a check. True if the backend is to be treated otherwise than before.
-    fn judge(&mut self, passed: bool, settings: &HealthCheck) -> bool {
+    /// Counts a check. Returns how many in a row have changed the backend's health with this one, if it changed.
+    fn judge(&mut self, passed: bool, settings: &HealthCheck) -> Option<u32> {
         let condition = &self.backend.condition;
         condition.checks[usize::from(!passed)].add(1);
         self.failed_last = !passed;
         let (needed, verdict) = match (condition.health(), passed) {
             (Health::Unchecked, true) => {
                 condition.set_health(Health::Healthy);
-                return false;
+                return None;
             }
             (Health::Unchecked, false) => (1, Health::Unhealthy),
             (Health::Healthy, false) => (settings.fall.get(), Health::Unhealthy),
             (Health::Unhealthy, true) => (settings.rise.get(), Health::Healthy),
             (Health::Healthy, true) | (Health::Unhealthy, false) => {
                 self.against = 0;
-                return false;
+                return None;
             }
         };
         self.against += 1;
@@ -314,7 +318,7 @@ impl Known {
             self.against = 0;
             condition.set_health(verdict);
         }
-        decided
+        decided.then_some(needed)
     }
 }
 

@@ -1,5 +1,6 @@
 //! One question to a backend: does it take a connection, and does it say what is expected?
 
+use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
@@ -10,6 +11,7 @@ use tokio::net::{TcpSocket, UnixStream};
 use tokio::time::{Instant, timeout_at};
 
 use crate::balance::backend::{Backend, Endpoint};
+use crate::balance::cause::Cause;
 use crate::config::HealthCheck;
 use crate::listen::socket::exhausted;
 
@@ -25,18 +27,18 @@ const ADDRESSES_MAX: usize = 8;
 pub(super) enum CheckError {
     #[error("no connection within {0:?}")]
     NoConnection(Duration),
-    #[error("cannot connect: {0}")]
+    #[error("cannot connect: {}", Cause::from(.0))]
     Connect(io::Error),
     #[error("the kernel connected the socket to itself: nothing listens on that port of this machine")]
     ToItself,
-    #[error("it broke the connection: {0}")]
+    #[error("the connection broke: {}", Cause::from(.0))]
     Broken(io::Error),
-    #[error("what is expected did not come within {0:?}; it said {1}")]
-    Silent(Duration, String),
-    #[error("it closed the connection before what is expected had come; it said {0}")]
-    Closed(String),
-    #[error("what is expected was not among the first {ANSWER_MAX_BYTES} bytes that it said: {0}")]
-    TooMuch(String),
+    #[error("no answer within {0:?}, expected {1}")]
+    Silent(Duration, Wanted),
+    #[error("the connection was closed before the answer, expected {0}")]
+    Closed(Wanted),
+    #[error("not among the first {ANSWER_MAX_BYTES} bytes of the answer: {0}")]
+    TooMuch(Wanted),
     /// Shows nothing of the backend.
     #[error("its name has not been resolved")]
     Unresolved,
@@ -48,7 +50,43 @@ pub(super) enum CheckError {
     Exhausted(io::Error),
 }
 
+/// The expected answer, and what came instead; for a log line.
+#[derive(Debug)]
+pub(super) struct Wanted {
+    expected: String,
+    /// `None`: nothing.
+    got: Option<String>,
+}
+
+impl Wanted {
+    fn new(settings: &HealthCheck, said: &[u8]) -> Self {
+        let expected = shown(settings.expect.as_deref().unwrap_or_default());
+        Self { expected, got: (!said.is_empty()).then(|| shown(said)) }
+    }
+}
+
+impl fmt::Display for Wanted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.expected)?;
+        self.got.iter().try_for_each(|got| write!(f, ", got {got}"))
+    }
+}
+
 impl CheckError {
+    /// The same in short: for the report of this proxy.
+    pub(super) fn cause(&self) -> Cause {
+        match self {
+            Self::NoConnection(_) => Cause::TIMED_OUT,
+            Self::Connect(error) | Self::Broken(error) | Self::Exhausted(error) => error.into(),
+            Self::ToItself => Cause::TO_ITSELF,
+            Self::Silent(..) => Cause::NO_ANSWER,
+            Self::Closed(_) => Cause::CLOSED,
+            Self::TooMuch(_) => Cause::WRONG_ANSWER,
+            Self::Unresolved => Cause::UNRESOLVED,
+            Self::Late(_) => Cause::OTHER,
+        }
+    }
+
     /// False where it says something of this machine, not of the backend.
     pub(super) fn is_of_backend(&self) -> bool {
         !matches!(self, Self::Unresolved | Self::Late(_) | Self::Exhausted(_))
@@ -145,40 +183,41 @@ async fn talk<S: AsyncRead + AsyncWrite + Unpin>(
     let mut said = Vec::new();
     let talking = async {
         if let Some(send) = &settings.send {
-            stream.write_all(send).await.map_err(CheckError::Broken)?;
+            stream.write_all(send).await?;
         }
-        let Some(expect) = &settings.expect else { return Ok(()) };
+        let Some(expect) = &settings.expect else { return Ok(Ok(())) };
         hear(stream, expect, &mut said).await
     };
-    let result = timeout_at(patience.until, talking).await;
-    result.unwrap_or_else(|_| Err(patience.over(CheckError::Silent(patience.time, shown(&said)))))
+    match timeout_at(patience.until, talking).await {
+        Ok(Ok(heard)) => heard.map_err(|wrong| wrong(Wanted::new(settings, &said))),
+        Ok(Err(error)) => Err(CheckError::Broken(error)),
+        Err(_) => Err(patience.over(CheckError::Silent(patience.time, Wanted::new(settings, &said)))),
+    }
 }
 
+/// Reads until `expect` has come. `Ok(Err(…))`: it did not, and this makes the error of what came.
 async fn hear<S: AsyncRead + Unpin>(
     stream: &mut S,
     expect: &[u8],
     said: &mut Vec<u8>,
-) -> Result<(), CheckError> {
+) -> io::Result<Result<(), fn(Wanted) -> CheckError>> {
     loop {
         // What was looked through already cannot hold its beginning, but for its last bytes.
         let begin = said.len().saturating_sub(expect.len() - 1);
-        let read = stream.read_buf(said).await.map_err(CheckError::Broken)?;
+        let read = stream.read_buf(said).await?;
         if said[begin..].windows(expect.len()).any(|window| window == expect) {
-            return Ok(());
+            return Ok(Ok(()));
         }
         if read == 0 {
-            return Err(CheckError::Closed(shown(said)));
+            return Ok(Err(CheckError::Closed));
         }
         if said.len() >= ANSWER_MAX_BYTES {
-            return Err(CheckError::TooMuch(shown(said)));
+            return Ok(Err(CheckError::TooMuch));
         }
     }
 }
 
 fn shown(said: &[u8]) -> String {
-    if said.is_empty() {
-        return "nothing".to_owned();
-    }
     let more = if said.len() > SHOWN_BYTES { "…" } else { "" };
     format!("\"{}{more}\"", said[..said.len().min(SHOWN_BYTES)].escape_ascii())
 }
@@ -270,15 +309,13 @@ mod tests {
     async fn whatever_else_comes_is_told_in_short() {
         let told =
             async |pieces, closes| answer(pieces, closes).await.expect_err("it is not there").to_string();
-        assert_eq!(told(vec![], false).await, "what is expected did not come within 1s; it said nothing");
+        assert_eq!(told(vec![], false).await, "no answer within 1s, expected \"PONG\"");
         assert_eq!(
             told(vec![b"-ERR\r\n".to_vec()], true).await,
-            "it closed the connection before what is expected had come; it said \"-ERR\\r\\n\""
+            "the connection was closed before the answer, expected \"PONG\", got \"-ERR\\r\\n\""
         );
         let megabytes = told(vec![vec![b'x'; 3_000_000]], false).await;
-        assert!(
-            megabytes.starts_with("what is expected was not among the first 65536 bytes that it said: \"xxx")
-        );
+        assert!(megabytes.starts_with("not among the first 65536 bytes of the answer: \"PONG\", got \"xxx"));
         assert!(megabytes.len() < 150, "{megabytes}");
     }
 

@@ -3,7 +3,11 @@
 use std::time::Duration;
 
 use tokio::time::Instant;
-use tracing::warn;
+use tracing::{info, warn};
+
+use super::check::CheckError;
+use crate::balance::backend::Backend;
+use crate::balance::cause::Cause;
 
 const PERIOD: Duration = Duration::from_secs(10);
 const LINES_A_PERIOD: u32 = 100;
@@ -44,9 +48,76 @@ impl Lines {
     }
 }
 
+/// Says that `backend` is ejected for `length`, after `failures` sessions in a row or (`again`) after its trial session.
+pub(super) fn ejected(
+    pool: &str,
+    backend: &Backend,
+    again: bool,
+    failures: u32,
+    times: u32,
+    length: Duration,
+) {
+    let error = backend.condition.session_error.get().unwrap_or(Cause::OTHER);
+    let (backend, ejection) = (backend.id(), rounded(length));
+    if again {
+        warn!(
+            pool, %backend, %error, times, ejection,
+            "trial session failed ({error}): backend stays ejected for {ejection}"
+        );
+    } else {
+        warn!(
+            pool, %backend, %error, failures, times, ejection,
+            "backend ejected after {failures} failed sessions in a row (last error: {error}), no sessions for {ejection}"
+        );
+    }
+}
+
+/// Says that `backend` fails its sessions and keeps getting them, since `most` percent of its pool are out already.
+pub(super) fn not_ejected(pool: &str, backend: &Backend, failures: u32, most: u32) {
+    let error = backend.condition.session_error.get().unwrap_or(Cause::OTHER);
+    let backend = backend.id();
+    warn!(
+        pool, %backend, %error, failures,
+        "backend not ejected after {failures} failed sessions in a row (last error: {error}): no more than {most} % \
+         of a pool are (outlier.max_ejected_percent)"
+    );
+}
+
+/// Says that so many checks of `backend` failed in a row, the last one by `error`, and that it gets no sessions.
+pub(super) fn unhealthy(pool: &str, backend: &Backend, checks: u32, error: &CheckError) {
+    let (backend, failed) = (backend.id(), counted(checks, "failed"));
+    warn!(pool, %backend, %error, checks, "backend unhealthy after {failed} (last error: {error})");
+}
+
+/// Says that so many checks of `backend` passed in a row, and that it gets sessions again.
+pub(super) fn healthy(pool: &str, backend: &Backend, checks: u32) {
+    let (backend, passed) = (backend.id(), counted(checks, "passed"));
+    info!(pool, %backend, checks, "backend healthy again after {passed}");
+}
+
+fn counted(checks: u32, ended: &str) -> String {
+    format!("{checks} {ended} check{}", if checks == 1 { "" } else { "s" })
+}
+
+/// Tenths of a second are enough for a person: `9.9s`, `3m 20s`.
+fn rounded(length: Duration) -> String {
+    let tenths = length.as_millis().div_ceil(100);
+    match u64::try_from(tenths).unwrap_or(u64::MAX) {
+        tenths if tenths < 600 && tenths % 10 > 0 => format!("{}.{}s", tenths / 10, tenths % 10),
+        tenths => humantime::format_duration(Duration::from_secs(tenths.div_ceil(10))).to_string(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn durations_are_rounded_for_a_person() {
+        let round = |millis| rounded(Duration::from_millis(millis));
+        assert_eq!([9_851, 10_000, 48, 59_999].map(round), ["9.9s", "10s", "0.1s", "1m"]);
+        assert_eq!([200_400, 3_600_000].map(round), ["3m 21s", "1h"]);
+    }
 
     #[tokio::test(start_paused = true)]
     async fn a_hundred_lines_in_ten_seconds_are_enough() {

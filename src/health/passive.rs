@@ -11,9 +11,9 @@ use std::time::{Duration, SystemTime};
 
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
-use tracing::{info, warn};
+use tracing::info;
 
-use super::lines::Lines;
+use super::lines::{self, Lines};
 use crate::balance::backend::Backend;
 use crate::balance::condition::{Ejection, Probe, ProbeNumber};
 use crate::balance::pool::Pool;
@@ -216,12 +216,7 @@ impl Ejections {
         backend.condition.set_ejection(Ejection::Ejected);
         backend.condition.ejections.add(1);
         if self.lines.allow(&self.pool.name) {
-            let (pool, backend) = (&*self.pool.name, backend.id());
-            if again {
-                warn!(pool, %backend, times, ejection = ?length, "the session that probed it failed: ejected again");
-            } else {
-                warn!(pool, %backend, failures, times, ejection = ?length, "its sessions fail one after the other: ejected");
-            }
+            lines::ejected(&self.pool.name, backend, again, failures, times, length);
         }
     }
 
@@ -237,17 +232,18 @@ impl Ejections {
         backend.condition.set_ejection(Ejection::None);
         backend.condition.begin_ramp(Instant::now());
         if self.lines.allow(&self.pool.name) {
-            info!(pool = %self.pool.name, backend = %backend.id(), "the session that probed it succeeded: back");
+            info!(pool = %self.pool.name, backend = %backend.id(), "backend is back: a trial session succeeded");
         }
     }
 
     fn tell_limit(&mut self, backend: &Arc<Backend>) {
         self.hears_from = Instant::now() + PACE_AT_LIMIT;
+        let failures = backend.condition.failures(backend.reached());
         // Counts from nothing again, or each look would come to the same end.
         backend.condition.set_ejection(Ejection::None);
         if !std::mem::replace(&mut self.told_limit, true) {
             let most = self.outlier.max_ejected_percent;
-            warn!(pool = %self.pool.name, backend = %backend.id(), "its sessions fail, but no more than {most} % are ejected (outlier.max_ejected_percent)");
+            lines::not_ejected(&self.pool.name, backend, failures, most);
         }
     }
 }
