@@ -42,6 +42,7 @@ mod storm;
 mod support;
 mod system_calls;
 mod table_kept;
+mod table_lines;
 mod weights;
 mod weights_errors;
 mod weights_limits;

@@ -17,6 +17,7 @@ use super::backend::Registry;
 use super::leaving::Leavers;
 use super::policy::Policy;
 use super::snapshot::{Origin, Snapshot};
+use super::usability::Usable;
 use super::{AdminState, BackendId, Table};
 
 const NEVER: u64 = u64::MAX;
@@ -28,6 +29,8 @@ pub struct Standing {
     pub fails_open: bool,
     /// See [`Snapshot::ramps`].
     pub ramps: bool,
+    /// See [`Snapshot::usable`].
+    pub usable: Usable,
 }
 
 /// One pool's newest snapshot.
@@ -116,6 +119,12 @@ impl Cell {
         }
     }
 
+    /// What the newest snapshot was made from. Cheap: tables share what they hold.
+    #[must_use]
+    pub fn table(&self) -> Table {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// Which backends of the newest table are not ready.
     #[must_use]
     pub fn states(&self) -> Vec<(BackendId, AdminState)> {
@@ -171,7 +180,7 @@ impl Cell {
         let (was, is) = (before.members_and_stand_ins(), next.members_and_stand_ins());
         let was = was.map(|member| (&member.backend, member.state == AdminState::Ready));
         self.registry.follow(next.version, was, is.map(|member| &member.backend));
-        let standing = Standing { fails_open: next.fails_open, ramps: next.ramps };
+        let standing = Standing { fails_open: next.fails_open, ramps: next.ramps, usable: next.usable() };
         if !self.policy.drain_timeout.is_zero() {
             self.leavers.look(&next, &self.registry);
         }

@@ -26,6 +26,7 @@ mod shares;
 pub mod simulation;
 pub mod snapshot;
 mod table;
+pub mod usability;
 mod weight;
 
 pub use address::{Address, InvalidAddress};

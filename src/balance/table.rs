@@ -1,13 +1,16 @@
 //! What is written of one pool, in Redis or in config.yaml: which backend has which weight, and which is not to be used.
 
+use std::sync::Arc;
+
 use super::{AdminState, BackendId, Weight};
 
-/// Backends and their weights, each backend once, in the order of their names: two tables that say the same are equal.
+/// Backends and their weights, each backend once, in the order of their names: two tables that say the same are equal. A clone
+/// shares them.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Table {
-    members: Box<[(BackendId, Weight)]>,
+    members: Arc<[(BackendId, Weight)]>,
     /// Those that are not ready, whether they are members or not.
-    states: Box<[(BackendId, AdminState)]>,
+    states: Arc<[(BackendId, AdminState)]>,
 }
 
 impl Table {
@@ -24,7 +27,7 @@ impl Table {
             }
             same
         });
-        Self { members: members.into(), states: Box::default() }
+        Self { members: members.into(), states: Arc::default() }
     }
 
     /// The same members, of which these are not ready; each is named once.
@@ -33,6 +36,12 @@ impl Table {
         states.retain(|(_, state)| *state != AdminState::Ready);
         states.sort_by(|(a, _), (b, _)| a.cmp(b));
         Self { states: states.into(), ..self }
+    }
+
+    /// True where one is a clone of the other: cheaper than a comparison. False says nothing.
+    #[must_use]
+    pub fn is_clone_of(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.members, &other.members) && Arc::ptr_eq(&self.states, &other.states)
     }
 
     /// What is wanted of a backend.

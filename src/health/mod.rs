@@ -10,3 +10,4 @@ mod lines;
 pub mod passive;
 pub mod standing;
 pub mod thread;
+pub mod usable;

@@ -17,7 +17,7 @@ use tracing::warn;
 use super::Control;
 use crate::health::active::Checks;
 use crate::health::passive::Ejections;
-use crate::health::{standing, thread};
+use crate::health::{standing, thread, usable};
 use crate::redis::{self, Followed, Parts};
 use crate::runtime::drain::Phase;
 use crate::runtime::resolve::{self, Names};
@@ -29,6 +29,8 @@ use crate::telemetry::counters::WorkerId;
 /// How long accepting waits for Redis's first answer and for the first names. Clients that connect meanwhile wait in
 /// the kernel's queue.
 const FIRST_LOOK: Duration = Duration::from_secs(1);
+/// Unresolved names in one line.
+const MOST_NAMED: usize = 10;
 
 /// What a start has begun: the tasks of the control plane, those that save tables, the threads of the data plane.
 #[derive(Default)]
@@ -60,15 +62,20 @@ impl Control {
         let (first_try_over, over) = oneshot::channel::<()>();
         self.follow_redis(tasks, first_try_over);
         let mut names: Vec<Names> = self.observed.pools.iter().cloned().map(Names::new).collect();
+        let mut redis_told = false;
         let first_look = async {
             // At once, so that a Redis that hangs does not use up the time of the configured names. The sender is dropped
             // where there is no Redis: nothing to wait for.
-            let _ = tokio::join!(over, resolve::settle(&mut names));
+            let redis = async {
+                let _ = over.await;
+                redis_told = true;
+            };
+            tokio::join!(redis, resolve::settle(&mut names));
             // Those that came with Redis's answer.
             resolve::settle(&mut names).await;
         };
         if timeout(FIRST_LOOK, first_look).await.is_err() {
-            warn!("redis has not told its weights yet, or a name is not resolved yet: starting without");
+            self.warn_of_missing(redis_told);
         }
         for names in names {
             tasks.spawn(names.run());
@@ -96,10 +103,28 @@ impl Control {
         }
     }
 
+    /// Says what the start did not wait for any longer.
+    fn warn_of_missing(&self, redis_told: bool) {
+        let mut unresolved = Vec::new();
+        for pool in &self.observed.pools {
+            let snapshot = pool.cell.load();
+            let members = snapshot.members().iter().filter(|member| !member.backend.is_reachable());
+            unresolved.extend(members.map(|member| member.backend.id().to_string()));
+        }
+        let (count, redis) = (unresolved.len(), if redis_told { "answered" } else { "no answer yet" });
+        unresolved.truncate(MOST_NAMED);
+        let named = unresolved.join(", ");
+        warn!(
+            redis, unresolved = count, names = named, waited = ?FIRST_LOOK,
+            "starting without redis's weights, or without the addresses of some names"
+        );
+    }
+
     fn look_after_health(&self, tasks: &mut JoinSet<()>) -> io::Result<()> {
         let mut checked = Vec::new();
         for (pool, settings) in self.observed.pools.iter().zip(&self.config.pools) {
             tasks.spawn(standing::watch_fail_open(Arc::clone(pool)));
+            tasks.spawn(usable::watch(Arc::clone(pool)));
             tasks.spawn(standing::grow(Arc::clone(pool)));
             if let Some(checks) = &settings.health_check {
                 checked.push(Checks::new(Arc::clone(pool), checks.clone()));

@@ -27,6 +27,7 @@ mod slot;
 mod states;
 pub mod status;
 mod sync;
+mod table_log;
 mod trouble;
 pub mod watch;
 pub mod weights;

@@ -18,6 +18,7 @@ use super::decode::{self, Decoded, Rejected};
 use super::rest::rest_after;
 use super::states::{self, States};
 use super::status::{RedisStatus, TableStatus};
+use super::table_log::TableLog;
 use super::trouble::Trouble;
 use crate::balance::Table;
 use crate::config::OnEmpty;
@@ -65,6 +66,7 @@ struct State {
     /// Why the last read ended with the connection.
     cut_off: Option<Discriminant<Trouble>>,
     admin: States,
+    log: TableLog,
 }
 
 impl State {
@@ -74,6 +76,7 @@ impl State {
             too_large: Backoff::new(REST_AFTER_REFUSAL, LONGEST_REST_AFTER_TOO_LARGE),
             cut_off: None,
             admin: States::new(),
+            log: TableLog::new(),
             in_step: false,
             said: None,
             states: Pace::new(MOST_STATES),
@@ -123,6 +126,7 @@ impl<'a> Syncer<'a> {
             // Taken before the read: a change that comes during it is a new one.
             let Some(since) = changes.take(place) else { continue };
             let read = self.read(connection, place, since).await;
+            self.states[place].log.look(&self.followed[place]);
             let rest = match read.map_err(|error| self.cut_off(place, error)) {
                 Ok(Some(members)) => rest_after(members, now.elapsed()),
                 Ok(None) => {
@@ -162,8 +166,11 @@ impl<'a> Syncer<'a> {
 
     /// Nothing has changed, says a heartbeat of the moment `asked` that was answered after every notification before it:
     /// what is in step and not marked is confirmed.
-    pub(super) fn confirm(&self, changes: &Changes, asked: Instant) {
-        for (place, (state, followed)) in self.states.iter().zip(self.followed).enumerate() {
+    pub(super) fn confirm(&mut self, changes: &Changes, asked: Instant) {
+        for (place, (state, followed)) in self.states.iter_mut().zip(self.followed).enumerate() {
+            if state.log.owes() {
+                state.log.look(followed);
+            }
             if state.in_step && !changes.is_marked(place) {
                 followed.cell.confirm_as_of(asked);
             }
@@ -282,9 +289,11 @@ impl<'a> Syncer<'a> {
             return self.take_empty(place, table, asked);
         }
         self.tables[place].is_kept.store(false, Relaxed);
+        let mut held_back = None;
         match self.says(place, None) {
-            Some((Some(Said::Empty), held_back)) => {
-                info!(pool = %pool, key, held_back, "redis holds weights again");
+            Some((Some(Said::Empty), held)) => {
+                self.states[place].log.was_empty();
+                held_back = held;
             }
             Some((_, held_back)) => info!(pool = %pool, key, held_back, "the table can be read again"),
             None => {}
@@ -294,6 +303,7 @@ impl<'a> Syncer<'a> {
             self.status.propagation.observe(since.elapsed());
             debug!(pool = %pool, key, backends, version = cell.load().version, "new weights");
         }
+        self.states[place].log.loaded(&self.followed[place], backends, held_back);
     }
 
     fn take_empty(&mut self, place: usize, empty: Table, asked: Instant) {

@@ -1,0 +1,282 @@
+//! Which backends of a snapshot get sessions, and why the others get none: for the log and for the report of this proxy.
+
+use std::fmt;
+
+use super::AdminState;
+use super::BackendId;
+use super::cause::Cause;
+use super::cell::Cell;
+use super::condition::{Condition, Ejection};
+use super::member::{Member, Probing};
+use super::snapshot::Snapshot;
+
+/// How many backends get sessions, as far as it is worth a line in the log.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Usable {
+    /// Sessions are refused.
+    None,
+    /// If this one fails too, health is ignored or sessions fail.
+    One,
+    /// Two or more, or health is ignored.
+    #[default]
+    Several,
+}
+
+/// One reason why a backend gets no sessions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// Its checks fail; the last one for this cause.
+    Unhealthy(Option<Cause>),
+    /// Its sessions failed; the last one for this cause.
+    Ejected(Option<Cause>),
+    /// It was ejected, and its next session is to show whether it is back.
+    Trial(Option<Cause>),
+    /// Its name has no address yet.
+    Unresolved,
+    /// It is in drain.
+    Drain,
+    /// It is in maint.
+    Maint,
+    /// Its weight is 0.
+    WeightZero,
+}
+
+impl Reason {
+    /// Without spaces.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Unhealthy(_) => "unhealthy",
+            Self::Ejected(_) => "ejected",
+            Self::Trial(_) => "trial",
+            Self::Unresolved => "unresolved",
+            Self::Drain => "drain",
+            Self::Maint => "maint",
+            Self::WeightZero => "weight_0",
+        }
+    }
+
+    /// What failed last.
+    #[must_use]
+    pub fn cause(self) -> Option<Cause> {
+        match self {
+            Self::Unhealthy(cause) | Self::Ejected(cause) | Self::Trial(cause) => cause,
+            Self::Unresolved | Self::Drain | Self::Maint | Self::WeightZero => None,
+        }
+    }
+}
+
+/// All reasons why one backend gets no sessions: what people wrote first, then what this proxy found out.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Reasons {
+    reasons: [Option<Reason>; 5],
+}
+
+impl Reasons {
+    fn of(member: &Member, fails_open: bool) -> Self {
+        let Condition { session_error, check_error, .. } = &member.backend.condition;
+        let condition = &member.backend.condition;
+        let state = match member.state {
+            AdminState::Ready => None,
+            AdminState::Drain => Some(Reason::Drain),
+            AdminState::Maint => Some(Reason::Maint),
+        };
+        let sessions = match condition.ejection() {
+            Ejection::None => None,
+            Ejection::Ejected => Some(Reason::Ejected(session_error.get())),
+            Ejection::Probing => Some(Reason::Trial(session_error.get())),
+        };
+        let health_counts = !fails_open;
+        let reasons = [
+            state,
+            member.weight.is_zero().then_some(Reason::WeightZero),
+            (!member.backend.is_reachable()).then_some(Reason::Unresolved),
+            (health_counts && condition.fails_checks()).then(|| Reason::Unhealthy(check_error.get())),
+            sessions.filter(|_| health_counts),
+        ];
+        Self { reasons }
+    }
+
+    /// In their order.
+    pub fn iter(&self) -> impl Iterator<Item = Reason> {
+        self.reasons.iter().flatten().copied()
+    }
+
+    fn is_empty(&self) -> bool {
+        self.iter().next().is_none()
+    }
+
+    /// False where everything of it stands in Redis.
+    fn is_of_this_proxy(&self) -> bool {
+        self.reasons[2..].iter().any(Option::is_some)
+    }
+}
+
+/// The backends that get no sessions from this proxy.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Unusable {
+    /// Those that only this proxy knows of first; in the order of their names.
+    pub backends: Vec<(BackendId, Reasons)>,
+    /// How many more there are.
+    pub more: usize,
+    /// Too little of the pool is healthy, so health is ignored.
+    pub fails_open: bool,
+}
+
+impl Cell {
+    /// The members of the newest snapshot that get no sessions, at most so many of them.
+    #[must_use]
+    pub fn unusable(&self, most: usize) -> Unusable {
+        let newest = self.load();
+        let gets_none = |member: &&Member| !is_usable(member);
+        let of = |member: &Member| (member.backend.id().clone(), Reasons::of(member, newest.fails_open));
+        let mut backends: Vec<_> =
+            newest.members().iter().filter(gets_none).map(of).filter(|(_, why)| !why.is_empty()).collect();
+        backends.sort_by(|(a, of_a), (b, of_b)| {
+            of_b.is_of_this_proxy().cmp(&of_a.is_of_this_proxy()).then_with(|| a.cmp(b))
+        });
+        let more = backends.len().saturating_sub(most);
+        backends.truncate(most);
+        Unusable { backends, more, fails_open: newest.fails_open }
+    }
+}
+
+/// One session to show whether it is back is not enough.
+fn is_usable(member: &Member) -> bool {
+    !member.effective_weight.is_zero() && member.probing != Probing::Alone
+}
+
+impl Snapshot {
+    /// How many backends get sessions.
+    #[must_use]
+    pub fn usable(&self) -> Usable {
+        match self.usable_members().take(2).count() {
+            _ if self.fails_open => Usable::Several,
+            0 => Usable::None,
+            1 => Usable::One,
+            _ => Usable::Several,
+        }
+    }
+
+    /// The backends that get sessions.
+    pub fn usable_members(&self) -> impl Iterator<Item = &Member> {
+        self.picked_from().iter().filter(|member| is_usable(member))
+    }
+
+    /// Why no backend gets sessions, where none does.
+    #[must_use]
+    pub fn refusal(&self) -> Refusal {
+        let has_weight = |member: &Member| !member.weight.is_zero();
+        if self.members().is_empty() {
+            Refusal::Empty
+        } else if !self.members().iter().any(has_weight) {
+            Refusal::AllZero
+        } else if !self.members().iter().any(Member::wants_sessions) {
+            Refusal::NoneReady
+        } else {
+            Refusal::Unresolved
+        }
+    }
+}
+
+/// Why a pool refuses its sessions. Not for its health: where no backend is healthy, health is ignored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// The table has no members.
+    Empty,
+    /// All weights are 0.
+    AllZero,
+    /// All that have a weight are in drain or maint.
+    NoneReady,
+    /// The names of those that are to have sessions have no address.
+    Unresolved,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Empty => "the table is empty",
+            Self::AllZero => "all weights are 0",
+            Self::NoneReady => "all backends with a weight are in drain or maint",
+            Self::Unresolved => "no backend's name is resolved",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::condition::Health;
+    use super::super::{Balance, Table, Weight};
+    use super::*;
+
+    fn table(members: &[(&str, f64)]) -> Table {
+        let member = |(text, weight): &(&str, f64)| {
+            (text.parse().expect("an address"), Weight::new(*weight).expect("a weight"))
+        };
+        Table::new(members.iter().map(member).collect())
+    }
+
+    /// `name reason:cause reason …`.
+    fn told(cell: &Cell, most: usize) -> (Vec<String>, usize) {
+        let Unusable { backends, more, .. } = cell.unusable(most);
+        let line = |(id, why): &(BackendId, Reasons)| {
+            why.iter().fold(id.to_string(), |line, reason| match reason.cause() {
+                Some(cause) => format!("{line} {}:{cause}", reason.name()),
+                None => format!("{line} {}", reason.name()),
+            })
+        };
+        (backends.iter().map(line).collect(), more)
+    }
+
+    #[test]
+    fn every_reason_is_told_and_what_only_this_proxy_knows_comes_first() {
+        let members = [
+            ("10.0.0.1:80", 0.0),
+            ("10.0.0.2:80", 1.0),
+            ("10.0.0.3:80", 1.0),
+            ("a.test:80", 1.0),
+            ("10.0.0.4:80", 5.0),
+        ];
+        let cell = Cell::new(table(&members), Balance::WeightedRandom, 1);
+        let drained = vec![("10.0.0.3:80".parse().expect("an address"), AdminState::Drain)];
+        cell.set_states(drained);
+        let backend = |id: &str| cell.registry().get_or_create(&id.parse().expect("an address"));
+        let condition = &backend("10.0.0.2:80").condition;
+        condition.set_health(Health::Unhealthy);
+        condition.check_error.set(Cause::TIMED_OUT);
+        condition.session_error.set(Cause::RESET);
+        condition.set_ejection(Ejection::Ejected);
+        cell.refresh();
+        let all = [
+            "10.0.0.2:80 unhealthy:timed out ejected:connection reset by peer",
+            "a.test:80 unresolved",
+            "10.0.0.1:80 weight_0",
+            "10.0.0.3:80 drain",
+        ];
+        assert_eq!(told(&cell, 10), (all.map(String::from).to_vec(), 0));
+        assert_eq!(told(&cell, 1), (all[..1].iter().map(|text| (*text).to_owned()).collect(), 3));
+        assert_eq!(cell.load().usable(), Usable::One);
+
+        // Health is ignored: the unhealthy one has sessions.
+        backend("10.0.0.4:80").condition.set_health(Health::Unhealthy);
+        cell.refresh();
+        assert_eq!(told(&cell, 10).0, all[1..].iter().map(|text| (*text).to_owned()).collect::<Vec<_>>());
+        assert!(cell.unusable(10).fails_open);
+        assert_eq!(cell.load().usable(), Usable::Several);
+    }
+
+    #[test]
+    fn a_refusal_names_its_reason() {
+        let of = |members: &[(&str, f64)]| {
+            let cell = Cell::new(table(members), Balance::WeightedRandom, 1);
+            let newest = cell.load();
+            (newest.usable(), newest.refusal())
+        };
+        assert_eq!(of(&[]), (Usable::None, Refusal::Empty));
+        assert_eq!(of(&[("10.0.0.1:80", 0.0)]), (Usable::None, Refusal::AllZero));
+        assert_eq!(of(&[("a.test:80", 1.0), ("10.0.0.1:80", 0.0)]), (Usable::None, Refusal::Unresolved));
+        let cell = Cell::new(table(&[("10.0.0.1:80", 1.0)]), Balance::WeightedRandom, 1);
+        cell.set_states(vec![("10.0.0.1:80".parse().expect("an address"), AdminState::Maint)]);
+        assert_eq!((cell.load().usable(), cell.load().refusal()), (Usable::None, Refusal::NoneReady));
+    }
+}

@@ -1,0 +1,74 @@
+//! Says when a pool refuses its sessions, when one backend alone is left, and when that is over.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+use tracing::{info, warn};
+
+use crate::balance::pool::Pool;
+use crate::balance::usability::Usable;
+use crate::runtime::pace::{HeldBack, Pace};
+
+/// A writer that flips a weight between 0 and 1 changes this with every read.
+const MOST_LINES: u32 = 4;
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
+/// Watches one pool. Never ends.
+pub async fn watch(pool: Arc<Pool>) {
+    let mut standing = pool.cell.standing();
+    // A pool that begins with one backend has never had more: that is no news, nor is it that it gets a second one.
+    let mut has_had_one = pool.cell.load().members().len() < 2;
+    let mut told = if has_had_one { Usable::One } else { Usable::Several };
+    let mut lines = Pace::new(MOST_LINES);
+    loop {
+        standing.mark_unchanged();
+        let usable = pool.cell.load().usable();
+        if has_had_one && (told, usable) == (Usable::One, Usable::Several) {
+            (told, has_had_one) = (usable, false);
+        }
+        if usable != told {
+            let Some(held_back) = lines.may_say(Instant::now()) else {
+                // How it ends is said.
+                sleep(LOOK_AGAIN).await;
+                continue;
+            };
+            tell(&pool, told, usable, held_back);
+            (told, has_had_one) = (usable, false);
+        }
+        if standing.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+fn tell(pool: &Pool, before: Usable, usable: Usable, held_back: HeldBack) {
+    let snapshot = pool.cell.load();
+    let members = snapshot.members().len();
+    let first = snapshot.usable_members().next().map(|member| member.backend.id());
+    let pool = &*pool.name;
+    match (usable, first) {
+        (Usable::None, _) => {
+            let reason = snapshot.refusal();
+            warn!(pool, %reason, members, held_back, "sessions are refused: {reason}");
+        }
+        (Usable::One, Some(backend)) if before != Usable::None => {
+            warn!(pool, %backend, members, held_back, "one backend is left: all others of its pool get no sessions");
+        }
+        (Usable::One, Some(backend)) => {
+            info!(pool, %backend, members, held_back, "sessions are accepted again, by one backend");
+        }
+        _ => {
+            let backends = snapshot.usable_members().count();
+            let what = if before == Usable::None {
+                "sessions are accepted again"
+            } else {
+                "more than one backend is usable again"
+            };
+            info!(
+                pool,
+                backends, members, held_back, "{what}: {backends} of {members} backends get sessions"
+            );
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! What the log tells of a pool's table: each change, and when nothing or one backend is left.
+
+use serde_json::{Value, json};
+use tokio::time::Instant;
+
+use crate::support::{Desk, Program, eventually, greeting, text};
+
+/// A program on the desk's table, which has been read.
+async fn follower(desk: &Desk) -> Program {
+    let program = Program::run(&desk.yaml("watch: notifications, resync_interval: 1h,"));
+    program.says("weights loaded from redis: ").await;
+    program
+}
+
+/// The lines of weights that changed, by their fields.
+fn changes(program: &Program) -> Vec<[String; 3]> {
+    let lines = program.messages("weights changed");
+    lines.iter().map(|line| ["changed", "joined", "left"].map(|field| text(line, field).to_owned())).collect()
+}
+
+fn change(changed: &str, joined: &str, left: &str) -> [String; 3] {
+    [changed, joined, left].map(str::to_owned)
+}
+
+#[tokio::test]
+async fn each_change_of_the_table_is_logged_old_and_new_even_one_that_is_taken_back() {
+    let desk = Desk::start().await;
+    desk.redis.run("ZADD servers 5 10.0.0.1:80 5 10.0.0.2:80 5 10.0.0.3:80").await;
+    let program = follower(&desk).await;
+    let line = program.messages("weights loaded from redis: 3 backends");
+    assert_eq!(line.len(), 1, "{}", program.log());
+    let mut wanted = Vec::new();
+    for (command, line) in [
+        ("ZADD servers 0 10.0.0.1:80", change("10.0.0.1:80 5 -> 0", "", "")),
+        ("ZADD servers 5 10.0.0.1:80", change("10.0.0.1:80 0 -> 5", "", "")),
+        ("ZADD servers 7.5 10.0.0.4:80 1 10.0.0.2:80", change("10.0.0.2:80 5 -> 1", "10.0.0.4:80 7.5", "")),
+        ("ZREM servers 10.0.0.3:80", change("", "", "10.0.0.3:80 5")),
+    ] {
+        desk.redis.run(command).await;
+        wanted.push(line);
+        eventually(command, || async { changes(&program).len() == wanted.len() }).await;
+    }
+    assert_eq!(changes(&program), wanted);
+    let versions: Vec<_> =
+        program.messages("weights changed").iter().map(|line| line["version"].as_u64()).collect();
+    assert!(versions.is_sorted() && versions.iter().all(Option::is_some), "{versions:?}");
+}
+
+#[tokio::test]
+async fn drain_and_maint_are_logged_when_they_are_set_and_when_they_end() {
+    let desk = Desk::start().await;
+    desk.redis.run("ZADD servers 5 10.0.0.1:80 5 10.0.0.2:80 5 10.0.0.3:80").await;
+    let program = follower(&desk).await;
+    for (number, (words, states)) in [
+        ("drain web 10.0.0.1:80", "10.0.0.1:80 ready -> drain"),
+        ("maint web 10.0.0.1:80 10.0.0.2:80", "10.0.0.1:80 drain -> maint, 10.0.0.2:80 ready -> maint"),
+        ("ready web 10.0.0.1:80", "10.0.0.1:80 maint -> ready"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        desk.done(words).await;
+        eventually(words, || async { program.messages("drain or maint changed").len() == number + 1 }).await;
+        let line = program.messages("drain or maint changed").remove(number);
+        assert_eq!((text(&line, "states"), text(&line, "level")), (states, "INFO"), "{line}");
+    }
+    assert_eq!(changes(&program), [[""; 3]; 0]);
+}
+
+#[tokio::test]
+async fn a_pool_whose_weights_are_all_0_and_one_with_a_single_backend_left_are_logged_and_so_is_their_end() {
+    let desk = Desk::start().await;
+    desk.redis.run("ZADD servers 5 10.0.0.1:80 5 10.0.0.2:80").await;
+    let program = follower(&desk).await;
+    program.address().await;
+    desk.redis.run("ZADD servers 0 10.0.0.1:80").await;
+    let line = program.says("one backend is left: ").await;
+    assert_eq!(
+        (text(&line, "level"), text(&line, "backend"), &line["members"]),
+        ("WARN", "10.0.0.2:80", &json!(2))
+    );
+    desk.redis.run("ZADD servers 0 10.0.0.2:80").await;
+    let line = program.says("sessions are refused: all weights are 0").await;
+    assert_eq!(text(&line, "level"), "WARN");
+    greeting(program.address().await).await.expect_err("it is refused");
+    desk.redis.run("ZADD servers 1 10.0.0.1:80 1 10.0.0.2:80").await;
+    let line = program.says("sessions are accepted again: 2 of 2 backends get sessions").await;
+    assert_eq!(text(&line, "level"), "INFO");
+
+    // The same for want of backends that are ready.
+    desk.done("drain web 10.0.0.1:80 10.0.0.2:80").await;
+    program.says("sessions are refused: all backends with a weight are in drain or maint").await;
+}
+
+#[tokio::test]
+async fn a_flood_of_zadds_writes_few_lines_and_the_last_one_says_how_it_ended_and_what_was_held_back() {
+    let desk = Desk::start().await;
+    desk.redis.run("ZADD servers 1 10.0.0.1:80 1 10.0.0.2:80").await;
+    let program = follower(&desk).await;
+    let begun = Instant::now();
+    let propagated = |version: u64| {
+        let line = program.messages("weights changed").pop();
+        line.is_some_and(|line| line["version"].as_u64() >= Some(version))
+    };
+    for weight in 2..300 {
+        desk.redis.run(&format!("ZADD servers {weight} 10.0.0.1:80")).await;
+    }
+    let end = |line: &Value| text(line, "changed").ends_with("-> 299");
+    eventually("the end is logged", || async { program.messages("weights changed").last().is_some_and(end) })
+        .await;
+    let lines = program.messages("weights changed");
+    // Ten in each window of ten seconds.
+    let most = 10 * (begun.elapsed().as_secs() as usize / 10 + 2);
+    assert!(lines.len() <= most && propagated(2), "{} lines", lines.len());
+    assert!(lines.iter().any(|line| line["held_back"].as_u64() > Some(0)), "{lines:?}");
+}
