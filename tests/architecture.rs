@@ -42,6 +42,7 @@ const ARROWS: [(&str, &[&str]); 13] = [
             "balance::lua_pick::LuaRequest",
             "balance::lua_pick::LuaRequests",
             "balance::cell::Cell",
+            "balance::usability",
             "config",
             "runtime::backoff",
             "runtime::lookup",

@@ -7,7 +7,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 use crate::support::{
-    Backend, Program, Proxy, dead_address, eventually, greeting, silent_address, text,
+    Backend, Desk, Program, Proxy, dead_address, eventually, greeting, silent_address, text,
 };
 
 /// Reads a byte, and resets.
@@ -163,4 +163,103 @@ async fn a_session_that_a_side_reset_names_what_broke_it_and_one_that_ended_well
     let line = access_line(&proxy, 0).await;
     assert_eq!(text(&line, "close_reason"), "finished");
     assert!(line.get("error").is_none() && line.get("failed").is_none(), "{line}");
+}
+
+/// The line of `weights get` for this member.
+async fn line_of(desk: &Desk, member: impl ToString) -> String {
+    let said = desk.done("get web").await.said;
+    let begin = format!("{} ", member.to_string());
+    said.lines().find(|line| line.starts_with(&begin)).map(str::to_owned).unwrap_or(said)
+}
+
+async fn line_becomes(desk: &Desk, member: impl ToString, end: &str) {
+    let member = member.to_string();
+    eventually(end, || async { line_of(desk, &member).await.ends_with(end) }).await;
+}
+
+#[tokio::test]
+async fn weights_get_says_from_how_many_proxies_a_backend_gets_no_sessions_and_why() {
+    let desk = Desk::start().await;
+    let (good, resets) = (Backend::echo().await, Backend::start(reset_after_a_byte).await);
+    let (_guard, dead) = dead_address();
+    let [of_good, of_resets, of_dead] =
+        [good.address, resets.address, dead].map(|address| address.to_string());
+    let words = [
+        "ZADD",
+        "servers",
+        "1",
+        &of_good,
+        "1",
+        &of_resets,
+        "1",
+        &of_dead,
+        "1",
+        "nowhere.invalid:80",
+        "0",
+        "10.0.0.1:80",
+    ];
+    desk.redis.run_words(&words).await;
+    // The checks of a backend that resets its sessions pass: they only connect.
+    let pool = "outlier: {consecutive_failures: 3, ejection: 1h, max_ejected_percent: 90}";
+    let checked =
+        desk.yaml("").replace("backends:", &format!("{pool}, health_check: {{interval: 100ms}}, backends:"));
+    let unchecked = desk.yaml("").replace("backends:", &format!("{pool}, backends:"));
+    let programs = [Program::run(&checked), Program::run(&unchecked)];
+    line_becomes(&desk, dead, "no sessions from 1 of 2 proxies: unhealthy (connection refused)").await;
+    line_becomes(&desk, "nowhere.invalid:80", "no sessions from 2 of 2 proxies: name not resolved").await;
+    let line = line_of(&desk, "10.0.0.1:80").await;
+    assert!(line.contains(" 0  ") && !line.contains("no sessions"), "a weight of 0 says it: {line}");
+
+    // A backend that fails the sessions of both proxies is ejected by both.
+    for program in &programs {
+        sessions_until(program, "backend ejected after ").await;
+    }
+    let ejected = "no sessions from 2 of 2 proxies: ejected (connection reset by peer)";
+    let addresses = [programs[0].address().await, programs[1].address().await];
+    eventually(ejected, || async {
+        for address in addresses {
+            session(address).await;
+        }
+        line_of(&desk, &of_resets).await.ends_with(ejected)
+    })
+    .await;
+    assert!(line_of(&desk, &of_good).await.ends_with('%'), "it gets sessions");
+
+    // A state is told once, with what else there is.
+    desk.done(&format!("drain web {of_resets}")).await;
+    line_becomes(&desk, &of_resets, &format!("0.0 %  drain  {ejected}")).await;
+    let get = desk.json("get web").await;
+    let member = |name: &str| -> Value {
+        let members = get["members"].as_array().expect("a list");
+        members.iter().find(|member| member["member"] == name).expect("a member").clone()
+    };
+    let unresolved = json!({"proxies": 2, "of": 2, "answers": [{"proxies": 2, "reasons": [{"reason": "unresolved", "error": null}]}]});
+    assert_eq!(member("nowhere.invalid:80")["unusable"], unresolved);
+    assert_eq!(member(&of_good).get("unusable"), None);
+    assert_eq!(get["reported"], json!({"proxies": 2, "not_known_of": 0, "cut_short": 0, "fail_open": 0}));
+
+    // A report of an older proxy has no such part.
+    let hash = get["hash"].as_str().expect("a text");
+    let lease = format!("99999999999999 {hash}");
+    desk.redis.run_words(&["HSET", "{servers}:applied", "old/1/0000", &lease]).await;
+    line_becomes(&desk, "nowhere.invalid:80", "no sessions from 2 of 2 proxies: name not resolved").await;
+    let said = desk.done("get web").await.said;
+    assert!(
+        said.contains("1 proxy of an older version: which members get no sessions there is not known"),
+        "{said}"
+    );
+}
+
+#[tokio::test]
+async fn weights_get_says_that_health_is_ignored() {
+    let desk = Desk::start().await;
+    let (_guard, dead) = dead_address();
+    desk.redis.run(&format!("ZADD servers 1 {dead}")).await;
+    let _program =
+        Program::run(&desk.yaml("").replace("backends:", "health_check: {interval: 100ms}, backends:"));
+    eventually("it fails open", || async {
+        desk.done("get web").await.said.contains("health is ignored by 1 of 1 proxy (fail-open)")
+    })
+    .await;
+    assert!(line_of(&desk, dead).await.ends_with('%'), "it gets sessions all the same");
 }

@@ -7,6 +7,7 @@
 mod show;
 mod simulate;
 mod states;
+mod unusable;
 mod wait;
 
 use std::ffi::OsString;

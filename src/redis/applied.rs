@@ -20,6 +20,7 @@ use super::content::ContentHash;
 use super::parts;
 use super::primary::Primary;
 use super::trouble::Trouble;
+use super::unusable::{self, UnusableReport};
 use super::{FIRST_PAUSE, Followed, LONGEST_PAUSE, Parts};
 use crate::balance::cell::Cell;
 use crate::config::Redis;
@@ -68,6 +69,8 @@ pub struct Report {
     pub leaving: Vec<(String, u32)>,
     /// How many more there are, each with as few sessions as the last of `leaving`, or fewer.
     pub unnamed: usize,
+    /// The backends that get no sessions from it. `None`: an older proxy, which does not say.
+    pub unusable: Option<UnusableReport>,
     /// How long ago it was made, by the clock of Redis.
     pub age: Duration,
 }
@@ -134,8 +137,11 @@ pub(super) fn reports(answer: Vec<Value>) -> Reports {
     while let (Some(proxy), Some(content), Some(age)) = (texts.next(), texts.next(), texts.next()) {
         let mut parts = content.split(LEAVING);
         let hash = ContentHash::reported(parts.next().unwrap_or_default().to_owned());
-        let (mut leaving, mut unnamed) = (Vec::new(), 0);
+        let (mut leaving, mut unnamed, mut unusable) = (Vec::new(), 0, None);
         for part in parts {
+            if unusable::take(&mut unusable, part) {
+                continue;
+            }
             if let Some(count) = part.strip_prefix(UNNAMED).and_then(|count| count.parse().ok()) {
                 unnamed = count;
             } else if let Some((backend, sessions)) = part.rsplit_once('=')
@@ -145,7 +151,7 @@ pub(super) fn reports(answer: Vec<Value>) -> Reports {
             }
         }
         let age = age.parse().map_or(Duration::ZERO, Duration::from_millis);
-        live.push(Report { proxy, hash, leaving, unnamed, age });
+        live.push(Report { proxy, hash, leaving, unnamed, unusable, age });
     }
     live.sort();
     Reports { live, are_all_in: wait.map_or(PATIENCE, Duration::from_millis) }
@@ -187,6 +193,7 @@ struct Said {
     version: u64,
     hash: Option<ContentHash>,
     leaving: String,
+    unusable: String,
     repeat: Option<Instant>,
     next_look: Option<Instant>,
     rests_until: Option<Instant>,
@@ -336,9 +343,12 @@ impl Said {
                 self.repeat = Some(now + REPEAT);
             }
             (self.leaving, self.next_look) = (leaving, Some(now + LEAVING_LOOK));
+            let unusable = unusable::report(cell, LEAVING);
+            is_due |= self.unusable != unusable;
+            self.unusable = unusable;
         }
         let hash = self.hash.as_ref().filter(|_| is_due)?;
-        let content = format!("{hash}{}", self.leaving);
+        let content = format!("{hash}{}{}", self.leaving, self.unusable);
         self.rests_until = Some(now + REST);
         self.renewal = Some(now + jittered(RENEWAL));
         self.reports += 1;
@@ -418,7 +428,7 @@ mod tests {
         assert_eq!(reports, 1);
         tokio::time::advance(REST).await;
         let last = news(&cell).expect("where the burst ended is news");
-        assert_eq!(last, (applied(&cell).1.to_string(), false));
+        assert_eq!(last, (format!("{};!", applied(&cell).1), false));
 
         cell.refresh();
         tokio::time::advance(REST).await;

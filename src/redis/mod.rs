@@ -29,6 +29,7 @@ pub mod status;
 mod sync;
 mod table_log;
 mod trouble;
+mod unusable;
 pub mod watch;
 pub mod weights;
 

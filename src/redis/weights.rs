@@ -13,6 +13,7 @@ pub use refusal::WeightsError;
 
 pub use super::applied::{LANDING, Report, Reports};
 pub use super::content::ContentHash;
+pub use super::unusable::{ReportedReason, UnusableReport};
 
 use redis::{Cmd, RedisError, Value};
 

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 
 use serde_json::{Value, json};
 
+use super::unusable::Unusable;
 use super::wait::Fleet;
 use crate::config::{OnEmpty, Pool};
 use crate::redis::weights::{Change, Changes, ContentHash, Done, Entry, History, Report, Reports, Seen};
@@ -98,6 +99,8 @@ fn table_text(pool: &Pool, seen: &Seen, states: Option<&[(String, String)]>, rep
         }
         text.push('\n');
     }
+    let unusable = Unusable::of(&reports.live);
+    text += &unusable.head();
     text.push('\n');
     if seen.table.is_empty() && seen.left_out.is_empty() {
         return text + "the table is empty\n";
@@ -106,9 +109,11 @@ fn table_text(pool: &Pool, seen: &Seen, states: Option<&[(String, String)]>, rep
         seen.table.members().iter().map(|(id, _)| id.as_str().chars().count()).max().unwrap_or(0).max(6);
     let _ = writeln!(text, "{:width$}  {:>12}  {:>7}", "MEMBER", "WEIGHT", "SHARE");
     for ((id, weight), share) in seen.table.members().iter().zip(shares(seen, states)) {
-        let (id, weight) = (id.as_str(), weight.to_string());
-        let state = state_of(states, id).map(|state| format!("  {state}")).unwrap_or_default();
-        let _ = writeln!(text, "{id:width$}  {weight:>12}  {share:>5.1} %{state}");
+        let (id, state) = (id.as_str(), state_of(states, id.as_str()));
+        let gets_none = unusable.text(id, weight.is_zero(), state);
+        let (weight, state) =
+            (weight.to_string(), state.map(|state| format!("  {state}")).unwrap_or_default());
+        let _ = writeln!(text, "{id:width$}  {weight:>12}  {share:>5.1} %{state}{gets_none}");
     }
     let is_member = |name: &str| seen.table.members().iter().any(|(id, _)| id.as_str() == name);
     for (name, state) in states.unwrap_or_default().iter().filter(|(name, _)| !is_member(name)) {
@@ -121,6 +126,7 @@ fn table_text(pool: &Pool, seen: &Seen, states: Option<&[(String, String)]>, rep
 }
 
 fn table_json(pool: &Pool, seen: &Seen, states: Option<&[(String, String)]>, reports: &Reports) -> String {
+    let unusable = Unusable::of(&reports.live);
     let members: Vec<Value> = seen
         .table
         .members()
@@ -128,7 +134,12 @@ fn table_json(pool: &Pool, seen: &Seen, states: Option<&[(String, String)]>, rep
         .zip(shares(seen, states))
         .map(|((id, weight), share)| {
             let state = states.map(|_| state_of(states, id.as_str()).unwrap_or("ready"));
-            json!({"member": id.as_str(), "weight": weight.get(), "share_percent": share, "state": state})
+            let mut member =
+                json!({"member": id.as_str(), "weight": weight.get(), "share_percent": share, "state": state});
+            if let Some(gets_none) = unusable.json(id.as_str()) {
+                member["unusable"] = gets_none;
+            }
+            member
         })
         .collect();
     let left_out: Vec<Value> = seen
@@ -147,6 +158,7 @@ fn table_json(pool: &Pool, seen: &Seen, states: Option<&[(String, String)]>, rep
         "members": members,
         "left_out": left_out,
         "applied": {"have": have, "have_not": have_not, "are_all": reports.are_all_in.is_zero()},
+        "reported": unusable.head_json(),
     }))
 }
 

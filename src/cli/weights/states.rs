@@ -176,6 +176,7 @@ mod tests {
             hash: ContentHash::default(),
             leaving: leaving.iter().map(|(backend, sessions)| ((*backend).to_owned(), *sessions)).collect(),
             unnamed: 0,
+            unusable: None,
             age: Duration::from_secs(1),
         }
     }

@@ -1,0 +1,185 @@
+//! Which members get no sessions, from how many proxies and why, as the proxies report it.
+//!
+//! `redis/unusable.rs` reads the reports. What stands in them may have been written by any client of Redis.
+
+use std::collections::{BTreeMap, HashMap};
+
+use serde_json::{Value, json};
+
+use super::show::{proxies, word};
+use crate::redis::weights::{Report, ReportedReason};
+
+/// Different answers of the proxies about one member, in a line for a person; JSON has them all.
+const MOST_SHOWN: usize = 4;
+
+/// What all proxies together say.
+pub(super) struct Unusable<'a> {
+    /// By member: sets of reasons, and how many proxies give each.
+    members: HashMap<&'a str, BTreeMap<&'a [ReportedReason], usize>>,
+    /// Proxies that say which members get no sessions from them.
+    telling: usize,
+    /// Older ones, which do not.
+    not_telling: usize,
+    /// Proxies that ignore health.
+    fails_open: usize,
+    /// Proxies that name some of such members alone.
+    cut_short: usize,
+}
+
+impl<'a> Unusable<'a> {
+    pub(super) fn of(reports: &'a [Report]) -> Self {
+        let told = || reports.iter().filter_map(|report| report.unusable.as_ref());
+        let mut members: HashMap<&str, BTreeMap<&[ReportedReason], usize>> = HashMap::new();
+        for (member, reasons) in told().flat_map(|report| &report.backends) {
+            *members.entry(member).or_default().entry(reasons).or_default() += 1;
+        }
+        Self {
+            members,
+            telling: told().count(),
+            not_telling: reports.len() - told().count(),
+            fails_open: told().filter(|report| report.fails_open).count(),
+            cut_short: told().filter(|report| report.more > 0).count(),
+        }
+    }
+
+    /// Lines above the table.
+    pub(super) fn head(&self) -> String {
+        let Self { telling, not_telling, fails_open, cut_short, .. } = *self;
+        let mut text = String::new();
+        let of_all = |count: usize| format!("{count} of {}", proxies(telling));
+        if fails_open > 0 {
+            text += &format!("health is ignored by {} (fail-open)\n", of_all(fails_open));
+        }
+        if cut_short > 0 {
+            text += &format!("more members get no sessions than {} can name\n", of_all(cut_short));
+        }
+        if not_telling > 0 {
+            text += &format!(
+                "{} of an older version: which members get no sessions there is not known\n",
+                proxies(not_telling)
+            );
+        }
+        text
+    }
+
+    /// Stands behind a member's `weight` and `state`, which are not repeated. Empty where it gets sessions from all.
+    pub(super) fn text(&self, member: &str, weighs_nothing: bool, state: Option<&str>) -> String {
+        let stands_there = |reason: &ReportedReason| match reason.name.as_str() {
+            "weight_0" => weighs_nothing,
+            name => state == Some(name),
+        };
+        let mut texts: BTreeMap<String, usize> = BTreeMap::new();
+        for (reasons, count) in self.members.get(member).into_iter().flatten() {
+            let own: Vec<String> = reasons.iter().filter(|r| !stands_there(r)).map(reason_text).collect();
+            if !own.is_empty() {
+                *texts.entry(own.join(", ")).or_default() += count;
+            }
+        }
+        let mut texts: Vec<(String, usize)> = texts.into_iter().collect();
+        texts.sort_by(|(a, of_a), (b, of_b)| of_b.cmp(of_a).then_with(|| a.cmp(b)));
+        let count: usize = texts.iter().map(|(_, count)| count).sum();
+        let why = match &*texts {
+            [] => return String::new(),
+            [(text, _)] => text.clone(),
+            several => {
+                let shown = several.iter().take(MOST_SHOWN);
+                let shown: Vec<_> = shown.map(|(text, count)| format!("{text} on {count}")).collect();
+                let more = if several.len() > MOST_SHOWN { "; …" } else { "" };
+                shown.join("; ") + more
+            }
+        };
+        format!("  no sessions from {count} of {}: {why}", proxies(self.telling))
+    }
+
+    /// For one member; `None` where it gets sessions from all.
+    pub(super) fn json(&self, member: &str) -> Option<Value> {
+        let answers = self.members.get(member)?;
+        let reason = |reason: &ReportedReason| json!({"reason": reason.name, "error": reason.cause});
+        let answer = |(reasons, count): (&&[ReportedReason], &usize)| json!({"proxies": count, "reasons": reasons.iter().map(reason).collect::<Vec<_>>()});
+        let proxies: usize = answers.values().sum();
+        let answers: Vec<Value> = answers.iter().map(answer).collect();
+        Some(json!({"proxies": proxies, "of": self.telling, "answers": answers}))
+    }
+
+    /// The same of all proxies.
+    pub(super) fn head_json(&self) -> Value {
+        json!({
+            "proxies": self.telling,
+            "not_known_of": self.not_telling,
+            "cut_short": self.cut_short,
+            "fail_open": self.fails_open,
+        })
+    }
+}
+
+fn reason_text(ReportedReason { name, cause }: &ReportedReason) -> String {
+    let name = match name.as_str() {
+        "weight_0" => "weight 0",
+        "trial" => "ejected, next session is its trial",
+        "unresolved" => "name not resolved",
+        name => &*word(name),
+    };
+    match cause {
+        Some(cause) => format!("{name} ({})", word(cause)),
+        None => name.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::redis::weights::{ContentHash, UnusableReport};
+
+    fn report(unusable: Option<&[(&str, &[(&str, Option<&str>)])]>) -> Report {
+        let reason = |(name, cause): &(&str, Option<&str>)| ReportedReason {
+            name: (*name).to_owned(),
+            cause: cause.map(str::to_owned),
+        };
+        let unusable = unusable.map(|backends| UnusableReport {
+            backends: backends
+                .iter()
+                .map(|(id, reasons)| ((*id).to_owned(), reasons.iter().map(reason).collect()))
+                .collect(),
+            ..UnusableReport::default()
+        });
+        let (proxy, hash, age) = ("a/1/0000".to_owned(), ContentHash::default(), Duration::ZERO);
+        Report { proxy, hash, leaving: Vec::new(), unnamed: 0, unusable, age }
+    }
+
+    #[test]
+    fn each_member_is_told_from_how_many_proxies_it_gets_no_sessions_and_why() {
+        let refused = Some("connection refused");
+        let reports = [
+            report(Some(&[("a:1", &[("unhealthy", refused)]), ("b:1", &[("drain", None)])])),
+            report(Some(&[
+                ("a:1", &[("unhealthy", refused)]),
+                ("b:1", &[("drain", None), ("ejected", refused)]),
+            ])),
+            report(Some(&[("a:1", &[("trial", Some("timed out"))]), ("c:1", &[("weight_0", None)])])),
+            report(None),
+        ];
+        let all = Unusable::of(&reports);
+        assert_eq!(
+            all.text("a:1", false, None),
+            "  no sessions from 3 of 3 proxies: unhealthy (connection refused) on 2; ejected, next session is its trial \
+             (timed out) on 1"
+        );
+        let drained = all.text("b:1", false, Some("drain"));
+        assert_eq!(drained, "  no sessions from 1 of 3 proxies: ejected (connection refused)");
+        assert_eq!(all.text("c:1", true, None), "");
+        assert_eq!(all.text("c:1", false, None), "  no sessions from 1 of 3 proxies: weight 0");
+        assert_eq!((all.text("d:1", false, None).as_str(), all.json("d:1")), ("", None));
+        assert_eq!(all.json("a:1").expect("some")["proxies"], 3);
+        let head = "1 proxy of an older version: which members get no sessions there is not known\n";
+        assert_eq!(all.head(), head);
+    }
+
+    #[test]
+    fn what_a_report_holds_reaches_no_terminal_raw() {
+        let reports = [report(Some(&[("a:1", &[("\x1b[2J", Some("\u{9b}31m\n"))])]))];
+        let text = Unusable::of(&reports).text("a:1", false, None);
+        assert!(!text.chars().any(char::is_control), "{text:?}");
+    }
+}
