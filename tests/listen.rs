@@ -1,6 +1,5 @@
 //! Accepting: on every kind of address, by all workers, and without harm where the descriptors run out.
 
-use std::collections::HashSet;
 use std::process::Command;
 use std::time::Duration;
 
@@ -120,24 +119,6 @@ async fn tcp_congestion_is_used_towards_clients_and_towards_backends() {
     }
 }
 
-/// Leaves the program so many descriptors to open.
-fn leave_descriptors(program: &Program, count: usize) {
-    require("prlimit", "util-linux");
-    let open: HashSet<usize> = std::fs::read_dir(format!("/proc/{}/fd", program.pid()))
-        .expect("it runs")
-        .map(|entry| {
-            entry.expect("an entry").file_name().to_str().expect("a number").parse().expect("a number")
-        })
-        .collect();
-    // The limit is one of numbers, not of a count, and the lowest free number is taken next.
-    let limit = (0..).filter(|number| !open.contains(number)).nth(count).expect("there are many");
-    let status = Command::new("prlimit")
-        .args(["--pid", &program.pid().to_string(), &format!("--nofile={limit}:")])
-        .status()
-        .expect("prlimit starts");
-    assert!(status.success());
-}
-
 async fn echoing_program(backend: &Backend, deadline: &str) -> Program {
     let program = Program::run(&format!(
         "workers: 2\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
@@ -162,7 +143,7 @@ async fn without_descriptors_clients_wait_and_no_core_is_burnt() {
         client.hears(b"ping").await;
         held.push(client);
     }
-    leave_descriptors(&program, 0);
+    program.leave_descriptors(0);
     let mut waiting = Vec::new();
     for _ in 0..WAITING {
         let mut client = Peer::connect(address).await;
@@ -210,7 +191,7 @@ async fn an_outage_of_descriptors_that_comes_and_goes_is_one_line_and_not_a_floo
     let is_session = |line: &serde_json::Value| line["close_reason"].is_string();
     eventually("that session is over", || async { program.lines().iter().any(is_session) }).await;
     // Enough to accept a client, not enough to reach a backend for it.
-    leave_descriptors(&program, 1);
+    program.leave_descriptors(1);
     for _ in 0..10 {
         // Stopped meanwhile, it finds them all at once, and the first takes the last descriptor.
         program.signal(Signal::STOP);
@@ -234,6 +215,6 @@ async fn an_outage_of_descriptors_that_comes_and_goes_is_one_line_and_not_a_floo
     assert!(cannot_accept <= 6 && cannot_connect <= 6, "{}", program.log());
     assert!(lines.iter().filter(|line| is(line, "accepting again")).count() <= 6, "{}", program.log());
 
-    leave_descriptors(&program, 1_000);
+    program.leave_descriptors(1_000);
     assert_eq!(echo(address, b"ping").await.expect("an answer"), b"ping");
 }

@@ -9,6 +9,7 @@ mod basics;
 mod caps;
 mod causes;
 mod cli;
+mod client_leaves;
 mod config;
 mod drain;
 mod failover;

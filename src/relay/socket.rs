@@ -86,6 +86,11 @@ impl StreamSocket {
         Ok(())
     }
 
+    /// Ready once an event has said that the connection is broken.
+    pub(super) fn poll_broken(&self, cx: &mut Context<'_>) -> Poll<()> {
+        self.watched.poll_ready(cx, Ready::BROKEN).map(drop)
+    }
+
     /// Ready once the peer has gone away: see [`super::Stream::poll_left`].
     pub(super) fn poll_left(&self, cx: &mut Context<'_>) -> Poll<()> {
         let ready = ready!(self.watched.poll_ready(cx, Ready::ENDED));
@@ -93,7 +98,7 @@ impl StreamSocket {
         if ready.has(Ready::BROKEN) || (!ready.has(Ready::URGENT) && sent_nothing()) {
             return Poll::Ready(());
         }
-        self.watched.poll_ready(cx, Ready::BROKEN).map(drop)
+        self.poll_broken(cx)
     }
 
     /// Reads into `buffer`; 0 is the end.

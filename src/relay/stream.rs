@@ -1,6 +1,7 @@
 //! One side of a session: a TCP or a unix stream socket, reset unless it was finished.
 
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -51,6 +52,28 @@ impl Stream {
     /// To be called while nothing is there to be written.
     pub(super) fn poll_opening(&mut self, cx: &mut Context<'_>) {
         self.opening.wait(self.socket.socket(), cx);
+    }
+
+    /// Waits until a connect that is under way has ended.
+    ///
+    /// # Errors
+    /// Why there is no connection.
+    ///
+    /// # Cancel safety
+    /// It only waits.
+    pub async fn connected(&self) -> io::Result<()> {
+        self.socket.connected().await
+    }
+
+    /// Our end of a TCP connection.
+    #[must_use]
+    pub fn local_address(&self) -> Option<SocketAddr> {
+        self.socket.socket().local_addr().ok()?.as_socket()
+    }
+
+    /// Ready once the connection is reset or broken, as far as an event has said so: it makes no system call.
+    pub fn poll_reset(&self, cx: &mut Context<'_>) -> Poll<()> {
+        self.socket.poll_broken(cx)
     }
 
     /// Ready once the peer has gone away: its connection is broken, or it has ended its half without having sent a byte. One that

@@ -1,11 +1,14 @@
 //! Finds a backend that takes the session: picks, connects, and on a failure that another backend may not share,
 //! excludes the one that failed and picks again. All of it happens before the first byte was sent.
 
+use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::{Arc, LazyLock};
+use std::task::Poll;
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -60,13 +63,14 @@ impl ConnectError {
 }
 
 /// Connects `client` to a backend of the session's pool, trying up to `connect.attempts` different ones until
-/// `connect.deadline`, counted from the accept without the time in the queue.
+/// `connect.deadline`, counted from the accept without the time in the queue. It ends as soon as the client is reset, and before
+/// the pick where that is known by then.
 ///
 /// # Errors
 /// Why there is none; each failed attempt was counted.
 ///
 /// # Cancel safety
-/// Dropping the future closes a half-open socket.
+/// Dropping the future resets a half-open connection.
 pub(super) async fn connect(report: &mut Report, client: &Stream) -> Result<Stream, CloseReason> {
     let context = Rc::clone(report.context());
     let settings = &context.settings.connect;
@@ -80,8 +84,9 @@ pub(super) async fn connect(report: &mut Report, client: &Stream) -> Result<Stre
     let mut reason = CloseReason::NoBackend;
 
     for attempt in 0..settings.attempts.get() {
-        let pick = match context.pool.pick(report.client(), &tried, context.worker.random(), asked).await {
-            Err(NoPick::Full) => {
+        let picking = context.pool.pick(report.client(), &tried, context.worker.random(), asked);
+        let pick = match unless_reset(client, picking).await {
+            Ok(Err(NoPick::Full)) => {
                 let began = Instant::now();
                 report.gives_back();
                 // Boxed: only those wait who came when all was full.
@@ -90,7 +95,8 @@ pub(super) async fn connect(report: &mut Report, client: &Stream) -> Result<Stre
                 deadline += began.elapsed();
                 pick
             }
-            pick => pick.map_err(|_| reason),
+            Ok(pick) => pick.map_err(|_| reason),
+            Err(left) => Err(left),
         };
         let started = Instant::now();
         report.queued(started - asked);
@@ -102,10 +108,10 @@ pub(super) async fn connect(report: &mut Report, client: &Stream) -> Result<Stre
         report.retries = u8::try_from(attempt).unwrap_or(u8::MAX);
         report.picked(pick);
 
-        let result = connect_to(&backend, &context, started, deadline).await;
+        let result = unless_reset(client, connect_to(&backend, &context, started, deadline)).await;
         asked = Instant::now();
         report.attempted(asked - accepted);
-        let error = match result {
+        let error = match result? {
             Ok(stream) => {
                 report.connected(asked - started);
                 return Ok(stream);
@@ -137,6 +143,29 @@ pub(super) async fn connect(report: &mut Report, client: &Stream) -> Result<Stre
         failed = Some(backend);
     }
     Err(reason)
+}
+
+/// The output of `future`, unless the client's connection is reset before. An event reports a reset, so this makes no system call.
+///
+/// A client that only ended its half is still served, also one that has sent no byte. Its FIN may come from `close` (a port
+/// scanner, a health check) or from `shutdown` (`nc -N`), which look alike, and the latter still reads what a backend that speaks
+/// first has to say.
+///
+/// # Errors
+/// [`CloseReason::ConnectLeft`]; `future` was not polled again.
+fn unless_reset<F: Future>(
+    client: &Stream,
+    future: F,
+) -> impl Future<Output = Result<F::Output, CloseReason>> {
+    // A block, not an async function: that would keep `future` twice.
+    async move {
+        let mut future = pin!(future);
+        poll_fn(|cx| match client.poll_reset(cx) {
+            Poll::Ready(()) => Poll::Ready(Err(CloseReason::ConnectLeft)),
+            Poll::Pending => future.as_mut().poll(cx).map(Ok),
+        })
+        .await
+    }
 }
 
 /// One attempt: all addresses of a backend's name in turn, each with its part of `connect.timeout`. Where only a descriptor is
@@ -199,16 +228,18 @@ async fn open_tcp(address: SocketAddr, congestion: Option<&Congestion>) -> Resul
     {
         return Err(classify(error));
     }
-    let connection = StreamSocket::tcp(socket).map_err(classify)?;
-    connection.connected().await.map_err(classify)?;
+    // From here on a drop resets the connection. It may be established already when the client is reset.
+    let mut stream = Stream::opened(StreamSocket::tcp(socket).map_err(classify)?, opening);
+    if let Err(error) = stream.connected().await {
+        stream.finish();
+        return Err(classify(error));
+    }
     // A simultaneous open with oneself needs the kernel to choose the very port that is called, so only ports of its
     // own range are worth the system call.
-    if address.port() >= *FIRST_LOCAL_PORT
-        && connection.socket().local_addr().is_ok_and(|local| local.as_socket() == Some(address))
-    {
+    if address.port() >= *FIRST_LOCAL_PORT && stream.local_address() == Some(address) {
         return Err(ConnectError::ToItself);
     }
-    Ok(Stream::opened(connection, opening))
+    Ok(stream)
 }
 
 /// A unix socket whose queue is full says so at once, where TCP would send its handshake again: so it is asked again.

@@ -84,7 +84,13 @@ pub fn serve(mut client: Stream, address: SocketAddr, context: Rc<Context>) -> i
         // in which a session spends its life.
         let mut backend = match Box::pin(connect::connect(&mut report, &client)).await {
             Ok(backend) => backend,
-            Err(reason) => return report.close(reason),
+            Err(reason) => {
+                if reason == CloseReason::ConnectLeft {
+                    // There is nothing left to be reset.
+                    client.finish();
+                }
+                return report.close(reason);
+            }
         };
 
         let (limits, shared, meter) = report.relaying();

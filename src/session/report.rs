@@ -38,11 +38,13 @@ pub enum CloseReason {
     QueueLeft,
     /// Cut, because the process ends.
     Shutdown,
+    /// The client reset its connection before a backend was connected.
+    ConnectLeft,
 }
 
 impl CloseReason {
     /// All that can be counted.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::Relayed(Ended::Finished),
         Self::Relayed(Ended::Reset(Side::Client)),
         Self::Relayed(Ended::Reset(Side::Backend)),
@@ -58,6 +60,7 @@ impl CloseReason {
         Self::QueueTimeout,
         Self::QueueLeft,
         Self::Shutdown,
+        Self::ConnectLeft,
     ];
 
     /// The metric's label and the access log's `close_reason`.
@@ -91,6 +94,7 @@ impl CloseReason {
             Self::QueueTimeout => (12, "queue_timeout", "sQ"),
             Self::QueueLeft => (13, "queue_left", "CQ"),
             Self::Shutdown => (14, "shutdown", "KD"),
+            Self::ConnectLeft => (15, "connect_left", "CC"),
         }
     }
 }

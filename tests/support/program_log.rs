@@ -1,9 +1,12 @@
-//! What a started program tells of itself: its log, in JSON on standard output, and what the kernel knows of it.
+//! What a started program tells of itself: its log, in JSON on standard output, and what the kernel knows of it. And the one
+//! limit that the kernel can be told: how many descriptors it may open.
 
+use std::collections::HashSet;
 use std::net::SocketAddr;
+use std::process::Command;
 use std::time::Duration;
 
-use super::{Program, eventually};
+use super::{Program, eventually, require};
 
 /// A field of a log line; empty where it is not there, or no text.
 pub fn text<'a>(line: &'a serde_json::Value, field: &str) -> &'a str {
@@ -53,6 +56,26 @@ impl Program {
             let stat = std::fs::read_to_string(thread.expect("a thread").path().join("stat"));
             stat.is_ok_and(|stat| stat.contains(") T "))
         })
+    }
+
+    /// The numbers of the descriptors that it has open.
+    pub fn descriptors(&self) -> HashSet<usize> {
+        let entries = std::fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("it runs");
+        let numbers = entries.map(|entry| entry.expect("an entry").file_name());
+        numbers.map(|name| name.to_str().and_then(|name| name.parse().ok()).expect("a number")).collect()
+    }
+
+    /// Leaves it so many descriptors to open.
+    pub fn leave_descriptors(&self, count: usize) {
+        require("prlimit", "util-linux");
+        let open = self.descriptors();
+        // The limit is one of numbers, not of a count, and the lowest free number is taken next.
+        let limit = (0..).filter(|number| !open.contains(number)).nth(count).expect("there are many");
+        let status = Command::new("prlimit")
+            .args(["--pid", &self.pid().to_string(), &format!("--nofile={limit}:")])
+            .status()
+            .expect("prlimit starts");
+        assert!(status.success());
     }
 
     /// How much memory it occupies.

@@ -1,0 +1,184 @@
+//! Clients that go away before they have a backend: their sessions end at once, and cost no backend anything from then on. Those
+//! that only ended their half are served.
+
+use std::net::SocketAddr;
+
+use serde_json::Value;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+
+use crate::support::{
+    Backend, Link, Passing, Program, Proxy, Redis, echo, eventually, greeting, silent_address, soon,
+};
+
+/// Longer than any test waits: a session that ends before has ended because its client went away.
+const PATIENT: &str = "connect: {timeout: 5m, deadline: 10m, attempts: 3}";
+/// Of the backend that is tried first: the other one is picked first in one of a billion sessions.
+const FIRST: &str = "1e9";
+const BANNER: &str = "220 ready";
+
+/// Speaks first, then sends back what it gets.
+async fn speaks_first() -> Backend {
+    Backend::start(|mut stream| async move {
+        let (mut reader, mut writer) = stream.split();
+        // A client that is reset is a scenario's business.
+        if writer.write_all(BANNER.as_bytes()).await.is_ok() {
+            let _ = tokio::io::copy(&mut reader, &mut writer).await;
+        }
+    })
+    .await
+}
+
+async fn connected(address: SocketAddr) -> TcpStream {
+    soon("a connection", TcpStream::connect(address)).await.expect("it listens")
+}
+
+fn reset(client: TcpStream) {
+    client.set_zero_linger().expect("a socket");
+}
+
+fn reason_is(line: &Value, reason: &str) -> bool {
+    line["close_reason"] == reason
+}
+
+/// Waits for so many sessions that ended for their client's going; all that there are.
+async fn left(count: usize, lines: impl Fn() -> Vec<Value>) -> Vec<Value> {
+    let left =
+        || -> Vec<Value> { lines().into_iter().filter(|line| reason_is(line, "connect_left")).collect() };
+    eventually(&format!("{count} clients have left"), || async { left().len() >= count }).await;
+    let left = left();
+    assert_eq!(left.len(), count, "{left:?}");
+    assert!(left.iter().all(|line| line["term"] == "CC"), "{left:?}");
+    left
+}
+
+fn program(backend: &Backend, more: &str) -> Program {
+    Program::run(&format!(
+        "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
+         pools: {{web: {{backends: {{\"{}\": 1}}, {PATIENT}{more}}}}}",
+        backend.address
+    ))
+}
+
+#[tokio::test]
+async fn clients_that_are_reset_while_their_backend_does_not_answer_try_no_other() {
+    const CLIENTS: usize = 40;
+    let ((_guard, silent), other) = (silent_address().await, Backend::echo().await);
+    let pool = format!("backends: {{\"{silent}\": {FIRST}, \"{}\": 1}}, {PATIENT}", other.address);
+    let proxy = Proxy::web("", &pool);
+    let mut clients = Vec::new();
+    for number in 0..CLIENTS {
+        let mut client = connected(proxy.address()).await;
+        // What it has sent is of no use to a backend that would only learn that it is gone.
+        if number % 2 == 0 {
+            client.write_all(b"request").await.expect("room");
+        }
+        clients.push(client);
+    }
+    eventually("all have a backend", || async { proxy.picks("configured") == CLIENTS as f64 }).await;
+    clients.into_iter().for_each(reset);
+
+    let lines = left(CLIENTS, || proxy.access_lines()).await;
+    for line in lines {
+        assert_eq!((&line["backend"], &line["retries"]), (&silent.to_string().into(), &0.into()), "{line}");
+    }
+    let metric = |name: &str, labels: &str| proxy.metric(&format!("{name}{{{labels}}}"));
+    assert_eq!(metric("statera_sessions_closed_total", "reason=\"connect_left\""), Some(CLIENTS as f64));
+    let of_silent = format!("pool=\"web\",backend=\"{silent}\"");
+    assert_eq!(metric("statera_backend_connect_failures_total", &of_silent), Some(0.0));
+    assert_eq!((other.accepted(), proxy.picks("configured")), (0, CLIENTS as f64));
+}
+
+#[tokio::test]
+async fn a_client_that_is_reset_while_its_backend_does_not_answer_gives_its_slot_to_the_next() {
+    let (_guard, silent) = silent_address().await;
+    let proxy = Proxy::web(
+        "",
+        &format!(
+            "backends: {{\"{silent}\": 1}}, {PATIENT}, max_connections: 5, queue: {{size: 10, timeout: 10m}}"
+        ),
+    );
+    let mut first = Vec::new();
+    for _ in 0..5 {
+        first.push(connected(proxy.address()).await);
+    }
+    eventually("they have the slots", || async { proxy.picks("configured") == 5.0 }).await;
+    let mut second = Vec::new();
+    for _ in 0..5 {
+        second.push(connected(proxy.address()).await);
+    }
+    let waiting = || proxy.metric("statera_pool_queue{pool=\"web\"}");
+    eventually("the others wait", || async { waiting() == Some(5.0) }).await;
+    first.into_iter().for_each(reset);
+    eventually("the others have the slots", || async { proxy.picks("configured") == 10.0 }).await;
+    assert_eq!(waiting(), Some(0.0));
+    left(5, || proxy.access_lines()).await;
+}
+
+#[tokio::test]
+async fn a_client_that_is_reset_while_redis_picks_costs_no_backend_a_connection() {
+    let (backend, redis) = (Backend::named("web").await, Redis::start().await);
+    redis.set_weights([(&backend, 1.0)]).await;
+    let link = Link::to(redis.port);
+    let hasty = "heartbeat_interval: 100ms, max_stale: 300ms, poll_interval: 100ms, response_timeout: 20s";
+    let proxy = Proxy::web(
+        &format!("redis: {{url: \"{}\", {hasty}}}\nlua_pick: {{timeout: 1m}}", link.url()),
+        &format!("weights_key: servers, {PATIENT}"),
+    );
+    eventually("the table arrives", || async { !proxy.weights().is_empty() }).await;
+    link.pass(Passing::AllButTheWatch);
+    eventually("the snapshot is stale and redis picks", || async {
+        greeting(proxy.address()).await.expect("no session fails");
+        proxy.picks("lua") > 0.0
+    })
+    .await;
+    link.pass(Passing::Nothing);
+    let accepted = backend.accepted();
+    let opened =
+        || proxy.metric("statera_listener_connections_total{listener=\"web\"}").expect("it is counted");
+    let before = opened();
+    let client = connected(proxy.address()).await;
+    eventually("the session has begun", || async { opened() > before }).await;
+    reset(client);
+    let line = left(1, || proxy.access_lines()).await.remove(0);
+    assert_eq!((&line["backend"], backend.accepted()), (&Value::Null, accepted), "{line}");
+}
+
+#[tokio::test]
+async fn a_client_that_is_reset_while_its_session_waits_for_a_descriptor_ends_it() {
+    let backend = Backend::echo().await;
+    let program = program(&backend, "");
+    let address = program.listens().await[0];
+    assert_eq!(echo(address, b"ping").await.expect("an answer"), b"ping");
+    let finished = |line: &Value| reason_is(line, "finished");
+    eventually("that session is over", || async { program.lines().iter().any(finished) }).await;
+    // Enough to accept a client, not enough to reach a backend for it.
+    program.leave_descriptors(1);
+    let open = program.descriptors().len();
+    let client = connected(address).await;
+    eventually("it is accepted", || async { program.descriptors().len() > open }).await;
+    reset(client);
+    left(1, || program.lines()).await;
+    eventually("its descriptor is free", || async { program.descriptors().len() == open }).await;
+    assert_eq!(backend.accepted(), 1);
+    program.leave_descriptors(100);
+    assert_eq!(echo(address, b"ping").await.expect("an answer"), b"ping");
+}
+
+/// It waits for the second backend, as it cannot know that the client wants no more.
+#[tokio::test]
+async fn a_client_that_only_ended_its_half_is_served_by_the_next_backend_that_answers() {
+    let ((_guard, silent), other) = (silent_address().await, speaks_first().await);
+    let pool = format!(
+        "backends: {{\"{silent}\": {FIRST}, \"{}\": 1}}, connect: {{timeout: 300ms, deadline: 20s}}, \
+         outlier: off",
+        other.address
+    );
+    let proxy = Proxy::web("", &pool);
+    for request in ["", " hello"] {
+        let answer = echo(proxy.address(), request.as_bytes()).await.expect("a clean end");
+        assert_eq!(String::from_utf8(answer).expect("text"), format!("{BANNER}{request}"));
+    }
+    let served = || proxy.access_lines().into_iter().filter(|line| line["retries"] == 1).count();
+    eventually("both had been tried elsewhere", || async { served() == 2 }).await;
+}
