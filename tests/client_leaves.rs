@@ -3,9 +3,11 @@
 
 use std::net::SocketAddr;
 
+use rustix::process::Signal;
 use serde_json::Value;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
+use tokio::task::JoinSet;
 
 use crate::support::{
     Backend, Link, Passing, Program, Proxy, Redis, echo, eventually, greeting, silent_address, soon,
@@ -37,6 +39,10 @@ fn reset(client: TcpStream) {
     client.set_zero_linger().expect("a socket");
 }
 
+async fn connect_and_reset(address: SocketAddr) {
+    reset(connected(address).await);
+}
+
 fn reason_is(line: &Value, reason: &str) -> bool {
     line["close_reason"] == reason
 }
@@ -58,6 +64,14 @@ fn program(backend: &Backend, more: &str) -> Program {
          pools: {{web: {{backends: {{\"{}\": 1}}, {PATIENT}{more}}}}}",
         backend.address
     ))
+}
+
+/// Begins the sessions of `clients` in one moment: they are all in the listener's queue by then.
+async fn all_at_once(program: &Program, clients: impl Future<Output = ()>) {
+    program.signal(Signal::STOP);
+    eventually("it stands still", || async { program.is_stopped() }).await;
+    clients.await;
+    program.signal(Signal::CONT);
 }
 
 #[tokio::test]
@@ -163,6 +177,66 @@ async fn a_client_that_is_reset_while_its_session_waits_for_a_descriptor_ends_it
     assert_eq!(backend.accepted(), 1);
     program.leave_descriptors(100);
     assert_eq!(echo(address, b"ping").await.expect("an answer"), b"ping");
+}
+
+#[tokio::test]
+async fn clients_that_were_reset_before_they_are_accepted_cost_no_pick_and_no_backend_a_connection() {
+    const CLIENTS: usize = 100;
+    let backend = Backend::echo().await;
+    let program = program(&backend, "");
+    let address = program.listens().await[0];
+    all_at_once(&program, async {
+        for number in 0..CLIENTS {
+            let mut client = connected(address).await;
+            if number % 2 == 0 {
+                client.write_all(b"request").await.expect("room");
+            }
+            reset(client);
+        }
+    })
+    .await;
+    let lines = left(CLIENTS, || program.lines()).await;
+    assert!(lines.iter().all(|line| line["backend"].is_null()), "{lines:?}");
+    assert_eq!(backend.accepted(), 0);
+    assert_eq!(echo(address, b"ping").await.expect("an answer"), b"ping");
+}
+
+/// Also where the backend speaks first, and a client waits for that, or has ended its half by `shutdown` without a byte.
+#[tokio::test]
+async fn in_a_flood_of_resets_all_other_clients_are_served_and_they_alone() {
+    const EACH: usize = 20;
+    let backend = speaks_first().await;
+    let program = program(&backend, "");
+    let address = program.listens().await[0];
+    let mut answers = JoinSet::new();
+    all_at_once(&program, async {
+        for _ in 0..EACH {
+            for _ in 0..10 {
+                connect_and_reset(address).await;
+            }
+            let (mut asks, mut ends, mut listens) =
+                (connected(address).await, connected(address).await, connected(address).await);
+            asks.write_all(b" hello").await.expect("room");
+            asks.shutdown().await.expect("a socket");
+            ends.shutdown().await.expect("a socket");
+            for (mut client, expected) in [(asks, format!("{BANNER} hello")), (ends, BANNER.to_owned())] {
+                answers.spawn(async move {
+                    let mut answer = String::new();
+                    client.read_to_string(&mut answer).await.expect("a clean end");
+                    assert_eq!(answer, expected);
+                });
+            }
+            answers.spawn(async move {
+                let mut answer = [0; BANNER.len()];
+                listens.read_exact(&mut answer).await.expect("a banner");
+                assert_eq!(answer, BANNER.as_bytes());
+            });
+        }
+    })
+    .await;
+    soon("all are served", answers.join_all()).await;
+    left(10 * EACH, || program.lines()).await;
+    assert_eq!(backend.accepted(), 3 * EACH as u64);
 }
 
 /// It waits for the second backend, as it cannot know that the client wants no more.

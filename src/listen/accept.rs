@@ -187,6 +187,9 @@ impl Batch {
         if self.0 > 0 {
             return false;
         }
+        // This task runs again after the next look at the sockets. The sessions that it has just begun run after that look, too: a
+        // client that was reset in the listener's queue is known by then, and costs no backend a connection.
+        reactor::look_first();
         yield_now().await;
         self.0 = BATCH;
         true

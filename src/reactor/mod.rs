@@ -19,7 +19,7 @@ mod waking;
 mod watched;
 
 pub use runtime::Runtime;
-pub use tasks::spawn;
+pub use tasks::{look_first, spawn};
 pub use timer::{Elapsed, sleep, sleep_until, timeout_at};
 pub use watched::{Ready, Watched};
 
@@ -121,6 +121,7 @@ impl Reactor {
         }
         drop(places);
         timer::fire(&self.timers, self.turned.get());
+        self.tasks.looked();
         events.len()
     }
 

@@ -35,8 +35,10 @@ pub(super) struct Tasks {
     due: RefCell<VecDeque<u32>>,
     /// The one that runs.
     running: Cell<Option<u32>>,
-    /// Those that have woken themselves: due once the sockets were looked at.
+    /// Those that are due once the sockets were looked at: they have woken themselves, or [`look_first`] has put them here.
     yielded: RefCell<Vec<u32>>,
+    /// How many tasks were due at the begin of the current step.
+    due_before: Cell<usize>,
 }
 
 /// One task's, or none's. There is one for each idle session, so its size counts.
@@ -121,13 +123,27 @@ impl Tasks {
         self.due.borrow().is_empty() && self.yielded.borrow().is_empty()
     }
 
-    /// Runs those that are due, and whom they wake meanwhile, within [`STEPS`]; each that wakes itself once.
-    pub(super) fn run(&self) {
+    /// The sockets were looked at.
+    pub(super) fn looked(&self) {
         let mut yielded = self.yielded.borrow_mut();
         if !yielded.is_empty() {
             self.due.borrow_mut().extend(yielded.drain(..));
         }
-        drop(yielded);
+    }
+
+    /// Notes where the tasks begin that this step makes due.
+    pub(super) fn begin_step(&self) {
+        self.due_before.set(self.due.borrow().len());
+    }
+
+    fn look_first(&self) {
+        let mut due = self.due.borrow_mut();
+        let before = self.due_before.get().min(due.len());
+        self.yielded.borrow_mut().extend(due.drain(before..));
+    }
+
+    /// Runs those that are due, and whom they wake meanwhile, within [`STEPS`]; each that wakes itself once.
+    pub(super) fn run(&self) {
         let mut steps = self.due.borrow().len().max(STEPS);
         while steps > 0
             && let Some(place) = self.next()
@@ -149,6 +165,7 @@ impl Tasks {
             (task, mem::replace(&mut place.waker, Waker::noop().clone()))
         };
         self.running.set(Some(number));
+        self.begin_step();
         // A task that panics, of which the thread's hook has told, is over; the others are not.
         let polled = catch_unwind(AssertUnwindSafe(|| task.as_mut().poll(&mut Context::from_waker(&waker))));
         self.running.set(None);
@@ -195,15 +212,24 @@ pub fn spawn(task: impl Future<Output = ()> + 'static) {
         .expect("tasks are spawned on the threads of workers");
 }
 
+/// Tasks that the caller has spawned or woken in this step run only after the next look at the sockets. So a task that was spawned
+/// for a new socket knows by then what the socket is ready for.
+pub fn look_first() {
+    with(|reactor| reactor.tasks.look_first());
+}
+
 #[cfg(test)]
 mod tests {
-    use super::super::Runtime;
+    use super::super::{Ready, Runtime, Watched};
     use super::*;
     use std::cell::Cell;
     use std::future::{pending, poll_fn};
+    use std::io::Write as _;
+    use std::os::unix::net::UnixStream;
     use std::rc::Rc;
     use std::thread;
 
+    use rustix::event::epoll::EventFlags;
     use tokio::sync::oneshot;
     use tokio::task::yield_now;
 
@@ -346,6 +372,34 @@ mod tests {
         });
         assert!(has_spawned.get());
         assert_eq!(Rc::strong_count(&ended), 1);
+    }
+
+    /// The socket is ready before it is watched. A task that runs before the next look cannot know that.
+    #[test]
+    fn a_task_that_comes_after_the_look_knows_what_its_socket_is_ready_for() {
+        for (waits, expected) in [(false, Ready::default()), (true, Ready::READ)] {
+            run(async move {
+                let (tell, told) = oneshot::channel();
+                let (socket, mut other) = UnixStream::pair().expect("descriptors");
+                other.write_all(&[7]).expect("room");
+                // Spawned by a task, then by the future that the thread is blocked on.
+                let (tell_of_task, told_by_task) = oneshot::channel();
+                let (of_task, mut other) = UnixStream::pair().expect("descriptors");
+                other.write_all(&[7]).expect("room");
+                spawn(async move { begin(of_task, waits, tell_of_task) });
+                assert_eq!(told_by_task.await, Ok(expected));
+                begin(socket, waits, tell);
+                assert_eq!(told.await, Ok(expected));
+            });
+        }
+        fn begin(socket: UnixStream, waits: bool, tell: oneshot::Sender<Ready>) {
+            socket.set_nonblocking(true).expect("a socket");
+            let watched = Watched::new(socket, EventFlags::IN).expect("a reactor");
+            spawn(async move { tell.send(watched.ready()).expect("it is waited for") });
+            if waits {
+                look_first();
+            }
+        }
     }
 
     /// One that always wants to run lets the sockets be looked at, and what came from them run.

@@ -101,6 +101,12 @@ pub struct Tally {
 }
 
 impl Tally {
+    /// No byte was passed on.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.bytes() == 0
+    }
+
     fn bytes(&self) -> u64 {
         self.to_backend + self.to_client
     }

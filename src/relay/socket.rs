@@ -86,6 +86,11 @@ impl StreamSocket {
         Ok(())
     }
 
+    /// Ready once an event has said that there is something to be read: bytes, the end or an error.
+    pub(super) fn poll_heard(&self, cx: &mut Context<'_>) -> Poll<()> {
+        self.watched.poll_ready(cx, Ready::READ).map(drop)
+    }
+
     /// Ready once an event has said that the connection is broken.
     pub(super) fn poll_broken(&self, cx: &mut Context<'_>) -> Poll<()> {
         self.watched.poll_ready(cx, Ready::BROKEN).map(drop)

@@ -71,6 +71,11 @@ impl Stream {
         self.socket.socket().local_addr().ok()?.as_socket()
     }
 
+    /// Ready once the peer has sent or ended anything, as far as an event has said so: it makes no system call.
+    pub fn poll_heard(&self, cx: &mut Context<'_>) -> Poll<()> {
+        self.socket.poll_heard(cx)
+    }
+
     /// Ready once the connection is reset or broken, as far as an event has said so: it makes no system call.
     pub fn poll_reset(&self, cx: &mut Context<'_>) -> Poll<()> {
         self.socket.poll_broken(cx)

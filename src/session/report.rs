@@ -319,6 +319,9 @@ impl Drop for Report {
             CloseReason::NoBackend => listener.no_backend.add(1),
             CloseReason::QueueFull => listener.queue_full.add(1),
             CloseReason::QueueTimeout => listener.queue_timeout.add(1),
+            CloseReason::ConnectLeft => worker.was_reset(),
+            // The event came just after the connect.
+            CloseReason::Relayed(Ended::Reset(Side::Client)) if self.tally.is_empty() => worker.was_reset(),
             _ => {}
         }
         if let (true, Some(backend)) = (self.connected, &self.backend) {

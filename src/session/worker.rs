@@ -22,6 +22,29 @@ const EXHAUSTED_LOG_INTERVAL: Duration = Duration::from_secs(10);
 /// Sessions that lack a descriptor ask again every 10 ms.
 const STARVED_TIME: Duration = Duration::from_millis(30);
 
+/// Counts clients that were reset before they got or sent a byte, to tell a flood of them.
+///
+/// Each adds [`Resets::EACH`], and each session that begins takes one off. So one reset among eight sessions changes nothing, and
+/// more of them are a flood.
+#[derive(Debug, Default)]
+struct Resets(Cell<u8>);
+
+impl Resets {
+    const EACH: u8 = 8;
+    const MOST: u8 = 64;
+
+    fn count(&self) {
+        self.0.set((self.0.get() + Self::EACH).min(Self::MOST));
+    }
+
+    /// A session begins. True in a flood.
+    fn are_likely(&self) -> bool {
+        let resets = self.0.get();
+        self.0.set(resets.saturating_sub(1));
+        resets > Self::EACH
+    }
+}
+
 /// The want of descriptors, which are the process's: one for all workers.
 #[derive(Debug)]
 pub struct Starvation {
@@ -65,6 +88,7 @@ pub struct Worker {
     became_idle: Notify,
     exhausted_logged: Cell<Option<Instant>>,
     starvation: Arc<Starvation>,
+    resets: Resets,
 }
 
 impl Worker {
@@ -87,6 +111,7 @@ impl Worker {
             became_idle: Notify::new(),
             exhausted_logged: Cell::new(None),
             starvation,
+            resets: Resets::default(),
         }
     }
 
@@ -112,6 +137,16 @@ impl Worker {
         if self.active.get() == 0 {
             self.became_idle.notify_one();
         }
+    }
+
+    /// To be called as a session begins. True in a flood of clients that are reset at once: this one probably is, too.
+    pub(super) fn expects_reset(&self) -> bool {
+        self.resets.are_likely()
+    }
+
+    /// A client was reset before a byte was passed on.
+    pub(super) fn was_reset(&self) {
+        self.resets.count();
     }
 
     pub(super) fn random(&self) -> u64 {
@@ -141,5 +176,24 @@ impl Worker {
             };
             warn!(backend = %backend.id(), %error, cure, "nothing left on this machine for a backend connection");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_single_reset_changes_nothing_and_a_flood_does() {
+        let resets = Resets::default();
+        assert!(!resets.are_likely());
+        resets.count();
+        assert!((0..20).all(|_| !resets.are_likely()), "a health check that ends by a reset is no flood");
+        resets.count();
+        resets.count();
+        assert!(resets.are_likely());
+        (0..100).for_each(|_| resets.count());
+        let after = (0..100).take_while(|_| resets.are_likely()).count();
+        assert_eq!(after, usize::from(Resets::MOST - Resets::EACH), "it is over soon");
     }
 }
