@@ -92,16 +92,22 @@ pub(super) fn weigh(members: &mut [Member], policy: &Policy) -> Weighed {
     Weighed { fails_open, ramps }
 }
 
-/// Is health to be ignored? Not where no weight is written: then there is nobody to send sessions to.
+/// Is health to be ignored? Not where no weight is written: then there is no backend to send sessions to.
 fn fails_open(members: &[Member], policy: &Policy) -> bool {
-    let (mut healthy, mut all) = (0.0, 0.0);
-    for member in members.iter().filter(|member| member.wants_sessions() && member.backend.is_reachable()) {
-        all += member.weight.get();
+    let in_use = || members.iter().filter(|member| member.wants_sessions() && member.backend.is_reachable());
+    let largest = in_use().map(|member| member.weight.get()).fold(0.0, f64::max);
+    // Divided by the largest, the sum of huge weights is finite and that of tiny ones is not rounded away. A tiny weight beside a
+    // huge one may then come to nothing, so whether any backend is healthy is not read off the sum.
+    let (mut healthy, mut all, mut any_healthy) = (0.0, 0.0, false);
+    for member in in_use() {
+        let part = member.weight.get() / largest;
+        all += part;
         if member.backend.condition.is_usable() {
-            healthy += member.weight.get();
+            healthy += part;
+            any_healthy = true;
         }
     }
-    all > 0.0 && (healthy == 0.0 || healthy < policy.fail_open * all)
+    all > 0.0 && (!any_healthy || healthy < policy.fail_open * all)
 }
 
 /// Begins the slow start of those that were not there `before`, or not ready. One that left a short time ago and returns goes on
@@ -190,6 +196,35 @@ mod tests {
         assert_eq!(seen(Balance::WeightedRandom.into()), (all, true, 0), "none is healthy");
         set_health(&registry, 1, Health::Healthy);
         assert_eq!(seen(policy), (vec![60.0, 0.0, 0.0, 0.0], false, 2));
+    }
+
+    #[test]
+    fn weights_of_any_size_fail_open_where_too_little_of_them_is_healthy() {
+        let members = [1, 2, 3, 4, 5];
+        for weight in [1.7e308, 1.0, 5e-324] {
+            for (fail_open, expected) in
+                [(0.1, [false, false, false, false, true]), (0.5, [false, false, true, true, true])]
+            {
+                let (registry, table) = (Registry::new(1), table(&members.map(|n| (n, weight))));
+                let policy = Policy { fail_open, ..Balance::WeightedRandom.into() };
+                let _living = Snapshot::new(1, Origin::Redis, &table, policy, &registry);
+                let seen = members.map(|n| {
+                    set_health(&registry, n, Health::Unhealthy);
+                    Snapshot::new(1, Origin::Redis, &table, policy, &registry).fails_open
+                });
+                assert_eq!(seen, expected, "{weight}, {fail_open}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_healthy_backend_of_a_tiny_weight_is_one_beside_unhealthy_ones_of_huge_weights() {
+        let (registry, table) = (Registry::new(1), table(&[(1, 1.7e308), (2, 1.7e308), (3, 5e-324)]));
+        let _living = Snapshot::new(1, Origin::Redis, &table, Balance::WeightedRandom, &registry);
+        set_health(&registry, 1, Health::Unhealthy);
+        set_health(&registry, 2, Health::Unhealthy);
+        let snapshot = Snapshot::new(1, Origin::Redis, &table, Balance::WeightedRandom, &registry);
+        assert_eq!((weights(&snapshot), snapshot.fails_open), (vec![0.0, 0.0, 5e-324], false));
     }
 
     #[test]

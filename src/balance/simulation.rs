@@ -280,6 +280,19 @@ mod tests {
     }
 
     #[test]
+    fn shares_of_huge_and_of_tiny_weights_are_numbers() {
+        for (_, balance) in Balance::NAMES {
+            for weight in [1.7e308, 5e-324] {
+                let forecasts = forecast(balance, &[weight; 4]);
+                let near = |forecast: &Forecast| (forecast.share - 0.25).abs() < 0.02;
+                assert!(forecasts.iter().all(near), "{balance:?}: {weight}: {forecasts:?}");
+            }
+            let forecasts = forecast(balance, &[5e-324, 1.7e308]);
+            assert!(forecasts[0].share < 1e-3, "{balance:?}: {forecasts:?}");
+        }
+    }
+
+    #[test]
     fn where_nothing_has_a_weight_nobody_gets_anything() {
         for (_, balance) in Balance::NAMES {
             for forecast in forecast(balance, &[0.0, 0.0]) {
