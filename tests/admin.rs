@@ -98,7 +98,8 @@ async fn every_metric_of_the_contract_is_there_and_prometheus_can_read_it() {
     })
     .await;
 
-    let answer = get(admin, "/metrics").await.expect("an answer");
+    let accept = "accept: application/openmetrics-text\r\n";
+    let answer = ask(admin, "GET /metrics", accept).await.expect("an answer");
     assert_eq!(answer.status, 200);
     let content_type = "content-type: application/openmetrics-text; version=1.0.0; charset=utf-8";
     assert!(answer.head.lines().any(|line| line == content_type), "{}", answer.head);
@@ -123,6 +124,71 @@ async fn every_metric_of_the_contract_is_there_and_prometheus_can_read_it() {
             METRICS.iter().any(|(known, ..)| known == name),
             "{name} is new: name it here and in CONTRACT.md"
         );
+    }
+}
+
+/// Runs `promtool check metrics` over `text`, which must find nothing.
+async fn check_by_promtool(text: &str) {
+    let mut promtool = tokio::process::Command::new(require("promtool", "prometheus"));
+    promtool.args(["check", "metrics"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = promtool.kill_on_drop(true).spawn().expect("it starts");
+    let mut input = child.stdin.take().expect("a pipe");
+    let checked = async {
+        input.write_all(text.as_bytes()).await.expect("it reads");
+        drop(input);
+        child.wait_with_output().await.expect("it ends")
+    };
+    let checked = timeout(PATIENCE, checked).await.expect("promtool ends");
+    let found = String::from_utf8_lossy(&checked.stderr) + String::from_utf8_lossy(&checked.stdout);
+    assert!(checked.status.success() && found.trim().is_empty(), "{}: {found}\n{text}", checked.status);
+}
+
+#[tokio::test]
+async fn promtool_finds_nothing_to_complain_of_in_the_metrics_of_a_proxy_with_all_kinds_of_them() {
+    let (backend, redis) = (Backend::echo().await, Redis::start().await);
+    let (_kept, dead) = dead_address();
+    redis.run(&format!("ZADD servers 2.5 {} 1 {dead} 0 unix:/tmp/quoted\"name", backend.address)).await;
+    redis.run(&format!("HSET {{servers}}:states {dead} drain")).await;
+    let state = tempfile::TempDir::new().expect("a folder");
+    let top = format!("redis: {{url: \"{}\"}}\nstate_dir: {:?}", redis.url(), state.path());
+    let (program, entry, admin) =
+        statera(&top, "", "weights_key: servers, health_check: {}, max_connections: 9").await;
+    echo(entry, b"ping").await.expect("an answer");
+    redis.run(&format!("ZADD servers 5 {}", backend.address)).await;
+    eventually("each kind has a sample", || async {
+        program.metric("statera_weight_propagation_seconds_count", "").await >= 1.0
+            && program.metric("statera_backend_session_duration_seconds_count", "").await == 1.0
+            && program.metric("statera_backend_health_checks_total", "passed").await >= 1.0
+            && program.metric("statera_backend_admin_state", "drain").await == 1.0
+    })
+    .await;
+    for accept in ["", "accept: */*\r\n", "accept: application/openmetrics-text;q=2\r\n"] {
+        let answer = ask(admin, "GET /metrics", accept).await.expect("an answer");
+        let content_type = "content-type: text/plain; version=0.0.4; charset=utf-8";
+        assert!(answer.head.lines().any(|line| line == content_type), "{}", answer.head);
+        check_by_promtool(&answer.body).await;
+        for (name, kind, _) in METRICS {
+            let total = if kind == "counter" { "_total" } else { "" };
+            let helped = answer.body.contains(&format!("# HELP {name}{total} "));
+            let typed = answer.body.contains(&format!("# TYPE {name}{total} {kind}\n"));
+            assert!(helped && typed, "{name}: {}", answer.body);
+        }
+        assert!(!answer.body.contains("# EOF") && !answer.body.contains("# UNIT"), "{}", answer.body);
+    }
+}
+
+#[tokio::test]
+async fn a_scraper_gets_the_format_that_it_prefers_of_those_it_accepts() {
+    let backend = Backend::echo().await;
+    let (_program, _, admin) = statera("", "", &backends(&[backend.address])).await;
+    for (accept, is_open) in [
+        ("application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1", true),
+        ("application/openmetrics-text;version=1.0.0;q=0.2,text/plain;version=0.0.4;q=0.5", false),
+        ("text/plain\r\naccept: application/openmetrics-text", true),
+    ] {
+        let answer = ask(admin, "GET /metrics", &format!("accept: {accept}\r\n")).await.expect("an answer");
+        assert_eq!(answer.body.ends_with("# EOF\n"), is_open, "{accept}: {}", answer.head);
+        assert_eq!(answer.head.contains("openmetrics-text"), is_open, "{accept}: {}", answer.head);
     }
 }
 
@@ -272,7 +338,8 @@ async fn curl_and_a_kept_connection_are_served() {
     let answer = output(curl).await;
     let text = String::from_utf8(answer.stdout).expect("a text");
     assert!(answer.status.success(), "{text}");
-    assert!(text.starts_with("live\n1\n# HELP") && text.ends_with("# EOF\n0\n"), "{text}");
+    assert!(text.starts_with("live\n1\n# HELP") && text.ends_with("\n0\n"), "{text}");
+    assert!(text.contains("\n# TYPE statera_listener_connections_total counter\n"), "{text}");
 }
 
 #[tokio::test]

@@ -36,6 +36,7 @@ present() {
         python3) [ -x /usr/bin/python3 ] ;;
         python3-redis) /usr/bin/python3 -c 'import redis' ;;
         python3-prometheus-client) /usr/bin/python3 -c 'import prometheus_client' ;;
+        prometheus) command -v promtool ;;
         util-linux) command -v setpriv && command -v unshare ;;
         bsdutils) command -v script ;;
         libnginx-mod-stream) [ -e /usr/lib/nginx/modules/ngx_stream_module.so ] ;;
@@ -83,7 +84,7 @@ as_root() {
     if [ -d /run/systemd/system ]; then
         for package; do
             case $package in
-                redis-server | nginx | iperf3 | haproxy) systemctl --quiet disable "$package" >&2 || true ;;
+                redis-server | nginx | iperf3 | haproxy | prometheus) systemctl --quiet disable "$package" >&2 || true ;;
             esac
         done
     fi
@@ -135,7 +136,7 @@ fetch_envoy() {
 
 linker=(gcc libc6-dev)
 tests=("${linker[@]}" redis-server redis-tools nginx wrk iperf3 nftables iproute2 procps strace
-    python3 python3-redis python3-prometheus-client curl util-linux bsdutils)
+    python3 python3-redis python3-prometheus-client prometheus curl util-linux bsdutils)
 
 case ${1:-} in
     --as-root)

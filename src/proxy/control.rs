@@ -54,8 +54,7 @@ impl Control {
         let tasks = &mut begun.tasks;
         if let Some(socket) = self.admin_socket.take() {
             let token = self.config.admin.as_ref().and_then(|admin| admin.token.clone());
-            let state =
-                AdminState { observed: self.observed.clone(), drain: self.shared.drain.clone(), token };
+            let state = AdminState::new(self.observed.clone(), self.shared.drain.clone(), token);
             tasks.spawn(admin::serve(TcpListener::from_std(socket)?, Arc::new(state)));
         }
         begun.keepers = self.keep_tables().await;

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::{Request, State};
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
@@ -21,15 +21,15 @@ use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
 use tokio::task::{AbortHandle, yield_now};
 use tokio::time::{sleep, timeout};
 use tracing::debug;
 
+use super::accept::Format;
 use super::prometheus::{self, Observed};
+use super::scrapes::Scrapes;
 use crate::config::{Admin, Secret};
 use crate::listen::socket::explain;
-use crate::runtime::blocking;
 use crate::runtime::drain::{Drain, Phase};
 
 const MOST_CONNECTIONS: usize = 256;
@@ -37,20 +37,24 @@ const HEADER_TIME: Duration = Duration::from_secs(5);
 /// A scraper that keeps its connection open reconnects after this.
 const CONNECTION_TIME: Duration = Duration::from_secs(300);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// Threads that write metrics at the same time.
-static ENCODERS: Semaphore = Semaphore::const_new(2);
-/// How long a scrape waits for one of them.
-const ENCODER_TIME: Duration = Duration::from_secs(5);
 
 /// What the answers are made from.
 #[derive(Debug)]
 pub struct AdminState {
-    /// What is counted.
-    pub observed: Observed,
+    scrapes: Arc<Scrapes>,
     /// Whether traffic is still wanted.
-    pub drain: Drain,
+    drain: Drain,
     /// Asked for where it is set.
-    pub token: Option<Secret>,
+    token: Option<Secret>,
+}
+
+impl AdminState {
+    /// Tells what is counted in `observed`, and the phase of `drain`; metrics only to those that send `token`, where there is one.
+    #[must_use]
+    pub fn new(observed: Observed, drain: Drain, token: Option<Secret>) -> Self {
+        let scrapes = Scrapes::new(move |format, size| prometheus::encode(&observed, format, size));
+        Self { scrapes, drain, token }
+    }
 }
 
 /// The address cannot be listened on.
@@ -152,16 +156,19 @@ async fn readyz(State(state): State<Arc<AdminState>>) -> Response {
     .into_response()
 }
 
-async fn metrics(State(state): State<Arc<AdminState>>) -> Response {
-    // Ten thousand backends are a long text: made here, it would hold back the watch over Redis.
-    let started = blocking::start(&ENCODERS, move || prometheus::encode(&state.observed));
-    let Ok(job) = timeout(ENCODER_TIME, started).await else {
-        let reason = "no thread could be had to write the metrics: ask again\n";
-        return (StatusCode::SERVICE_UNAVAILABLE, reason).into_response();
-    };
-    match job.await {
-        Ok(text) => ([(header::CONTENT_TYPE, prometheus::CONTENT_TYPE)], text).into_response(),
-        Err(panicked) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{panicked}\n")).into_response(),
+async fn metrics(State(state): State<Arc<AdminState>>, headers: HeaderMap) -> Response {
+    let accepted = headers.get_all(header::ACCEPT).iter();
+    // What is not ASCII is no media type, and makes the header malformed.
+    let accepted: Vec<&str> = accepted.map(|value| value.to_str().unwrap_or("?")).collect();
+    let format = Format::wanted(&accepted.join(","));
+    match state.scrapes.text(format).await {
+        Ok(text) => {
+            ([(header::CONTENT_TYPE, format.content_type()), (header::VARY, "accept")], text).into_response()
+        }
+        Err(error) => {
+            debug!(%error, "a scrape was refused");
+            (StatusCode::SERVICE_UNAVAILABLE, format!("{error}\n")).into_response()
+        }
     }
 }
 

@@ -12,7 +12,9 @@ use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, NoLabelSet}
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 
+use super::accept::Format;
 use super::counters::{BUCKET_BOUNDS_SECONDS, BackendCounters, Counter, Histogram, HistogramTotal};
+use super::exposition::Exposition;
 use super::log_sink::LogSink;
 use crate::balance::AdminState;
 use crate::balance::backend::Backend;
@@ -22,9 +24,6 @@ use crate::redis::status::{RedisStatus, TableStatus, WatchMode};
 use crate::session::{CloseReason, Listener, SessionCounters};
 use crate::state::SaveStatus;
 use crate::telemetry::counters::PerWorker;
-
-/// The content type of [`encode`]'s text.
-pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// Everything that is counted.
 #[derive(Clone, Debug)]
@@ -45,15 +44,16 @@ pub struct Observed {
     pub log: Option<LogSink>,
 }
 
-/// All metrics as text. Costs some 10 µs a backend: not for the thread that watches Redis.
+/// All metrics as text, of about `size` bytes: a guess is enough. Costs some 10 µs a backend: not for the thread that watches
+/// Redis.
 #[must_use]
-pub fn encode(observed: &Observed) -> String {
+pub fn encode(observed: &Observed, format: Format, size: usize) -> String {
     let mut registry = Registry::default();
     registry.register_collector(Box::new(observed.clone()));
-    let mut text = String::new();
-    prometheus_client::encoding::text::encode(&mut text, &registry)
-        .expect("writing to a String does not fail");
-    text
+    let mut exposition = Exposition::new(format, size);
+    prometheus_client::encoding::text::encode(&mut exposition, &registry)
+        .expect("writing to memory does not fail");
+    exposition.into_text()
 }
 
 /// One backend of one pool, with what the newest snapshot says of it.

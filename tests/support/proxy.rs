@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use statera::config::Config;
 use statera::proxy::{self, Running};
+use statera::telemetry::accept::Format;
 use statera::telemetry::log_sink::LogSink;
 use statera::telemetry::prometheus;
 
@@ -64,7 +65,7 @@ impl Proxy {
     /// A metric's value, by its whole name with labels as printed: `statera_picks_total{pool="web",source="lua"}`.
     /// `None` where it is not there.
     pub fn metric(&self, series: &str) -> Option<f64> {
-        let text = prometheus::encode(&self.running.observed);
+        let text = prometheus::encode(&self.running.observed, Format::Classic, 0);
         let value =
             text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' ').map(str::to_owned));
         value.map(|value| value.parse().unwrap_or_else(|e| panic!("{series}: {value}: {e}")))

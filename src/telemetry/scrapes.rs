@@ -1,0 +1,235 @@
+//! Answers scrapes of the metrics, however many come at once, at a bounded cost.
+//!
+//! Each format is encoded once at a time, so at most two texts are being made. Scrapes that come meanwhile wait for the text and
+//! share it. A large text is shared with all that ask within the next second, too; a small one is made anew each time, which takes
+//! some milliseconds at most and shows what has just happened.
+//!
+//! A text is made by a thread of its own. Where there can be none, the scrape is refused, and the next one tries again.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::thread::Builder;
+use std::time::{Duration, Instant};
+
+use axum::body::Bytes;
+use tokio::sync::Mutex;
+use tokio::time::{sleep, timeout};
+
+use super::accept::Format;
+
+/// As long as Prometheus waits for a scrape if it is not told otherwise.
+const WAIT: Duration = Duration::from_secs(10);
+const SHARED_FOR: Duration = Duration::from_secs(1);
+/// Some 250 backends with traffic: a text of this size takes 2 to 3 ms.
+const SHARED_FROM_BYTES: usize = 256 * 1024;
+
+/// Why a scrape has no text.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ScrapeError {
+    /// Others wait too.
+    #[error("the metrics were not encoded within {} s", WAIT.as_secs())]
+    TooSlow,
+    /// The system refuses one.
+    #[error("no thread to encode the metrics: {0}")]
+    NoThread(std::io::Error),
+    /// The encoder panicked.
+    #[error("the metrics could not be encoded")]
+    Failed,
+}
+
+/// Makes a text of about so many bytes.
+type Encode = dyn Fn(Format, usize) -> String + Send + Sync;
+
+/// All scrapes of one proxy.
+pub(super) struct Scrapes {
+    encode: Box<Encode>,
+    /// In the order of [`Format::ALL`].
+    newest: [Arc<Mutex<Option<Text>>>; Format::ALL.len()],
+    /// Of the last text, in bytes.
+    size: AtomicUsize,
+    shared_for: Duration,
+}
+
+struct Text {
+    bytes: Bytes,
+    ended: Instant,
+}
+
+impl fmt::Debug for Scrapes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Scrapes(…)")
+    }
+}
+
+impl Scrapes {
+    pub(super) fn new(encode: impl Fn(Format, usize) -> String + Send + Sync + 'static) -> Arc<Self> {
+        Self::sharing_for(SHARED_FOR, encode)
+    }
+
+    fn sharing_for(
+        shared_for: Duration,
+        encode: impl Fn(Format, usize) -> String + Send + Sync + 'static,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            encode: Box::new(encode),
+            newest: Default::default(),
+            size: AtomicUsize::new(0),
+            shared_for,
+        })
+    }
+
+    /// The metrics in `format`.
+    ///
+    /// # Errors
+    /// There is no text within 10 s, or none can be made.
+    ///
+    /// # Cancel safety
+    /// A text that is being made is finished, for the others.
+    pub(super) async fn text(self: &Arc<Self>, format: Format) -> Result<Bytes, ScrapeError> {
+        timeout(WAIT, self.text_in_time(format)).await.unwrap_or(Err(ScrapeError::TooSlow))
+    }
+
+    async fn text_in_time(self: &Arc<Self>, format: Format) -> Result<Bytes, ScrapeError> {
+        let asked = Instant::now();
+        let newest = &self.newest[format as usize];
+        let mut slot = Arc::clone(newest).lock_owned().await;
+        if let Some(text) = slot.as_ref().filter(|text| self.may_share(text, asked)) {
+            return Ok(text.bytes.clone());
+        }
+        *slot = None;
+        let scrapes = Arc::clone(self);
+        // The thread keeps the lock until it has the text, whatever becomes of this scrape.
+        let encoding = Builder::new().name("statera-metrics".into()).spawn(move || {
+            let text = (scrapes.encode)(format, scrapes.size.load(Relaxed));
+            scrapes.size.store(text.len(), Relaxed);
+            *slot = Some(Text { bytes: text.into(), ended: Instant::now() });
+        });
+        encoding.map_err(ScrapeError::NoThread)?;
+        let made = newest.lock().await;
+        let text = made.as_ref().filter(|text| text.ended >= asked).ok_or(ScrapeError::Failed)?;
+        if text.bytes.len() >= SHARED_FROM_BYTES {
+            tokio::spawn(forget(Arc::clone(newest), text.ended, self.shared_for));
+        }
+        Ok(text.bytes.clone())
+    }
+
+    fn may_share(&self, text: &Text, asked: Instant) -> bool {
+        let is_large = text.bytes.len() >= SHARED_FROM_BYTES;
+        text.ended >= asked || is_large && text.ended.elapsed() < self.shared_for
+    }
+}
+
+/// Gives back the memory of a text once it is not shared any more.
+async fn forget(newest: Arc<Mutex<Option<Text>>>, ended: Instant, after: Duration) {
+    sleep(after).await;
+    newest.lock().await.take_if(|text| text.ended == ended);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use tokio::task::JoinSet;
+
+    use super::*;
+
+    /// Counts its texts, and makes each of them once it is told to go on.
+    struct Encoder {
+        scrapes: Arc<Scrapes>,
+        made: Arc<AtomicUsize>,
+        at_once: Arc<AtomicUsize>,
+        go_on: mpsc::Sender<()>,
+    }
+
+    fn encoder(bytes: usize, shared_for: Duration) -> Encoder {
+        let (made, at_once) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let (go_on, may_go_on) = mpsc::channel::<()>();
+        let may_go_on = std::sync::Mutex::new(may_go_on);
+        let (count, most) = (Arc::clone(&made), Arc::clone(&at_once));
+        let under_way = AtomicUsize::new(0);
+        let scrapes = Scrapes::sharing_for(shared_for, move |_, _| {
+            most.fetch_max(under_way.fetch_add(1, Relaxed) + 1, Relaxed);
+            may_go_on.lock().expect("no test panics with it").recv().expect("the test goes on");
+            under_way.fetch_sub(1, Relaxed);
+            count.fetch_add(1, Relaxed);
+            "x".repeat(bytes)
+        });
+        Encoder { scrapes, made, at_once, go_on }
+    }
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    #[tokio::test]
+    async fn scrapes_that_come_at_once_share_one_text_of_each_format() {
+        let Encoder { scrapes, made, at_once, go_on } = encoder(SHARED_FROM_BYTES, HOUR);
+        let mut waiting = JoinSet::new();
+        for n in 0..30 {
+            let (scrapes, format) = (Arc::clone(&scrapes), Format::ALL[n % 2]);
+            waiting.spawn(async move { (format, scrapes.text(format).await.expect("a text")) });
+        }
+        tokio::task::yield_now().await;
+        [(); 30].iter().for_each(|()| go_on.send(()).expect("the encoder lives"));
+        let texts = waiting.join_all().await;
+        for format in Format::ALL {
+            let mut places: Vec<_> =
+                texts.iter().filter(|text| text.0 == format).map(|text| text.1.as_ptr()).collect();
+            assert_eq!(places.len(), 15);
+            places.dedup();
+            assert_eq!(places.len(), 1, "one text in memory");
+        }
+        assert_eq!(made.load(Relaxed), 2);
+        assert!(at_once.load(Relaxed) <= 2);
+    }
+
+    #[tokio::test]
+    async fn a_large_text_is_shared_for_a_while_and_a_small_one_is_made_anew() {
+        for (bytes, shared_for, expected) in
+            [(SHARED_FROM_BYTES, HOUR, 1), (SHARED_FROM_BYTES, Duration::ZERO, 3), (1_000, HOUR, 3)]
+        {
+            let Encoder { scrapes, made, go_on, .. } = encoder(bytes, shared_for);
+            for _ in 0..3 {
+                go_on.send(()).expect("the encoder lives");
+                assert_eq!(scrapes.text(Format::Classic).await.expect("a text").len(), bytes);
+            }
+            assert_eq!(made.load(Relaxed), expected, "{bytes} {shared_for:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn scrapers_that_go_away_do_not_begin_more_than_one_text() {
+        let Encoder { scrapes, made, at_once, go_on } = encoder(SHARED_FROM_BYTES, HOUR);
+        for _ in 0..20 {
+            let asking = timeout(Duration::from_millis(1), scrapes.text(Format::Classic));
+            assert!(asking.await.is_err());
+        }
+        go_on.send(()).expect("the encoder lives");
+        scrapes.text(Format::Classic).await.expect("a text");
+        assert_eq!((made.load(Relaxed), at_once.load(Relaxed)), (1, 1));
+    }
+
+    #[tokio::test]
+    async fn a_text_that_is_not_shared_any_more_takes_no_memory() {
+        let Encoder { scrapes, go_on, .. } = encoder(SHARED_FROM_BYTES, Duration::ZERO);
+        go_on.send(()).expect("the encoder lives");
+        let text = scrapes.text(Format::Classic).await.expect("a text");
+        // The test has one of two; the other goes.
+        let is_alone = async {
+            while !text.is_unique() {
+                sleep(Duration::from_millis(1)).await;
+            }
+        };
+        timeout(WAIT, is_alone).await.expect("it is forgotten");
+    }
+
+    #[tokio::test]
+    async fn an_encoder_that_panics_fails_its_scrape_and_not_the_next_one() {
+        let tries = AtomicUsize::new(0);
+        let scrapes = Scrapes::new(move |_, _| {
+            assert!(tries.fetch_add(1, Relaxed) > 0, "the first one fails");
+            "text".to_owned()
+        });
+        assert!(matches!(scrapes.text(Format::Classic).await, Err(ScrapeError::Failed)));
+        assert_eq!(scrapes.text(Format::Classic).await.expect("a text"), "text");
+    }
+}
