@@ -474,3 +474,24 @@ fn the_readme_opens_with_the_two_commands_and_stays_short() {
     assert!(first < 15, "the commands come first, not on line {first}");
     assert!(text.lines().count() < 120);
 }
+
+#[tokio::test]
+async fn warnings_are_told_by_check_and_at_the_start_and_refuse_nothing() {
+    let folder = folder();
+    let path =
+        config(&folder, &VALID.replace("pools: {", "pools: {spare: {backends: {\"127.0.0.1:9\": 1}}, "));
+    let (code, said, errors) = statera(&["check", "-c", &path]).await;
+    assert_eq!(code, Some(0), "{errors}");
+    assert!(said.contains("valid: 1 listeners, 2 pools"), "{said}");
+    let warning =
+        "pools.spare: no listener uses it: name it as the pool of a listener, or remove it (line 2)";
+    assert_eq!(errors, format!("warning: {warning}\n"));
+
+    let program = Program::run(&fs::read_to_string(&path).expect("a file"));
+    eventually("it accepts", || async { program.log().contains("\"accepting\"") }).await;
+    let log = program.log();
+    let line = log.lines().find(|line| line.contains("no listener uses it")).expect("a warning");
+    let line: serde_json::Value = serde_json::from_str(line).expect("JSON");
+    assert_eq!((line["level"].as_str(), line["path"].as_str()), (Some("WARN"), Some("pools.spare")));
+    assert_eq!(line["line"], 2);
+}

@@ -290,3 +290,69 @@ proptest! {
         let _ = load(&damaged).map_err(|error| error.to_string());
     }
 }
+
+/// As `statera check` prints them.
+fn warnings(config: &Config) -> String {
+    config.warnings.first.iter().map(|warning| format!("{warning}\n")).collect()
+}
+
+#[test]
+fn what_is_valid_and_cannot_be_meant_is_warned_of_in_the_expected_words() {
+    let mut differences = String::new();
+    for path in yaml_files(&folder("warned")) {
+        let found = warnings(&load(&fs::read_to_string(&path).unwrap()).unwrap());
+        let expected_path = path.with_extension("expected");
+        if std::env::var_os("STATERA_ACCEPT").is_some() {
+            fs::write(&expected_path, &found).unwrap();
+        }
+        let expected = fs::read_to_string(&expected_path).unwrap_or_default();
+        if found != expected || found.is_empty() {
+            let name = path.display();
+            writeln!(differences, "{name}\n--- expected\n{expected}--- found\n{found}").unwrap();
+        }
+    }
+    assert!(differences.is_empty(), "{differences}");
+}
+
+/// A false alarm teaches people to read over all of them.
+#[test]
+fn the_shipped_example_and_the_examples_of_the_docs_give_no_warning() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    assert_eq!(warnings(&Config::load(&root.join("config.yaml")).unwrap()), "");
+    let readme = fs::read_to_string(root.join("README.md")).unwrap();
+    let example = readme.split("```yaml\n").nth(1).and_then(|text| text.split("```").next()).unwrap();
+    // The user that runs the tests may have no right to write to /var/lib.
+    let folder_of_tables = tempfile::tempdir().unwrap();
+    let example = example.replace("/var/lib/statera", folder_of_tables.path().to_str().unwrap());
+    let example = Config::from_yaml_with(&example, &|_| Some("value".to_owned())).unwrap();
+    assert_eq!(warnings(&example), "", "README.md");
+    let health = fs::read_to_string(root.join("HEALTH.md")).unwrap();
+    let checks: Vec<&str> = health
+        .lines()
+        .flat_map(|line| line.split('`'))
+        .filter(|text| text.starts_with("send: ") || text.starts_with("expect: "))
+        .collect();
+    assert!(checks.len() >= 3, "{checks:?}");
+    for check in checks {
+        let config = load(&format!(
+            "listeners: {{a: {{bind: '127.0.0.1:0', pool: a}}}}\n\
+             pools: {{a: {{backends: {{'10.0.0.1:80': 1}}, health_check: {{{check}}}}}}}"
+        ));
+        assert_eq!(warnings(&config.unwrap()), "", "{check}");
+    }
+    for file in ["minimal.yaml", "health.yaml", "sentinel.yaml", "hasty.yaml"] {
+        let text = fs::read_to_string(folder("valid").join(file)).unwrap();
+        assert_eq!(warnings(&load(&text).unwrap()), "", "{file}");
+    }
+}
+
+#[test]
+fn many_warnings_are_counted_and_the_first_are_listed() {
+    let pools: String =
+        (0..200).map(|n| format!("  unused{n}: {{backends: {{'10.0.0.1:80': 1}}}}\n")).collect();
+    let config = load(&format!(
+        "listeners: {{a: {{bind: '127.0.0.1:0', pool: a}}}}\npools:\n  a: {{backends: {{'10.0.0.1:80': 1}}}}\n{pools}"
+    ))
+    .unwrap();
+    assert_eq!((config.warnings.first.len(), config.warnings.more), (50, 150));
+}

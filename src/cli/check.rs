@@ -1,5 +1,7 @@
-//! `statera check`: loading the config has already said everything that is wrong with it.
+//! `statera check`: loading the config has already said everything that is wrong with it, so that warnings are left. They go to
+//! stderr, one a line, and the exit code is 0 all the same.
 
+use std::io::{self, Write as _};
 use std::path::Path;
 
 use super::say;
@@ -11,6 +13,14 @@ pub(super) fn check(path: &Path, config: &Config) -> anyhow::Result<()> {
         Some(redis) => format!("weights from {}", redis.address),
         None => "weights from this file alone".to_owned(),
     };
+    let mut errors = io::stderr().lock();
+    for warning in &config.warnings.first {
+        // Where nothing reads them, the answer is still worth giving.
+        let _ = writeln!(errors, "warning: {warning}");
+    }
+    if config.warnings.more > 0 {
+        let _ = writeln!(errors, "and {} more warnings", config.warnings.more);
+    }
     say(&format!(
         "{}: valid: {} listeners, {} pools, {redis}\n",
         path.display(),

@@ -10,7 +10,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::sleep;
 use tracing::{info, warn};
 
-use crate::config::{Config, Log, LogFormat, LogOutput};
+use crate::config::{Config, Log, LogFormat, LogOutput, Problem, Warnings};
 use crate::proxy::{self, Running};
 use crate::telemetry::log_sink::LogSink;
 
@@ -34,6 +34,7 @@ pub(super) fn run(config: &Config) -> anyhow::Result<()> {
 }
 
 fn serve(config: &Config, sink: LogSink) -> anyhow::Result<()> {
+    tell_warnings(&config.warnings);
     raise_descriptor_limit();
     let runtime = Builder::new_current_thread().enable_all().build().context("cannot watch for signals")?;
     // Before anything runs: a signal that comes while the proxy starts must not be lost.
@@ -50,6 +51,15 @@ fn serve(config: &Config, sink: LogSink) -> anyhow::Result<()> {
     info!(cut = summary.cut, "stopped");
     anyhow::ensure!(!summary.failed, "a part of the proxy died: the log tells which");
     Ok(())
+}
+
+fn tell_warnings(warnings: &Warnings) {
+    for Problem { path, line, message } in &warnings.first {
+        warn!(%path, line, "config: {message}");
+    }
+    if warnings.more > 0 {
+        warn!("config: {} more warnings: `statera check` lists the first 50", warnings.more);
+    }
 }
 
 /// A session takes two descriptors, and the usual soft limit of 1,024 is made for programs that use `select`. The hard

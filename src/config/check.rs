@@ -15,6 +15,7 @@ mod redis_sentinel;
 mod redis_tls;
 mod redis_url;
 mod secret_file;
+mod warnings;
 
 use std::fmt;
 use std::num::{NonZeroU32, NonZeroUsize};
@@ -23,7 +24,7 @@ use std::path::{Path, PathBuf};
 pub use super::decode::Problem;
 use super::decode::{Field, Keys, Problems, Section, escaped};
 use super::file::{ConfigFile, Unreadable, environment};
-use super::{Config, Congestion, Redis};
+use super::{Config, Congestion, Redis, Warnings};
 
 const ROOT: Keys = Keys {
     now: &["workers", "redis", "lua_pick", "state_dir", "listeners", "pools", "admin", "log", "shutdown"],
@@ -113,8 +114,12 @@ fn check(
 ) -> Result<Config, InvalidConfig> {
     let problems = Problems::default();
     environment::fill_in(&mut file.root, environment, &problems);
-    let config = config(&Section::open(Field::root(&file.root, &problems), ROOT));
+    let root = Section::open(Field::root(&file.root, &problems), ROOT);
+    let mut config = config(&root);
     if problems.is_empty() {
+        warnings::look(&root, &config);
+        let (first, more) = problems.finish_warnings(&file);
+        config.warnings = Warnings { first, more };
         return Ok(config);
     }
     let (problems, more) = problems.finish(&file);
@@ -142,6 +147,7 @@ fn config(root: &Section<'_>) -> Config {
         listeners: listeners.listeners,
         redis,
         pools,
+        warnings: Warnings::default(),
     }
 }
 

@@ -45,6 +45,8 @@ impl fmt::Display for Problem {
 pub(super) struct Problems {
     found: RefCell<Vec<Found>>,
     uncounted: Cell<usize>,
+    /// What is no problem.
+    warnings: RefCell<Vec<Found>>,
 }
 
 struct Found {
@@ -82,9 +84,18 @@ impl Problems {
 
     /// The first problems in the order of the file, with their lines, and how many there are beyond them.
     pub(super) fn finish(self, file: &ConfigFile) -> (Vec<Problem>, usize) {
-        let mut found = self.found.into_inner();
+        let (problems, more) = Self::locate(self.found.into_inner(), file);
+        (problems, more + self.uncounted.get())
+    }
+
+    /// The first warnings in the order of the file, with their lines, and how many there are beyond them.
+    pub(super) fn finish_warnings(self, file: &ConfigFile) -> (Vec<Problem>, usize) {
+        Self::locate(self.warnings.into_inner(), file)
+    }
+
+    fn locate(mut found: Vec<Found>, file: &ConfigFile) -> (Vec<Problem>, usize) {
         found.sort_by(|a, b| a.place.cmp(&b.place));
-        let more = found.len().saturating_sub(PROBLEMS_SHOWN) + self.uncounted.get();
+        let more = found.len().saturating_sub(PROBLEMS_SHOWN);
         found.truncate(PROBLEMS_SHOWN);
         let mut lookups = REPARSED_MAX_BYTES / file.len().max(1);
         let mut line_of = |place: &Place| {
@@ -134,6 +145,18 @@ impl<'a> Field<'a> {
     /// Reports without showing the value: for secrets, and for what is missing.
     pub(super) fn refuse_unshown(&self, message: impl Into<String>) {
         self.problems.add(self.path.clone(), self.place.clone(), message);
+    }
+
+    /// Warns of this value: it is valid, and cannot be meant.
+    pub(super) fn warn(&self, cure: impl fmt::Display) {
+        self.warn_unshown(format!("{}: {cure}", self.shown()));
+    }
+
+    /// The same without the value.
+    pub(super) fn warn_unshown(&self, message: impl Into<String>) {
+        let (path, place) = (self.path.clone(), self.place.clone());
+        let message = Message::Plain(message.into());
+        self.problems.warnings.borrow_mut().push(Found { path, place, message });
     }
 
     /// Reports that `key` is missing below this value.

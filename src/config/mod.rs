@@ -45,6 +45,17 @@ pub struct Config {
     pub log: Log,
     /// How the process ends.
     pub shutdown: Shutdown,
+    /// What is valid, and cannot be meant.
+    pub warnings: Warnings,
+}
+
+/// Settings that are valid and cannot be meant, each with its path, line and cure.
+#[derive(Clone, Debug, Default)]
+pub struct Warnings {
+    /// In the order of the file; the first 50.
+    pub first: Vec<Problem>,
+    /// Warnings beyond those.
+    pub more: usize,
 }
 
 /// The `redis` section: one server, or who knows it, and how hard to watch it.

@@ -1,0 +1,209 @@
+//! Finds settings that are valid and cannot be meant.
+//!
+//! A warning refuses nothing: the config runs as it is written. So only what is surely a mistake is one, and each names the cure.
+//! Runs after everything else has been read without a problem.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::time::Duration;
+
+use rustix::fs::{Access, access};
+use rustix::io::Errno;
+
+use crate::config::decode::{Field, Section};
+use crate::config::{Config, HealthCheck, Pool};
+
+pub(super) fn look(root: &Section<'_>, config: &Config) {
+    state_dir(root, config);
+    let Some(pools) = root.field("pools").map(Section::open_named) else { return };
+    for ((name, field), pool) in pools.entries().zip(&config.pools) {
+        if config.listeners.iter().all(|listener| &*listener.pool != name) {
+            field.warn_unshown("no listener uses it: name it as the pool of a listener, or remove it");
+        }
+        connect(&field, pool);
+        if let Some(check) = &pool.health_check {
+            health_check(&field, check);
+        }
+        fail_open(&field, pool);
+        queue(&field, pool);
+        if config.redis.is_none() {
+            without_redis(&field, pool);
+        }
+    }
+}
+
+/// The value below `field` to which the keys lead.
+fn below<'a>(field: &Field<'a>, keys: &[&str]) -> Option<Field<'a>> {
+    let deeper = |field: Field<'a>, key: &&str| {
+        field.is_map().then(|| Section::open_named(field)).and_then(|section| section.field(key))
+    };
+    keys.iter().try_fold(field.clone(), deeper)
+}
+
+/// Warns at the first of the places that is written.
+fn warn_at(field: &Field<'_>, places: &[&[&str]], message: &str) {
+    if let Some(field) = places.iter().find_map(|keys| below(field, keys)) {
+        field.warn(message);
+    }
+}
+
+fn shown(duration: Duration) -> humantime::FormattedDuration {
+    humantime::format_duration(duration)
+}
+
+fn connect(field: &Field<'_>, pool: &Pool) {
+    let connect = &pool.connect;
+    // With one attempt nothing is to be retried.
+    if connect.attempts.get() > 1 && connect.timeout >= connect.deadline {
+        let message = format!(
+            "the first attempt may take all of the deadline, so that no other backend is tried: of timeout ({}) and deadline ({}), \
+             lower the first or raise the second",
+            shown(connect.timeout),
+            shown(connect.deadline)
+        );
+        warn_at(field, &[&["connect", "timeout"], &["connect", "deadline"]], &message);
+    }
+}
+
+fn health_check(field: &Field<'_>, check: &HealthCheck) {
+    if check.timeout > check.interval {
+        let message = format!(
+            "a check may last longer than the time between two: of timeout ({}) and interval ({}), lower the first or raise the \
+             second",
+            shown(check.timeout),
+            shown(check.interval)
+        );
+        warn_at(field, &[&["health_check", "timeout"], &["health_check", "interval"]], &message);
+    }
+    match (&check.send, &check.expect) {
+        (Some(_), None) => warn_at(
+            field,
+            &[&["health_check", "send"]],
+            "no answer is waited for, so that a backend which accepts connections and answers nothing passes: write expect too",
+        ),
+        (None, Some(expect)) if !is_greeting(expect) => warn_at(
+            field,
+            &[&["health_check", "expect"]],
+            "nothing is sent, so that only a backend which speaks first passes: write send too",
+        ),
+        _ => {}
+    }
+}
+
+/// Protocols in which the server speaks first: SMTP, FTP and NNTP (three digits), SSH, POP3, IMAP, VNC; others are seldom text.
+fn is_greeting(expect: &[u8]) -> bool {
+    let is_code = expect.len() >= 3 && expect[..3].iter().all(u8::is_ascii_digit);
+    let is_text = expect.iter().all(|byte| byte.is_ascii_graphic() || b" \r\n\t".contains(byte));
+    is_code
+        || !is_text
+        || [&b"SSH-"[..], b"+OK", b"* ", b"RFB "].iter().any(|begin| expect.starts_with(begin))
+}
+
+fn fail_open(field: &Field<'_>, pool: &Pool) {
+    let has_health = pool.health_check.is_some() || pool.outlier.is_some();
+    if pool.fail_open >= 1.0 && has_health {
+        warn_at(
+            field,
+            &[&["fail_open_percent"]],
+            "health is ignored as soon as one backend is unhealthy: write less",
+        );
+    }
+}
+
+fn queue(field: &Field<'_>, pool: &Pool) {
+    if pool.capacity.queue_size == 0 {
+        warn_at(
+            field,
+            &[&["queue", "timeout"]],
+            "without a size no session waits: write size too, or remove the queue",
+        );
+    }
+}
+
+fn without_redis(field: &Field<'_>, pool: &Pool) {
+    warn_at(field, &[&["weights_key"]], "without redis it is not read: write redis, or remove it");
+    if pool.backends.iter().all(|(_, weight)| weight.is_zero()) {
+        let message = "all weights are 0, and without redis they stay so: every session is refused";
+        if let Some(field) = below(field, &["backends"]) {
+            field.warn_unshown(message);
+        }
+    }
+}
+
+/// What can be known without making anything. The folder may still go, or be made, before the proxy starts.
+fn state_dir(root: &Section<'_>, config: &Config) {
+    let (Some(folder), Some(field)) = (&config.state_dir, root.field("state_dir")) else { return };
+    if config.redis.is_none() {
+        field.warn("without redis there are no tables to keep: write redis, or remove it");
+    } else if let Err(reason) = can_be_made(folder) {
+        field.warn(format_args!("no table can be kept there: {reason}"));
+    }
+}
+
+/// Is `folder` one that this user can write to, or can it be made?
+fn can_be_made(folder: &Path) -> Result<(), String> {
+    for there in folder.ancestors() {
+        let shown = || crate::config::decode::escaped(&there.to_string_lossy(), 200);
+        match fs::metadata(there) {
+            Ok(found) if !found.is_dir() => return Err(format!("{} is not a directory", shown())),
+            Ok(_) => {
+                let allowed = access(there, Access::WRITE_OK | Access::EXEC_OK);
+                return allowed.map_err(|errno| match errno {
+                    Errno::ACCESS | Errno::PERM => format!("this user may not write to {}", shown()),
+                    Errno::ROFS => format!("{} is on a file system that is read-only", shown()),
+                    _ => format!("{}: {}", shown(), io::Error::from(errno)),
+                });
+            }
+            // A link that leads nowhere: nothing can be made in its place.
+            Err(_) if fs::symlink_metadata(there).is_ok_and(|found| found.is_symlink()) => {
+                return Err(format!("{} is a link to nothing", shown()));
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            // What is above it says why.
+            Err(error) if error.kind() == io::ErrorKind::NotADirectory => {}
+            Err(error) => return Err(format!("{}: {error}", shown())),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn a_folder_that_cannot_be_made_is_found_without_making_any() {
+        let root = tempfile::tempdir().expect("a folder");
+        let file = root.path().join("file");
+        fs::write(&file, "").expect("a file");
+        symlink(root.path().join("missing"), root.path().join("link")).expect("a link");
+        let reason = |path: &str| can_be_made(&root.path().join(path)).err();
+        assert_eq!((reason(""), reason("new"), reason("new/and/deeper")), (None, None, None));
+        for (path, expected) in [
+            ("file", "file is not a directory"),
+            ("file/below", "file is not a directory"),
+            ("link", "link is a link to nothing"),
+            ("link/below", "link is a link to nothing"),
+        ] {
+            assert!(
+                reason(path).is_some_and(|reason| reason.ends_with(expected)),
+                "{path}: {:?}",
+                reason(path)
+            );
+        }
+        assert_eq!(fs::read_dir(root.path()).expect("a folder").count(), 2, "nothing was made");
+    }
+
+    #[test]
+    fn greetings_are_what_a_server_says_first() {
+        for greeting in [&b"220 "[..], b"SSH-2.0", b"+OK", b"* OK", b"RFB 003", b"\x0a8.0\0"] {
+            assert!(is_greeting(greeting), "{greeting:?}");
+        }
+        for answer in [&b"PONG"[..], b"+PONG", b"HTTP/1.1 200", b"N", b"OK"] {
+            assert!(!is_greeting(answer), "{answer:?}");
+        }
+    }
+}
