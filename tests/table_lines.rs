@@ -47,6 +47,21 @@ async fn each_change_of_the_table_is_logged_old_and_new_even_one_that_is_taken_b
 }
 
 #[tokio::test]
+async fn a_change_that_is_taken_back_at_once_stands_in_the_log_and_as_the_readme_says_not_in_the_history() {
+    let desk = Desk::start().await;
+    desk.done("set web 10.0.0.1:80=5 10.0.0.2:80=5").await;
+    let program = follower(&desk).await;
+    for (number, weight) in [(1, 0), (2, 5)] {
+        desk.redis.run(&format!("ZADD servers {weight} 10.0.0.1:80")).await;
+        eventually("it is logged", || async { changes(&program).len() == number }).await;
+    }
+    let there_and_back = ["10.0.0.1:80 5 -> 0", "10.0.0.1:80 0 -> 5"].map(|text| change(text, "", ""));
+    assert_eq!(changes(&program), there_and_back);
+    let history = desk.json("history web").await;
+    assert_eq!(history["entries"].as_array().expect("a list").len(), 1, "{history}");
+}
+
+#[tokio::test]
 async fn drain_and_maint_are_logged_when_they_are_set_and_when_they_end() {
     let desk = Desk::start().await;
     desk.redis.run("ZADD servers 5 10.0.0.1:80 5 10.0.0.2:80 5 10.0.0.3:80").await;

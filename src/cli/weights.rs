@@ -30,7 +30,8 @@ const REASON_MAX_BYTES: usize = 500;
 /// What `statera weights` can do.
 #[derive(Debug, Subcommand)]
 pub(super) enum WeightsCommand {
-    /// Show members, weights, shares, the version, and who changed it last.
+    /// Show members, weights, shares, the version, who changed it last, and which members get no sessions from how many proxies
+    /// and why.
     Get(GetArguments),
     /// Give members their weights, all at once or not at all.
     Set(SetArguments),
@@ -44,7 +45,8 @@ pub(super) enum WeightsCommand {
     Maint(StateArguments),
     /// Take members out of drain or maint.
     Ready(StateArguments),
-    /// Show who changed what, newest first, changes by other programs among them.
+    /// Show who changed what, newest first. What other programs changed stands there as one change, as of when a command noticed
+    /// it: a change that was taken back before is not there.
     History(HistoryArguments),
     /// Bring back the table as it was at a version, as a new version. Members whose names are too long for a backend stay as
     /// they are.
