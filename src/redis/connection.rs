@@ -24,7 +24,7 @@ use tokio_rustls::TlsConnector;
 
 use super::redirect::Guide;
 use super::reply_limit::Limited;
-use super::trouble::Trouble;
+use super::trouble::{self, Trouble};
 pub(super) use super::trouble::{
     cure, is_elsewhere, is_move, is_no_redis, is_not_ready, is_of_cluster, is_of_rights, is_refusal,
     is_too_large,
@@ -193,7 +193,7 @@ async fn connect(
             return Err(Trouble::ClosedAtOnce.into());
         }
         // One for each command of the greeting.
-        Ok(Err(error)) if error.kind() == ErrorKind::Parse => return Err(Trouble::NoRedis.into()),
+        Ok(Err(error)) if trouble::is_garbled(&error) => return Err(Trouble::NoRedis.into()),
         Ok(greeted) => greeted?,
         Err(_) => return Err(Trouble::Silent.into()),
     };

@@ -35,6 +35,8 @@ pub(super) enum Trouble {
     Moved,
     #[error("an answer of more than {} MiB or {MOST_VALUES} values, which is not taken in", LARGEST_REPLY_BYTES >> 20)]
     Oversized,
+    #[error("an answer that is none of redis's")]
+    Garbled,
     #[error("the connection is closed whenever the table is asked for")]
     CutOff,
     #[error("the table did not arrive in time, twice")]
@@ -92,7 +94,7 @@ pub(super) fn cure(error: &RedisError) -> &'static str {
             return "if that port speaks TLS, write rediss:// in redis.url, or set redis.tls beside redis.sentinel or \
                     redis.cluster; else redis's log may say why";
         }
-        Some(Trouble::NoRedis) => return SPEAKS_NO_REDIS,
+        Some(Trouble::NoRedis | Trouble::Garbled) => return SPEAKS_NO_REDIS,
         Some(Trouble::UnknownMaster) => return "check redis.sentinel.master",
         Some(Trouble::Oversized) => {
             return "remove the members that are no addresses (`redis-cli ZRANGE KEY 0 -1 | cut -c1-300` shows them), or \
@@ -209,6 +211,11 @@ pub(super) fn is_too_large(error: &RedisError) -> bool {
 /// True where a node of a cluster answered that another one has the key.
 pub(super) fn is_elsewhere(error: &RedisError) -> bool {
     matches!(trouble(error), Some(Trouble::Elsewhere(_)))
+}
+
+/// True where an answer was no reply of the protocol at all.
+pub(super) fn is_garbled(error: &RedisError) -> bool {
+    error.kind() == ErrorKind::Parse || matches!(trouble(error), Some(Trouble::Garbled))
 }
 
 /// True where something answers that is no Redis.
