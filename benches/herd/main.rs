@@ -3,6 +3,7 @@
 //! `make bench-herd` starts a redis-server and 50 proxies of one worker each, with the config's defaults, for tables of 10,
 //! 1,000 and 10,000 members. Everything is counted by Redis itself (`INFO`); `--proxies N` makes it another fleet.
 
+#[path = "../shipped.rs"]
 mod shipped;
 
 use std::fmt::Write as _;
@@ -28,7 +29,7 @@ const BACK: Duration = Duration::from_secs(7);
 const LIMIT: Duration = Duration::from_secs(60);
 const WINDOW: Duration = Duration::from_millis(100);
 const PICKS: u32 = 1_000;
-const PICK: &str = include_str!("../src/redis/pick.lua");
+const PICK: &str = include_str!("../../src/redis/pick.lua");
 
 struct Running(Child);
 
