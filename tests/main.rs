@@ -26,6 +26,8 @@ mod redis_bad_input;
 mod redis_cluster;
 mod redis_flood;
 mod redis_herd;
+mod redis_many_pools;
+mod redis_quiet;
 mod redis_random;
 mod redis_random_sentinel;
 mod redis_sentinel;

@@ -1,13 +1,62 @@
 //! What may have changed: marks set by messages, taken by whoever reads.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout_at};
 
 use super::Followed;
 use super::companion::Companions;
+
+/// Why a pool is to be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Cause {
+    /// A keyspace notification came.
+    Notified = 1,
+    /// The server no longer tracks a key that was read.
+    Invalidated = 2,
+    /// The server says that everything is gone: FLUSHALL, FLUSHDB, or a replica that is filled anew.
+    Flushed = 4,
+    /// Events may have been missed: the connection is new, or the server was not ready.
+    Missed = 8,
+    /// It is time to read it again, whether or not anything changed.
+    Due = 16,
+}
+
+impl Cause {
+    /// What the server tells by itself, so that it may be an echo of a read.
+    pub(super) const EVENTS: [Self; 3] = [Self::Notified, Self::Invalidated, Self::Flushed];
+}
+
+/// A set of causes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Causes(u8);
+
+impl Causes {
+    pub(super) fn has(self, cause: Cause) -> bool {
+        self.0 & cause as u8 != 0
+    }
+
+    #[must_use]
+    pub(super) fn with(self, cause: Cause) -> Self {
+        Self(self.0 | cause as u8)
+    }
+}
+
+impl From<Cause> for Causes {
+    fn from(cause: Cause) -> Self {
+        Self(cause as u8)
+    }
+}
+
+/// A pool that is to be read.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Mark {
+    /// The time of the first cause.
+    pub(super) since: Instant,
+    pub(super) causes: Causes,
+}
 
 /// Which keys may have changed, set from the connection's reader.
 #[derive(Debug)]
@@ -16,8 +65,8 @@ pub(super) struct Changes {
     channels: HashMap<Vec<u8>, Vec<usize>>,
     /// Those of `channels` that tell of admin states: a user may have no right to hear them.
     of_states: HashSet<Vec<u8>>,
-    /// For each pool: since when its key may have changed.
-    since: Mutex<Vec<Option<Instant>>>,
+    /// By pool.
+    marks: Mutex<Vec<Option<Mark>>>,
     pub(super) noticed: Notify,
 }
 
@@ -31,7 +80,7 @@ impl Changes {
             channels.entry(states.clone()).or_default().push(place);
             of_states.insert(states);
         }
-        Self { channels, of_states, since: Mutex::new(vec![None; followed.len()]), noticed: Notify::new() }
+        Self { channels, of_states, marks: Mutex::new(vec![None; followed.len()]), noticed: Notify::new() }
     }
 
     /// The channels of all weights, each once.
@@ -44,35 +93,50 @@ impl Changes {
         self.of_states.iter().map(Vec::as_slice)
     }
 
-    /// A message came in on `channel`. Returns false if nobody follows it.
-    pub(super) fn notice(&self, channel: &[u8]) -> bool {
+    /// An event told of the key that `channel` belongs to. Returns false where no pool follows it.
+    pub(super) fn notice(&self, channel: &[u8], cause: Cause) -> bool {
         let Some(places) = self.channels.get(channel) else { return false };
-        self.mark(places.iter().copied());
+        self.mark(places.iter().copied(), cause);
         true
     }
 
-    /// Every key may have changed.
-    pub(super) fn notice_all(&self) {
-        let count = self.since.lock().unwrap_or_else(PoisonError::into_inner).len();
-        self.mark(0..count);
+    /// Every pool is to be read.
+    pub(super) fn notice_all(&self, cause: Cause) {
+        let count = self.marks().len();
+        self.mark(0..count, cause);
     }
 
-    pub(super) fn mark(&self, places: impl Iterator<Item = usize>) {
-        let now = Instant::now();
-        let mut since = self.since.lock().unwrap_or_else(PoisonError::into_inner);
+    pub(super) fn mark(&self, places: impl Iterator<Item = usize>, cause: Cause) {
+        let (now, mut is_news) = (Instant::now(), false);
+        let mut marks = self.marks();
         for place in places {
-            since[place].get_or_insert(now);
+            let mark = marks[place].get_or_insert(Mark { since: now, causes: Causes::default() });
+            is_news |= !mark.causes.has(cause);
+            mark.causes = mark.causes.with(cause);
         }
-        drop(since);
-        self.noticed.notify_one();
+        drop(marks);
+        // A flood of events about a pool that rests wakes the reader once.
+        if is_news {
+            self.noticed.notify_one();
+        }
     }
 
-    pub(super) fn take(&self, place: usize) -> Option<Instant> {
-        self.since.lock().unwrap_or_else(PoisonError::into_inner)[place].take()
+    pub(super) fn take(&self, place: usize) -> Option<Mark> {
+        self.marks()[place].take()
     }
 
-    pub(super) fn is_marked(&self, place: usize) -> bool {
-        self.since.lock().unwrap_or_else(PoisonError::into_inner)[place].is_some()
+    /// The pools that are marked.
+    pub(super) fn marked(&self) -> Vec<(usize, Mark)> {
+        self.marks().iter().enumerate().filter_map(|(place, mark)| Some((place, (*mark)?))).collect()
+    }
+
+    /// By pool.
+    pub(super) fn of_all(&self) -> Vec<Option<Mark>> {
+        self.marks().clone()
+    }
+
+    fn marks(&self) -> MutexGuard<'_, Vec<Option<Mark>>> {
+        self.marks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

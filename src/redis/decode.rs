@@ -1,5 +1,7 @@
 //! Turns Redis's answer into a table. One bad member never spoils the others.
 
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+
 use redis::Value;
 
 use crate::balance::{BackendId, InvalidAddress, InvalidWeight, Table, Weight};
@@ -9,6 +11,15 @@ use crate::balance::{BackendId, InvalidAddress, InvalidWeight, Table, Weight};
 pub(super) struct Decoded {
     pub(super) table: Table,
     pub(super) rejected: Vec<Rejected>,
+}
+
+impl Decoded {
+    /// Tells lists of rejected members apart, without keeping them.
+    pub(super) fn fingerprint_of_rejected(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        self.rejected.iter().for_each(|rejected| rejected.member.hash(&mut hasher));
+        hasher.finish()
+    }
 }
 
 /// A member that is no backend, or has no weight.

@@ -20,6 +20,8 @@ use crate::config::{Redis, Watch};
 
 /// Channels named in one line.
 const MOST_NAMED: usize = 3;
+/// Channels subscribed to by one command: the confirmations have some 100 bytes each.
+const CHANNELS_AT_ONCE: usize = 64;
 
 /// What was warned of, so that a reconnect does not repeat it.
 #[derive(Debug, Default)]
@@ -205,13 +207,15 @@ impl<'a> Armed<'a> {
     }
 }
 
-/// Subscribes to `channels` and waits for the confirmations.
+/// Subscribes to `channels` and waits for the confirmations. Many at once: nothing is confirmed before all are heard, so
+/// that the time must not grow with pools × round trip.
 async fn subscribe(
     connection: &mut Connection,
     channels: impl Iterator<Item = &[u8]>,
 ) -> Result<(), RedisError> {
-    for channel in channels {
-        connection.subscribe(channel).await?;
+    let channels: Vec<&[u8]> = channels.collect();
+    for some in channels.chunks(CHANNELS_AT_ONCE) {
+        connection.subscribe(some).await?;
     }
     Ok(())
 }

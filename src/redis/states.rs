@@ -38,6 +38,8 @@ pub(super) struct States {
     states: Pace,
     left_out: Option<String>,
     reports: Pace,
+    /// What was wrong when it was last read, whether or not it was said.
+    last_wrong: Option<String>,
     rests_until: Option<Instant>,
     /// Connections in a row that ended when it was read.
     cut_offs: u32,
@@ -71,6 +73,7 @@ impl States {
             states: Pace::new(MOST_STATES),
             left_out: None,
             reports: Pace::new(MOST_REPORTS),
+            last_wrong: None,
             rests_until: None,
             cut_offs: 0,
         }
@@ -86,11 +89,18 @@ impl States {
         self.rests_until.is_some_and(|until| until > Instant::now())
     }
 
-    /// Takes a reading in.
+    /// Takes a reading in. `is_alone`: nothing but this pool was asked for at the same time. Returns whether the key holds
+    /// something else than when it was last read.
     ///
     /// # Errors
     /// The connection is of no use any more.
-    pub(super) fn take(&mut self, followed: &Followed, read: Read) -> Result<(), RedisError> {
+    pub(super) fn take(
+        &mut self,
+        followed: &Followed,
+        read: Read,
+        is_alone: bool,
+    ) -> Result<bool, RedisError> {
+        let is_news = self.is_news(&read);
         let wrong = match read {
             Ok(Ok(written)) => {
                 self.cut_offs = 0;
@@ -98,8 +108,10 @@ impl States {
                 self.report(followed, written.left_out);
                 None
             }
-            Ok(Err(Wrong::Elsewhere)) => return Ok(()),
+            Ok(Err(Wrong::Elsewhere)) => return Ok(false),
             Ok(Err(Wrong::Told(text))) => Some(text),
+            // Another pool's answer may have ended the connection.
+            Err(error) if !is_alone => return Err(error),
             Err(error) => {
                 // The table had come. Once, Redis may have ended; twice, it is what it would have sent.
                 self.cut_offs += 1;
@@ -116,7 +128,18 @@ impl States {
             }
         };
         self.say(followed, wrong);
-        Ok(())
+        Ok(is_news)
+    }
+
+    fn is_news(&mut self, read: &Read) -> bool {
+        let (is_same, wrong) = match read {
+            Ok(Ok(written)) => (self.written.as_ref() == Some(&written.states), &written.left_out),
+            Ok(Err(Wrong::Told(text))) => (true, &Some(text.clone())),
+            Ok(Err(Wrong::Elsewhere)) | Err(_) => return false,
+        };
+        let is_same = is_same && self.last_wrong == *wrong;
+        self.last_wrong.clone_from(wrong);
+        !is_same
     }
 
     fn report(&mut self, followed: &Followed, left_out: Option<String>) {

@@ -7,18 +7,21 @@ use std::mem::{Discriminant, discriminant};
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use redis::{RedisError, Value};
+use redis::RedisError;
 use tokio::time::Instant;
 use tracing::{debug, error, info, warn};
 
 use super::Followed;
-use super::changes::Changes;
+use super::changes::{Cause, Changes, Mark};
 use super::connection::{self, Connection};
 use super::decode::{self, Decoded, Rejected};
+use super::event_rest::Longest;
 use super::rest::rest_after;
-use super::states::{self, States};
-use super::status::{RedisStatus, TableStatus};
+use super::schedule::{Next, Schedule};
+use super::states::States;
+use super::status::{RedisStatus, TableStatus, WatchMode};
 use super::table_log::TableLog;
+use super::table_read::{self, Answer, Asked, Question};
 use super::trouble::Trouble;
 use crate::balance::Table;
 use crate::config::OnEmpty;
@@ -45,6 +48,7 @@ pub(super) struct Syncer<'a> {
     status: &'a RedisStatus,
     tables: Vec<&'a TableStatus>,
     states: Vec<State>,
+    schedule: Schedule,
 }
 
 /// What is known of one pool's key.
@@ -58,7 +62,8 @@ struct State {
     /// The same of the members that were left out.
     rejected: Vec<Rejected>,
     reports: Pace,
-    rest_until: Option<Instant>,
+    /// The members that were left out of the last read, whether or not they were reported.
+    left_out: u64,
     /// It had more than [`MAX_MEMBERS`] when it was last read: they are counted before it is read again.
     had_too_many: bool,
     /// After answers that are too large.
@@ -82,9 +87,28 @@ impl State {
             states: Pace::new(MOST_STATES),
             rejected: Vec::new(),
             reports: Pace::new(MOST_REPORTS),
-            rest_until: None,
+            left_out: 0,
         }
     }
+}
+
+/// What came of a read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Read {
+    /// A table, for which Redis sent so many members; whether it, or the admin states, hold something else than before.
+    Members(usize, bool),
+    /// Redis refused, or what it sent is no table.
+    Refused(RefusalEnd),
+}
+
+/// How the end of a refusal is noticed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum RefusalEnd {
+    /// The key has to be written, which is noticed like any other change.
+    Announced,
+    /// No event tells of a right that is granted, or of a script that ends: the key is tried again. So is one that has too
+    /// many members, which costs no more than to count them.
+    Unannounced,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -97,64 +121,97 @@ impl<'a> Syncer<'a> {
     pub(super) fn new(
         followed: &'a [Followed],
         on_empty: OnEmpty,
+        longest: Longest,
         status: &'a RedisStatus,
         tables: impl IntoIterator<Item = &'a TableStatus>,
     ) -> Self {
         let tables = tables.into_iter().collect();
-        Self { followed, on_empty, status, tables, states: vec![State::new(); followed.len()] }
+        let states = vec![State::new(); followed.len()];
+        Self { followed, on_empty, status, tables, states, schedule: Schedule::new(followed.len(), longest) }
     }
 
-    /// Reads what may have changed and has rested. Returns when the next rest ends, if something still waits.
+    /// Changes are noticed by `mode` from now on.
+    pub(super) fn watch_by(&mut self, mode: WatchMode) {
+        self.schedule.watch_by(mode);
+    }
+
+    /// True where each pool was read, or refused to be read.
+    pub(super) fn has_tried_all(&self) -> bool {
+        self.schedule.has_tried_all()
+    }
+
+    /// Reads pools that are marked and have rested, as many as may be asked for at once. Returns when the next one may be
+    /// read, if some are still marked: the caller does what else is due before.
     ///
     /// # Errors
     /// The connection is of no use any more.
     pub(super) async fn read_changed(
         &mut self,
-        connection: &mut Connection,
+        connection: &Connection,
         changes: &Changes,
     ) -> Result<Option<Instant>, RedisError> {
-        let mut next: Option<Instant> = None;
-        for place in 0..self.followed.len() {
-            if !changes.is_marked(place) {
-                continue;
-            }
-            let now = Instant::now();
-            if let Some(rest) = self.states[place].rest_until.filter(|rest| *rest > now) {
-                next = Some(next.map_or(rest, |other| other.min(rest)));
-                continue;
-            }
-            // Taken before the read: a change that comes during it is a new one.
-            let Some(since) = changes.take(place) else { continue };
-            let read = self.read(connection, place, since).await;
+        let ready = match self.schedule.next(changes) {
+            Next::Read(ready) => ready,
+            Next::Wait(until) => return Ok(until),
+        };
+        // Marks are taken before the read: a change that comes during it is a new one.
+        let marked: Vec<(usize, Mark)> =
+            ready.into_iter().filter_map(|place| Some((place, changes.take(place)?))).collect();
+        self.status.resyncs.add(marked.len() as u64);
+        let questions = marked.iter().map(|(place, _)| self.question(*place)).collect();
+        let asked = table_read::ask(connection, questions).await;
+        let is_alone = marked.len() == 1;
+        for ((place, mark), asked) in marked.into_iter().zip(asked) {
+            let took = asked.took;
+            let before = self.followed[place].cell.load().version;
+            let mut is_news = false;
+            let read = self.take_answer(place, mark.since, asked, is_alone);
             self.states[place].log.look(&self.followed[place]);
-            let rest = match read.map_err(|error| self.cut_off(place, error)) {
-                Ok(Some(members)) => rest_after(members, now.elapsed()),
-                Ok(None) => {
-                    // A right that is granted, or a script that ends, is announced by no event.
-                    changes.mark(std::iter::once(place));
+            let rest = match read.map_err(|error| self.cut_off(place, error, is_alone)) {
+                Ok(Read::Members(members, is_new)) => {
+                    is_news |= is_new;
+                    rest_after(members, took)
+                }
+                Ok(Read::Refused(end)) => {
+                    if end == RefusalEnd::Unannounced {
+                        changes.mark(std::iter::once(place), Cause::Due);
+                    }
                     jittered(REST_AFTER_REFUSAL)
                 }
-                Err(error) if connection::is_too_large(&error) => {
-                    let rest = self.states[place].too_large.pause();
+                Err(error) if connection::is_too_large(&error) && is_alone => {
                     // The next connection finds it resting.
-                    self.states[place].rest_until = Some(Instant::now() + rest);
+                    let rest = self.states[place].too_large.pause();
+                    self.schedule.rest(place, rest);
                     self.refuses(place, format!("{error}: {}", connection::cure(&error)));
                     return Err(error);
                 }
                 Err(error) => return Err(error),
             };
-            let rest_until = Instant::now() + rest;
-            self.states[place].rest_until = Some(rest_until);
-            if changes.is_marked(place) {
-                next = Some(next.map_or(rest_until, |other| other.min(rest_until)));
-            }
+            is_news |= self.followed[place].cell.load().version != before;
+            self.schedule.was_tried(place, mark.causes, is_news, rest);
         }
-        Ok(next)
+        Ok(match self.schedule.next(changes) {
+            Next::Read(_) => Some(Instant::now()),
+            Next::Wait(until) => until,
+        })
+    }
+
+    fn question(&self, place: usize) -> Question {
+        let state = &self.states[place];
+        let followed = self.followed[place].clone();
+        Question { followed, counts_first: state.had_too_many, skips_states: state.admin.rest() }
     }
 
     /// Redis cuts off a subscriber whom it owes more than 32 MB, and says so in its own log alone; and what is large may
-    /// take longer than it has. Once, Redis may have ended, or be busy.
-    fn cut_off(&mut self, place: usize, error: RedisError) -> RedisError {
+    /// take longer than it has. Once, Redis may have ended, or be busy. Where several tables were asked for at once, it may be
+    /// any of them, or their sum: they are read alone for a while.
+    fn cut_off(&mut self, place: usize, error: RedisError, is_alone: bool) -> RedisError {
+        let is_of_size =
+            error.is_connection_dropped() || error.is_timeout() || connection::is_too_large(&error);
+        if !is_alone && is_of_size {
+            self.schedule.read_alone();
+            return error;
+        }
         let trouble = match error {
             _ if error.is_connection_dropped() => Trouble::CutOff,
             _ if error.is_timeout() => Trouble::Late,
@@ -164,49 +221,43 @@ impl<'a> Syncer<'a> {
         if self.states[place].cut_off.replace(cause) == Some(cause) { trouble.into() } else { error }
     }
 
-    /// Nothing has changed, says a heartbeat of the moment `asked` that was answered after every notification before it:
-    /// what is in step and not marked is confirmed.
+    /// A heartbeat of the moment `asked` was answered after every event before it: what is in step and not known to have
+    /// changed is confirmed.
     pub(super) fn confirm(&mut self, changes: &Changes, asked: Instant) {
+        let marks = changes.of_all();
         for (place, (state, followed)) in self.states.iter_mut().zip(self.followed).enumerate() {
             if state.log.owes() {
                 state.log.look(followed);
             }
-            if state.in_step && !changes.is_marked(place) {
+            if state.in_step && self.schedule.is_unchanged(place, marks[place], asked) {
                 followed.cell.confirm_as_of(asked);
             }
         }
     }
 
-    /// Returns the number of members that Redis sent; `None`: it refused, or what it sent is no table.
-    async fn read(
+    /// Takes an answer in. `is_alone`: nothing else was asked for at the same time.
+    fn take_answer(
         &mut self,
-        connection: &mut Connection,
         place: usize,
         since: Instant,
-    ) -> Result<Option<usize>, RedisError> {
-        let key = &self.followed[place].key;
-        self.status.resyncs.add(1);
-        if self.states[place].had_too_many && has_too_many(connection, key).await? {
-            self.refuses(place, too_many());
-            return Ok(None);
-        }
-        let asked = Instant::now();
-        let mut zrange = redis::cmd("ZRANGE");
-        zrange.arg(key).arg(0).arg(MAX_MEMBERS).arg("WITHSCORES");
-        let (beside, followed) = (connection.clone(), &self.followed[place]);
-        let rests = self.states[place].admin.rest();
-        // Both are sent at once, in this order.
-        let (answer, admin): (Result<Value, RedisError>, _) =
-            tokio::join!(zrange.query_async(connection), async {
-                if rests { None } else { Some(states::read(beside, followed).await) }
-            });
+        answered: Asked,
+        is_alone: bool,
+    ) -> Result<Read, RedisError> {
+        let Asked { at: asked, table: answer, states: admin, .. } = answered;
+        let followed = &self.followed[place];
         // What ends the connection is told by the table, if it was its answer.
         let answer = match answer {
             Err(error) if !connection::is_refusal(&error) => return Err(error),
-            answer => answer,
+            Ok(Answer::TooMany) => {
+                self.refuses(place, too_many());
+                return Ok(Read::Refused(RefusalEnd::Unannounced));
+            }
+            Ok(Answer::Members(answer)) => Ok(answer),
+            Err(error) => Err(error),
         };
+        let mut is_new = false;
         if let Some(read) = admin {
-            self.states[place].admin.take(followed, read)?;
+            is_new = self.states[place].admin.take(followed, read, is_alone)?;
         }
         let is_no_table = matches!(&answer, Err(error) if error.code() == Some("WRONGTYPE"));
         let members = answer.as_ref().map_or(0, decode::members);
@@ -226,15 +277,15 @@ impl<'a> Syncer<'a> {
         };
         match read {
             Ok(mut decoded) => {
-                if decoded.table.is_empty() {
-                    connection.is_empty_for_sure(key).await?;
-                }
                 self.states[place].too_large.reset();
                 self.states[place].cut_off = None;
+                let left_out = decoded.fingerprint_of_rejected();
+                is_new |= std::mem::replace(&mut self.states[place].left_out, left_out) != left_out;
                 let known = self.states[place].admin.known(&self.followed[place].cell);
                 decoded.table = decoded.table.with_states(known);
                 self.take(place, decoded, asked, since);
-                Ok(Some(members))
+                self.schedule.was_read(place, members, asked);
+                Ok(Read::Members(members, is_new))
             }
             Err(reason) => {
                 // Whatever was written over it, the table is gone. Any other refusal says nothing of the table.
@@ -246,7 +297,7 @@ impl<'a> Syncer<'a> {
                 } else {
                     self.refuses(place, reason);
                 }
-                Ok(None)
+                Ok(Read::Refused(if is_no_table { RefusalEnd::Announced } else { RefusalEnd::Unannounced }))
             }
         }
     }
@@ -349,16 +400,6 @@ fn too_many() -> String {
     format!("the key has more than {MAX_MEMBERS} members: split the pool")
 }
 
-/// Costs Redis nothing, where to find it out by reading would block it for 50 ms each time.
-async fn has_too_many(connection: &mut Connection, key: &str) -> Result<bool, RedisError> {
-    match redis::cmd("ZCARD").arg(key).query_async::<usize>(connection).await {
-        Ok(members) => Ok(members > MAX_MEMBERS),
-        // It is another type now, or this user may not ask: reading tells.
-        Err(error) if connection::is_refusal(&error) => Ok(false),
-        Err(error) => Err(error),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -373,7 +414,8 @@ mod tests {
         let cell = Arc::new(Cell::new(Table::default(), Balance::WeightedRandom, 1));
         let followed = [Followed { pool: "web".into(), cell, key: "servers".into() }];
         let (status, tables) = (RedisStatus::default(), [TableStatus::default()]);
-        let mut syncer = Syncer::new(&followed, OnEmpty::KeepLast, &status, &tables);
+        let longest = Longest::new(Duration::from_secs(1), Duration::from_secs(15));
+        let mut syncer = Syncer::new(&followed, OnEmpty::KeepLast, longest, &status, &tables);
         let said = (0..1_000).filter(|flip| {
             let state = (flip % 2 == 0).then_some(Said::Empty);
             syncer.says(0, state).is_some()

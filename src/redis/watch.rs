@@ -15,8 +15,9 @@ use redis::{ErrorKind, PushInfo, PushKind, RedisError, Value};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tracing::{debug, info, warn};
 
-use super::changes::{Changes, changed};
+use super::changes::{Cause, Changes, changed};
 use super::connection::{self, Server};
+use super::event_rest::Longest;
 use super::mode::{Armed, Warned};
 use super::parts::{self, Part};
 use super::primary::Primary;
@@ -46,7 +47,8 @@ pub async fn run(
         let (status, tables, tries) = (Arc::clone(status), Arc::clone(tables), Arc::clone(&tries));
         async move {
             let own_tables = part.places.iter().map(|place| &tables[*place]);
-            let syncer = Syncer::new(&followed, settings.on_empty, &status, own_tables);
+            let longest = Longest::new(settings.heartbeat_interval, settings.resync_interval);
+            let syncer = Syncer::new(&followed, settings.on_empty, longest, &status, own_tables);
             let scene = Scene { settings: &settings, followed: &followed, part: &part, status: &status };
             follow_tables(scene, syncer, &tries).await;
         }
@@ -210,6 +212,13 @@ async fn follow_tables(scene: Scene<'_>, mut syncer: Syncer<'_>, tries: &Tries) 
     }
 }
 
+/// True where a keyspace notification tells of a read that found no key, which changes nothing: the server sends it where
+/// `notify-keyspace-events` has the flag `m`, also for our own reads. Every other event only means that the key is to be
+/// read.
+fn is_of_a_read(message: &[Value]) -> bool {
+    matches!(message.get(1), Some(Value::BulkString(event)) if event == b"keymiss")
+}
+
 /// What `Changes` knows a key by. Tracking knows no databases: the same key in another one costs a read.
 fn channels_of(database: u32) -> impl Fn(&[u8]) -> Vec<u8> {
     let prefix = format!("__keyspace@{database}__:").into_bytes();
@@ -248,14 +257,16 @@ impl Connection<'_> {
             let (changes, lost, status) = (Arc::clone(&changes), Arc::clone(&lost), Arc::clone(status));
             let (mode, channel_of) = (self.watching.mode(), channels_of(settings.database));
             move |push: PushInfo| match (push.kind, push.data.first()) {
-                (PushKind::Message, Some(Value::BulkString(channel))) if changes.notice(channel) => {
+                (PushKind::Message, Some(Value::BulkString(channel)))
+                    if !is_of_a_read(&push.data) && changes.notice(channel, Cause::Notified) =>
+                {
                     status.notifications.add(1);
                 }
                 (PushKind::Invalidate, Some(Value::Array(keys))) => {
                     for key in keys {
                         // Where the same change is told twice, it is counted once.
                         if let Value::BulkString(key) = key
-                            && changes.notice(&channel_of(key))
+                            && changes.notice(&channel_of(key), Cause::Invalidated)
                             && mode.get() == WatchMode::Tracking
                         {
                             status.notifications.add(1);
@@ -263,7 +274,7 @@ impl Connection<'_> {
                     }
                 }
                 // Everything is gone: FLUSHALL, FLUSHDB, or a replica that is filled anew.
-                (PushKind::Invalidate, _) => changes.notice_all(),
+                (PushKind::Invalidate, _) => changes.notice_all(Cause::Flushed),
                 (PushKind::Disconnection, _) => {
                     lost.store(true, Relaxed);
                     changes.noticed.notify_one();
@@ -303,17 +314,18 @@ impl Connection<'_> {
         let mut armed = Armed::new(settings, &changes);
         let mut mode = armed.prove(&mut connection, warned).await?;
         self.watching.set(mode);
+        syncer.watch_by(mode);
         if self.is_news {
             info!(redis = %self.address, version = server.version, role = server.role, watch = mode.name(), "connected to redis");
         }
 
-        changes.notice_all();
+        changes.notice_all(Cause::Missed);
         let mut heartbeat = Instant::now() + jittered(settings.heartbeat_interval);
         let mut resync = Instant::now() + jittered(settings.resync_interval);
         let mut told_to_wait = false;
         let mut poll = Instant::now() + jittered(settings.poll_interval);
         loop {
-            let rest_ends = match syncer.read_changed(&mut connection, &changes).await {
+            let rest_ends = match syncer.read_changed(&connection, &changes).await {
                 Ok(next) => next,
                 Err(error) if connection::is_not_ready(&error) => {
                     if !std::mem::replace(&mut told_to_wait, true) {
@@ -324,13 +336,15 @@ impl Connection<'_> {
                     connection::hello(&mut connection).await.or_else(|e| {
                         if connection::is_not_ready(&e) { Ok(Server::default()) } else { Err(e) }
                     })?;
-                    changes.notice_all();
+                    changes.notice_all(Cause::Missed);
                     continue;
                 }
                 Err(error) => return Err(error),
             };
             // Whatever was found: a key that is refused now may be refused for hours.
-            if let Some(over) = first_try_over.take() {
+            if syncer.has_tried_all()
+                && let Some(over) = first_try_over.take()
+            {
                 over();
             }
             if lost.load(Relaxed) {
@@ -349,18 +363,21 @@ impl Connection<'_> {
                     heartbeat = Instant::now() + jittered(settings.heartbeat_interval);
                 }
                 () = sleep_until(poll), if mode == WatchMode::Poll => {
-                    changes.notice_all();
+                    changes.notice_all(Cause::Due);
                     poll = Instant::now() + jittered(settings.poll_interval);
                 }
                 () = sleep_until(resync) => {
                     // The flags, or what this user may do, may have been changed by someone else meanwhile.
                     let now = armed.prove(&mut connection, warned).await?;
+                    let mut cause = Cause::Due;
                     if now != mode {
                         info!(watch = now.name(), "changes are noticed in another way now");
                         (mode, poll) = (now, Instant::now());
                         self.watching.set(mode);
+                        syncer.watch_by(mode);
+                        cause = Cause::Missed;
                     }
-                    changes.notice_all();
+                    changes.notice_all(cause);
                     resync = Instant::now() + jittered(settings.resync_interval);
                 }
                 () = changed(&changes, rest_ends) => {}

@@ -65,7 +65,10 @@ async fn serve(mut client: TcpStream, answer: watch::Receiver<Vec<u8>>) {
             let answer: Vec<u8> = match word(0).as_deref() {
                 Some("HELLO") => b"%2\r\n+version\r\n+7.0.15\r\n+role\r\n+master\r\n".to_vec(),
                 Some("SUBSCRIBE") => {
-                    format!(">3\r\n+subscribe\r\n${}\r\n{}\r\n:1\r\n", words[1].len(), words[1]).into()
+                    let confirmed = words[1..].iter().enumerate().map(|(before, channel)| {
+                        format!(">3\r\n+subscribe\r\n${}\r\n{channel}\r\n:{}\r\n", channel.len(), before + 1)
+                    });
+                    confirmed.collect::<String>().into()
                 }
                 Some("CONFIG") => b"%1\r\n+notify-keyspace-events\r\n+KA\r\n".to_vec(),
                 Some("ZRANGE") => answer.borrow().clone(),

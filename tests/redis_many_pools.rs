@@ -1,0 +1,72 @@
+//! Many pools on one connection over a long way: how fresh their tables are must not depend on pools × round trip.
+
+use std::time::Duration;
+
+use crate::support::{Link, Passing, Proxy, Redis, eventually};
+
+const POOLS: usize = 250;
+const ROUND_TRIP: Duration = Duration::from_millis(20);
+/// The default of `redis.max_stale`: what one table after the other takes.
+const MAX_STALE: Duration = Duration::from_secs(5);
+
+/// A proxy whose pools all have a table, over a link that answers late.
+async fn scene(settings: &str) -> (Redis, Link, Proxy) {
+    let redis = Redis::start().await;
+    let mut pools = String::new();
+    let mut pipe = redis::pipe();
+    for pool in 0..POOLS {
+        pipe.zadd(format!("servers{pool}"), format!("10.0.0.{pool}:80"), 1).ignore();
+        pools += &format!("p{pool}: {{weights_key: servers{pool}}}, ");
+    }
+    pipe.query_async::<()>(&mut redis.connection().await).await.expect("they are written");
+    let link = Link::to(redis.port);
+    link.pass(Passing::Late(ROUND_TRIP));
+    let proxy = Proxy::start(&format!(
+        "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: p0}}}}\npools: {{{pools}}}\n\
+         redis: {{url: \"{}\", {settings}}}\n",
+        link.url()
+    ));
+    (redis, link, proxy)
+}
+
+fn oldest(proxy: &Proxy) -> Option<Duration> {
+    // `None`, of a table that never came, is the oldest of all.
+    let ages = proxy.running.observed.pools.iter().map(|pool| pool.cell.age().unwrap_or(Duration::MAX));
+    ages.max().filter(|age| *age != Duration::MAX)
+}
+
+async fn all_arrive(proxy: &Proxy) {
+    eventually("all tables arrive", || async { oldest(proxy).is_some() }).await;
+}
+
+/// Each table stays fresh until so many tables more were read.
+async fn stay_fresh(proxy: &Proxy, tables: usize) {
+    let reads = || proxy.metric("statera_redis_resyncs_total").expect("it is counted");
+    let before = reads();
+    eventually("the tables are read again", || async {
+        let oldest = oldest(proxy).expect("each was read");
+        assert!(oldest < MAX_STALE, "a table is stale: {oldest:?}");
+        reads() >= before + tables as f64
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn tables_stay_fresh_though_pools_times_round_trip_is_longer_than_they_may_be_stale() {
+    for settings in ["resync_interval: 2s", "watch: poll"] {
+        let (_redis, _link, proxy) = scene(settings).await;
+        all_arrive(&proxy).await;
+        stay_fresh(&proxy, POOLS * 3).await;
+    }
+}
+
+#[tokio::test]
+async fn a_new_connection_is_ready_before_the_tables_are_stale() {
+    let (redis, _link, proxy) = scene("resync_interval: 1h").await;
+    all_arrive(&proxy).await;
+    for round in 1..=2 {
+        redis.run("CLIENT KILL TYPE pubsub").await;
+        stay_fresh(&proxy, POOLS).await;
+        assert!(proxy.metric("statera_redis_reconnects_total") >= Some(f64::from(round)));
+    }
+}
