@@ -8,7 +8,7 @@ use std::time::Duration;
 use redis::aio::MultiplexedConnection;
 use tokio::time::Instant;
 
-use crate::support::{Program, Proxy, Redis, eventually};
+use crate::support::{Cluster, Program, Proxy, Redis, Sentinels, eventually};
 
 const MODES: [&str; 4] = ["notifications", "tracking", "auto", "poll"];
 /// Reads that nothing asked for would show: there are no others but those of `poll`.
@@ -28,8 +28,13 @@ const KEYS: [(&str, &[&str]); 4] = [
 ];
 
 fn follow(redis: &Redis, watch: &str, more: &str) -> Proxy {
+    follow_at(&format!("url: \"{}\"", redis.url()), watch, more)
+}
+
+/// `place` says where Redis is.
+fn follow_at(place: &str, watch: &str, more: &str) -> Proxy {
     Proxy::web(
-        &format!("redis: {{url: \"{}\", watch: {watch}, {more}}}", redis.url()),
+        &format!("redis: {{{place}, watch: {watch}, {more}}}"),
         "weights_key: servers, backends: {\"127.0.0.1:9\": 1}",
     )
 }
@@ -79,11 +84,15 @@ async fn commands_a_second(connection: &MultiplexedConnection, proxies: u64) -> 
     (count(&mut connection.clone()).await.commands - before.commands) as f64 / seconds
 }
 
-/// Proxies of all modes follow one Redis: what one of them reads may be an event for the others.
 async fn all_modes_are_quiet(arguments: &[&str]) {
     let redis = Redis::start_with(arguments).await;
+    all_modes_are_quiet_at(&format!("url: \"{}\"", redis.url()), &redis, arguments).await;
+}
+
+/// Proxies of all modes follow one Redis: what one of them reads may be an event for the others.
+async fn all_modes_are_quiet_at(place: &str, redis: &Redis, what: &[&str]) {
     let connection = redis.connection().await;
-    let proxies = MODES.map(|mode| follow(&redis, mode, OFTEN));
+    let proxies = MODES.map(|mode| follow_at(place, mode, OFTEN));
     for (proxy, mode) in proxies.iter().zip(["notifications", "tracking", "notifications", "poll"]) {
         mode_becomes(proxy, mode).await;
     }
@@ -96,12 +105,12 @@ async fn all_modes_are_quiet(arguments: &[&str]) {
         // What a change costs, and reads until they rest, are not meant.
         heartbeats(&connection, WINDOW / 2 * count).await;
         let rate = commands_a_second(&connection, count).await;
-        println!("{arguments:?}, keys {state}: {rate:.0} commands a second");
+        println!("{what:?}, keys {state}: {rate:.0} commands a second");
         if rate > MOST_COMMANDS * count as f64 {
             loud.push(format!("keys {state}: {rate:.0} commands a second"));
         }
     }
-    assert!(loud.is_empty(), "{arguments:?}, four proxies: {loud:?}");
+    assert!(loud.is_empty(), "{what:?}, four proxies: {loud:?}");
 }
 
 #[tokio::test]
@@ -118,6 +127,19 @@ async fn reads_that_overflow_the_tracking_table_cause_no_flood_of_reads() {
 async fn small_output_buffers_cause_no_flood_of_reads() {
     let limit = "pubsub 256 0 0";
     all_modes_are_quiet(&["--notify-keyspace-events", "KEAm", "--client-output-buffer-limit", limit]).await;
+}
+
+#[tokio::test]
+async fn in_a_cluster_and_behind_sentinels_reads_cause_no_reads_either() {
+    let limits = ["--notify-keyspace-events", "KEAm", "--tracking-table-max-keys", "1"];
+    let cluster = Cluster::start_with(&limits).await;
+    all_modes_are_quiet_at(&cluster.section(), &cluster.nodes[0], &["cluster"]).await;
+    drop(cluster);
+    let set = Sentinels::start().await;
+    for (name, value) in [("notify-keyspace-events", "KEAm"), ("tracking-table-max-keys", "1")] {
+        set.servers[0].run_words(&["CONFIG", "SET", name, value]).await;
+    }
+    all_modes_are_quiet_at(&set.section(), &set.servers[0], &["sentinels"]).await;
 }
 
 /// Each read ends the connection, and each connection begins with a read.
