@@ -16,15 +16,18 @@ const MOST_AT_ONCE: usize = 32;
 const MOST_MEMBERS_AT_ONCE: usize = 2_000;
 /// Members that a table is expected to have before it was read for the first time.
 const EXPECTED_MEMBERS: usize = MOST_MEMBERS_AT_ONCE / 8;
-/// How long tables are read one after the other, once a connection ended while several were asked for.
-const READS_ALONE: Duration = Duration::from_secs(60);
+/// How long fewer tables are asked for at once, after a connection ended while several were asked for.
+const READS_FEWER: Duration = Duration::from_secs(60);
+/// How many fewer. A server that merely ended must not make the next reads as slow as one table after the other.
+const FEWER: usize = 4;
 
 /// The turns of all pools of one connection.
 #[derive(Debug)]
 pub(super) struct Schedule {
     longest: Longest,
     pools: Vec<Pool>,
-    reads_alone_until: Option<Instant>,
+    /// So many tables at once, and until when.
+    fewer: Option<(usize, Instant)>,
 }
 
 /// See [`Schedule::next`].
@@ -58,7 +61,7 @@ impl Schedule {
             read_at: None,
             members: EXPECTED_MEMBERS,
         };
-        Self { longest, pools: vec![pool; pools], reads_alone_until: None }
+        Self { longest, pools: vec![pool; pools], fewer: None }
     }
 
     /// Changes are noticed by `mode` from now on.
@@ -89,8 +92,8 @@ impl Schedule {
             return Next::Wait(next);
         }
         ready.sort_unstable();
-        let is_alone = self.reads_alone_until.is_some_and(|until| until > now);
-        ready.truncate(if is_alone { 1 } else { MOST_AT_ONCE });
+        let fewer = self.fewer.filter(|(_, until)| *until > now);
+        ready.truncate(fewer.map_or(MOST_AT_ONCE, |(most, _)| most));
         let mut members = 0;
         let fits = |place: &usize| {
             let is_first = members == 0;
@@ -100,9 +103,10 @@ impl Schedule {
         Next::Read(ready.into_iter().map(|(_, _, place)| place).take_while(fits).collect())
     }
 
-    /// A connection ended while several tables were asked for: any of them, or their sum, may be too large for it.
-    pub(super) fn read_alone(&mut self) {
-        self.reads_alone_until = Some(Instant::now() + READS_ALONE);
+    /// A connection ended while so many tables were asked for. Any of them, or their sum, may be too large for it, so fewer
+    /// are asked for at once, and in the end one alone.
+    pub(super) fn read_fewer(&mut self, asked: usize) {
+        self.fewer = Some(((asked / FEWER).max(1), Instant::now() + READS_FEWER));
     }
 
     /// The table of `place` was read, as of the moment `asked`.
@@ -190,9 +194,12 @@ mod tests {
         changes.notice_all(Cause::Due);
         assert_eq!(read_all(&mut schedule, &changes, 0), [1; POOLS]);
         changes.notice_all(Cause::Due);
-        schedule.read_alone();
+        schedule.read_fewer(32);
+        assert_eq!(read_all(&mut schedule, &changes, 0), unknown);
+        changes.notice_all(Cause::Due);
+        schedule.read_fewer(2);
         assert_eq!(read_all(&mut schedule, &changes, 0), [1; POOLS]);
-        advance(READS_ALONE).await;
+        advance(READS_FEWER).await;
         changes.notice_all(Cause::Due);
         assert_eq!(read_all(&mut schedule, &changes, 0), [32, 32, 32, 4]);
     }

@@ -95,8 +95,12 @@ impl State {
 /// What came of a read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Read {
-    /// A table, for which Redis sent so many members; whether it, or the admin states, hold something else than before.
-    Members(usize, bool),
+    /// A table, for which Redis sent so many members.
+    Members {
+        count: usize,
+        /// It, or the admin states beside it, hold something else than before.
+        is_new: bool,
+    },
     /// Redis refused, or what it sent is no table.
     Refused(RefusalEnd),
 }
@@ -160,17 +164,17 @@ impl<'a> Syncer<'a> {
         self.status.resyncs.add(marked.len() as u64);
         let questions = marked.iter().map(|(place, _)| self.question(*place)).collect();
         let asked = table_read::ask(connection, questions).await;
-        let is_alone = marked.len() == 1;
+        let at_once = marked.len();
         for ((place, mark), asked) in marked.into_iter().zip(asked) {
             let took = asked.took;
             let before = self.followed[place].cell.load().version;
             let mut is_news = false;
-            let read = self.take_answer(place, mark.since, asked, is_alone);
+            let read = self.take_answer(place, mark.since, asked, at_once == 1);
             self.states[place].log.look(&self.followed[place]);
-            let rest = match read.map_err(|error| self.cut_off(place, error, is_alone)) {
-                Ok(Read::Members(members, is_new)) => {
+            let rest = match read.map_err(|error| self.cut_off(place, error, at_once)) {
+                Ok(Read::Members { count, is_new }) => {
                     is_news |= is_new;
-                    rest_after(members, took)
+                    rest_after(count, took)
                 }
                 Ok(Read::Refused(end)) => {
                     if end == RefusalEnd::Unannounced {
@@ -178,7 +182,7 @@ impl<'a> Syncer<'a> {
                     }
                     jittered(REST_AFTER_REFUSAL)
                 }
-                Err(error) if connection::is_too_large(&error) && is_alone => {
+                Err(error) if connection::is_too_large(&error) && at_once == 1 => {
                     // The next connection finds it resting.
                     let rest = self.states[place].too_large.pause();
                     self.schedule.rest(place, rest);
@@ -204,12 +208,12 @@ impl<'a> Syncer<'a> {
 
     /// Redis cuts off a subscriber whom it owes more than 32 MB, and says so in its own log alone; and what is large may
     /// take longer than it has. Once, Redis may have ended, or be busy. Where several tables were asked for at once, it may be
-    /// any of them, or their sum: they are read alone for a while.
-    fn cut_off(&mut self, place: usize, error: RedisError, is_alone: bool) -> RedisError {
+    /// any of them, or their sum: fewer are asked for at once for a while.
+    fn cut_off(&mut self, place: usize, error: RedisError, at_once: usize) -> RedisError {
         let is_of_size =
             error.is_connection_dropped() || error.is_timeout() || connection::is_too_large(&error);
-        if !is_alone && is_of_size {
-            self.schedule.read_alone();
+        if at_once > 1 && is_of_size {
+            self.schedule.read_fewer(at_once);
             return error;
         }
         let trouble = match error {
@@ -285,7 +289,7 @@ impl<'a> Syncer<'a> {
                 decoded.table = decoded.table.with_states(known);
                 self.take(place, decoded, asked, since);
                 self.schedule.was_read(place, members, asked);
-                Ok(Read::Members(members, is_new))
+                Ok(Read::Members { count: members, is_new })
             }
             Err(reason) => {
                 // Whatever was written over it, the table is gone. Any other refusal says nothing of the table.
