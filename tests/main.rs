@@ -24,6 +24,7 @@ mod real_programs;
 mod redis_age;
 mod redis_bad_input;
 mod redis_cluster;
+mod redis_cluster_cost;
 mod redis_flood;
 mod redis_herd;
 mod redis_many_pools;

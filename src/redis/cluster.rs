@@ -1,21 +1,21 @@
 //! Asks the nodes of a Redis Cluster who owns the slot of each pool's key, and hears when that changes.
 //!
 //! Some of them are asked, each over a connection of its own: twice a heartbeat, and at once when a connection hears of a
-//! change (`redirect.rs`). For each slot the newest epoch wins, which is the cluster's own rule; so an old primary that was
+//! change (`redirect.rs`); `cluster/asking.rs` says how much is asked each time. For each slot the newest epoch wins, which is the cluster's own rule; so an old primary that was
 //! cut off and goes on as one misleads nobody, as long as one of the others answers. The library's own client believes
 //! the first node that answers.
 
+mod asking;
 mod view;
 
-use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
 use redis::RedisError;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep, timeout};
-use tracing::{debug, info, warn};
+use tokio::time::{Instant, timeout};
+use tracing::{info, warn};
 
 use super::opinion::{Opinion, choose};
 use super::parts::Holder;
@@ -25,14 +25,12 @@ use super::status::RedisStatus;
 use super::trouble::Trouble;
 use super::{Followed, Parts, connection};
 use crate::config::{Cluster, Redis, RedisAddress};
-use crate::runtime::backoff::jittered;
+use asking::{Asking, Begins};
 use view::View;
 
 /// Nodes that are asked. They need not be the owners: whoever takes a slot over tells all others, so a few of them are
 /// enough, and a large cluster is not asked by everybody everywhere.
 const MOST_ASKED: usize = 7;
-/// Between two questions to one node, whatever hints come.
-const SHORTEST_PAUSE: Duration = Duration::from_millis(20);
 /// A command that asks once: after the first answer the others have so long to contradict.
 const GRACE: Duration = Duration::from_millis(250);
 
@@ -50,7 +48,7 @@ pub(super) async fn find(settings: &Redis, cluster: &Cluster, key: &str) -> Resu
         let settings = settings.clone();
         questions.spawn(async move {
             let mut connection = connection::open_at(&settings, &node, |_| {}).await?;
-            view::ask(&mut connection, &node, &[slot]).await
+            Ok(view::ask(&mut connection, &node, &[slot]).await?.0)
         });
     }
     let (mut opinions, mut error) = (Vec::new(), None);
@@ -91,9 +89,9 @@ pub(super) async fn follow(
 ) {
     // Asked for once in a life.
     let Some(mut hints) = parts.hints() else { return };
-    let slots: Arc<[u16]> = followed.iter().map(|followed| slot_of(&followed.key)).collect();
+    let keys: Vec<&str> = followed.iter().map(|followed| followed.key.as_str()).collect();
     let (said, mut answers) = mpsc::channel(MOST_ASKED);
-    let asking = Asking { settings: Arc::clone(settings), slots, said };
+    let asking = Asking::about(settings, &keys, said);
     let mut council = Council::new(cluster, followed.len());
     council.seat_more(&asking);
     // The first to answer may be the one that knows least.
@@ -177,7 +175,8 @@ impl<'a> Council<'a> {
             Err(error) => self.last_error = Some((node.clone(), error.clone())),
         }
         let Some(place) = self.seats.iter().position(|seat| seat.node == *node) else { return };
-        let failed = answer.is_err();
+        // The others' answers would be as large: each would be asked in turn for what is not taken in.
+        let failed = answer.as_ref().is_err_and(|error| !connection::is_too_large(error));
         self.seats[place].answer = Some(answer);
         self.seat_more(asking);
         if failed && let Some(other) = self.next_candidate() {
@@ -305,77 +304,5 @@ impl<'a> Council<'a> {
                 warn!(pool = %pool, key, slot, %error, cure, "cannot watch redis");
             }
         }
-    }
-}
-
-/// When somebody who has got a seat is asked for the first time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Begins {
-    AtOnce,
-    Rested,
-}
-
-/// What all that are asked have in common.
-#[derive(Clone, Debug)]
-struct Asking {
-    settings: Arc<Redis>,
-    slots: Arc<[u16]>,
-    said: mpsc::Sender<(RedisAddress, Answer)>,
-}
-
-impl Asking {
-    /// From now on `node` is asked, until the seat is dropped.
-    fn seat(&self, node: RedisAddress, begins: Begins) -> Seat {
-        let ask_now = Arc::new(Notify::new());
-        let mut listener = JoinSet::new();
-        listener.spawn(self.clone().ask_for_ever(node.clone(), begins, Arc::clone(&ask_now)));
-        Seat { node, answer: None, ask_now, _listener: listener }
-    }
-
-    async fn ask_for_ever(self, node: RedisAddress, begins: Begins, ask_now: Arc<Notify>) {
-        if begins == Begins::Rested {
-            self.pause(Instant::now(), &ask_now).await;
-        }
-        loop {
-            let Err(error) = self.keep_asking(&node, &ask_now).await;
-            debug!(%node, %error, "a node of the cluster does not answer");
-            if self.said.send((node.clone(), Err(error))).await.is_err() {
-                return;
-            }
-            self.pause(Instant::now(), &ask_now).await;
-        }
-    }
-
-    async fn keep_asking(
-        &self,
-        node: &RedisAddress,
-        ask_now: &Arc<Notify>,
-    ) -> Result<Infallible, RedisError> {
-        let on_push = {
-            let ask_now = Arc::clone(ask_now);
-            // Nothing but its end is pushed: asking shows that.
-            move |_| ask_now.notify_one()
-        };
-        let mut connection = connection::open_at(&self.settings, node, on_push).await?;
-        let mut last = None;
-        loop {
-            let asked = Instant::now();
-            let view = view::ask(&mut connection, node, &self.slots).await?;
-            // The same again is no news.
-            if last.as_ref() != Some(&view) {
-                last = Some(view.clone());
-                if self.said.send((node.clone(), Ok(view))).await.is_err() {
-                    return std::future::pending().await;
-                }
-            }
-            self.pause(asked, ask_now).await;
-        }
-    }
-
-    /// Twice a heartbeat, and not in step with the rest of the fleet: a change that nothing tells of is known within one.
-    async fn pause(&self, asked: Instant, ask_now: &Notify) {
-        sleep(SHORTEST_PAUSE).await;
-        let next = asked + jittered(self.settings.heartbeat_interval / 2);
-        let _ = timeout(next.saturating_duration_since(Instant::now()), ask_now.notified()).await;
     }
 }

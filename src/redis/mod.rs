@@ -17,6 +17,7 @@ mod event_rest;
 mod flags;
 pub mod lua_pick;
 mod mode;
+mod notice_pace;
 mod opinion;
 mod parts;
 mod primary;

@@ -7,7 +7,6 @@
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::time::Duration;
 
 use redis::{ErrorKind, RedisError};
 use tokio::sync::{Notify, mpsc};
@@ -16,6 +15,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, info, warn};
 
 use super::connection::{self, Connection};
+use super::notice_pace::NoticePace;
 use super::opinion::{Opinion, choose};
 use super::primary::Primary;
 use super::trouble::Trouble;
@@ -24,8 +24,6 @@ use crate::runtime::backoff::{jittered, spread};
 
 /// Of a failover: the new primary has taken over; everybody knows. The first comes up to seconds before the other.
 const EVENTS: [&str; 2] = ["+promoted-slave", "+switch-master"];
-/// Between two failovers' messages in a row.
-const SHORTEST_PAUSE: Duration = Duration::from_millis(20);
 
 /// An answer, or that there is none.
 type Answer = Result<Opinion, RedisError>;
@@ -192,16 +190,16 @@ impl Listener {
                 result => result?,
             }
         }
+        // It tells of the failovers of all masters that it watches, not of ours alone.
+        let (mut pace, mut last) = (NoticePace::new(settings.heartbeat_interval), None);
         loop {
             let asked = Instant::now();
             let opinion = ask(&mut connection, settings, &sentinel.master).await?;
+            let is_news = last.replace(opinion.clone()).as_ref() != Some(&opinion);
             if said.send((*place, Ok(opinion))).await.is_err() {
                 return std::future::pending().await;
             }
-            sleep(SHORTEST_PAUSE).await;
-            let next =
-                (asked + jittered(settings.heartbeat_interval)).saturating_duration_since(Instant::now());
-            let _ = timeout(next, told.notified()).await;
+            pace.wait(is_news, asked + jittered(settings.heartbeat_interval), &told).await;
         }
     }
 }

@@ -3,9 +3,10 @@
 //! CLUSTER SLOTS has the addresses that clients are to use, CLUSTER NODES the epochs; both have been there since Redis 4 and in
 //! Valkey. What cannot be read is an error, never a guess.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
-use redis::{ErrorKind, Pipeline, RedisError, RedisResult, Value, from_redis_value};
+use redis::aio::ConnectionLike as _;
+use redis::{ErrorKind, Pipeline, RedisError, RedisResult, ServerErrorKind, Value, from_redis_value};
 
 use crate::config::RedisAddress;
 use crate::redis::connection::{self, Connection};
@@ -25,7 +26,45 @@ pub(super) struct View {
     pub(super) nodes: Vec<RedisAddress>,
 }
 
-/// Asks the node at `node` over `connection`.
+/// Where one node takes some slots to be, by what it answers to a command for a key of each. Says nothing of epochs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Glance(Vec<String>);
+
+/// Asks the node about a key of each slot, in a few bytes: one that does not own the slot sends us to the node that does.
+/// `None`: this user may not ask so, and all has to be asked for.
+///
+/// # Errors
+/// It does not answer.
+pub(super) async fn glance(connection: &mut Connection, keys: &[String]) -> RedisResult<Option<Glance>> {
+    let mut questions = Pipeline::with_capacity(keys.len());
+    for key in keys {
+        questions.cmd("ZCARD").arg(key);
+    }
+    let answers = connection.req_packed_commands(&questions, 0, keys.len()).await?;
+    let mut owners = Vec::with_capacity(answers.len());
+    for answer in answers {
+        owners.push(match answer.extract_error() {
+            // It owns the slot, though the key may hold something else or be on its way.
+            Ok(_) => String::new(),
+            Err(error) => match error.kind() {
+                ErrorKind::Server(ServerErrorKind::Ask) => String::new(),
+                ErrorKind::Server(ServerErrorKind::NoPerm) => return Ok(None),
+                _ if error.code() == Some("WRONGTYPE") => String::new(),
+                _ => error.to_string(),
+            },
+        });
+    }
+    Ok(Some(Glance(owners)))
+}
+
+#[cfg(test)]
+impl Glance {
+    pub(super) fn of<'a>(owners: impl IntoIterator<Item = &'a str>) -> Self {
+        Self(owners.into_iter().map(str::to_owned).collect())
+    }
+}
+
+/// Asks the node at `node` over `connection` for all that it knows, and how many ranges of slots its answer named.
 ///
 /// # Errors
 /// It does not answer, refuses, or is no node of a cluster.
@@ -33,7 +72,7 @@ pub(super) async fn ask(
     connection: &mut Connection,
     node: &RedisAddress,
     slots: &[u16],
-) -> RedisResult<View> {
+) -> RedisResult<(View, usize)> {
     let mut both = Pipeline::with_capacity(2);
     both.cmd("CLUSTER").arg("SLOTS").cmd("CLUSTER").arg("NODES");
     let (ranges, nodes): (Value, Value) = both.query_async(connection).await.map_err(|error| {
@@ -42,7 +81,9 @@ pub(super) async fn ask(
     })?;
     // A verbatim string.
     let nodes: String = from_redis_value(nodes).map_err(|_| malformed("CLUSTER NODES"))?;
-    read(ranges, &epochs(&nodes), node, slots).ok_or_else(|| malformed("CLUSTER SLOTS"))
+    let count = if let Value::Array(ranges) = &ranges { ranges.len() } else { 0 };
+    let view = read(ranges, &epochs(&nodes), node, slots).ok_or_else(|| malformed("CLUSTER SLOTS"))?;
+    Ok((view, count))
 }
 
 fn malformed(question: &'static str) -> RedisError {
@@ -62,6 +103,7 @@ fn epochs(nodes: &str) -> HashMap<&str, u64> {
 /// `None`: it has not the shape `[[first, last, [host, port, id, …], replica, …], …]`.
 fn read(ranges: Value, epochs: &HashMap<&str, u64>, node: &RedisAddress, slots: &[u16]) -> Option<View> {
     let mut view = View { owners: vec![None; slots.len()], nodes: Vec::new() };
+    let mut is_named = HashSet::new();
     let Value::Array(ranges) = ranges else { return None };
     for range in ranges {
         let Value::Array(range) = range else { return None };
@@ -72,21 +114,26 @@ fn read(ranges: Value, epochs: &HashMap<&str, u64>, node: &RedisAddress, slots: 
             let Value::Array(server) = server else { return None };
             let mut fields = server.into_iter();
             let (host, port, id) = (fields.next()?, fields.next()?, fields.next()?);
-            let place = place(host, number(port)?, fields.next(), node);
-            if let Some(address) = &place
-                && view.nodes.len() < MOST_NODES
-                && !view.nodes.contains(address)
-            {
-                view.nodes.push(address.clone());
+            let (port, id) = (number(port)?, connection::text(id)?);
+            let is_owner = std::mem::replace(&mut is_owner, false);
+            let is_of_ours = is_owner && slots.iter().any(|slot| (first..=last).contains(slot));
+            // A node is named in each of its ranges: thousands of times.
+            let is_new = view.nodes.len() < MOST_NODES && !is_named.contains(&id);
+            if !is_of_ours && !is_new {
+                continue;
             }
-            if std::mem::replace(&mut is_owner, false) {
-                let id = connection::text(id)?;
+            let place = place(host, port, fields.next(), node);
+            if is_of_ours {
                 let epoch = epochs.get(id.as_str()).copied().unwrap_or(0);
                 let owned =
                     slots.iter().zip(&mut view.owners).filter(|(slot, _)| (first..=last).contains(slot));
                 for (_, owner) in owned {
                     *owner = place.clone().map(|address| Opinion { epoch, address, is_down: false });
                 }
+            }
+            is_named.insert(id);
+            if is_new && let Some(address) = place.filter(|address| !view.nodes.contains(address)) {
+                view.nodes.push(address);
             }
         }
     }
