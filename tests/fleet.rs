@@ -195,7 +195,7 @@ async fn a_user_who_may_not_see_the_proxies_learns_the_right_and_that_the_change
     let json: Value = serde_json::from_str(&set.said).expect("JSON");
     assert_eq!((&json["version"], &json["applied"]), (&json!(1), &Value::Null));
     assert!(set.errors.contains("version 1 is written, but who has it is not known"), "{set:?}");
-    assert!(set.errors.contains("+eval_ro +time +hlen +hgetall %R~{servers}:applied"), "{set:?}");
+    assert!(set.errors.contains("+eval_ro +time +hlen +hscan %R~{servers}:applied"), "{set:?}");
 }
 
 #[tokio::test]

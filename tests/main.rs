@@ -3,6 +3,7 @@
 //! One binary, so that it links once. `support` starts what a scenario needs on free ports and ends it by its own pid.
 
 mod admin;
+mod applied_bounds;
 mod architecture;
 mod balance;
 mod basics;

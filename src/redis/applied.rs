@@ -1,15 +1,17 @@
-//! Tells, under a lease, which table this proxy has applied, and tells a person who has applied which.
+//! Tells, under a lease, which table this proxy has applied. `applied/reports.rs` reads what all have told.
 //!
 //! On a connection of its own, at its own pace: however fast weights change, a pool is reported four times a second at
 //! most. A user that may not write says so once; nothing else depends on these reports. A proxy that dies is forgotten
 //! when its lease ends, one that drains takes its reports back.
+
+mod reports;
 
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
-use redis::{ErrorKind, FromRedisValue as _, RedisError, ServerErrorKind, Value};
+use redis::{ErrorKind, RedisError, ServerErrorKind};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, info};
@@ -20,22 +22,25 @@ use super::content::ContentHash;
 use super::parts;
 use super::primary::Primary;
 use super::trouble::Trouble;
-use super::unusable::{self, UnusableReport};
+use super::unusable;
 use super::{FIRST_PAUSE, Followed, LONGEST_PAUSE, Parts};
 use crate::balance::cell::Cell;
 use crate::config::Redis;
 use crate::runtime::backoff::{Backoff, jittered};
+pub use reports::{Report, Reports};
+pub(super) use reports::{question, reports};
 
 const SCRIPT: &str = include_str!("applied.lua");
 /// Between two looks at the snapshots: one atomic load each.
 const LOOK: Duration = Duration::from_millis(50);
-/// Between two reports of one pool.
+/// Between two reports of one pool, at least.
 const REST: Duration = Duration::from_millis(250);
+/// A report that took long is followed by a rest of so many times that, though no longer than until the lease is to be renewed:
+/// whatever makes it long, one proxy takes a twentieth of the server's time at most.
+const REST_PER_REPORT: u32 = 20;
 /// Between two reports of what has not changed. A lease outlives two that are lost.
 const RENEWAL: Duration = Duration::from_secs(5);
 const LEASE: Duration = Duration::from_secs(15);
-/// Whoever is alive and reaches Redis has reported again within this time: a renewal, and the time of its way.
-const PATIENCE: Duration = Duration::from_secs(6);
 /// Between two looks at who is leaving, which are looks over all backends.
 const LEAVING_LOOK: Duration = Duration::from_millis(500);
 /// After a change in who is leaving, it is told once more: whoever waits for a last session believes no report that was made sooner than
@@ -50,39 +55,8 @@ const LEAVING: char = ';';
 const UNNAMED: char = '+';
 /// Backends that are leaving in one report, those with the most sessions first: a report has some 25 kB at most.
 const MOST_LEAVING: usize = 1_000;
-/// Every so many reports, the first among them, those whose lease has ended are forgotten: it costs a read of all.
-const REPORTS_PER_CLEANING: u32 = 100;
 /// Taking reports back must not hold anything up.
 const LEAVING_TIME: Duration = Duration::from_secs(1);
-/// More than any fleet: so many are read at once.
-const MOST_PROXIES: usize = 10_000;
-
-/// What one proxy has applied.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Report {
-    /// `host/pid/four hex digits`, since a host's name and a pid may both be the same in two containers.
-    pub proxy: String,
-    /// Of the table in its newest snapshot.
-    pub hash: ContentHash,
-    /// The backends that it knows to be in drain or maint, and others that have sessions and are to get none; each with its
-    /// sessions.
-    pub leaving: Vec<(String, u32)>,
-    /// How many more there are, each with as few sessions as the last of `leaving`, or fewer.
-    pub unnamed: usize,
-    /// The backends that get no sessions from it. `None`: an older proxy, which does not say.
-    pub unusable: Option<UnusableReport>,
-    /// How long ago it was made, by the clock of Redis.
-    pub age: Duration,
-}
-
-/// What all proxies together have applied.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Reports {
-    /// Of the proxies whose lease has not ended, in the order of their names.
-    pub live: Vec<Report>,
-    /// More than zero after Redis has lost reports, or was away: others may be alive, and will have reported by then.
-    pub are_all_in: Duration,
-}
 
 /// Reports what is applied of `followed` until `leaving` is ready, then takes the reports back.
 pub async fn run(
@@ -117,44 +91,6 @@ pub async fn run(
         }
     })
     .await;
-}
-
-/// Asks who has applied what, by EVAL or EVAL_RO. [`reports`] reads the answer.
-pub(super) fn question(eval: &str, companions: &Companions) -> redis::Cmd {
-    let mut question = command(eval, &companions.applied);
-    question.arg("live").arg(MOST_PROXIES).arg(LEASE.as_millis() as u64).arg(PATIENCE.as_millis() as u64);
-    question
-}
-
-pub(super) fn reports(answer: Vec<Value>) -> Reports {
-    let mut answer = answer.into_iter();
-    let wait = answer.next().and_then(|wait| u64::from_redis_value(wait).ok());
-    let mut texts = answer.map(|value| match value {
-        Value::BulkString(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
-        _ => String::new(),
-    });
-    let mut live = Vec::new();
-    while let (Some(proxy), Some(content), Some(age)) = (texts.next(), texts.next(), texts.next()) {
-        let mut parts = content.split(LEAVING);
-        let hash = ContentHash::reported(parts.next().unwrap_or_default().to_owned());
-        let (mut leaving, mut unnamed, mut unusable) = (Vec::new(), 0, None);
-        for part in parts {
-            if unusable::take(&mut unusable, part) {
-                continue;
-            }
-            if let Some(count) = part.strip_prefix(UNNAMED).and_then(|count| count.parse().ok()) {
-                unnamed = count;
-            } else if let Some((backend, sessions)) = part.rsplit_once('=')
-                && let Ok(sessions) = sessions.parse()
-            {
-                leaving.push((backend.to_owned(), sessions));
-            }
-        }
-        let age = age.parse().map_or(Duration::ZERO, Duration::from_millis);
-        live.push(Report { proxy, hash, leaving, unnamed, unusable, age });
-    }
-    live.sort();
-    Reports { live, are_all_in: wait.map_or(PATIENCE, Duration::from_millis) }
 }
 
 fn command(eval: &str, key: &str) -> redis::Cmd {
@@ -241,7 +177,9 @@ impl Reporter<'_> {
         let key = self.followed.first().map(|followed| Companions::of(&followed.key).applied);
         let key = key.unwrap_or_default();
         let cure = if connection::is_of_rights(error) {
-            format!("to be seen, grant the ACL user +eval +time +hset +hdel +hgetall +pexpire ~{key}")
+            format!(
+                "to be seen, grant the ACL user +eval +time +hset +hdel +hget +hstrlen +hscan +pexpire ~{key}"
+            )
         } else {
             format!("{key}, or that of another pool, holds something else than a hash: delete it")
         };
@@ -257,7 +195,7 @@ impl Reporter<'_> {
             for ((Followed { key, cell, .. }, said), has_reported) in
                 followed.iter().zip(&mut said).zip(&self.has_reported)
             {
-                let Some((hash, cleans)) = said.news(cell, Instant::now()) else { continue };
+                let Some(hash) = said.news(cell, Instant::now()) else { continue };
                 let turn = match said.reports {
                     1 if has_reported.swap(true, Relaxed) => "again",
                     1 => "first",
@@ -265,10 +203,12 @@ impl Reporter<'_> {
                 };
                 let mut report = command("EVAL", &Companions::of(key).applied);
                 report.arg("report").arg(&self.proxy).arg(hash).arg(LEASE.as_millis() as u64);
-                report.arg(u8::from(cleans)).arg(turn);
+                report.arg(turn);
+                let asked = Instant::now();
                 if let Err(error) = report.query_async::<()>(connection).await {
                     return error;
                 }
+                said.rest_after(asked.elapsed());
             }
             sleep(LOOK).await;
         }
@@ -319,24 +259,25 @@ impl Refusal {
 }
 
 impl Said {
-    /// What is to be reported now, if anything, and whether to clean up with it.
-    fn news(&mut self, cell: &Cell, now: Instant) -> Option<(String, bool)> {
+    /// What is to be reported now, if anything.
+    fn news(&mut self, cell: &Cell, now: Instant) -> Option<String> {
+        if self.rests_until.is_some_and(|rested| now < rested) {
+            return None;
+        }
         let version = cell.load().version;
         let mut is_due = self.renewal.is_none_or(|renewal| renewal <= now);
         if self.repeat.is_some_and(|repeat| repeat <= now) {
             (self.repeat, self.next_look) = (None, None);
             is_due = true;
         }
-        if version != self.version && self.rests_until.is_none_or(|rested| rested <= now) {
+        if version != self.version {
             // A new table may have new states.
             self.next_look = None;
             let (version, hash) = applied(cell);
             is_due |= self.hash.as_ref() != Some(&hash);
             (self.version, self.hash) = (version, Some(hash));
         }
-        if self.next_look.is_none_or(|look| look <= now)
-            && self.rests_until.is_none_or(|rested| rested <= now)
-        {
+        if self.next_look.is_none_or(|look| look <= now) {
             let leaving = leaving(cell);
             if self.leaving != leaving {
                 is_due = true;
@@ -352,7 +293,15 @@ impl Said {
         self.rests_until = Some(now + REST);
         self.renewal = Some(now + jittered(RENEWAL));
         self.reports += 1;
-        Some((content, self.reports % REPORTS_PER_CLEANING == 1))
+        Some(content)
+    }
+
+    /// A report took so long.
+    fn rest_after(&mut self, took: Duration) {
+        let rest = (took * REST_PER_REPORT).clamp(REST, RENEWAL);
+        self.rests_until = Some(Instant::now() + rest);
+        // What has not changed is not told before that either.
+        self.renewal = self.renewal.max(self.rests_until);
     }
 }
 
@@ -416,7 +365,7 @@ mod tests {
         let mut said = Said::default();
         let mut news = |cell: &Cell| said.news(cell, Instant::now());
         let first = news(&cell).expect("the first is news");
-        assert!(first.1, "the first cleans up");
+        assert_eq!(first, format!("{};!", applied(&cell).1));
         assert_eq!(news(&cell), None);
 
         tokio::time::advance(REST).await;
@@ -428,12 +377,27 @@ mod tests {
         assert_eq!(reports, 1);
         tokio::time::advance(REST).await;
         let last = news(&cell).expect("where the burst ended is news");
-        assert_eq!(last, (format!("{};!", applied(&cell).1), false));
+        assert_eq!(last, format!("{};!", applied(&cell).1));
 
         cell.refresh();
         tokio::time::advance(REST).await;
         assert_eq!(news(&cell), None, "a snapshot of the same table is none");
         tokio::time::advance(RENEWAL * 2).await;
         assert_eq!(news(&cell), Some(last));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_report_that_took_long_is_followed_by_a_rest_of_twenty_times_that_and_a_lease_is_renewed() {
+        let cell = Cell::new(table(1.0), Balance::WeightedRandom, 1);
+        for (took, rest) in [(1, 250), (13, 260), (100, 2_000), (9_000, 5_000)] {
+            let mut said = Said::default();
+            said.news(&cell, Instant::now()).expect("the first is news");
+            said.rest_after(Duration::from_millis(took));
+            cell.publish(table(took as f64 + 0.5));
+            tokio::time::advance(Duration::from_millis(rest - 1)).await;
+            assert_eq!(said.news(&cell, Instant::now()), None, "{took} ms");
+            tokio::time::advance(Duration::from_millis(1)).await;
+            assert!(said.news(&cell, Instant::now()).is_some(), "{took} ms");
+        }
     }
 }

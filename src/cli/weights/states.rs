@@ -8,12 +8,12 @@ use clap::Args;
 use serde_json::json;
 use tokio::time::{Instant, sleep};
 
-use super::{Failure, Settings, Target, check_count, settings, show};
+use super::{Failure, Settings, Target, check_count, settings, show, wait};
 use crate::balance::{AdminState, BackendId};
 use crate::cli::say;
 use crate::redis::weights::{ContentHash, LANDING, Ledger, Report, Reports};
 
-/// Between two looks: a proxy reports a change within three quarters of a second, and once more two seconds after the last.
+/// Between two looks, at least: a proxy reports a change within three quarters of a second, and once more two seconds after the last.
 const LOOK: Duration = Duration::from_millis(100);
 /// Between two lines that say who is waited for.
 const TELL: Duration = Duration::from_secs(5);
@@ -84,7 +84,7 @@ pub(super) async fn put(
 async fn wait_for(ledger: &mut Ledger, members: &[BackendId], limit: Duration) -> Result<usize, Failure> {
     let (begun, mut told) = (Instant::now(), Instant::now());
     loop {
-        let written = begun.elapsed();
+        let (written, asked) = (begun.elapsed(), Instant::now());
         let Reports { live, are_all_in } = ledger.applied().await?;
         // A proxy does not name who has left the table and has no sessions.
         let are_named = |report: &Report| members.iter().all(|member| sessions(report, member).is_some());
@@ -103,7 +103,7 @@ async fn wait_for(ledger: &mut Ledger, members: &[BackendId], limit: Duration) -
             told = Instant::now();
             eprintln!("statera: {}", show::printable(&waits));
         }
-        sleep(LOOK).await;
+        sleep(wait::rest_after(asked.elapsed(), LOOK).min(limit.saturating_sub(begun.elapsed()))).await;
     }
 }
 

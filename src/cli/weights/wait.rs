@@ -7,8 +7,12 @@ use tokio::time::{Instant, sleep};
 use super::Failure;
 use crate::redis::weights::{Done, Ledger, Report, Reports, WeightsError};
 
-/// Between two looks: a proxy reports within 50 ms of a change.
+/// Between two looks, at least: a proxy reports within 50 ms of a change.
 const LOOK: Duration = Duration::from_millis(50);
+/// A look that took long is followed by a rest of so many times that: whatever stands in redis, one command that waits takes a
+/// fifth of its time at most.
+const REST_PER_LOOK: u32 = 4;
+const LONGEST_REST: Duration = Duration::from_secs(5);
 /// Named in a message.
 const MOST_NAMED: usize = 20;
 
@@ -58,6 +62,7 @@ impl Fleet {
 pub(super) async fn for_fleet(ledger: &mut Ledger, done: &Done, limit: Duration) -> Result<Fleet, Failure> {
     let (begun, hash) = (Instant::now(), done.hash());
     loop {
+        let asked = Instant::now();
         let Reports { live, are_all_in } = ledger.applied().await.map_err(|error| {
             let text = format!("version {} is written, but who has it is not known: {error}", done.version);
             match error {
@@ -71,6 +76,24 @@ pub(super) async fn for_fleet(ledger: &mut Ledger, done: &Done, limit: Duration)
         if fleet.has_converged() || begun.elapsed() >= limit {
             return Ok(fleet);
         }
-        sleep(LOOK).await;
+        sleep(rest_after(asked.elapsed(), LOOK).min(limit.saturating_sub(begun.elapsed()))).await;
+    }
+}
+
+/// The rest after a look that took so long, where looks that cost nothing are `shortest` apart.
+pub(super) fn rest_after(took: Duration, shortest: Duration) -> Duration {
+    took.saturating_mul(REST_PER_LOOK).clamp(shortest, LONGEST_REST)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_look_that_costs_redis_much_is_followed_by_a_longer_rest() {
+        let rest = |millis| rest_after(Duration::from_millis(millis), LOOK);
+        assert_eq!(rest(1), LOOK);
+        assert_eq!(rest(100), Duration::from_millis(400));
+        assert_eq!(rest(60_000), LONGEST_REST);
     }
 }

@@ -25,6 +25,19 @@ pub(super) enum Asked {
     ToRead,
     ToWrite,
     WhoHasIt,
+    /// Which backends are in drain or maint.
+    States,
+}
+
+impl Asked {
+    /// The key beside the table that was read.
+    fn key(self, companions: &Companions) -> &str {
+        match self {
+            Self::ToRead | Self::ToWrite => &companions.history,
+            Self::WhoHasIt => &companions.applied,
+            Self::States => &companions.states,
+        }
+    }
 }
 
 /// Nobody told where the key is: `written` is whom the config names.
@@ -83,12 +96,11 @@ pub(super) fn of_redis(
         ));
     }
     if connection::is_too_large(error) && asked != Asked::ToWrite {
-        let written = if asked == Asked::WhoHasIt { &companions.applied } else { &companions.history };
-        return WeightsError::Refused(holds_too_much(written));
+        return WeightsError::Refused(holds_too_much(asked.key(companions)));
     }
     if !connection::is_refusal(error) {
         let unknown = match asked {
-            Asked::ToRead | Asked::WhoHasIt => "",
+            Asked::ToRead | Asked::WhoHasIt | Asked::States => "",
             Asked::ToWrite => {
                 ": it is not known whether the change was made: look with `statera weights history`"
             }
@@ -101,14 +113,24 @@ pub(super) fn of_redis(
             connection::cure(error)
         ));
     }
+    if matches!(asked, Asked::WhoHasIt | Asked::States) {
+        let key = asked.key(companions);
+        if error.code() == Some("TOOLARGE") {
+            return WeightsError::Refused(holds_too_much(key));
+        }
+        if error.to_string().contains("WRONGTYPE") {
+            return WeightsError::Refused(holds_another_kind(key, "a hash"));
+        }
+    }
     let pattern = companions.pattern();
     let cure = match error.kind() {
         // What a script may not call is not told by the code.
         _ if asked == Asked::WhoHasIt && connection::is_of_rights(error) => {
-            format!("grant the ACL user +eval_ro +time +hlen +hgetall %R~{}", companions.applied)
+            format!("grant the ACL user +eval_ro +time +hlen +hscan %R~{}", companions.applied)
         }
         ErrorKind::Server(ServerErrorKind::NoPerm) => match asked {
             Asked::ToRead => format!("grant the ACL user +eval_ro +xrevrange %R~{key} %R{pattern}"),
+            Asked::States => format!("grant the ACL user +hlen +hgetall %R~{}", companions.states),
             Asked::ToWrite | Asked::WhoHasIt => format!("grant the ACL user +eval ~{key} {pattern}"),
         },
         ErrorKind::Server(ServerErrorKind::CrossSlot) => {
@@ -125,7 +147,9 @@ pub(super) fn of_redis(
 pub(super) fn of_script(table: &str, command: &str, key: &str, reason: &str) -> WeightsError {
     let lower = command.to_lowercase();
     let has = |part: &str| reason.contains(part);
-    let message = if reason == "TOOLARGE" {
+    let message = if reason == "TOOLARGE" && key != table {
+        holds_too_much(key)
+    } else if reason == "TOOLARGE" {
         let has = if command == "ZADD" { "would have" } else { "has" };
         format!("{key} {has} more than {} members: split the pool", super::MAX_MEMBERS)
     } else if let Some(longest) = reason.strip_prefix("OVERSIZED ") {
@@ -137,10 +161,11 @@ pub(super) fn of_script(table: &str, command: &str, key: &str, reason: &str) -> 
     } else if has("WRONGTYPE") {
         let kind = match command {
             "XREVRANGE" | "XADD" => "a stream",
-            "GET" | "SET" => "a number",
+            "GETRANGE" | "GET" | "SET" => "a number",
+            command if command.starts_with('H') => "a hash",
             _ => "a sorted set",
         };
-        format!("{key} holds something else than {kind}: rename or delete it")
+        holds_another_kind(key, kind)
     } else if tells_of_rights(reason) {
         format!("redis refuses {command} on {key}: grant the ACL user +{lower} ~{key}")
     } else if has("READONLY") || has("read-only") || has("read only") {
@@ -151,6 +176,10 @@ pub(super) fn of_script(table: &str, command: &str, key: &str, reason: &str) -> 
         format!("redis refuses {command} on {key}: {reason}")
     };
     WeightsError::Refused(message)
+}
+
+fn holds_another_kind(key: &str, kind: &str) -> String {
+    format!("{key} holds something else than {kind}: rename or delete it")
 }
 
 /// A key beside the table, which others have written too.

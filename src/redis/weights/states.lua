@@ -1,23 +1,47 @@
 -- Puts members of a table into a state, or takes them out of it, all or none.
 --
 -- KEYS, of one slot: the weights (a sorted set), the states (a hash of backends that are not ready). ARGV: the state (ready,
--- drain, maint), then the backends. Returns "done" and for each the state before, or "missing" and those that are neither
--- members nor, where they are to be ready, in another state. For Redis 6.2 and later, Cluster too.
+-- drain, maint), then the backends. Returns "done" and for each the state before; "missing" and those that are neither
+-- members nor, where they are to be ready, in another state; or "refused", a command, its key and why Redis refuses it. For
+-- Redis 6.2 and later, Cluster too.
 
 local key, states, state = KEYS[1], KEYS[2], ARGV[1]
-local before, missing = { 'done' }, { 'missing' }
-for i = 2, #ARGV do
-    local held = redis.call('HGET', states, ARGV[i])
-    local is_known = redis.call('ZSCORE', key, ARGV[i]) or (state == 'ready' and held)
-    if not is_known then missing[#missing + 1] = ARGV[i] end
-    before[#before + 1] = held or 'ready'
+-- Other clients can write a value of 512 MB. What is longer is no state.
+local LONGEST_STATE = 32
+
+-- Ends the script: told with the command and the key, which Redis's own messages lack.
+local function call(command, target, ...)
+    local answer = redis.pcall(command, target, ...)
+    if type(answer) == 'table' and answer.err then error({ 'refused', command, target, answer.err }, 0) end
+    return answer
 end
-if #missing > 1 then return missing end
-for i = 2, #ARGV do
-    if state == 'ready' then
-        redis.call('HDEL', states, ARGV[i])
-    else
-        redis.call('HSET', states, ARGV[i], state)
+
+-- nil where it has none. Users who were granted what an earlier version asked for may HGET alone.
+local function state_of(member)
+    local length = redis.pcall('HSTRLEN', states, member)
+    if type(length) == 'number' and length > LONGEST_STATE then return 'unknown' end
+    return call('HGET', states, member) or nil
+end
+
+local function run()
+    local before, missing = { 'done' }, { 'missing' }
+    for i = 2, #ARGV do
+        local held = state_of(ARGV[i])
+        local is_known = call('ZSCORE', key, ARGV[i]) or (state == 'ready' and held)
+        if not is_known then missing[#missing + 1] = ARGV[i] end
+        before[#before + 1] = held or 'ready'
     end
+    if #missing > 1 then return missing end
+    for i = 2, #ARGV do
+        if state == 'ready' then
+            call('HDEL', states, ARGV[i])
+        else
+            call('HSET', states, ARGV[i], state)
+        end
+    end
+    return before
 end
-return before
+
+local done, result = pcall(run)
+if done or type(result) == 'table' and result[1] == 'refused' then return result end
+return redis.error_reply(tostring(result))

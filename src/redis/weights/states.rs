@@ -34,6 +34,12 @@ impl Ledger {
         let words: Vec<String> = words.collect();
         match outcome.as_deref() {
             Some("done") => Ok(words),
+            Some("refused") => Err(match <[String; 3]>::try_from(words) {
+                Ok([command, key, reason]) => refusal::of_script(&self.key, &command, &key, &reason),
+                Err(_) => {
+                    WeightsError::Refused("redis answered the script with something unknown".to_owned())
+                }
+            }),
             _ => {
                 let names = words.into_iter().take(10).collect::<Vec<_>>().join(", ");
                 Err(WeightsError::Refused(format!("{} has no member {names}: nothing was changed", self.key)))
@@ -48,9 +54,8 @@ impl Ledger {
     pub async fn states(&mut self) -> Result<Vec<(String, String)>, WeightsError> {
         let key = &self.companions.states;
         let count: Result<usize, _> = redis::cmd("HLEN").arg(key).query_async(&mut self.connection).await;
-        let count = count.map_err(|error| self.refused(&error, refusal::Asked::ToRead))?;
+        let count = count.map_err(|error| self.refused(&error, refusal::Asked::States))?;
         if count > MOST_STATES {
-            let key = &self.companions.states;
             return Err(WeightsError::Refused(format!(
                 "{key} has {count} fields: delete those that are no backends"
             )));
@@ -58,7 +63,7 @@ impl Ledger {
         let mut fields = redis::cmd("HGETALL");
         fields.arg(&self.companions.states);
         let fields: Result<Vec<(Vec<u8>, Vec<u8>)>, _> = fields.query_async(&mut self.connection).await;
-        let fields = fields.map_err(|error| self.refused(&error, refusal::Asked::ToRead))?;
+        let fields = fields.map_err(|error| self.refused(&error, refusal::Asked::States))?;
         let mut states: Vec<_> =
             fields.iter().map(|(backend, state)| (printable(backend), printable(state))).collect();
         states.sort_unstable();

@@ -1,0 +1,104 @@
+//! Whatever stands in the key of reports, a report costs Redis a bounded time, and what has ended is forgotten step by step.
+
+use redis::Value;
+
+use crate::support::{Desk, Program, Redis, eventually};
+
+const A: &str = "10.0.0.1:80";
+const KEY: &str = "{servers}:applied";
+
+/// Calls of a command, from wherever, as the server counts them.
+async fn calls(redis: &Redis, command: &str) -> u64 {
+    let info: String = redis::from_redis_value(redis.run("INFO commandstats").await).expect("a text");
+    let line = info.lines().find_map(|line| line.strip_prefix(&format!("cmdstat_{command}:calls=")));
+    line.and_then(|line| line.split(',').next()?.parse().ok()).unwrap_or(0)
+}
+
+/// Makes fields of `count` proxies, whose leases end at `ends` and whose names and reports are that long.
+async fn fill(redis: &Redis, count: u32, ends: u64, length: u32) {
+    const PIECE: u32 = 20_000;
+    let fill = "local text = string.rep('x', tonumber(ARGV[4])) \
+                for i = tonumber(ARGV[1]), tonumber(ARGV[2]) do \
+                redis.call('HSET', KEYS[1], 'edge/' .. i .. '/' .. text, ARGV[3] .. ' ' .. text) end";
+    for first in (1..=count).step_by(PIECE as usize) {
+        let last = count.min(first + PIECE - 1);
+        let numbers = [u64::from(first), u64::from(last), ends, u64::from(length)].map(|n| n.to_string());
+        let words = ["EVAL", fill, "1", KEY].into_iter().chain(numbers.iter().map(String::as_str));
+        redis.run_words(&words.collect::<Vec<_>>()).await;
+    }
+}
+
+async fn fields(redis: &Redis) -> i64 {
+    let Value::Int(count) = redis.run(&format!("HLEN {KEY}")).await else { panic!("no number") };
+    count
+}
+
+/// A new table each time, since each is reported.
+async fn change(desk: &Desk) {
+    let weight = fastrand::u32(..);
+    desk.redis.run(&format!("ZADD servers {weight} {A}")).await;
+}
+
+#[tokio::test]
+async fn a_report_reads_a_bounded_number_of_fields_beside_hundreds_of_thousands_of_leases() {
+    const MOST_SCANS: u64 = 500;
+    let desk = Desk::start().await;
+    for ends in [1_000, 99_999_999_999_999] {
+        desk.redis.run(&format!("DEL {KEY}")).await;
+        fill(&desk.redis, 200_000, ends, 4).await;
+        desk.redis.run("CONFIG RESETSTAT").await;
+        let _program = Program::run(&desk.yaml(""));
+        eventually("it reports a few times", || async {
+            change(&desk).await;
+            calls(&desk.redis, "pexpire").await >= 4
+        })
+        .await;
+        let (reports, scans) = (calls(&desk.redis, "pexpire").await, calls(&desk.redis, "hscan").await);
+        assert!(scans > 0 && scans <= reports * MOST_SCANS, "{scans} scans for {reports} reports");
+        assert_eq!(calls(&desk.redis, "hgetall").await, 0);
+        assert!(fields(&desk.redis).await > 150_000);
+
+        // Who has the table cannot be told then, which costs nothing either.
+        let set = desk.weights(&format!("set web {A}=1 --wait=20s")).await;
+        assert!(
+            set.code == Some(1) && set.errors.contains("is written, but who has it is not known"),
+            "{set:?}"
+        );
+        assert!(
+            set.errors.contains(&format!("{KEY} holds more than statera writes there: delete it")),
+            "{set:?}"
+        );
+        desk.redis.run(&format!("DEL {KEY}")).await;
+        let set = desk.weights(&format!("set web {A}=2 --wait=20s")).await;
+        assert!(set.said.ends_with("applied by 1 proxy\n"), "{set:?}");
+    }
+}
+
+#[tokio::test]
+async fn leases_that_have_ended_and_values_that_are_none_are_forgotten_step_by_step() {
+    let desk = Desk::start().await;
+    fill(&desk.redis, 1_500, 1_000, 4).await;
+    // No proxy's: too long for a name or a report, or no lease.
+    fill(&desk.redis, 3, 99_999_999_999_999, 1 << 20).await;
+    desk.redis.run_words(&["HSET", KEY, "a", "", "b", "x", "c", "-1 x", "d", "1e99 y", "e", "5 a b"]).await;
+    let _program = Program::run(&desk.yaml(""));
+    eventually("its own report is left, and two fields of no proxy", || async {
+        change(&desk).await;
+        fields(&desk.redis).await == 3
+    })
+    .await;
+    let set = desk.weights(&format!("set web {A}=1 --wait=20s")).await;
+    assert!(set.code == Some(0) && set.said.ends_with("applied by 1 proxy\n"), "{set:?}");
+}
+
+/// As the example of an earlier version granted them.
+#[tokio::test]
+async fn without_the_right_to_look_through_reports_a_proxy_reports_all_the_same() {
+    let desk = Desk::start().await;
+    desk.redis.run(&format!("ZADD servers 1 {A}")).await;
+    let seen = "~{servers}:applied +eval +time +hset +hdel +hgetall +pexpire";
+    desk.redis.grant_to("proxy", &format!("{} {seen}", crate::support::LEAST_RIGHTS)).await;
+    let _program = Program::run(&desk.yaml("username: proxy, password: secret,"));
+    let set = desk.weights(&format!("set web {A}=2 --wait=20s")).await;
+    assert!(set.code == Some(0) && set.said.ends_with("applied by 1 proxy\n"), "{set:?}");
+}
