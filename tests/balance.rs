@@ -124,3 +124,24 @@ async fn sessions_that_stay_are_spread_by_how_many_each_backend_has() {
     let more = open.iter().filter(|(name, _)| name == "a").count() - busy;
     assert!(more <= 20, "{more} of 90 went to the one that had {busy}");
 }
+
+#[tokio::test]
+async fn a_backend_that_lost_its_sessions_gets_all_new_ones_until_it_has_as_many_as_the_others() {
+    const NAMES: [&str; 20] =
+        ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "l", "m", "n", "o", "p", "q", "r", "s", "t"];
+    let all = backends(&NAMES).await;
+    let proxy = Proxy::web("", &format!("balance: least_conn, backends: {{{}}}", table(&all)));
+    let mut open: Vec<(String, TcpStream)> = Vec::new();
+    for number in 0..200 {
+        open.push(greeted(client(number), proxy.address()).await);
+    }
+    open.retain(|(name, _)| name != "c");
+    assert_eq!(open.len(), 190, "each of them had ten");
+    let active = format!("statera_backend_connections_active{{pool=\"web\",backend=\"{}\"}}", all[2].address);
+    eventually("its sessions have ended", || async { proxy.metric(&active) == Some(0.0) }).await;
+    for number in 0..10 {
+        let (name, stream) = greeted(client(number), proxy.address()).await;
+        assert_eq!(name, "c", "session {number}");
+        open.push((name, stream));
+    }
+}

@@ -62,12 +62,13 @@ enum Case {
 }
 
 impl Case {
-    const ALL: [Self; 11] = [
+    const ALL: [Self; 12] = [
         Self::Pick("weighted_random", 10),
         Self::Pick("weighted_random", 10_000),
         Self::Pick("weighted_round_robin", 10),
         Self::Pick("weighted_round_robin", 10_000),
         Self::Pick("least_conn", 10),
+        Self::Pick("least_conn", 64),
         Self::Pick("least_conn", 10_000),
         Self::Pick("source_hash", 10),
         Self::Pick("source_hash", 10_000),

@@ -13,6 +13,7 @@ pub mod cause;
 pub mod cell;
 pub mod condition;
 mod departed;
+mod least_conn;
 pub mod leaving;
 pub mod lua_pick;
 mod maglev;
@@ -45,7 +46,7 @@ pub enum Balance {
     WeightedRandom,
     /// Picks are spread evenly: after any number of them each backend is within a few sessions of its exact share.
     WeightedRoundRobin,
-    /// Of two backends drawn by weight, the one with fewer active sessions for its weight.
+    /// The backend with the fewest active sessions for its weight: of all, or in large pools of some that are drawn by weight.
     LeastConn,
     /// A client's address always leads to the same backend, on every proxy of the fleet.
     SourceHash,

@@ -43,6 +43,13 @@ impl Places {
         self.active.load(Relaxed)
     }
 
+    /// `None`: it has as many sessions as it may have.
+    #[inline]
+    pub(super) fn active_unless_full(&self) -> Option<u32> {
+        let active = self.active.load(Relaxed);
+        (self.most == 0 || active < self.most).then_some(active)
+    }
+
     pub(super) fn is_full(&self) -> bool {
         self.most > 0 && self.active.load(SeqCst) >= self.most
     }
@@ -137,7 +144,7 @@ pub(super) fn take_another<'a>(
 ) -> Result<(&'a Member, Place), Refusal> {
     let mut point = point;
     for _ in 0..REDRAWS {
-        // Twice, since `least_conn` uses up the next one.
+        // Twice, as in all versions: proxies of a fleet that mixes them lead a client of `source_hash` to the same backend.
         point = mix(mix(point));
         if let Some(member) = draw(point)
             && let Ok(place) = take(member)

@@ -303,7 +303,7 @@ impl Pool {
     #[inline]
     fn draw<'a>(&self, snapshot: &'a Snapshot, tried: &[BackendId], point: u64) -> Option<&'a Member> {
         match self.balance {
-            Balance::LeastConn => snapshot.pick_less_busy(point, tried),
+            Balance::LeastConn => snapshot.pick_least_busy(point, tried),
             _ => snapshot.pick(point, tried),
         }
     }

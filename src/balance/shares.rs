@@ -73,6 +73,24 @@ impl Shares {
         Some(stretch)
     }
 
+    /// The stretch that `point` names among the first 64, once those whose bit in `among` is not set are cut out. At least one
+    /// bit is set, and none beyond the last stretch.
+    #[inline]
+    pub(crate) fn at_among(&self, point: u64, among: u64) -> usize {
+        let width = |i: usize| self.ends[i] - if i == 0 { 0 } else { self.ends[i - 1] };
+        // All of them together are at most the whole line, which fits.
+        let total: u64 = set_bits(among).map(width).sum();
+        let mut target = ((u128::from(point) * u128::from(total)) >> 64) as u64;
+        for i in set_bits(among) {
+            if target < width(i) {
+                return i;
+            }
+            target -= width(i);
+        }
+        // All are too narrow to hold a point: any of them.
+        among.trailing_zeros() as usize
+    }
+
     /// The stretch that `point` names once the stretches for which `excluded` holds are cut out and the rest is
     /// stretched to fill the line. Walks all stretches: for retries.
     pub(crate) fn at_excluding(&self, point: u64, excluded: impl Fn(usize) -> bool) -> Option<usize> {
@@ -88,6 +106,15 @@ impl Shares {
         }
         None
     }
+}
+
+/// The places of the bits that are set, the lowest first.
+fn set_bits(mut bits: u64) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        let lowest = (bits != 0).then(|| bits.trailing_zeros() as usize)?;
+        bits &= bits - 1;
+        Some(lowest)
+    })
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@
 use std::sync::Arc;
 
 use super::backend::Registry;
+use super::least_conn::LeastConn;
 use super::maglev::{Maglev, mix};
 pub use super::member::Member;
 use super::member::{Weighed, begin_ramps, known, weigh};
@@ -60,6 +61,8 @@ pub struct Snapshot {
     sequence: Arc<Sequence>,
     /// Over the same as `shares`, for `source_hash` alone.
     maglev: Option<Maglev>,
+    /// Over the same as `shares`, for `least_conn` alone.
+    least_conn: Option<LeastConn>,
 }
 
 impl Snapshot {
@@ -132,6 +135,7 @@ impl Snapshot {
         stand_ins.sort_by_key(|member| member.effective_weight.is_zero());
         (self.fails_open, self.ramps) = (fails_open, ramps);
         (self.shares, self.maglev) = (shares(&stand_ins), maglev(&stand_ins, policy.balance));
+        self.least_conn = least_conn(&stand_ins, policy.balance);
         self.stand_ins = stand_ins;
     }
 
@@ -145,6 +149,7 @@ impl Snapshot {
         let Weighed { fails_open, ramps } = weigh(&mut members, policy);
         members.sort_by_key(|member| member.effective_weight.is_zero());
         let (shares, maglev) = (shares(&members), maglev(&members, policy.balance));
+        let least_conn = least_conn(&members, policy.balance);
         Self {
             version,
             origin,
@@ -154,6 +159,7 @@ impl Snapshot {
             shares,
             sequence,
             maglev,
+            least_conn,
             members,
         }
     }
@@ -200,17 +206,15 @@ impl Snapshot {
         self.members_and_stand_ins().filter(|member| member.wants_sessions())
     }
 
-    /// Of two that `point` names, the one with fewer active sessions for its weight; leaves out those in `tried`. `None`: none is
-    /// left.
+    /// The backend with the fewest active sessions for its weight (of all, or in a large pool of some that `point` draws), leaving
+    /// out those in `tried` and those that would refuse the session. Where all that are left would refuse it, one of them.
+    /// `None`: none is left.
     #[inline]
     #[must_use]
-    pub fn pick_less_busy(&self, point: u64, tried: &[BackendId]) -> Option<&Member> {
-        let first = self.pick(point, tried)?;
-        let second = self.pick(mix(point), tried)?;
-        // With the session that is to come, else the lighter ones would get the first sessions like the heavy ones.
-        let load =
-            |member: &Member| (f64::from(member.backend.active()) + 1.0) / member.effective_weight.get();
-        Some(if load(second) < load(first) { second } else { first })
+    pub fn pick_least_busy(&self, point: u64, tried: &[BackendId]) -> Option<&Member> {
+        let members = self.picked_from();
+        let least = self.least_conn.as_ref().and_then(|all| all.pick(members, &self.shares, point, tried));
+        least.map(|index| &members[index]).or_else(|| self.pick(point, tried))
     }
 
     /// The one that a client with this hash belongs to; where that is in `tried`, the client's next one, by weight. `None`: none is
@@ -250,6 +254,11 @@ fn maglev(members: &[Member], balance: Balance) -> Option<Maglev> {
     let members = pickable(members).iter();
     let names = members.map(|member| (member.backend.id().as_str(), member.effective_weight.get()));
     (balance == Balance::SourceHash).then(|| Maglev::new(names))
+}
+
+fn least_conn(members: &[Member], balance: Balance) -> Option<LeastConn> {
+    let weights = pickable(members).iter().map(|member| member.effective_weight.get());
+    (balance == Balance::LeastConn).then(|| LeastConn::new(weights))
 }
 
 fn shares(members: &[Member]) -> Shares {
@@ -341,13 +350,14 @@ mod tests {
         let mut rng = fastrand::Rng::with_seed(seed);
         for spread in [0.0, 3.0] {
             let weights: Vec<f64> = (0..100).map(|_| 1.0 + spread * rng.f64()).collect();
-            let snapshot = snapshot(&weights);
+            let snapshot =
+                Snapshot::new(1, Origin::Redis, &table(&weights), Balance::LeastConn, &Registry::new(1));
             let mut sessions = Vec::new();
             for step in 0..50_000 {
                 if step >= 5_000 {
                     sessions.swap_remove(rng.usize(..sessions.len()));
                 }
-                let member = snapshot.pick_less_busy(rng.u64(..), &[]).expect("weights are positive");
+                let member = snapshot.pick_least_busy(rng.u64(..), &[]).expect("weights are positive");
                 sessions.push(Active::take(&member.backend).expect("there is no limit"));
             }
             let mean = sessions.len() as f64 / weights.iter().sum::<f64>();
