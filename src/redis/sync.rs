@@ -166,7 +166,7 @@ impl<'a> Syncer<'a> {
         let asked = table_read::ask(connection, questions).await;
         let at_once = marked.len();
         for ((place, mark), asked) in marked.into_iter().zip(asked) {
-            let took = asked.took;
+            let (answered_in, answered) = (asked.took, Instant::now());
             let before = self.followed[place].cell.load().version;
             let mut is_news = false;
             let read = self.take_answer(place, mark.since, asked, at_once == 1);
@@ -174,7 +174,7 @@ impl<'a> Syncer<'a> {
             let rest = match read.map_err(|error| self.cut_off(place, error, at_once)) {
                 Ok(Read::Members { count, is_new }) => {
                     is_news |= is_new;
-                    rest_after(count, took)
+                    rest_after(count, answered_in + answered.elapsed())
                 }
                 Ok(Read::Refused(end)) => {
                     if end == RefusalEnd::Unannounced {
