@@ -118,7 +118,7 @@ bench-micro: ## What a pick and a weight change cost (ARGS=snapshot for some)
 	$(CARGO) bench --locked --bench propagation
 
 .PHONY: bench-herd
-bench-herd: ## What 50 proxies cost one Redis: at rest, for a weight, when it restarts (ARGS="--proxies 10")
+bench-herd: ## What 50 proxies cost one Redis: at rest, for a weight, when it restarts (ARGS="--at-rest --proxies 10")
 	@tests/install.sh test
 	$(CARGO) bench --locked --bench herd -- $(ARGS)
 

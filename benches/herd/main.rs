@@ -1,21 +1,23 @@
 //! What a fleet costs one Redis: at rest, for one weight, and when Redis restarts under all of it at once.
 //!
 //! `make bench-herd` starts a redis-server and 50 proxies of one worker each, with the config's defaults, for tables of 10,
-//! 1,000 and 10,000 members. Everything is counted by Redis itself (`INFO`); `--proxies N` makes it another fleet.
+//! 1,000 and 10,000 members. Everything is counted by Redis itself (`INFO`); `--proxies N` makes it another fleet. Then
+//! `at_rest.rs` shows that a fleet at rest costs its heartbeats, leases and full reads, whatever Redis tells it; with
+//! `--at-rest` this comes alone. `--statera PATH` takes another build.
 
+mod at_rest;
+mod server;
 #[path = "../shipped.rs"]
 mod shipped;
 
 use std::fmt::Write as _;
-use std::fs::{self, File};
-use std::net::TcpListener;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use redis::{Connection, Value, cmd};
+use server::{Counted, LIMIT, Redis, Running, connections, counted, number_at};
 use tempfile::TempDir;
 use tokio::time::Instant;
 
@@ -26,96 +28,9 @@ const REST: Duration = Duration::from_secs(10);
 const CHANGES: u32 = 10;
 const DOWN: Duration = Duration::from_secs(3);
 const BACK: Duration = Duration::from_secs(7);
-const LIMIT: Duration = Duration::from_secs(60);
 const WINDOW: Duration = Duration::from_millis(100);
 const PICKS: u32 = 1_000;
 const PICK: &str = include_str!("../../src/redis/pick.lua");
-
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// What the server has counted since it started.
-#[derive(Clone, Copy, Debug, Default)]
-struct Counted {
-    cpu_seconds: f64,
-    commands: f64,
-    connections: f64,
-    reads: f64,
-    picks: f64,
-}
-
-struct Redis {
-    port: u16,
-    folder: TempDir,
-    server: Option<Running>,
-}
-
-impl Redis {
-    fn start() -> Result<Self> {
-        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
-        let mut redis = Self { port, folder: TempDir::new()?, server: None };
-        redis.launch()?;
-        Ok(redis)
-    }
-
-    fn launch(&mut self) -> Result<Connection> {
-        let mut server = Command::new("redis-server");
-        server.args(["--port", &self.port.to_string(), "--bind", "127.0.0.1", "--save", ""]);
-        server.args(["--notify-keyspace-events", "KA"]).arg("--dir").arg(self.folder.path());
-        let started = server.stdin(Stdio::null()).stdout(Stdio::null()).spawn();
-        self.server =
-            Some(Running(started.context("redis-server is missing: apt-get install redis-server")?));
-        let begun = Instant::now();
-        loop {
-            if let Ok(mut connection) = self.connect()
-                && cmd("PING").exec(&mut connection).is_ok()
-            {
-                return Ok(connection);
-            }
-            ensure!(begun.elapsed() < LIMIT, "redis-server does not answer");
-            sleep(Duration::from_millis(1));
-        }
-    }
-
-    fn connect(&self) -> Result<Connection> {
-        Ok(redis::Client::open(("127.0.0.1", self.port))?.get_connection()?)
-    }
-}
-
-fn counted(connection: &mut Connection) -> Result<Counted> {
-    let info: String = cmd("INFO").arg("all").query(connection)?;
-    let number = |name: &str| number(&info, name);
-    // Our own questions are no part of it.
-    let own = info.lines().find_map(|line| line.strip_prefix("cmdstat_info:calls=")?.split_once(",usec="));
-    let own_micros = own.map_or(0.0, |(_, rest)| number_at(rest));
-    Ok(Counted {
-        cpu_seconds: number("used_cpu_user:") + number("used_cpu_sys:") - own_micros / 1e6,
-        commands: number("total_commands_processed:") - number("cmdstat_info:calls="),
-        connections: number("total_connections_received:"),
-        reads: number("cmdstat_zrange:calls="),
-        picks: number("cmdstat_evalsha_ro:calls="),
-    })
-}
-
-fn connections(connection: &mut Connection) -> Result<f64> {
-    let info: String = cmd("INFO").arg("stats").query(connection)?;
-    Ok(number(&info, "total_connections_received:"))
-}
-
-fn number(info: &str, name: &str) -> f64 {
-    info.lines().find_map(|line| line.strip_prefix(name)).map_or(0.0, number_at)
-}
-
-fn number_at(text: &str) -> f64 {
-    text.split(',').next().and_then(|value| value.trim().parse().ok()).unwrap_or(0.0)
-}
 
 fn fill(connection: &mut Connection, members: u32) -> Result<()> {
     let script = "redis.call('DEL', KEYS[1]) for i = 1, ARGV[1] do redis.call('ZADD', KEYS[1], 1 + i % 7, \
@@ -149,38 +64,20 @@ fn spent_on_picks(connection: &mut Connection) -> Result<f64> {
     Ok(line.map_or(0.0, |(_, rest)| number_at(rest)))
 }
 
-/// `proxies` of them, once all watch and report.
+/// A fleet with one pool, whose weights are under the key `servers`.
 fn fleet(program: &Path, redis: &Redis, folder: &Path, proxies: u32) -> Result<Vec<Running>> {
-    let config = folder.join("config.yaml");
     let yaml = format!(
         "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
          pools: {{web: {{weights_key: servers, backends: {{\"127.0.0.1:9\": 1}}}}}}\nredis: {{url: \"redis://127.0.0.1:{}/0\"}}\n",
         redis.port
     );
-    fs::write(&config, yaml)?;
-    let start = |number: u32| -> Result<Running> {
-        let log = File::create(folder.join(format!("log{number}")))?;
-        let mut statera = Command::new(program);
-        statera.args(["run", "-c"]).arg(&config).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-        Ok(Running(statera.spawn()?))
-    };
-    let started = (0..proxies).map(start).collect::<Result<Vec<_>>>()?;
-    all_report(&mut redis.connect()?, proxies)?;
+    let started = server::start_fleet(program, folder, &yaml, proxies)?;
+    server::all_report(&mut redis.connect()?, "{servers}:applied", proxies)?;
     Ok(started)
 }
 
-fn all_report(connection: &mut Connection, proxies: u32) -> Result<()> {
-    let begun = Instant::now();
-    // One field is no proxy's.
-    while cmd("HLEN").arg("{servers}:applied").query::<u32>(connection)? <= proxies {
-        ensure!(begun.elapsed() < LIMIT, "not all proxies report");
-        sleep(Duration::from_millis(50));
-    }
-    Ok(())
-}
-
 /// What a second of nothing takes.
-fn at_rest(connection: &mut Connection) -> Result<Counted> {
+fn rest_of(connection: &mut Connection) -> Result<Counted> {
     sleep(Duration::from_secs(2));
     let (before, begun) = (counted(connection)?, Instant::now());
     sleep(REST);
@@ -240,14 +137,22 @@ fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().collect();
     let wanted = arguments.iter().skip_while(|argument| *argument != "--proxies").nth(1);
     let proxies: u32 = wanted.map_or(Ok(50), |text| text.parse()).context("--proxies: a number")?;
-    let program = shipped::build()?;
+    let program = arguments.iter().skip_while(|argument| *argument != "--statera").nth(1);
+    let program = program.map_or_else(shipped::build, |path| Ok(path.into()))?;
+    if !arguments.iter().any(|argument| argument == "--at-rest") {
+        by_table_size(&program, proxies)?;
+    }
+    at_rest::run(&program, proxies)
+}
+
+fn by_table_size(program: &Path, proxies: u32) -> Result<()> {
     let mut table = format!(
         "| members | one pick | at rest, a second and proxy | one weight, a proxy | a restart, a proxy | ZRANGE and picks in it | \
          most connections within {WINDOW:?} | two thirds back after |\n|---|---|---|---|---|---|---|---|\n"
     );
     let of_each = |whole: f64| whole / f64::from(proxies);
     for members in SIZES {
-        let mut redis = Redis::start()?;
+        let mut redis = Redis::start(&["--notify-keyspace-events", "KA"])?;
         let mut connection = redis.connect()?;
         fill(&mut connection, members)?;
         let pick = pick_cost(&mut connection)?;
@@ -256,8 +161,8 @@ fn main() -> Result<()> {
             continue;
         }
         let folder = TempDir::new()?;
-        let fleet = fleet(&program, &redis, folder.path(), proxies)?;
-        let rest = at_rest(&mut connection)?;
+        let fleet = fleet(program, &redis, folder.path(), proxies)?;
+        let rest = rest_of(&mut connection)?;
         let change = changes(&mut connection, &rest)?;
         let (spent, most, back) = restart(&mut redis, proxies, &rest)?;
         drop(fleet);
