@@ -51,6 +51,7 @@ mod table_kept;
 mod table_lines;
 mod weights;
 mod weights_errors;
+mod weights_hostile;
 mod weights_limits;
 mod weights_long_names;
 mod weights_rights;

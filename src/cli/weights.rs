@@ -203,8 +203,14 @@ async fn get(target: &Target) -> Result<(), Failure> {
     // A user may be allowed to read the table alone.
     let unknown = || Reports { live: Vec::new(), are_all_in: Duration::MAX };
     let reports = ledger.applied().await.unwrap_or_else(|_| unknown());
-    let states = ledger.states().await.ok();
-    Ok(say(&show::table(&pool, &seen, states.as_deref(), &reports, target.json))?)
+    let states = ledger.states().await;
+    let mut text = show::table(&pool, &seen, states.as_deref().ok(), &reports, target.json);
+    if let Err(error) = states
+        && !target.json
+    {
+        text += &format!("who is in drain or maint is not known: {}\n", show::word(&error.to_string()));
+    }
+    Ok(say(&text)?)
 }
 
 async fn change(target: &Target, order: &Order, writing: &Writing) -> Result<(), Failure> {

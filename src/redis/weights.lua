@@ -21,6 +21,12 @@ local NOBODY = '\0'
 local KEPT_OF_A_NAME = 100
 -- What surrounds a member and its score in an answer.
 local AROUND = 20
+-- Members that are read at once, so that a table of long names is refused soon after it is known to be too large.
+local PER_READ = 500
+-- The numbers of versions that a double holds exactly, and room for more of them.
+local MOST_VERSION = 9007199254000000
+-- Of the history, what one rollback goes through: other clients can add a million entries.
+local MOST_STEPS, MOST_STEP_BYTES = 2 * tonumber(longest_history), 32000000
 
 -- Ends the script: told with the command and the key, which Redis's own messages lack.
 local function refuse(command, target, reason)
@@ -33,16 +39,68 @@ local function call(command, target, ...)
     return answer
 end
 
--- Refused where its answer would not be taken in. Other hands can write members of 512 MB.
+-- Refused where its answer would not be taken in. Other clients can write members of 512 MB.
 local function read(from)
-    local list, held, bytes, longest = call('ZRANGE', from, 0, most_members, 'WITHSCORES'), {}, 0, 0
-    if #list > 2 * most_members then refuse('ZRANGE', from, 'TOOLARGE') end
-    for i = 1, #list, 2 do
-        held[list[i]] = list[i + 1]
-        bytes, longest = bytes + #list[i] + #list[i + 1] + AROUND, math.max(longest, #list[i])
-    end
-    if bytes > most_bytes then refuse('ZRANGE', from, 'OVERSIZED ' .. longest) end
+    local list, held, count, bytes, longest = {}, {}, 0, 0, 0
+    repeat
+        local page = call('ZRANGE', from, count / 2, count / 2 + PER_READ - 1, 'WITHSCORES')
+        for i = 1, #page, 2 do
+            local member, score = page[i], page[i + 1]
+            held[member] = score
+            list[count + 1], list[count + 2] = member, score
+            count = count + 2
+            bytes = bytes + #member + #score + AROUND
+            if #member > longest then longest = #member end
+        end
+        if count > 2 * most_members then refuse('ZRANGE', from, 'TOOLARGE') end
+        if bytes > most_bytes then refuse('ZRANGE', from, 'OVERSIZED ' .. longest) end
+    until #page < 2 * PER_READ
     return held, list
+end
+
+-- The number of a version that is written so; nil where it is none.
+local function version_of(text)
+    local version = text and #text <= 16 and text:match('^%d+$') and tonumber(text)
+    return version and version <= MOST_VERSION and version or nil
+end
+
+-- Its beginning alone: other clients can write 512 MB. Users who were granted what an earlier version asked for may GET.
+local function present_version()
+    local text = redis.pcall('GETRANGE', version_key, 0, 31)
+    if type(text) == 'table' then
+        local whole = redis.pcall('GET', version_key)
+        if type(whole) == 'table' then refuse('GET', version_key, whole.err) end
+        text = whole or ''
+    end
+    if text == '' then return 0 end
+    return version_of(text) or refuse('GETRANGE', version_key, 'FOREIGN')
+end
+
+-- What ZADD takes, as Redis or cjson writes it.
+local function is_weight(text)
+    if type(text) ~= 'string' or #text > 40 then return false end
+    if text == 'inf' or text == '-inf' then return true end
+    local number = text:find('^%-?[%d.]+[eE]?[%+%-]?%d*$') and tonumber(text)
+    return number and number == number
+end
+
+-- The changes of an entry; nil where statera did not write them.
+local function decoded(text)
+    if #text > most_text then return nil end
+    local done, changes = pcall(cjson.decode, text)
+    if not done or type(changes) ~= 'table' then return nil end
+    local count = 0
+    for place, change in pairs(changes) do
+        count = count + 1
+        if type(place) ~= 'number' or type(change) ~= 'table' then return nil end
+        local name, old, new, bytes = change[1], change[2], change[3], change[4]
+        if type(name) ~= 'string' or #name > longest_name then return nil end
+        if old ~= cjson.null and not is_weight(old) or new ~= cjson.null and not is_weight(new) then return nil end
+        if bytes ~= nil and (type(bytes) ~= 'number' or bytes <= longest_name or bytes ~= math.floor(bytes)) then
+            return nil
+        end
+    end
+    return count == #changes and changes or nil
 end
 
 -- Servers before and after an upgrade write the same number differently.
@@ -118,6 +176,16 @@ local function record(what, version, by, reason, back_to, changes, list, text)
         hash(list))
 end
 
+-- An id below all others is refused, unless there is no stream: then nothing is made of it. A stream that is empty, or whose
+-- ids have come to their end, is none that statera made.
+local function prove_history()
+    local answer = redis.pcall('XADD', history, 'NOMKSTREAM', '0-1', 'a', 'b')
+    local reason = type(answer) == 'table' and answer.err or answer
+    if not reason or reason:find('equal or smaller', 1, true) then return end
+    local is_foreign = type(answer) ~= 'table' or reason:find('exhausted', 1, true)
+    refuse('XADD', history, is_foreign and 'FOREIGN' or reason)
+end
+
 -- Redis does not take back what a script did before it failed. So everything that is going to be written is tried first
 -- in a form that changes nothing: no right, no memory, a replica, all that shows here.
 local function prove(version, held)
@@ -127,8 +195,7 @@ local function prove(version, held)
     end
     call('SET', version_key, version)
     call('ZRANGESTORE', known_key, known_key, 0, -1)
-    local answer = redis.pcall('XADD', history, '0-0', 'a', 'b')
-    if not answer.err:find('greater than 0-0', 1, true) then refuse('XADD', history, answer.err) end
+    prove_history()
 end
 
 -- In pieces that fit on the stack.
@@ -174,36 +241,38 @@ end
 -- that undone, else going back to it would do nothing. Without a table: why, and the version in question. A table comes
 -- in the two parts of split.
 local function table_at(target, version, known)
-    local oldest, from = version + 1, '+'
+    local oldest, from, bytes = version + 1, '+', 0
     local held, long = split(known)
-    while true do
-        local entries = call('XREVRANGE', history, from, '-', 'COUNT', 10)
-        for _, entry in ipairs(entries) do
-            local said = fields(entry)
-            local at = tonumber(said.version)
-            if not at or not said.changes then refuse('XREVRANGE', history, 'FOREIGN') end
-            if at < target or at == target and (target < version or said.what ~= 'outside') then
-                return held, long
-            end
-            if said.changes == '' then return nil, 'too_large', at end
-            for _, change in ipairs(cjson.decode(said.changes)) do
-                local name, weight, bytes = change[1], change[2], change[4]
-                if weight == cjson.null then weight = nil end
-                if bytes then long[name .. NOBODY .. bytes] = weight else held[name] = weight end
-            end
-            oldest = said.what == 'outside' and at + 1 or at
-            from = '(' .. entry[1]
+    for _ = 1, MOST_STEPS do
+        local entry = call('XREVRANGE', history, from, '-', 'COUNT', 1)[1]
+        if not entry then
+            if oldest == target + 1 then return held, long end
+            return nil, 'forgotten', oldest
         end
-        if #entries == 0 then break end
+        local said = fields(entry)
+        local at = version_of(said.version)
+        -- Versions never grow on the way back.
+        if not at or not said.changes or at > oldest then refuse('XREVRANGE', history, 'FOREIGN') end
+        if at < target or at == target and (target < version or said.what ~= 'outside') then
+            return held, long
+        end
+        if said.changes == '' then return nil, 'too_large', at end
+        bytes = bytes + #said.changes
+        if bytes > MOST_STEP_BYTES then return nil, 'too_far', oldest end
+        local changes = decoded(said.changes) or refuse('XREVRANGE', history, 'FOREIGN')
+        for _, change in ipairs(changes) do
+            local name, weight, length = change[1], change[2], change[4]
+            if weight == cjson.null then weight = nil end
+            if length then long[name .. NOBODY .. length] = weight else held[name] = weight end
+        end
+        oldest = said.what == 'outside' and at + 1 or at
+        from = '(' .. entry[1]
     end
-    if oldest == target + 1 then return held, long end
-    return nil, 'forgotten', oldest
+    return nil, 'too_far', oldest
 end
 
 local function run()
-    local text = call('GET', version_key) or '0'
-    local version = tonumber(text)
-    if not version then refuse('GET', version_key, 'FOREIGN') end
+    local version = present_version()
     local newest = call('XREVRANGE', history, '+', '-', 'COUNT', 1)[1]
     -- A version key that was deleted must not make old numbers mean something new.
     if newest then
@@ -211,7 +280,9 @@ local function run()
         for _, word in ipairs(newest[2]) do bytes = bytes + #word end
         -- Beside the changes an entry has a few hundred bytes.
         if bytes > most_text + 4096 then refuse('XREVRANGE', history, 'FOREIGN') end
-        version = math.max(version, tonumber(fields(newest).version) or 0)
+        local newest_version = fields(newest).version
+        if newest_version and not version_of(newest_version) then refuse('XREVRANGE', history, 'FOREIGN') end
+        version = math.max(version, version_of(newest_version) or 0)
     end
     local held, list = read(key)
     local known, known_list = read(known_key)
@@ -257,6 +328,7 @@ local function run()
         prove(version, held)
         if is_lost or #outside > 0 then record('outside', version, '', '', '', outside, list, outside_text) end
         if #changes > 0 then
+            prove_history()
             write(changes)
             version = version + 1
             call('SET', version_key, version)

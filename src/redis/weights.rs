@@ -146,8 +146,11 @@ impl Ledger {
         let unsaved = if noticed { None } else { Some(self.look().await?.outside) };
         let entries =
             self.entries(limit).await.map_err(|error| self.refused(&error, refusal::Asked::ToRead))?;
+        let all = entries.len();
+        let entries: Vec<Entry> = entries.into_iter().filter_map(answer::entry).collect();
         Ok(History {
-            entries: entries.into_iter().filter_map(answer::entry).collect(),
+            left_out: all - entries.len(),
+            entries,
             unsaved: unsaved.filter(|changes| changes.count > 0),
         })
     }

@@ -241,7 +241,12 @@ pub(super) fn history(pool: &str, history: &History, as_json: bool) -> String {
     if as_json {
         let entries: Vec<Value> = history.entries.iter().map(entry_json).collect();
         let unsaved = history.unsaved.as_ref().map(changes_json);
-        return json_text(&json!({"pool": pool, "entries": entries, "not_entered": unsaved}));
+        return json_text(&json!({
+            "pool": pool,
+            "entries": entries,
+            "not_entered": unsaved,
+            "left_out": history.left_out,
+        }));
     }
     let mut text = String::new();
     if let Some(changes) = &history.unsaved {
@@ -253,8 +258,11 @@ pub(super) fn history(pool: &str, history: &History, as_json: bool) -> String {
     for entry in &history.entries {
         text += &format!("{}\n{}", headline(entry), lines(&entry.changes));
     }
-    if text.is_empty() {
-        text = "nothing has changed yet\n".to_owned();
+    match history.left_out {
+        0 if text.is_empty() => text = "nothing has changed yet\n".to_owned(),
+        0 => {}
+        1 => text += "left out: 1 entry that statera did not write\n",
+        count => text += &format!("left out: {count} entries that statera did not write\n"),
     }
     text
 }

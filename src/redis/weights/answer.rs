@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use redis::{FromRedisValue as _, Value};
 
 use super::refusal::{WeightsError, of_script};
+use super::{MOST_CHANGES, MOST_CHANGES_BYTES};
 use crate::balance::Table;
 use crate::redis::content::ContentHash;
 use crate::redis::decode;
@@ -101,6 +102,8 @@ pub struct Entry {
 pub struct History {
     /// Newest first.
     pub entries: Vec<Entry>,
+    /// Entries that statera did not write, and which are not among `entries`.
+    pub left_out: usize,
     /// An outside change that this user may not enter.
     pub unsaved: Option<Changes>,
 }
@@ -187,6 +190,10 @@ fn failure(outcome: &str, answer: &mut Answer, key: &str, expected: Option<u64>)
                 "version {wanted} of {key} is not in the history any more: the oldest to go back to is {oldest}"
             )
         }
+        "too_far" => {
+            let oldest = answer.number().saturating_sub(1);
+            format!("{key} cannot go back that far at once: go back to version {oldest} first")
+        }
         "too_large" => {
             let at = answer.number();
             format!(
@@ -254,7 +261,14 @@ fn changes(json: &str, count: u64) -> Changes {
         Whole(String, Option<String>, Option<String>),
         Shortened(String, Option<String>, Option<String>, u64),
     }
-    let written: Vec<Written> = serde_json::from_str(json).unwrap_or_default();
+    let mut written: Vec<Written> = match json.len() {
+        ..=MOST_CHANGES_BYTES => serde_json::from_str(json).unwrap_or_default(),
+        _ => Vec::new(),
+    };
+    if written.len() > MOST_CHANGES {
+        // Statera did not write it.
+        written = Vec::new();
+    }
     // Redis before 7.2 writes 0.1 as 0.10000000000000001.
     let weight = |text: String| text.parse::<f64>().map_or(text, |number| number.to_string());
     let change = |written| {
