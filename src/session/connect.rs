@@ -5,7 +5,7 @@ use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::{Arc, LazyLock};
 use std::task::Poll;
@@ -93,8 +93,9 @@ pub(super) async fn connect(report: &mut Report, client: &Stream) -> Result<Stre
         asked = Instant::now();
     }
     for attempt in 0..settings.attempts.get() {
-        let picking = context.pool.pick(report.client(), &tried, context.worker.random(), asked);
-        let pick = match unless_reset(client, picking).await {
+        let (random, address) = (context.worker.random(), report.client());
+        let pick = unless_reset(client, pin!(context.pool.pick(address, &tried, random, asked))).await;
+        let pick = match pick {
             Ok(Err(NoPick::Full)) => {
                 let began = Instant::now();
                 report.gives_back();
@@ -117,7 +118,7 @@ pub(super) async fn connect(report: &mut Report, client: &Stream) -> Result<Stre
         report.retries = u8::try_from(attempt).unwrap_or(u8::MAX);
         report.picked(pick);
 
-        let result = unless_reset(client, connect_to(&backend, &context, started, deadline)).await;
+        let result = unless_reset(client, pin!(connect_to(&backend, &context, started, deadline))).await;
         asked = Instant::now();
         report.attempted(asked - accepted);
         let error = match result? {
@@ -162,19 +163,15 @@ pub(super) async fn connect(report: &mut Report, client: &Stream) -> Result<Stre
 ///
 /// # Errors
 /// [`CloseReason::ConnectLeft`]; `future` was not polled again.
-fn unless_reset<F: Future>(
-    client: &Stream,
-    future: F,
-) -> impl Future<Output = Result<F::Output, CloseReason>> {
-    // A block, not an async function: that would keep `future` twice.
-    async move {
-        let mut future = pin!(future);
-        poll_fn(|cx| match client.poll_reset(cx) {
-            Poll::Ready(()) => Poll::Ready(Err(CloseReason::ConnectLeft)),
-            Poll::Pending => future.as_mut().poll(cx).map(Ok),
-        })
-        .await
-    }
+///
+/// # Cost
+/// It borrows `future`: a future that was moved in here would take its size twice in the caller's.
+async fn unless_reset<F: Future>(client: &Stream, mut future: Pin<&mut F>) -> Result<F::Output, CloseReason> {
+    poll_fn(|cx| match client.poll_reset(cx) {
+        Poll::Ready(()) => Poll::Ready(Err(CloseReason::ConnectLeft)),
+        Poll::Pending => future.as_mut().poll(cx).map(Ok),
+    })
+    .await
 }
 
 /// One attempt: all addresses of a backend's name in turn, each with its part of `connect.timeout`. Where only a descriptor is
