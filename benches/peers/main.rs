@@ -3,12 +3,13 @@
 //! `make bench` and `make bench-quick` run it; `README.md` one folder up says what is measured and why it is fair.
 //!
 //! - [`peers`] starts and stops the programs, with the configs beside this file.
-//! - [`measure`] says what one sample is; [`load`] is the clients, [`backend`] the server, both on [`poll`].
+//! - [`measure`] says what one sample is; [`load`] and [`flood`] are the clients, [`backend`] the server, both on [`poll`].
 //! - [`meter`] and [`machine`] read clocks, CPU time and what disturbed the machine.
 //! - [`report`] and [`chart`] show what came out; [`namespace`] keeps the run to itself.
 
 mod backend;
 mod chart;
+mod flood;
 mod load;
 mod machine;
 mod measure;
@@ -50,7 +51,7 @@ struct Arguments {
     /// Fewer cells, shorter samples, fewer rounds: under three minutes
     #[arg(long)]
     quick: bool,
-    /// Only this measure: sessions, ping-pong, bulk, latency, memory, syscalls, or how a cell's name begins; repeatable
+    /// Only this measure: sessions, ping-pong, bulk, latency, flood, memory, syscalls, or how a cell's name begins; repeatable
     #[arg(long, value_name = "MEASURE")]
     only: Vec<String>,
     /// Only these peers, and Statera

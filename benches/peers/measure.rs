@@ -10,6 +10,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tokio::time::Instant;
 
 use super::backend::Backend;
+use super::flood::beside_a_flood;
 use super::load::{Connections, SMALL_BYTES, Way, sessions};
 use super::machine::Disturbance;
 use super::meter::{Meter, Window};
@@ -23,6 +24,8 @@ const BULK_BYTES: usize = 1024 * 1024;
 /// Allocators and kernels settle after a burst.
 const SETTLE: Duration = Duration::from_millis(300);
 const IDLE_LIMIT: Duration = Duration::from_secs(3);
+/// A tenth of what a proxy can do without a flood beside them.
+const SESSIONS_BESIDE_FLOOD: u32 = 1_000;
 const TRACED_SESSIONS: u64 = 640;
 const TRACED_REQUESTS: u64 = 500;
 /// Many sessions share a wake-up, as they do under load; the requests follow each other, or a tracer that slows the proxy
@@ -37,6 +40,7 @@ pub enum Measure {
     PingPong { bytes: usize, connections: usize },
     Bulk { way: Way, connections: usize },
     Latency { rate: u32, connections: usize },
+    Flood { rate: u32 },
     Memory { sessions: usize },
     SystemCalls,
 }
@@ -57,6 +61,7 @@ impl Measure {
             all.extend(connections.map(|connections| Self::Bulk { way, connections }));
         }
         all.push(Self::Latency { rate, connections: 64 });
+        all.push(Self::Flood { rate: SESSIONS_BESIDE_FLOOD });
         let sessions = if quick { 2_000 } else { 5_000 };
         all.push(Self::Memory { sessions: sessions.min(idle_sessions) });
         all.push(Self::SystemCalls);
@@ -70,6 +75,7 @@ impl Measure {
             Self::PingPong { .. } => "ping-pong",
             Self::Bulk { .. } => "bulk",
             Self::Latency { .. } => "latency",
+            Self::Flood { .. } => "flood",
             Self::Memory { .. } => "memory",
             Self::SystemCalls => "syscalls",
         }
@@ -94,6 +100,7 @@ impl Measure {
             Self::Latency { rate, connections } => {
                 format!("latency at {rate} requests/s, {}", counted(connections))
             }
+            Self::Flood { rate } => format!("flood of resets beside {rate} sessions/s"),
             Self::Memory { sessions } => format!("memory, {sessions} sessions"),
             Self::SystemCalls => "syscalls".into(),
         }
@@ -119,7 +126,7 @@ impl Measure {
     /// Whether it says anything of this peer.
     pub fn applies_to(self, kind: Kind) -> bool {
         match kind {
-            Kind::Direct => !matches!(self, Self::Memory { .. } | Self::SystemCalls),
+            Kind::Direct => !matches!(self, Self::Flood { .. } | Self::Memory { .. } | Self::SystemCalls),
             // Short sessions and small requests are done before congestion control matters.
             Kind::StateraCubic | Kind::HaproxyPipes => matches!(self, Self::Bulk { .. }),
             _ => true,
@@ -190,6 +197,7 @@ pub fn take(
             connections.cut();
             open_loop(peer, meter.window()?, latencies)?
         }
+        Measure::Flood { rate } => flood(peer, backend, rate, &mut meter)?,
         Measure::Memory { sessions } => memory(program, backend, sessions)?,
         Measure::SystemCalls => system_calls(peer, backend)?,
     };
@@ -217,14 +225,41 @@ fn shared(mut sample: Sample, window: Window) -> Sample {
 fn open_loop(peer: &Peer, window: Window, mut latencies: Vec<Duration>) -> Result<Sample> {
     ensure!(!latencies.is_empty(), "no request was answered");
     latencies.sort_unstable();
-    let at = |quantile: f64| {
-        let index = ((latencies.len() as f64 * quantile).ceil() as usize).clamp(1, latencies.len()) - 1;
-        latencies[index].as_secs_f64() * 1e6
-    };
+    let at = |share| quantile(&latencies, share).as_secs_f64() * 1e6;
     let mut figures =
         vec![(less("p50 µs"), at(0.5)), (less("p99 µs"), at(0.99)), (less("p99.9 µs"), at(0.999))];
     if peer.kind != Kind::Direct {
         figures.push((less("CPU µs/request"), window.cpu_per_unit() * 1e6));
+    }
+    Ok(Sample { figures, disturbance: window.disturbance, ..Sample::default() })
+}
+
+/// Of what is sorted, and not empty.
+fn quantile(sorted: &[Duration], share: f64) -> Duration {
+    let index = ((sorted.len() as f64 * share).ceil() as usize).clamp(1, sorted.len()) - 1;
+    sorted[index]
+}
+
+/// Connections that the backend got beyond those of the sessions are the flood's.
+fn flood(peer: &Peer, backend: &Backend, rate: u32, meter: &mut Meter) -> Result<Sample> {
+    let before = backend.accepted();
+    let mut flooded = beside_a_flood(peer.address, rate, meter)?;
+    backend.wait_until_idle(IDLE_LIMIT);
+    let reached = (backend.accepted() - before).saturating_sub(flooded.all_sessions);
+    ensure!(!flooded.latencies.is_empty(), "no session was served");
+    flooded.latencies.sort_unstable();
+    let at = |share| quantile(&flooded.latencies, share).as_secs_f64() * 1e3;
+    let window = meter.window()?;
+    let mut figures = vec![
+        (less("p50 ms"), at(0.5)),
+        (less("p99 ms"), at(0.99)),
+        (less("lost, %"), 100.0 * flooded.lost as f64 / flooded.all_sessions.max(1) as f64),
+        (more("sessions/s"), flooded.sessions as f64 / window.wall.as_secs_f64()),
+        (more("resets/s"), flooded.clients as f64 / window.wall.as_secs_f64()),
+        (less("reached the backend, %"), 100.0 * reached as f64 / flooded.all_clients.max(1) as f64),
+    ];
+    if peer.kind != Kind::Direct {
+        figures.push((less("CPU µs/connection"), window.cpu_per_unit() * 1e6));
     }
     Ok(Sample { figures, disturbance: window.disturbance, ..Sample::default() })
 }
