@@ -107,7 +107,7 @@ mod tests {
     fn what_is_reported_is_read_again() {
         let cell = cell(&[
             ("unix:/a=b".to_owned(), 1.0),
-            ("unix:/c d;e".to_owned(), 0.0),
+            ("unix:/c;e".to_owned(), 0.0),
             ("b:1".to_owned(), 0.0),
             ("10.0.0.1:80".to_owned(), 1.0),
         ]);

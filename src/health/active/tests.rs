@@ -27,7 +27,7 @@ fn silent(backends: u8) -> (std::net::TcpListener, Vec<String>) {
 }
 
 #[tokio::test]
-async fn who_finds_no_place_is_asked_in_his_turn() {
+async fn checks_that_find_no_slot_run_in_their_order() {
     let (_listener, names) = silent(7);
     let names: Vec<_> = names.iter().map(String::as_str).collect();
     let mut checks = checks(&names, Duration::from_millis(20), Duration::from_millis(20));
@@ -37,10 +37,11 @@ async fn who_finds_no_place_is_asked_in_his_turn() {
         let members = checks.pool.cell.load();
         members.members().iter().map(|m| m.backend.condition.checks[1].get()).collect()
     };
-    while asked(&checks).iter().sum::<u64>() < 70 {
+    // 30 each: chance, and a busy machine, shift single checks.
+    while asked(&checks).iter().sum::<u64>() < 210 {
         checks.step().await;
     }
-    assert!(asked(&checks).iter().all(|asked| (8..=12).contains(asked)), "{:?}", asked(&checks));
+    assert!(asked(&checks).iter().all(|asked| (24..=36).contains(asked)), "{:?}", asked(&checks));
 }
 
 #[tokio::test]
