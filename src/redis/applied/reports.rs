@@ -9,7 +9,7 @@ use crate::redis::companion::Companions;
 use crate::redis::content::ContentHash;
 use crate::redis::unusable::{self, UnusableReport};
 
-/// Whoever is alive and reaches Redis has reported again within this time: a renewal, and the time of its way.
+/// A proxy that is alive and reaches Redis has reported again within this time: a renewal, and the time of its way.
 const PATIENCE: Duration = Duration::from_secs(6);
 /// More than any fleet: so many are read at once.
 const MOST_PROXIES: usize = 10_000;
