@@ -3,8 +3,12 @@
 //! The program sees a hosts file of its own, which the scenario edits: nothing else of the machine changes, and no name
 //! server is asked.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
 
 use tempfile::TempDir;
 use tokio::io::AsyncWriteExt as _;
@@ -231,4 +235,164 @@ async fn while_only_unknown_names_are_written_the_backends_before_serve() {
     eventually("the zero arrives", || async { proxy.weights() == [("nobody.invalid:80".to_owned(), 0.0)] })
         .await;
     assert_ne!(greeting(proxy.address()).await.ok().as_deref(), Some("old"));
+}
+
+fn at(last: u8, port: u16) -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, last], port))
+}
+
+#[tokio::test]
+async fn a_name_that_is_pointed_away_from_a_dead_machine_serves_from_the_next_lookup_on() {
+    for health in [
+        "outlier: {consecutive_failures: 2, ejection: 1h, max_ejected_percent: 100}",
+        "health_check: {interval: 60s}",
+    ] {
+        let new = Backend::named("new").await;
+        let port = new.address.port();
+        // Nothing listens on the old address.
+        let hosts = Hosts::new("127.0.0.9 db.test\n");
+        let program = hosts.run(&format!(
+            "listeners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\nadmin: {{bind: \"127.0.0.1:0\"}}\n\
+             pools: {{web: {{backends: {{\"db.test:{port}\": 1, \"127.0.0.8:1\": 0.001}}, {health}}}}}"
+        ));
+        let (listeners, _) = program.addresses().await;
+        let labels = format!("pool=\"web\",backend=\"db.test:{port}\"");
+        eventually("the name is out", || async {
+            let _ = greeting(listeners[0]).await;
+            program.metric("statera_backend_up", &labels).await == 0.0
+        })
+        .await;
+        hosts.write("127.0.0.1 db.test\n");
+        eventually("the name has its new address", || async {
+            program.metric("statera_backend_up", &labels).await == 1.0
+        })
+        .await;
+        for _ in 0..20 {
+            assert_eq!(greeting(listeners[0]).await.expect("an answer"), "new", "{health}");
+        }
+        if health.starts_with("health_check") {
+            let passed = format!("{labels},result=\"passed\"");
+            eventually("a new address is checked at once", || async {
+                program.metric("statera_backend_health_checks_total", &passed).await >= 1.0
+            })
+            .await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn one_dead_address_of_three_costs_sessions_nothing_once_checks_have_found_it() {
+    let (first, second) = on_one_port("first", "second").await;
+    let port = first.address.port();
+    // A machine that is gone: its handshakes are not answered.
+    let silent = tokio::net::TcpSocket::new_v4().expect("a descriptor");
+    silent.bind(at(3, port)).expect("a free port");
+    let silent = silent.listen(1).expect("listens");
+    let mut queued = Vec::new();
+    while let Ok(connected) =
+        tokio::time::timeout(Duration::from_millis(300), tokio::net::TcpStream::connect(at(3, port))).await
+    {
+        queued.push(connected.expect("it listens"));
+    }
+    let hosts = Hosts::new("127.0.0.1 db.test\n127.0.0.2 db.test\n127.0.0.3 db.test\n");
+    for health in [
+        "health_check: {interval: 200ms, timeout: 100ms}",
+        "outlier: {consecutive_failures: 2, ejection: 1h}",
+    ] {
+        let program = hosts.run(&format!(
+            "listeners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\nadmin: {{bind: \"127.0.0.1:0\"}}\n\
+             pools: {{web: {{backends: {{\"db.test:{port}\": 1}}, connect: {{timeout: 600ms, deadline: 5s}}, {health}}}}}"
+        ));
+        let address = program.listens().await[0];
+        let said = if health.starts_with("health") {
+            "its health checks fail"
+        } else {
+            "its sessions fail one after"
+        };
+        let is_said =
+            |line: &serde_json::Value| line["message"].as_str().is_some_and(|text| text.starts_with(said));
+        let asked = AtomicU64::new(0);
+        let ask = async || {
+            asked.fetch_add(1, Relaxed);
+            greeting(address).await.expect("an answer")
+        };
+        let all_logged = || async { sessions(&program).len() as u64 == asked.load(Relaxed) };
+        eventually("the dead address is found", || async {
+            ask().await;
+            program.lines().iter().any(is_said)
+        })
+        .await;
+        let lines = program.lines();
+        let about = lines.iter().find(|line| is_said(line)).expect("it was said");
+        assert_eq!(about["address"], at(3, port).to_string(), "{health}");
+        let before = [first.accepted(), second.accepted()];
+        eventually("all sessions are logged", all_logged).await;
+        let sessions_before = sessions(&program).len();
+        for _ in 0..20 {
+            ask().await;
+        }
+        if health.starts_with("outlier") {
+            assert_eq!([first.accepted() - before[0], second.accepted() - before[1]], [10, 10], "in turn");
+        }
+        eventually("all sessions are logged", all_logged).await;
+        // The dead address takes its third of the time, 200 ms, of each session that tries it.
+        let waited = sessions(&program).split_off(sessions_before);
+        assert!(waited.iter().all(|ms| *ms < 200.0), "{health}: {waited:?}");
+        let up =
+            program.metric("statera_backend_up", &format!("pool=\"web\",backend=\"db.test:{port}\"")).await;
+        assert_eq!(up, 1.0);
+    }
+    drop((silent, queued));
+}
+
+/// How many milliseconds each session so far took to connect.
+fn sessions(program: &Program) -> Vec<f64> {
+    let lines = program.lines();
+    lines.iter().filter_map(|line| line["connect_ms"].as_f64()).collect()
+}
+
+#[tokio::test]
+async fn an_address_that_resets_its_sessions_is_left_out_and_comes_back_by_one_session() {
+    let good = Backend::named("good").await;
+    let port = good.address.port();
+    let is_back = Arc::new(AtomicBool::new(false));
+    let back = Arc::clone(&is_back);
+    let bad = Backend::start_at(at(2, port), move |mut stream| {
+        let is_back = back.load(Relaxed);
+        async move {
+            if is_back {
+                let _ = stream.write_all(b"back").await;
+            } else {
+                // Its handshake may be all that the other side wanted.
+                let _ = stream.set_zero_linger();
+            }
+        }
+    })
+    .await;
+    let hosts = Hosts::new("127.0.0.1 db.test\n127.0.0.2 db.test\n");
+    let program = hosts.run(&format!(
+        "listeners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
+         pools: {{web: {{backends: {{\"db.test:{port}\": 1}}, outlier: {{consecutive_failures: 3, ejection: 1s}}}}}}"
+    ));
+    let address = program.listens().await[0];
+    let answers = async || greeting(address).await.is_ok_and(|text| !text.is_empty());
+    eventually("it is ejected", || async {
+        answers().await;
+        !program.messages("its sessions fail one after the other: ejected").is_empty()
+    })
+    .await;
+    // The sessions that probe it may be reset.
+    let mut reset = 0;
+    let before = bad.accepted();
+    while bad.accepted() < before + 2 {
+        reset += u64::from(!answers().await);
+    }
+    assert!(reset <= bad.accepted() - before, "{reset} sessions were reset");
+    is_back.store(true, Relaxed);
+    eventually("it is back", || async { greeting(address).await.is_ok_and(|text| text == "back") }).await;
+    eventually("it is said", || async {
+        answers().await;
+        !program.messages("the session that probed it succeeded: back").is_empty()
+    })
+    .await;
 }

@@ -4,15 +4,15 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use arc_swap::ArcSwap;
 use tokio::time::Instant;
 
-use super::condition::{Condition, Reached};
+use super::condition::{Condition, Ejection, Probe, Reached};
 use super::departed::{Departed, Presence};
+use super::endpoint::{AddressNumber, Addresses, Endpoint, NamedAddress, ProbePermit, Route};
 use super::leaving::Leaving;
 pub use super::places::Active;
 use super::places::Places;
@@ -25,12 +25,12 @@ use crate::telemetry::counters::{BackendCounters, PerWorker};
 pub struct Backend {
     id: BackendId,
     /// For a DNS name: what it last resolved to; empty until it first did.
-    resolved: ArcSwap<Vec<SocketAddr>>,
-    /// Rotates over `resolved`.
+    addresses: ArcSwap<Addresses>,
+    /// Rotates over `addresses`.
     turn: AtomicUsize,
     places: Places,
     presence: Presence,
-    /// What is known of its health.
+    /// What is known of it. The health and the ejection of a DNS name are those of its addresses: see [`Backend::is_usable`].
     pub condition: Condition,
     /// Whether its sessions are to end.
     pub leaving: Leaving,
@@ -38,20 +38,11 @@ pub struct Backend {
     pub counters: PerWorker<BackendCounters>,
 }
 
-/// Where to connect to, right now.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Endpoint {
-    /// TCP.
-    Tcp(SocketAddr),
-    /// A unix stream socket.
-    Unix(PathBuf),
-}
-
 impl Backend {
     fn new(id: BackendId, workers: usize, places: Places) -> Self {
         Self {
             id,
-            resolved: ArcSwap::default(),
+            addresses: ArcSwap::default(),
             turn: AtomicUsize::new(0),
             places,
             presence: Presence::default(),
@@ -91,52 +82,116 @@ impl Backend {
         }
     }
 
-    /// The place of the next session's first address among several.
-    #[must_use]
-    pub fn next_turn(&self) -> usize {
-        match self.id.address() {
-            Address::Name { .. } => self.turn.fetch_add(1, Relaxed),
-            Address::Socket(_) | Address::Unix(_) => 0,
-        }
+    fn is_name(&self) -> bool {
+        matches!(self.id.address(), Address::Name { .. })
     }
 
-    /// How many places it can be reached at; 0 for a name that has not been resolved.
-    #[must_use]
-    pub fn endpoints(&self) -> usize {
-        match self.id.address() {
-            Address::Name { .. } => self.resolved.load().len(),
-            Address::Socket(_) | Address::Unix(_) => 1,
-        }
+    pub(super) fn addresses(&self) -> Arc<Addresses> {
+        self.addresses.load_full()
     }
 
-    /// Where to connect to; a name's addresses follow each other as `turn` counts. `None`: it has not been resolved.
+    /// Where the next session connects to. `permit` is what it got with its pick.
+    #[inline]
     #[must_use]
-    pub fn endpoint(&self, turn: usize) -> Option<Endpoint> {
+    pub fn route(&self, permit: Option<ProbePermit>) -> Route {
         match self.id.address() {
-            Address::Socket(address) => Some(Endpoint::Tcp(*address)),
-            Address::Unix(path) => Some(Endpoint::Unix(path.clone())),
+            Address::Socket(address) => Route::own(Endpoint::Tcp(*address)),
+            Address::Unix(path) => Route::own(Endpoint::Unix(path.clone())),
             Address::Name { .. } => {
-                let resolved = self.resolved.load();
-                resolved.get(turn % resolved.len().max(1)).copied().map(Endpoint::Tcp)
+                let turn = self.turn.fetch_add(1, Relaxed);
+                Route::named(&self.addresses.load(), turn, permit)
             }
         }
+    }
+
+    /// Sessions may be sent there: neither checks nor sessions speak against it, or against one of the addresses of its name.
+    #[must_use]
+    pub fn is_usable(&self) -> bool {
+        if !self.is_name() {
+            return self.condition.is_usable();
+        }
+        let addresses = self.addresses.load();
+        addresses.current().is_empty() || addresses.current().iter().any(|known| known.condition.is_usable())
+    }
+
+    /// It gets one session, which shows whether it is back, and no others.
+    pub(super) fn is_probing(&self) -> bool {
+        if !self.is_name() {
+            return self.condition.ejection() == Ejection::Probing && !self.condition.fails_checks();
+        }
+        !self.is_usable() && self.addresses.load().current().iter().any(|known| known.is_probing())
+    }
+
+    /// For the one session that a probing backend gets. It is to say what becomes of it, and to end its probe.
+    pub(super) fn take_probe(&self) -> Option<ProbePermit> {
+        if self.is_name() {
+            return self.addresses.load().current().iter().find_map(|known| known.take_probe());
+        }
+        self.condition.take_probe().map(|number| ProbePermit { number, address: None })
+    }
+
+    /// Sessions are just finding out whether it is back, or have found out.
+    pub(super) fn is_probed(&self) -> bool {
+        if !self.is_name() {
+            return self.condition.is_probed();
+        }
+        let addresses = self.addresses.load();
+        let waits = |known: &Arc<NamedAddress>| known.is_probing() && !known.condition.is_probed();
+        !addresses.current().iter().any(waits)
+    }
+
+    /// The session with this permit has come so far; `Wanted`: it is over. False: its probe is over.
+    pub(super) fn move_probe(&self, permit: ProbePermit, to: Probe) -> bool {
+        let moved = |condition: &Condition| match to {
+            Probe::Wanted => {
+                condition.end_probe(permit.number);
+                true
+            }
+            to => condition.move_probe(permit.number, to),
+        };
+        match permit.address {
+            None => moved(&self.condition),
+            Some(number) => self.at_address(number, |known| moved(&known.condition)).unwrap_or(false),
+        }
+    }
+
+    /// `None`: the name does not have that address any more.
+    pub(super) fn at_address<T>(
+        &self,
+        number: AddressNumber,
+        what: impl FnOnce(&NamedAddress) -> T,
+    ) -> Option<T> {
+        self.addresses.load().find(number).map(|known| what(known))
+    }
+
+    /// A session has connected to that address of its name.
+    pub fn count_connected_at(&self, number: AddressNumber) {
+        self.at_address(number, NamedAddress::count_connected);
+    }
+
+    /// A session that was answered at that address of its name has ended.
+    pub fn count_answered_at(&self, number: AddressNumber) {
+        self.at_address(number, NamedAddress::count_answered);
     }
 
     /// False for a name that never resolved: picking it could only fail.
     #[must_use]
     pub fn is_reachable(&self) -> bool {
-        !matches!(self.id.address(), Address::Name { .. }) || !self.resolved.load().is_empty()
+        !self.is_name() || !self.addresses.load().current().is_empty()
     }
 
-    /// Replaces what its name resolved to. Returns true if that made the backend reachable.
+    /// Replaces what its name resolved to, also by more or fewer addresses; none at all change nothing. Returns true if they are
+    /// others than before.
     pub fn set_resolved(&self, mut addresses: Vec<SocketAddr>) -> bool {
         // Resolvers rotate their answers; sorted, the same answer twice is seen as the same.
         addresses.sort_unstable();
         addresses.dedup();
-        if addresses.is_empty() || **self.resolved.load() == addresses {
+        let before = self.addresses.load_full();
+        if addresses.is_empty() || before.are(&addresses) {
             return false;
         }
-        self.resolved.swap(Arc::new(addresses)).is_empty()
+        self.addresses.store(Arc::new(before.next(&addresses, Instant::now())));
+        true
     }
 }
 
@@ -265,6 +320,8 @@ impl Registry {
 
 #[cfg(test)]
 mod tests {
+    use super::super::condition::Health;
+    use super::super::endpoint::Target;
     use super::*;
 
     fn id(text: &str) -> BackendId {
@@ -302,15 +359,92 @@ mod tests {
         assert_eq!(registry.living().len(), stay.len());
     }
 
+    /// Where the next session connects to, in order.
+    fn tries(backend: &Backend) -> Vec<Endpoint> {
+        let mut route = backend.route(None);
+        let mut tries = Vec::new();
+        while let Some(endpoint) = route.endpoint().cloned() {
+            tries.push(endpoint);
+            route.advance();
+        }
+        tries
+    }
+
+    fn addresses<const N: usize>(last: [u8; N]) -> [SocketAddr; N] {
+        last.map(|last| SocketAddr::from(([10, 0, 0, last], 5432)))
+    }
+
     #[test]
     fn a_name_is_reachable_once_resolved_and_gives_its_addresses_in_turn() {
         let backend = Registry::new(1).get_or_create(&id("db.internal:5432"));
-        assert_eq!((backend.endpoint(0), backend.endpoints(), backend.is_reachable()), (None, 0, false));
-        let [a, b] = ["10.0.0.1:5432", "10.0.0.2:5432"].map(|text| text.parse().expect("an address"));
+        assert_eq!((tries(&backend), backend.is_reachable()), (vec![], false));
+        let [a, b] = addresses([1, 2]);
         assert!(backend.set_resolved(vec![b, a, b]));
         assert!(!backend.set_resolved(vec![a, b]) && !backend.set_resolved(vec![]));
-        let seen: Vec<_> = (0..4).filter_map(|_| backend.endpoint(backend.next_turn())).collect();
-        assert_eq!(seen.iter().filter(|e| **e == Endpoint::Tcp(a)).count(), 2);
-        assert_eq!(seen.iter().filter(|e| **e == Endpoint::Tcp(b)).count(), 2);
+        let seen: Vec<_> = (0..4).map(|_| tries(&backend)).collect();
+        assert_eq!(seen.iter().filter(|e| **e == [Endpoint::Tcp(a), Endpoint::Tcp(b)]).count(), 2);
+        assert_eq!(seen.iter().filter(|e| **e == [Endpoint::Tcp(b), Endpoint::Tcp(a)]).count(), 2);
+    }
+
+    #[test]
+    fn sessions_leave_out_a_dead_address_and_take_the_others_in_turn_until_none_is_left() {
+        let backend = Registry::new(1).get_or_create(&id("db.internal:5432"));
+        let [a, b, c] = addresses([1, 2, 3]);
+        backend.set_resolved(vec![a, b, c]);
+        let targets: Vec<_> = Target::all_of(&backend).collect();
+        targets[1].condition().set_ejection(Ejection::Ejected);
+        let seen: Vec<_> = (0..4).map(|_| tries(&backend)).collect();
+        assert_eq!(seen.iter().filter(|e| **e == [Endpoint::Tcp(a), Endpoint::Tcp(c)]).count(), 2);
+        assert_eq!(seen.iter().filter(|e| **e == [Endpoint::Tcp(c), Endpoint::Tcp(a)]).count(), 2);
+        assert!(backend.is_usable());
+        targets[0].condition().set_health(Health::Unhealthy);
+        targets[2].condition().set_health(Health::Unhealthy);
+        assert_eq!((backend.is_usable(), tries(&backend).len()), (false, 3), "health is ignored");
+    }
+
+    #[test]
+    fn one_session_probes_an_address_and_goes_on_to_the_others_if_it_fails() {
+        let backend = Registry::new(1).get_or_create(&id("db.internal:5432"));
+        let [a, b] = addresses([1, 2]);
+        backend.set_resolved(vec![a, b]);
+        let targets: Vec<_> = Target::all_of(&backend).collect();
+        targets[1].condition().set_ejection(Ejection::Probing);
+        let mut route = backend.route(None);
+        let permit = route.take_permit().expect("a probe is wanted");
+        assert_eq!((route.endpoint(), route.len()), (Some(&Endpoint::Tcp(b)), 2));
+        assert_eq!(tries(&backend), [Endpoint::Tcp(a)], "one session probes");
+        assert!(backend.move_probe(permit, Probe::Wanted));
+        assert_eq!(tries(&backend), [Endpoint::Tcp(b), Endpoint::Tcp(a)]);
+    }
+
+    #[test]
+    fn an_address_keeps_its_condition_through_lookups_and_a_new_one_has_none() {
+        let backend = Registry::new(1).get_or_create(&id("db.internal:5432"));
+        let [a, b, c] = addresses([1, 2, 3]);
+        backend.set_resolved(vec![a]);
+        let health = || -> Vec<_> {
+            Target::all_of(&backend)
+                .map(|t| (t.named_address().expect("one"), t.condition().health()))
+                .collect()
+        };
+        Target::all_of(&backend).for_each(|target| target.condition().set_health(Health::Unhealthy));
+        assert!(!backend.is_usable());
+        assert!(backend.set_resolved(vec![c, b, a]));
+        let new = [(b, Health::Unchecked), (c, Health::Unchecked)];
+        assert_eq!(health(), [&[(a, Health::Unhealthy)], &new[..]].concat());
+        assert!(backend.set_resolved(vec![b, c]));
+        assert_eq!((health(), backend.is_usable()), (new.to_vec(), true));
+        assert!(backend.set_resolved(vec![a, c]));
+        assert_eq!(health(), [(a, Health::Unhealthy), new[1]], "it was away for a moment");
+    }
+
+    #[test]
+    fn a_name_that_always_has_other_addresses_fills_no_memory() {
+        let backend = Registry::new(1).get_or_create(&id("db.internal:5432"));
+        for n in 0..200_000u32 {
+            backend.set_resolved(vec![SocketAddr::from((n.to_be_bytes(), 80))]);
+        }
+        let known = backend.addresses();
+        assert!(format!("{known:?}").matches("NamedAddress").count() <= 65);
     }
 }

@@ -43,6 +43,8 @@ pub struct Cell {
     policy: Policy,
     /// Says when the newest table came.
     published: watch::Sender<SystemTime>,
+    /// Says that names have other addresses.
+    readdressed: watch::Sender<()>,
     /// Says what of the newest snapshot the control plane has to act on.
     standing: watch::Sender<Standing>,
     /// Says whose sessions are to end.
@@ -66,6 +68,7 @@ impl Cell {
             registry,
             policy,
             published: watch::Sender::new(SystemTime::now()),
+            readdressed: watch::Sender::default(),
             standing: watch::Sender::default(),
             leavers: Leavers::default(),
             confirmed: AtomicU64::new(NEVER),
@@ -155,6 +158,18 @@ impl Cell {
         let current = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         let newest = self.newest.load();
         self.store(newest.next(newest.origin, &current, self.policy, &self.registry));
+    }
+
+    /// Makes the snapshot again because names have other addresses.
+    pub fn readdress(&self) {
+        self.refresh();
+        self.readdressed.send_replace(());
+    }
+
+    /// Hears whenever names have other addresses. It works for as long as the cell lives.
+    #[must_use]
+    pub fn readdressed(&self) -> watch::Receiver<()> {
+        self.readdressed.subscribe()
     }
 
     /// Hears when a slow start or the fail-open begins and ends. It works for as long as the cell lives.

@@ -134,6 +134,8 @@ pub struct Condition {
     probe: AtomicU32,
     connects: Row,
     resets: Row,
+    /// Checks in a row that spoke against its health as it stands; written by the control plane.
+    checks_against: AtomicU32,
     /// [`millis`] of the moment at which it joined or recovered, times two; the lowest bit: it is held back since. 0: it was
     /// there from the beginning.
     begun: AtomicU64,
@@ -165,6 +167,7 @@ impl Default for Condition {
             probe: AtomicU32::new(0),
             connects: Row::default(),
             resets: Row::default(),
+            checks_against: AtomicU32::new(0),
             begun: AtomicU64::new(0),
             session_error: LastCause::default(),
             check_error: LastCause::default(),
@@ -215,6 +218,22 @@ impl Condition {
             self.forget_failures();
         }
         self.health.store(health as u8, Relaxed);
+    }
+
+    /// A check did not end as its health says. Returns how many did not in a row.
+    pub fn count_check_against(&self) -> u32 {
+        self.checks_against.fetch_add(1, Relaxed).saturating_add(1)
+    }
+
+    /// A check ended as its health says, or has changed it.
+    pub fn forget_checks_against(&self) {
+        self.checks_against.store(0, Relaxed);
+    }
+
+    /// The last checks, fewer than decide, did not end as its health says.
+    #[must_use]
+    pub fn is_in_doubt(&self) -> bool {
+        self.checks_against.load(Relaxed) > 0
     }
 
     fn forget_failures(&self) {

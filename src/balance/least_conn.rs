@@ -111,7 +111,7 @@ impl LeastConn {
 #[inline]
 fn load_of(member: &Member, cost: f64, tried: &[BackendId]) -> Option<f64> {
     let active = member.backend.places().active_unless_full()?;
-    let is_probed = member.probing == Probing::Alone && member.backend.condition.is_probed();
+    let is_probed = member.probing == Probing::Alone && member.backend.is_probed();
     if is_probed || !tried.is_empty() && tried.contains(member.backend.id()) {
         return None;
     }

@@ -7,7 +7,6 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::backend::{Backend, Registry};
-use super::condition::Ejection;
 use super::policy::Policy;
 use super::{AdminState, BackendId, Table, Weight};
 
@@ -75,13 +74,13 @@ pub(super) fn weigh(members: &mut [Member], policy: &Policy) -> Weighed {
     let now = Instant::now();
     for member in members {
         let condition = &member.backend.condition;
-        member.probing = match condition.ejection() == Ejection::Probing && !condition.fails_checks() {
+        member.probing = match member.backend.is_probing() {
             true if fails_open => Probing::AmongOthers,
             true => Probing::Alone,
             false => Probing::No,
         };
         member.effective_weight = Weight::ZERO;
-        let is_picked = fails_open || condition.is_usable() || member.probing == Probing::Alone;
+        let is_picked = fails_open || member.backend.is_usable() || member.probing == Probing::Alone;
         if !is_picked || !member.wants_sessions() || !member.backend.is_reachable() {
             continue;
         }
@@ -102,7 +101,7 @@ fn fails_open(members: &[Member], policy: &Policy) -> bool {
     for member in in_use() {
         let part = member.weight.get() / largest;
         all += part;
-        if member.backend.condition.is_usable() {
+        if member.backend.is_usable() {
             healthy += part;
             any_healthy = true;
         }
@@ -124,11 +123,10 @@ pub(super) fn begin_ramps(before: &[Member], members: &[Member], slow_start: Dur
     };
     let now = Instant::now();
     let can_spare = |member: &Member| {
-        let condition = &member.backend.condition;
         member.wants_sessions()
             && member.backend.is_reachable()
-            && condition.is_usable()
-            && condition.is_settled(slow_start, now)
+            && member.backend.is_usable()
+            && member.backend.condition.is_settled(slow_start, now)
             && !is_new(member)
     };
     let is_held_back = members.iter().any(can_spare);

@@ -13,6 +13,7 @@ pub mod cause;
 pub mod cell;
 pub mod condition;
 mod departed;
+pub mod endpoint;
 mod least_conn;
 pub mod leaving;
 pub mod lua_pick;

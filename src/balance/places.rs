@@ -13,7 +13,8 @@ use std::sync::atomic::{
 
 use super::BackendId;
 use super::backend::Backend;
-use super::condition::ProbeNumber;
+use super::condition::Probe;
+use super::endpoint::ProbePermit;
 use super::maglev::mix;
 use super::member::Probing;
 use super::queue::Queue;
@@ -112,7 +113,7 @@ pub(super) enum Refusal {
 }
 
 /// A place, and whether the session that has it is to show whether the backend is back.
-pub(super) type Place = (Active, Option<ProbeNumber>);
+pub(super) type Place = (Active, Option<ProbePermit>);
 
 /// A place at `member`'s backend.
 #[inline]
@@ -121,12 +122,13 @@ pub(super) fn take(member: &Member) -> Result<Place, Refusal> {
     if member.probing == Probing::No {
         return Ok((active()?, None));
     }
-    let condition = &member.backend.condition;
-    let Some(number) = condition.take_probe() else {
+    let Some(permit) = member.backend.take_probe() else {
         return if member.probing == Probing::Alone { Err(Refusal::Probed) } else { Ok((active()?, None)) };
     };
-    let active = active().inspect_err(|_| condition.end_probe(number))?;
-    Ok((active, Some(number)))
+    let active = active().inspect_err(|_| {
+        member.backend.move_probe(permit, Probe::Wanted);
+    })?;
+    Ok((active, Some(permit)))
 }
 
 /// A place at another backend than the one that was chosen first, which refused: a few more are drawn by `draw`, then one by
@@ -153,8 +155,7 @@ pub(super) fn take_another<'a>(
         }
     }
     let refuses = |member: &Member| {
-        member.backend.places().is_full()
-            || member.probing == Probing::Alone && member.backend.condition.is_probed()
+        member.backend.places().is_full() || member.probing == Probing::Alone && member.backend.is_probed()
     };
     let is_tried = |member: &Member| tried.contains(member.backend.id());
     // The last one has just led to a backend that refused, so it is not as likely to lie anywhere.

@@ -8,8 +8,10 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::backend::{Active, Backend};
+use super::cause::Cause;
 use super::cell::Cell;
-use super::condition::{Failure, Probe, ProbeNumber};
+use super::condition::{Failure, Probe};
+use super::endpoint::{AddressNumber, ProbePermit, Target};
 use super::lua_pick::LuaPicker;
 use super::places::{take, take_another};
 use super::queue::Queue;
@@ -64,7 +66,7 @@ pub struct Pick {
     /// The session's place there.
     pub backend: Active,
     /// The session is to show whether the backend is back. Nobody else does until [`Pool::probed`] hears what became of it.
-    pub probe: Option<ProbeNumber>,
+    pub probe: Option<ProbePermit>,
     /// The weight it was picked by.
     pub weight: Weight,
     /// Who named it.
@@ -221,7 +223,7 @@ impl Pool {
         self.cell.policy().capacity.max_connections > 0
     }
 
-    /// A session failed by the fault of `backend`.
+    /// A session failed by the fault of `backend`, which has no name.
     pub fn failed(&self, backend: &Backend, failure: Failure) {
         let Some(outlier) = self.cell.policy().outlier else { return };
         let in_a_row = backend.condition.failed(failure, backend.reached());
@@ -231,12 +233,22 @@ impl Pool {
         }
     }
 
-    /// The session with this probe of `backend` has come so far; `Wanted`: it has ended, and where it showed nothing, the next one is
+    /// A session failed by the fault of one address of the name of `backend`. One that the name does not have any more is not
+    /// ejected.
+    pub fn failed_at(&self, backend: &Arc<Backend>, address: AddressNumber, failure: Failure, cause: Cause) {
+        let Some(target) = Target::all_of(backend).find(|target| target.is_number(address)) else { return };
+        target.condition().session_error.set(cause);
+        let Some(outlier) = self.cell.policy().outlier else { return };
+        let in_a_row = target.condition().failed(failure, target.reached());
+        if in_a_row >= outlier.consecutive_failures.get() && target.condition().is_usable() {
+            self.suspicion.notify_one();
+        }
+    }
+
+    /// The session with this permit for `backend` has come so far; `Wanted`: it has ended, and where it showed nothing, the next one is
     /// to.
-    pub fn probed(&self, backend: &Backend, probe: ProbeNumber, to: Probe) {
-        if to == Probe::Wanted {
-            backend.condition.end_probe(probe);
-        } else if backend.condition.move_probe(probe, to) {
+    pub fn probed(&self, backend: &Backend, permit: ProbePermit, to: Probe) {
+        if backend.move_probe(permit, to) && to != Probe::Wanted {
             self.suspicion.notify_one();
         }
     }

@@ -228,9 +228,8 @@ impl Snapshot {
 
     /// Those that have weight, and are not to be picked: they are not ready, or health speaks against them and is not ignored.
     pub fn unusable(&self) -> impl Iterator<Item = &Member> {
-        let is_out = |member: &&Member| {
-            !member.wants_sessions() || !self.fails_open && !member.backend.condition.is_usable()
-        };
+        let is_out =
+            |member: &&Member| !member.wants_sessions() || !self.fails_open && !member.backend.is_usable();
         self.members.iter().filter(|member| !member.weight.is_zero()).filter(is_out)
     }
 

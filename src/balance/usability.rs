@@ -7,6 +7,7 @@ use super::BackendId;
 use super::cause::Cause;
 use super::cell::Cell;
 use super::condition::{Condition, Ejection};
+use super::endpoint::Target;
 use super::member::{Member, Probing};
 use super::snapshot::Snapshot;
 
@@ -74,25 +75,30 @@ pub struct Reasons {
 
 impl Reasons {
     fn of(member: &Member, fails_open: bool) -> Self {
-        let Condition { session_error, check_error, .. } = &member.backend.condition;
-        let condition = &member.backend.condition;
+        let backend = &member.backend;
         let state = match member.state {
             AdminState::Ready => None,
             AdminState::Drain => Some(Reason::Drain),
             AdminState::Maint => Some(Reason::Maint),
         };
-        let sessions = match condition.ejection() {
-            Ejection::None => None,
-            Ejection::Ejected => Some(Reason::Ejected(session_error.get())),
-            Ejection::Probing => Some(Reason::Trial(session_error.get())),
+        // A name is out where all of its addresses are: the reasons are those of the first ones.
+        let health_counts = !fails_open && !backend.is_usable();
+        let of_address = |reason: fn(&Condition) -> Option<Reason>| {
+            let mut targets = Target::all_of(backend).filter(|_| health_counts);
+            targets.find_map(|target| reason(target.condition()))
         };
-        let health_counts = !fails_open;
         let reasons = [
             state,
             member.weight.is_zero().then_some(Reason::WeightZero),
-            (!member.backend.is_reachable()).then_some(Reason::Unresolved),
-            (health_counts && condition.fails_checks()).then(|| Reason::Unhealthy(check_error.get())),
-            sessions.filter(|_| health_counts),
+            (!backend.is_reachable()).then_some(Reason::Unresolved),
+            of_address(|condition| {
+                condition.fails_checks().then(|| Reason::Unhealthy(condition.check_error.get()))
+            }),
+            of_address(|condition| match condition.ejection() {
+                Ejection::None => None,
+                Ejection::Ejected => Some(Reason::Ejected(condition.session_error.get())),
+                Ejection::Probing => Some(Reason::Trial(condition.session_error.get())),
+            }),
         ];
         Self { reasons }
     }
@@ -263,6 +269,21 @@ mod tests {
         assert_eq!(told(&cell, 10).0, all[1..].iter().map(|text| (*text).to_owned()).collect::<Vec<_>>());
         assert!(cell.unusable(10).fails_open);
         assert_eq!(cell.load().usable(), Usable::Several);
+    }
+
+    #[test]
+    fn a_name_is_told_once_all_of_its_addresses_are_out_with_the_cause_at_one_of_them() {
+        let cell = Cell::new(table(&[("db.test:80", 1.0), ("10.0.0.1:80", 1.0)]), Balance::WeightedRandom, 1);
+        let name = cell.registry().get_or_create(&"db.test:80".parse().expect("a name"));
+        name.set_resolved([1, 2].map(|n| std::net::SocketAddr::from(([10, 0, 1, n], 80))).to_vec());
+        let mut out = Target::all_of(&name).map(|target| {
+            target.condition().session_error.set(Cause::RESET);
+            target.condition().set_ejection(Ejection::Ejected);
+            cell.refresh();
+            told(&cell, 10).0
+        });
+        assert_eq!(out.next(), Some(vec![]), "its other address gets its sessions");
+        assert_eq!(out.next(), Some(vec!["db.test:80 ejected:connection reset by peer".to_owned()]));
     }
 
     #[test]

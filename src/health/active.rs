@@ -10,16 +10,17 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::{Semaphore, watch};
-use tokio::task::{AbortHandle, JoinError, JoinSet};
+use tokio::task::{AbortHandle, Id, JoinError, JoinSet};
 use tokio::time::{Instant, sleep_until};
 use tracing::{debug, error};
 
 use super::check::{CheckError, check};
 use super::lines::{self, Lines};
 use crate::balance::backend::Backend;
-use crate::balance::condition::{Ejection, Health};
+use crate::balance::condition::{Condition, Ejection, Health};
+use crate::balance::endpoint::Target;
 use crate::balance::pool::Pool;
-use crate::balance::{AdminState, BackendId};
+use crate::balance::{Address, AdminState, BackendId};
 use crate::config::HealthCheck;
 use crate::runtime::backoff::{jittered, spread};
 
@@ -47,6 +48,7 @@ pub struct Checks {
     settings: Arc<HealthCheck>,
     places: &'static [Semaphore; 2],
     published: watch::Receiver<SystemTime>,
+    readdressed: watch::Receiver<()>,
     known: HashMap<BackendId, Known>,
     /// Those that left a moment ago, and until when they stand here.
     away: HashMap<BackendId, (Instant, Known)>,
@@ -54,7 +56,7 @@ pub struct Checks {
     forget_at: Option<Instant>,
     /// When who is asked next. What stands here and not in `known` is over.
     due: BinaryHeap<Reverse<(Instant, BackendId)>>,
-    running: JoinSet<(Arc<Backend>, Instant, Result<(), CheckError>)>,
+    running: JoinSet<(Target, Instant, Result<(), CheckError>)>,
     /// Set while the snapshot does not go by what was found.
     refresh_at: Option<Instant>,
     lines: Lines,
@@ -64,12 +66,10 @@ pub struct Checks {
 #[derive(Debug)]
 struct Known {
     backend: Arc<Backend>,
-    /// `None` while a check waits or is under way.
+    /// `None` while a check of one of its addresses waits or is under way.
     due: Option<Instant>,
-    check: Option<AbortHandle>,
-    /// Checks in a row that spoke against its health as it stands.
-    against: u32,
-    failed_last: bool,
+    /// Those that wait or are under way, one of each address.
+    checks: Vec<AbortHandle>,
 }
 
 impl Checks {
@@ -78,6 +78,7 @@ impl Checks {
     pub fn new(pool: Arc<Pool>, settings: HealthCheck) -> Self {
         Self {
             published: pool.cell.published(),
+            readdressed: pool.cell.readdressed(),
             pool,
             settings: Arc::new(settings),
             places: &PLACES,
@@ -107,8 +108,9 @@ impl Checks {
         let refresh_at = self.refresh_at.unwrap_or(far);
         tokio::select! {
             Ok(()) = self.published.changed() => self.look(),
-            Some(ended) = self.running.join_next() => match ended {
-                Ok((backend, started, result)) => self.take(&backend, started, result),
+            Ok(()) = self.readdressed.changed() => self.look_at_addresses(),
+            Some(ended) = self.running.join_next_with_id() => match ended {
+                Ok((id, (target, started, result))) => self.take(id, &target, started, result),
                 Err(error) => self.lose(&error),
             },
             () = sleep_until(next_check) => self.begin_due(),
@@ -130,7 +132,9 @@ impl Checks {
         let mut before = std::mem::replace(&mut self.known, HashMap::with_capacity(members().count()));
         // Who is in maint may be switched off: it is not asked, and nothing is known of it any more.
         for member in members().filter(|member| member.state == AdminState::Maint) {
-            member.backend.condition.set_health(Health::Unchecked);
+            for target in Target::all_of(&member.backend) {
+                target.condition().set_health(Health::Unchecked);
+            }
             before.remove(member.backend.id());
             self.away.remove(member.backend.id());
         }
@@ -153,9 +157,8 @@ impl Checks {
         let spread_over =
             (FIRST_SPREAD * u32::try_from(new.len()).unwrap_or(u32::MAX)).min(self.settings.interval);
         for backend in new {
-            let (id, failed_last) = (backend.id().clone(), backend.condition.fails_checks());
-            let known = Known { backend, due: None, check: None, against: 0, failed_last };
-            self.known.insert(id.clone(), known);
+            let id = backend.id().clone();
+            self.known.insert(id.clone(), Known { backend, due: None, checks: Vec::new() });
             self.schedule(&id, now + spread(spread_over));
         }
         let room = (self.known.len() + AWAY_SPARE).saturating_sub(self.away.len());
@@ -170,6 +173,16 @@ impl Checks {
             due.retain(|Reverse((due, id))| self.is_due(id, *due));
             self.due = due;
         }
+    }
+
+    /// A lookup has found other addresses of a name: those that nobody has asked are asked at once.
+    fn look_at_addresses(&mut self) {
+        let is_new = |target: Target| target.condition().health() == Health::Unchecked;
+        let has_new = |known: &Known| known.due.is_some() && Target::all_of(&known.backend).any(is_new);
+        let names = self.known.iter().filter(|(id, _)| matches!(id.address(), Address::Name { .. }));
+        let new: Vec<_> = names.filter(|(_, known)| has_new(known)).map(|(id, _)| id.clone()).collect();
+        let now = Instant::now();
+        new.iter().for_each(|id| self.schedule(id, now));
     }
 
     /// Forgets those that have not returned in time.
@@ -205,50 +218,72 @@ impl Checks {
             let Some(known) = self.known.get_mut(&id).filter(|known| known.due == Some(due)) else {
                 continue;
             };
-            let places = &self.places[usize::from(known.failed_last)];
             known.due = None;
-            let (backend, settings) = (Arc::clone(&known.backend), Arc::clone(&self.settings));
-            known.check = Some(self.running.spawn(async move {
-                let _place = places.acquire().await.expect("nobody closes them");
-                // Sessions first: see `thread.rs`.
-                std::thread::yield_now();
-                let started = Instant::now();
-                let result = check(&backend, &settings).await;
-                std::thread::yield_now();
-                (backend, started, result)
-            }));
+            for target in Target::all_of(&known.backend) {
+                let places = &self.places[usize::from(failed_last(target.condition()))];
+                let settings = Arc::clone(&self.settings);
+                known.checks.push(self.running.spawn(async move {
+                    let _place = places.acquire().await.expect("nobody closes them");
+                    // Sessions first: see `thread.rs`.
+                    std::thread::yield_now();
+                    let started = Instant::now();
+                    let result = check(&target, &settings).await;
+                    std::thread::yield_now();
+                    (target, started, result)
+                }));
+            }
+            if known.checks.is_empty() {
+                // Its name has not been resolved.
+                let interval = jittered(self.settings.interval);
+                self.schedule(&id, now + interval);
+            }
         }
     }
 
     /// Hears how a check ended that was begun at `started`.
-    fn take(&mut self, backend: &Arc<Backend>, started: Instant, result: Result<(), CheckError>) {
+    fn take(&mut self, check: Id, target: &Target, started: Instant, result: Result<(), CheckError>) {
+        let (settings, backend) = (Arc::clone(&self.settings), target.backend());
         let id = backend.id();
-        let (settings, mut interval) = (Arc::clone(&self.settings), jittered(self.settings.interval));
         let Some(known) = self.find(id).filter(|known| Arc::ptr_eq(&known.backend, backend)) else {
             return;
         };
-        if let Err(error) = &result
-            && !error.is_of_backend()
-        {
-            debug!(pool = %self.pool.name, backend = %id, %error, "a check showed nothing");
-        } else {
-            if let Err(error) = &result {
-                known.backend.condition.check_error.set(error.cause());
+        known.checks.retain(|other| other.id() != check);
+        let was_usable = backend.is_usable();
+        // An address that the name has lost meanwhile does not count.
+        if target.is_current() {
+            if let Err(error) = &result
+                && !error.is_of_backend()
+            {
+                debug!(pool = %self.pool.name, backend = %id, %error, "a check showed nothing");
+            } else {
+                backend.condition.checks[usize::from(result.is_err())].add(1);
+                if let Err(error) = &result {
+                    target.condition().check_error.set(error.cause());
+                }
+                if let Some(checks) = judge(target.condition(), result.is_ok(), &settings) {
+                    self.tell(target, was_usable, checks, result.err());
+                }
             }
-            let decided = known.judge(result.is_ok(), &settings);
-            if known.against > 0 && known.backend.condition.health() == Health::Healthy {
-                interval /= 2;
-            }
-            if let Some(checks) = decided {
-                self.tell(backend, checks, result.err());
-            }
+        }
+        self.schedule_next(id, started);
+    }
+
+    /// The next time follows once all addresses have been asked; the last one was at `started`.
+    fn schedule_next(&mut self, id: &BackendId, started: Instant) {
+        let mut interval = jittered(self.settings.interval);
+        let Some(known) = self.find(id).filter(|known| known.checks.is_empty()) else { return };
+        let in_doubt = |target: Target| {
+            target.condition().health() == Health::Healthy && target.condition().is_in_doubt()
+        };
+        if Target::all_of(&known.backend).any(in_doubt) {
+            interval /= 2;
         }
         self.schedule(id, (started + interval).max(Instant::now()));
     }
 
     /// A check ended without a result: it panicked, or it was given up because its backend left.
     fn lose(&mut self, error: &JoinError) {
-        let is_lost = |known: &Known| known.check.as_ref().is_some_and(|check| check.id() == error.id());
+        let is_lost = |known: &Known| known.checks.iter().any(|check| check.id() == error.id());
         let mut all = self.known.values().chain(self.away.values().map(|(_, known)| known));
         let Some(id) = all.find(|known| is_lost(known)).map(|known| known.backend.id().clone()) else {
             return;
@@ -257,27 +292,32 @@ impl Checks {
             let pool = &*self.pool.name;
             error!(pool, backend = %id, %error, "a health check ended without a result: this is a defect; it is repeated");
         }
+        if let Some(known) = self.find(&id) {
+            known.checks.retain(|check| check.id() != error.id());
+        }
         // Not sooner than any other: a check that panics each time must not take a core.
-        let interval = jittered(self.settings.interval);
-        self.schedule(&id, Instant::now() + interval);
+        self.schedule_next(&id, Instant::now());
     }
 
-    /// So many checks in a row have changed what is known of `backend`; with the last one's `error`, for the worse.
-    fn tell(&mut self, backend: &Arc<Backend>, checks: u32, error: Option<CheckError>) {
-        let condition = &backend.condition;
+    /// So many checks in a row have changed what is known of `target`; with the last one's `error`, for the worse.
+    fn tell(&mut self, target: &Target, was_usable: bool, checks: u32, error: Option<CheckError>) {
+        let (backend, condition) = (target.backend(), target.condition());
         let allowed = self.lines.allow(&self.pool.name);
         if let Some(error) = error {
             if allowed {
-                lines::unhealthy(&self.pool.name, backend, checks, &error);
+                lines::unhealthy(&self.pool.name, target, checks, &error);
             }
         } else {
             // What its sessions saw is from before.
             if condition.ejection() != Ejection::None {
                 condition.set_ejection(Ejection::None);
             }
-            condition.begin_ramp(Instant::now());
+            // A name that got sessions at its other addresses has its weight.
+            if !was_usable {
+                backend.condition.begin_ramp(Instant::now());
+            }
             if allowed {
-                lines::healthy(&self.pool.name, backend, checks);
+                lines::healthy(&self.pool.name, target, checks);
             }
         }
         self.refresh_at.get_or_insert(Instant::now() + PACE);
@@ -287,39 +327,40 @@ impl Checks {
 /// Who left is not asked any more, and holds nobody up.
 impl Drop for Known {
     fn drop(&mut self) {
-        if let Some(check) = &self.check {
-            check.abort();
-        }
+        self.checks.iter().for_each(AbortHandle::abort);
     }
 }
 
-impl Known {
-    /// Counts a check. Returns how many in a row have changed the backend's health with this one, if it changed.
-    fn judge(&mut self, passed: bool, settings: &HealthCheck) -> Option<u32> {
-        let condition = &self.backend.condition;
-        condition.checks[usize::from(!passed)].add(1);
-        self.failed_last = !passed;
-        let (needed, verdict) = match (condition.health(), passed) {
-            (Health::Unchecked, true) => {
-                condition.set_health(Health::Healthy);
-                return None;
-            }
-            (Health::Unchecked, false) => (1, Health::Unhealthy),
-            (Health::Healthy, false) => (settings.fall.get(), Health::Unhealthy),
-            (Health::Unhealthy, true) => (settings.rise.get(), Health::Healthy),
-            (Health::Healthy, true) | (Health::Unhealthy, false) => {
-                self.against = 0;
-                return None;
-            }
-        };
-        self.against += 1;
-        let decided = self.against >= needed;
-        if decided {
-            self.against = 0;
-            condition.set_health(verdict);
-        }
-        decided.then_some(needed)
+/// Its last check failed: each one that speaks against its health, or the last one if none does.
+fn failed_last(condition: &Condition) -> bool {
+    match condition.health() {
+        Health::Unchecked => false,
+        Health::Healthy => condition.is_in_doubt(),
+        Health::Unhealthy => !condition.is_in_doubt(),
     }
+}
+
+/// Counts a check. Returns how many in a row have changed the address's health with this one, if it changed.
+fn judge(condition: &Condition, passed: bool, settings: &HealthCheck) -> Option<u32> {
+    let (needed, verdict) = match (condition.health(), passed) {
+        (Health::Unchecked, true) => {
+            condition.set_health(Health::Healthy);
+            return None;
+        }
+        (Health::Unchecked, false) => (1, Health::Unhealthy),
+        (Health::Healthy, false) => (settings.fall.get(), Health::Unhealthy),
+        (Health::Unhealthy, true) => (settings.rise.get(), Health::Healthy),
+        (Health::Healthy, true) | (Health::Unhealthy, false) => {
+            condition.forget_checks_against();
+            return None;
+        }
+    };
+    let decided = condition.count_check_against() >= needed;
+    if decided {
+        condition.forget_checks_against();
+        condition.set_health(verdict);
+    }
+    decided.then_some(needed)
 }
 
 #[cfg(test)]

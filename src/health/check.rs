@@ -10,8 +10,8 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpSocket, UnixStream};
 use tokio::time::{Instant, timeout_at};
 
-use crate::balance::backend::{Backend, Endpoint};
 use crate::balance::cause::Cause;
+use crate::balance::endpoint::{Endpoint, Target};
 use crate::config::HealthCheck;
 use crate::listen::socket::exhausted;
 
@@ -19,8 +19,6 @@ use crate::listen::socket::exhausted;
 const ANSWER_MAX_BYTES: usize = 64 * 1024;
 /// Of what it said instead, for the log.
 const SHOWN_BYTES: usize = 40;
-/// Of a name with more addresses than anyone waits for.
-const ADDRESSES_MAX: usize = 8;
 
 /// Why a check did not pass.
 #[derive(Debug, thiserror::Error)]
@@ -39,10 +37,7 @@ pub(super) enum CheckError {
     Closed(Wanted),
     #[error("not among the first {ANSWER_MAX_BYTES} bytes of the answer: {0}")]
     TooMuch(Wanted),
-    /// Shows nothing of the backend.
-    #[error("its name has not been resolved")]
-    Unresolved,
-    /// Ours, too.
+    /// Ours: shows nothing of the backend.
     #[error("this machine was too busy to hear the answer in time: it looked {0:?} late")]
     Late(Duration),
     /// Ours: shows nothing of the backend.
@@ -82,44 +77,31 @@ impl CheckError {
             Self::Silent(..) => Cause::NO_ANSWER,
             Self::Closed(_) => Cause::CLOSED,
             Self::TooMuch(_) => Cause::WRONG_ANSWER,
-            Self::Unresolved => Cause::UNRESOLVED,
             Self::Late(_) => Cause::OTHER,
         }
     }
 
     /// False where it says something of this machine, not of the backend.
     pub(super) fn is_of_backend(&self) -> bool {
-        !matches!(self, Self::Unresolved | Self::Late(_) | Self::Exhausted(_))
+        !matches!(self, Self::Late(_) | Self::Exhausted(_))
     }
 }
 
-/// Asks `backend` once, for `timeout` at the longest. A name passes if one of its addresses does: a session tries them all, too.
-pub(super) async fn check(backend: &Backend, settings: &HealthCheck) -> Result<(), CheckError> {
+/// Asks one address of a backend once, for `timeout` at the longest.
+pub(super) async fn check(target: &Target, settings: &HealthCheck) -> Result<(), CheckError> {
     #[cfg(test)]
     fault::check();
-    let mut result = Err(CheckError::Unresolved);
-    let (until, mut left) = (Instant::now() + settings.timeout, settings.timeout);
-    let addresses = backend.endpoints().min(ADDRESSES_MAX);
-    for turn in 0..addresses {
-        // A name may lose addresses meanwhile; the next check goes by what it has then.
-        let Some(endpoint) = backend.endpoint(turn) else { break };
-        let patience = Patience::new(left / u32::try_from(addresses - turn).unwrap_or(1));
-        result = match endpoint {
-            Endpoint::Tcp(mut address) => {
-                address.set_port(settings.port.unwrap_or(address.port()));
-                ask_tcp(address, settings, patience).await
-            }
-            Endpoint::Unix(path) => ask_unix(&path, settings, patience).await,
-        };
-        if result.as_ref().map_or_else(|error| !error.is_of_backend(), |()| true) {
-            break;
+    let patience = Patience::new(settings.timeout);
+    match target.endpoint() {
+        Endpoint::Tcp(mut address) => {
+            address.set_port(settings.port.unwrap_or(address.port()));
+            ask_tcp(address, settings, patience).await
         }
-        left = until.saturating_duration_since(Instant::now());
+        Endpoint::Unix(path) => ask_unix(&path, settings, patience).await,
     }
-    result
 }
 
-/// How long one address may take.
+/// How long one check may take.
 #[derive(Clone, Copy)]
 struct Patience {
     time: Duration,
@@ -331,20 +313,22 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_connection_is_enough_where_nothing_is_expected_and_a_name_may_have_dead_addresses() {
+    async fn a_connection_is_enough_where_nothing_is_expected_and_each_address_of_a_name_is_asked() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
         let address = listener.local_addr().expect("bound");
         let registry = Registry::new(1);
         let backend = registry.get_or_create(&format!("db.test:{}", address.port()).parse().expect("a name"));
-        let result = check(&backend, &settings(None, None)).await;
-        assert!(matches!(result, Err(CheckError::Unresolved)));
+        assert_eq!(Target::all_of(&backend).count(), 0, "it has not been resolved");
 
         // Nothing listens on the first one.
         let dead = SocketAddr::from(([127, 0, 0, 0], 1));
         backend.set_resolved(vec![dead, address]);
-        check(&backend, &settings(None, None)).await.expect("it listens");
+        let targets: Vec<_> = Target::all_of(&backend).collect();
+        let result = check(&targets[0], &settings(None, None)).await;
+        assert!(matches!(result, Err(CheckError::Connect(_))), "{result:?}");
+        check(&targets[1], &settings(None, None)).await.expect("it listens");
         drop(listener);
-        let result = check(&backend, &settings(None, None)).await;
+        let result = check(&targets[1], &settings(None, None)).await;
         assert!(matches!(result, Err(CheckError::Connect(_))), "{result:?}");
     }
 }

@@ -1,13 +1,15 @@
 //! How many lines one pool's health may write: a network that fails takes thousands of backends with it.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use tokio::time::Instant;
+use tracing::field::{DisplayValue, display};
 use tracing::{info, warn};
 
 use super::check::CheckError;
-use crate::balance::backend::Backend;
 use crate::balance::cause::Cause;
+use crate::balance::endpoint::Target;
 
 const PERIOD: Duration = Duration::from_secs(10);
 const LINES_A_PERIOD: u32 = 100;
@@ -48,51 +50,51 @@ impl Lines {
     }
 }
 
-/// Says that `backend` is ejected for `length`, after `failures` sessions in a row or (`again`) after its trial session.
-pub(super) fn ejected(
-    pool: &str,
-    backend: &Backend,
-    again: bool,
-    failures: u32,
-    times: u32,
-    length: Duration,
-) {
-    let error = backend.condition.session_error.get().unwrap_or(Cause::OTHER);
-    let (backend, ejection) = (backend.id(), rounded(length));
+/// Says that the backend of `target` is ejected for `length`, after `failures` sessions in a row or (`again`) after its trial session.
+pub(super) fn ejected(pool: &str, target: &Target, again: bool, failures: u32, times: u32, length: Duration) {
+    let error = target.condition().session_error.get().unwrap_or(Cause::OTHER);
+    let (backend, address, ejection) = (target.backend().id(), address(target), rounded(length));
     if again {
         warn!(
-            pool, %backend, %error, times, ejection,
+            pool, %backend, address, %error, times, ejection,
             "trial session failed ({error}): backend stays ejected for {ejection}"
         );
     } else {
         warn!(
-            pool, %backend, %error, failures, times, ejection,
+            pool, %backend, address, %error, failures, times, ejection,
             "backend ejected after {failures} failed sessions in a row (last error: {error}), no sessions for {ejection}"
         );
     }
 }
 
-/// Says that `backend` fails its sessions and keeps getting them, since `most` percent of its pool are out already.
-pub(super) fn not_ejected(pool: &str, backend: &Backend, failures: u32, most: u32) {
-    let error = backend.condition.session_error.get().unwrap_or(Cause::OTHER);
-    let backend = backend.id();
+/// Says that the backend of `target` fails its sessions and keeps getting them, since `most` percent of its pool are out already.
+pub(super) fn not_ejected(pool: &str, target: &Target, failures: u32, most: u32) {
+    let error = target.condition().session_error.get().unwrap_or(Cause::OTHER);
+    let (backend, address) = (target.backend().id(), address(target));
     warn!(
-        pool, %backend, %error, failures,
+        pool, %backend, address, %error, failures,
         "backend not ejected after {failures} failed sessions in a row (last error: {error}): no more than {most} % \
          of a pool are (outlier.max_ejected_percent)"
     );
 }
 
-/// Says that so many checks of `backend` failed in a row, the last one by `error`, and that it gets no sessions.
-pub(super) fn unhealthy(pool: &str, backend: &Backend, checks: u32, error: &CheckError) {
-    let (backend, failed) = (backend.id(), counted(checks, "failed"));
-    warn!(pool, %backend, %error, checks, "backend unhealthy after {failed} (last error: {error})");
+/// Says that so many checks of `target` failed in a row, the last one by `error`, and that it gets no sessions.
+pub(super) fn unhealthy(pool: &str, target: &Target, checks: u32, error: &CheckError) {
+    let (backend, address) = (target.backend().id(), address(target));
+    let failed = counted(checks, "failed");
+    warn!(pool, %backend, address, %error, checks, "backend unhealthy after {failed} (last error: {error})");
 }
 
-/// Says that so many checks of `backend` passed in a row, and that it gets sessions again.
-pub(super) fn healthy(pool: &str, backend: &Backend, checks: u32) {
-    let (backend, passed) = (backend.id(), counted(checks, "passed"));
-    info!(pool, %backend, checks, "backend healthy again after {passed}");
+/// Says that so many checks of `target` passed in a row, and that it gets sessions again.
+pub(super) fn healthy(pool: &str, target: &Target, checks: u32) {
+    let (backend, address) = (target.backend().id(), address(target));
+    let passed = counted(checks, "passed");
+    info!(pool, %backend, address, checks, "backend healthy again after {passed}");
+}
+
+/// Which address of a name the line is about, where the name has several.
+fn address(target: &Target) -> Option<DisplayValue<SocketAddr>> {
+    target.address_of_several().map(display)
 }
 
 fn counted(checks: u32, ended: &str) -> String {

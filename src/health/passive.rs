@@ -4,18 +4,22 @@
 //! decided here. An ejected backend gets nothing for a time that grows with each ejection, then one session: the
 //! *probe*. If that ends well, or lives for a second, the backend is back; if it fails, the next ejection begins. The session knows
 //! that it is the probe, and rings when it has come further; what others do that began earlier says nothing.
+//!
+//! What is ejected is an address: of a backend by name, one of those that its name has. The name is out where all of them are.
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
+use tracing::field::display;
 use tracing::info;
 
 use super::lines::{self, Lines};
-use crate::balance::backend::Backend;
 use crate::balance::condition::{Ejection, Probe, ProbeNumber};
+use crate::balance::endpoint::Target;
 use crate::balance::pool::Pool;
 use crate::balance::snapshot::Member;
 use crate::balance::{BackendId, Outlier};
@@ -36,7 +40,7 @@ pub struct Ejections {
     pool: Arc<Pool>,
     outlier: Outlier,
     published: watch::Receiver<SystemTime>,
-    known: HashMap<BackendId, Known>,
+    known: HashMap<Key, Known>,
     next_look: Option<Instant>,
     /// It was said that more should be ejected than may be.
     told_limit: bool,
@@ -45,7 +49,14 @@ pub struct Ejections {
     lines: Lines,
 }
 
-/// One backend that is or was ejected.
+/// A backend, and where it has a name, one of its addresses.
+type Key = (BackendId, Option<SocketAddr>);
+
+fn key(target: &Target) -> Key {
+    (target.backend().id().clone(), target.named_address())
+}
+
+/// One backend, or one address of its name, that is or was ejected.
 #[derive(Debug)]
 struct Known {
     /// Ejections without a good time in between.
@@ -106,31 +117,39 @@ impl Ejections {
     fn look(&mut self) {
         let (snapshot, now) = (Arc::clone(&self.pool.cell.load()), Instant::now());
         let wanted = || snapshot.picked_from().iter().filter(|member| member.wants_sessions());
-        let most = wanted().count() * self.outlier.max_ejected_percent as usize / 100;
+        let addresses = |member: &Member| Target::all_of(&member.backend).count().max(1);
+        let most = wanted().map(addresses).sum::<usize>() * self.outlier.max_ejected_percent as usize / 100;
         // Those whom checks or names keep out too: what is left is what counts.
-        let is_in = |backend: &Backend| backend.condition.is_usable() && backend.is_reachable();
-        let mut out = wanted().filter(|member| !is_in(&member.backend)).count();
+        let out_of = |member: &Member| {
+            let out =
+                Target::all_of(&member.backend).filter(|target| !target.condition().is_usable()).count();
+            if member.backend.is_reachable() { out } else { 1 }
+        };
+        let mut out = wanted().map(out_of).sum::<usize>();
         let mut changed = false;
         self.next_look = None;
         if out < most {
             self.told_limit = false;
         }
         for member in snapshot.members_and_stand_ins() {
-            let backend = &member.backend;
-            match self.judge(member, now) {
-                Verdict::Stay => continue,
-                Verdict::Eject if member.wants_sessions() && is_in(backend) && out >= most => {
-                    self.tell_limit(backend);
-                    continue;
+            for target in Target::all_of(&member.backend) {
+                // It is out if it is ejected now, and was not for another reason.
+                let counts = member.wants_sessions() && target.condition().is_usable();
+                match self.judge(member, &target, now) {
+                    Verdict::Stay => continue,
+                    Verdict::Eject if counts && out >= most => {
+                        self.tell_limit(&target);
+                        continue;
+                    }
+                    Verdict::Eject => {
+                        out += usize::from(counts);
+                        self.eject(&target);
+                    }
+                    Verdict::Probe => target.condition().set_ejection(Ejection::Probing),
+                    Verdict::TakeBack => self.take_back(&target),
                 }
-                Verdict::Eject => {
-                    out += usize::from(member.wants_sessions() && is_in(backend));
-                    self.eject(backend);
-                }
-                Verdict::Probe => self.probe(backend),
-                Verdict::TakeBack => self.take_back(backend),
+                changed = true;
             }
-            changed = true;
         }
         // Those who are forgiven, and those who left the table long ago while they were ejected.
         self.known.retain(|_, known| known.forgotten_at > now);
@@ -139,15 +158,15 @@ impl Ejections {
         }
     }
 
-    fn judge(&mut self, member: &Member, now: Instant) -> Verdict {
-        let (backend, condition) = (&member.backend, &member.backend.condition);
+    fn judge(&mut self, member: &Member, target: &Target, now: Instant) -> Verdict {
+        let condition = target.condition();
         match condition.ejection() {
             Ejection::None => {
-                let row = condition.failures(backend.reached());
+                let row = condition.failures(target.reached());
                 if row >= self.outlier.consecutive_failures.get() { Verdict::Eject } else { Verdict::Stay }
             }
             Ejection::Ejected => {
-                let until = self.known(backend, now).until;
+                let until = self.known(target, now).until;
                 if until > now {
                     self.look_again_at(until);
                     return Verdict::Stay;
@@ -157,7 +176,7 @@ impl Ejections {
                 if is_over { Verdict::Probe } else { Verdict::Stay }
             }
             Ejection::Probing => {
-                let known = self.known(backend, now);
+                let known = self.known(target, now);
                 let (number, probe) = condition.probe();
                 match probe {
                     Probe::Failed => Verdict::Eject,
@@ -179,7 +198,7 @@ impl Ejections {
     }
 
     /// What is known of a member that is ejected, for as long as it is one, and somewhat longer.
-    fn known(&mut self, backend: &Backend, now: Instant) -> &mut Known {
+    fn known(&mut self, target: &Target, now: Instant) -> &mut Known {
         let longest = self.outlier.ejection * LONGEST_EJECTION;
         // One that left the table and came back after a long time is not known any more.
         let first = || Known {
@@ -189,7 +208,7 @@ impl Ejections {
             forgotten_at: now,
             connected: None,
         };
-        let known = self.known.entry(backend.id().clone()).or_insert_with(first);
+        let known = self.known.entry(key(target)).or_insert_with(first);
         known.forgotten_at = known.until.max(now) + longest;
         known
     }
@@ -198,52 +217,55 @@ impl Ejections {
         self.next_look = Some(self.next_look.map_or(at, |next| next.min(at)));
     }
 
-    fn eject(&mut self, backend: &Arc<Backend>) {
-        let now = Instant::now();
-        let failures = backend.condition.failures(backend.reached());
-        let again = backend.condition.ejection() == Ejection::Probing;
+    fn eject(&mut self, target: &Target) {
+        let (now, condition, key) = (Instant::now(), target.condition(), key(target));
+        let failures = condition.failures(target.reached());
+        let again = condition.ejection() == Ejection::Probing;
         let forgiven = |known: &Known| !again && known.until <= now;
-        let times = match self.known.get(backend.id()) {
+        let times = match self.known.get(&key) {
             Some(known) if !forgiven(known) => known.times + 1,
             _ => 1,
         };
         let length = jittered(self.outlier.ejection * times.min(LONGEST_EJECTION));
         let until = now + length;
         let forgotten_at = until + self.outlier.ejection * LONGEST_EJECTION;
-        self.known
-            .insert(backend.id().clone(), Known { times, length, until, forgotten_at, connected: None });
+        self.known.insert(key, Known { times, length, until, forgotten_at, connected: None });
         self.look_again_at(until);
-        backend.condition.set_ejection(Ejection::Ejected);
-        backend.condition.ejections.add(1);
+        condition.set_ejection(Ejection::Ejected);
+        target.backend().condition.ejections.add(1);
         if self.lines.allow(&self.pool.name) {
-            lines::ejected(&self.pool.name, backend, again, failures, times, length);
+            lines::ejected(&self.pool.name, target, again, failures, times, length);
         }
     }
 
-    fn probe(&mut self, backend: &Arc<Backend>) {
-        backend.condition.set_ejection(Ejection::Probing);
-    }
-
-    fn take_back(&mut self, backend: &Arc<Backend>) {
-        if let Some(known) = self.known.get_mut(backend.id()) {
-            known.until = Instant::now() + known.length;
+    fn take_back(&mut self, target: &Target) {
+        let now = Instant::now();
+        if let Some(known) = self.known.get_mut(&key(target)) {
+            known.until = now + known.length;
             known.forgotten_at = known.until;
         }
-        backend.condition.set_ejection(Ejection::None);
-        backend.condition.begin_ramp(Instant::now());
+        let backend = target.backend();
+        let was_out = !backend.is_usable();
+        target.condition().set_ejection(Ejection::None);
+        // A name that got sessions at its other addresses has its weight.
+        if was_out {
+            backend.condition.begin_ramp(now);
+        }
         if self.lines.allow(&self.pool.name) {
-            info!(pool = %self.pool.name, backend = %backend.id(), "backend is back: a trial session succeeded");
+            let (pool, backend) = (&*self.pool.name, target.backend().id());
+            let address = target.address_of_several().map(display);
+            info!(pool, %backend, address, "backend is back: a trial session succeeded");
         }
     }
 
-    fn tell_limit(&mut self, backend: &Arc<Backend>) {
+    fn tell_limit(&mut self, target: &Target) {
         self.hears_from = Instant::now() + PACE_AT_LIMIT;
-        let failures = backend.condition.failures(backend.reached());
+        let failures = target.condition().failures(target.reached());
         // Counts from nothing again, or each look would come to the same end.
-        backend.condition.set_ejection(Ejection::None);
+        target.condition().set_ejection(Ejection::None);
         if !std::mem::replace(&mut self.told_limit, true) {
             let most = self.outlier.max_ejected_percent;
-            lines::not_ejected(&self.pool.name, backend, failures, most);
+            lines::not_ejected(&self.pool.name, target, failures, most);
         }
     }
 }

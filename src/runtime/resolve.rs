@@ -49,7 +49,7 @@ pub struct Names {
     lookups: JoinSet<(Arc<Backend>, Answer)>,
     /// When the earliest of `known` is due.
     next_look: Option<Instant>,
-    /// Set while the snapshot lacks a backend that was resolved.
+    /// Set while the snapshot does not go by the newest addresses.
     refresh_at: Option<Instant>,
     refreshed: Instant,
 }
@@ -172,7 +172,11 @@ impl Names {
                 }
                 known.backoff.reset();
                 known.due = now + jittered(INTERVAL);
+                let was_out = backend.is_reachable() && !backend.is_usable();
                 if backend.set_resolved(addresses) {
+                    if was_out && backend.is_usable() {
+                        backend.condition.begin_ramp(now);
+                    }
                     self.refresh_at.get_or_insert(self.refreshed + PACE);
                 }
             }
@@ -205,7 +209,7 @@ impl Names {
     }
 
     fn refresh(&mut self) {
-        self.pool.cell.refresh();
+        self.pool.cell.readdress();
         self.refresh_at = None;
         self.refreshed = Instant::now();
     }

@@ -18,9 +18,10 @@ use tracing::debug;
 
 use super::report::{CloseReason, Report};
 use super::{Context, Settings, queue};
-use crate::balance::backend::{Backend, Endpoint};
+use crate::balance::backend::Backend;
 use crate::balance::cause::Cause;
 use crate::balance::condition::Failure;
+use crate::balance::endpoint::Endpoint;
 use crate::balance::pool::NoPick;
 use crate::config::Congestion;
 use crate::listen::socket::exhausted;
@@ -115,10 +116,11 @@ pub(super) async fn connect(report: &mut Report, client: &Stream) -> Result<Stre
             failed.counters.of(context.worker.id).retries.add(1);
         }
         let backend = Arc::clone(pick.backend.backend());
-        report.retries = u8::try_from(attempt).unwrap_or(u8::MAX);
+        report.retries(attempt);
         report.picked(pick);
 
-        let result = unless_reset(client, pin!(connect_to(&backend, &context, started, deadline))).await;
+        let attempt = connect_to(report, &backend, &context, started, deadline);
+        let result = unless_reset(client, pin!(attempt)).await;
         asked = Instant::now();
         report.attempted(asked - accepted);
         let error = match result? {
@@ -141,10 +143,6 @@ pub(super) async fn connect(report: &mut Report, client: &Stream) -> Result<Stre
         };
         if reason != CloseReason::Exhausted {
             backend.counters.of(context.worker.id).connect_failures.add(1);
-            // One that was given less time than it may take has shown nothing.
-            if reason != CloseReason::ConnectTimeout || asked - started >= settings.timeout {
-                report.failed(Failure::Connect, error.cause());
-            }
         }
         if matches!(error, ConnectError::Exhausted(_)) || asked >= deadline {
             break;
@@ -174,21 +172,26 @@ async fn unless_reset<F: Future>(client: &Stream, mut future: Pin<&mut F>) -> Re
     .await
 }
 
-/// One attempt: all addresses of a backend's name in turn, each with its part of `connect.timeout`. Where only a descriptor is
-/// missing it is waited for, until `deadline`: another backend would need one too. `now` is when the attempt begins.
+/// One attempt: the usable addresses of a backend's name in turn, each with its part of `connect.timeout`. An address that fails
+/// has its failure counted. Where only a descriptor is missing it is waited for, until `deadline`: another backend would need one
+/// too. `now` is when the attempt begins.
 async fn connect_to(
+    report: &mut Report,
     backend: &Backend,
     context: &Context,
     mut now: Instant,
     deadline: Instant,
 ) -> Result<Stream, ConnectError> {
-    let (mut turn, endpoints) = (backend.next_turn(), backend.endpoints());
-    let limit = context.settings.connect.timeout / u32::try_from(endpoints.max(1)).unwrap_or(u32::MAX);
+    let mut route = backend.route(report.permit());
+    let limit = context.settings.connect.timeout / u32::try_from(route.len().max(1)).unwrap_or(u32::MAX);
     let mut error = ConnectError::Unresolved;
-    let mut left = endpoints;
-    while let Some(endpoint) = backend.endpoint(turn).filter(|_| left > 0) {
+    if route.address().is_some() {
+        let permit = route.take_permit();
+        report.tries_address(route.address(), permit);
+    }
+    while let Some(endpoint) = route.endpoint() {
         let until = (now + limit).min(deadline);
-        error = match timeout_at(until, open(&endpoint, &context.settings))
+        error = match timeout_at(until, open(endpoint, &context.settings))
             .await
             .unwrap_or(Err(ConnectError::TimedOut))
         {
@@ -204,9 +207,21 @@ async fn connect_to(
             }
             Err(error) => error,
         };
-        now = Instant::now();
-        turn = turn.wrapping_add(1);
-        left -= 1;
+        let ended = Instant::now();
+        // One that was given less time than it may take has shown nothing, nor has one that no local port was left for.
+        let is_fault = match error {
+            ConnectError::NoLocalPort(_) => false,
+            ConnectError::TimedOut => ended - now >= limit,
+            _ => true,
+        };
+        if is_fault {
+            report.failed(Failure::Connect, error.cause());
+        }
+        now = ended;
+        route.advance();
+        if route.address().is_some() {
+            report.tries_address(route.address(), None);
+        }
     }
     Err(error)
 }

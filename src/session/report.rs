@@ -12,6 +12,7 @@ use crate::balance::Weight;
 use crate::balance::backend::Active;
 use crate::balance::cause::Cause;
 use crate::balance::condition::{Failure, Probe, ProbeNumber};
+use crate::balance::endpoint::{AddressNumber, ProbePermit};
 use crate::balance::pool::{Pick, Source};
 use crate::relay::{Ended, Limits, Meter, Shared, Side, Tally};
 use crate::telemetry::access_log::{AccessLine, millis};
@@ -164,6 +165,23 @@ impl From<Client> for SocketAddr {
     }
 }
 
+/// How many backends were tried in vain, at most 100 (`connect.attempts`), and in the highest bit whether the last one took the
+/// session: a session is to stay small.
+#[derive(Clone, Copy, Debug, Default)]
+struct Progress(u8);
+
+impl Progress {
+    const CONNECTED: u8 = 1 << 7;
+
+    fn retries(self) -> u8 {
+        self.0 & !Self::CONNECTED
+    }
+
+    fn is_connected(self) -> bool {
+        self.0 & Self::CONNECTED != 0
+    }
+}
+
 /// One session's report, open as long as the session.
 pub(super) struct Report {
     context: Rc<Context>,
@@ -171,15 +189,15 @@ pub(super) struct Report {
     accepted: Instant,
     /// The backend that was tried last.
     backend: Option<Active>,
-    /// The session is to show whether it is back.
+    /// Of its name, the address that was tried last, or is tried first.
+    address: Option<AddressNumber>,
+    /// The session is to show whether that, or else the backend, is back.
     probe: Option<ProbeNumber>,
     /// Of the backend, when it was picked.
     weight: Weight,
     /// Who named it.
     source: Source,
-    connected: bool,
-    /// At most 100 (`connect.attempts`), and a session is to stay small.
-    pub(super) retries: u8,
+    progress: Progress,
     queue_time: Micros,
     connect_time: Micros,
     /// Attempts to reach a backend.
@@ -199,11 +217,11 @@ impl Report {
             client: client.into(),
             accepted: Instant::now(),
             backend: None,
+            address: None,
             probe: None,
             weight: Weight::ZERO,
             source: Source::Snapshot,
-            connected: false,
-            retries: 0,
+            progress: Progress::default(),
             queue_time: Micros::default(),
             connect_time: Micros::default(),
             failures: Failures::default(),
@@ -225,14 +243,37 @@ impl Report {
         self.gives_back();
         let pool = self.context.pool.counters.of(self.context.worker.id);
         pool.picks[pick.source as usize].add(1);
-        (self.backend, self.probe) = (Some(pick.backend), pick.probe);
+        self.backend = Some(pick.backend);
+        self.is_to_show(pick.probe.and_then(ProbePermit::address), pick.probe);
         (self.weight, self.source) = (pick.weight, pick.source);
     }
 
     /// Before it waits for a place elsewhere, others may have the one at the backend that was tried.
     pub(super) fn gives_back(&mut self) {
         self.probed(Probe::Wanted);
-        (self.backend, self.probe) = (None, None);
+        (self.backend, self.address, self.probe) = (None, None, None);
+    }
+
+    /// So many backends were tried in vain; none has taken the session.
+    pub(super) fn retries(&mut self, retries: u32) {
+        self.progress = Progress(u8::try_from(retries).unwrap_or(u8::MAX) & !Progress::CONNECTED);
+    }
+
+    /// What the session got with its pick, if it is to show whether the backend is back.
+    pub(super) fn permit(&self) -> Option<ProbePermit> {
+        self.probe.map(|number| ProbePermit::new(number, self.address))
+    }
+
+    fn is_to_show(&mut self, address: Option<AddressNumber>, permit: Option<ProbePermit>) {
+        (self.address, self.probe) = (address, permit.map(ProbePermit::number));
+    }
+
+    /// The session goes on to this address of the backend's name, with the permit to show whether that is back, if it has one.
+    pub(super) fn tries_address(&mut self, address: Option<AddressNumber>, permit: Option<ProbePermit>) {
+        if permit.is_none() {
+            self.probed(Probe::Wanted);
+        }
+        self.is_to_show(address, permit);
     }
 
     /// The session has waited for a backend to be named.
@@ -251,7 +292,10 @@ impl Report {
             let counters = backend.counters.of(self.context.worker.id);
             counters.connections.add(1);
             counters.connect_duration.observe(attempt);
-            self.connected = true;
+            self.progress.0 |= Progress::CONNECTED;
+            if let Some(address) = self.address {
+                backend.count_connected_at(address);
+            }
             self.probed(Probe::Connected);
         }
     }
@@ -259,16 +303,27 @@ impl Report {
     /// The backend that was picked last is at fault, for this `cause`.
     pub(super) fn failed(&self, failure: Failure, cause: Cause) {
         if let Some(backend) = &self.backend {
-            backend.condition.session_error.set(cause);
-            self.context.pool.failed(backend, failure);
+            match self.address {
+                None => {
+                    backend.condition.session_error.set(cause);
+                    self.context.pool.failed(backend, failure);
+                }
+                Some(address) => self.context.pool.failed_at(backend.backend(), address, failure, cause),
+            }
             self.probed(Probe::Failed);
         }
     }
 
     /// The session has come so far, if it is to show whether the backend is back.
     fn probed(&self, to: Probe) {
-        if let (Some(backend), Some(probe)) = (&self.backend, self.probe) {
-            self.context.pool.probed(backend, probe, to);
+        if let (Some(backend), Some(permit)) = (&self.backend, self.permit()) {
+            self.context.pool.probed(backend, permit, to);
+        }
+    }
+
+    fn answered_at_address(&self) {
+        if let (Some(backend), Some(address)) = (&self.backend, self.address) {
+            backend.count_answered_at(address);
         }
     }
 
@@ -294,7 +349,7 @@ impl Report {
 
     fn term(&self) -> &'static str {
         match self.reason {
-            CloseReason::Shutdown if !self.connected => "KC",
+            CloseReason::Shutdown if !self.progress.is_connected() => "KC",
             reason => reason.term(),
         }
     }
@@ -324,18 +379,22 @@ impl Drop for Report {
             CloseReason::Relayed(Ended::Reset(Side::Client)) if self.tally.is_empty() => worker.was_reset(),
             _ => {}
         }
-        if let (true, Some(backend)) = (self.connected, &self.backend) {
+        if let (true, Some(backend)) = (self.progress.is_connected(), &self.backend) {
             let counters = backend.counters.of(worker.id);
             counters.closed.add(1);
             counters.session_duration.observe(duration);
             match self.reason {
-                _ if self.tally.to_client > 0 => self.probed(Probe::Succeeded),
+                _ if self.tally.to_client > 0 => {
+                    self.answered_at_address();
+                    self.probed(Probe::Succeeded);
+                }
                 CloseReason::Relayed(Ended::Reset(Side::Backend)) => {
                     self.failed(Failure::Reset, relay_error.unwrap_or(Cause::RESET));
                 }
                 // A backend that only listens does what it is there for.
                 CloseReason::Relayed(Ended::Finished | Ended::IdleTimeout) => {
                     counters.answered.add(1);
+                    self.answered_at_address();
                     self.probed(Probe::Succeeded);
                 }
                 _ => {}
@@ -345,13 +404,13 @@ impl Drop for Report {
         if let Some(log) = &worker.access_log {
             let term = self.term();
             let error = match self.reason {
-                _ if self.connected => relay_error,
+                _ if self.progress.is_connected() => relay_error,
                 CloseReason::ConnectFailed | CloseReason::ConnectTimeout | CloseReason::Exhausted => {
                     self.failures.last_cause()
                 }
                 _ => None,
             };
-            let is_last = error.is_some() && !self.connected && self.backend.is_some();
+            let is_last = error.is_some() && !self.progress.is_connected() && self.backend.is_some();
             let failed = if is_last { self.failures.earlier() } else { self.failures.all() };
             log.write(&AccessLine {
                 time: SystemTime::now() - duration,
@@ -361,7 +420,7 @@ impl Drop for Report {
                 backend: self.backend.as_ref().map(|backend| backend.id().as_str()),
                 source: self.backend.as_ref().map(|_| self.source.name()),
                 weight: self.backend.as_ref().map(|_| self.weight.get()),
-                retries: self.retries.into(),
+                retries: self.progress.retries().into(),
                 queue_ms: millis(self.queue_time.into()),
                 connect_ms: millis(self.connect_time.into()),
                 duration_ms: millis(duration),

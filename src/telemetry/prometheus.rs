@@ -157,8 +157,8 @@ impl Observed {
         })?;
         gauge(
             "statera_backend_up",
-            "1 if sessions can be sent there, 0 if its name does not resolve, its checks fail or it is ejected",
-            |row| f64::from(u8::from(row.backend.is_reachable() && row.backend.condition.is_usable())),
+            "1 if sessions can be sent there, 0 if its name does not resolve, its checks fail or it is ejected, at all addresses of its name",
+            |row| f64::from(u8::from(row.backend.is_reachable() && row.backend.is_usable())),
         )?;
         gauge("statera_backend_weight", "What is written in Redis or in the config", |row| row.weight)?;
         gauge("statera_backend_effective_weight", "What picks use", |row| row.effective_weight)?;

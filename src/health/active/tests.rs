@@ -19,6 +19,16 @@ fn checks(members: &[&str], interval: Duration, timeout: Duration) -> Checks {
     Checks::new(Arc::new(pool), settings)
 }
 
+impl Checks {
+    /// The check of the backend's first address has ended.
+    fn hears(&mut self, backend: &Arc<Backend>, result: Result<(), CheckError>) {
+        let target = Target::all_of(backend).next().expect("it has an address");
+        let check = self.running.spawn(std::future::pending());
+        self.take(check.id(), &target, Instant::now(), result);
+        check.abort();
+    }
+}
+
 /// Takes connections and says nothing; with the names of so many backends that are all there.
 fn silent(backends: u8) -> (std::net::TcpListener, Vec<String>) {
     let listener = std::net::TcpListener::bind("0.0.0.0:0").expect("a free port");
@@ -80,7 +90,7 @@ async fn a_member_that_leaves_and_returns_keeps_its_verdict_its_row_and_its_time
     let id: BackendId = "10.0.0.1:80".parse().expect("an address");
     let backend = Arc::clone(&checks.known[&id].backend);
     let refused = || Err(CheckError::ToItself);
-    checks.take(&backend, Instant::now(), Ok(()));
+    checks.hears(&backend, Ok(()));
     for failed in 1..=3 {
         assert_eq!(backend.condition.health(), Health::Healthy, "{failed}");
         checks.pool.cell.publish(table(&["10.0.0.2:80"]));
@@ -88,7 +98,7 @@ async fn a_member_that_leaves_and_returns_keeps_its_verdict_its_row_and_its_time
         tokio::time::advance(AWAY_PATIENCE / 50).await;
         checks.pool.cell.publish(table(&["10.0.0.1:80", "10.0.0.2:80"]));
         checks.look();
-        checks.take(&backend, Instant::now(), refused());
+        checks.hears(&backend, refused());
         assert!(checks.known[&id].due >= Some(Instant::now() + hour / 4), "a return causes no check");
     }
     assert_eq!(backend.condition.health(), Health::Unhealthy);
@@ -105,7 +115,7 @@ async fn a_member_that_leaves_and_returns_keeps_its_verdict_its_row_and_its_time
     assert!(checks.away.is_empty());
     checks.pool.cell.publish(table(&["10.0.0.1:80", "10.0.0.2:80"]));
     checks.look();
-    assert!(checks.known[&id].due <= Some(Instant::now() + FIRST_SPREAD) && checks.known[&id].failed_last);
+    assert!(checks.known[&id].due <= Some(Instant::now() + FIRST_SPREAD));
     assert_eq!(backend.condition.health(), Health::Unhealthy);
 }
 

@@ -3,9 +3,14 @@
 use super::*;
 use std::num::NonZeroU32;
 
+use crate::balance::backend::Backend;
+use crate::balance::cause::Cause;
 use crate::balance::condition::{Failure, Health};
+use crate::balance::endpoint::ProbePermit;
 use crate::balance::pool::Pick;
 use crate::balance::{AdminState, Balance, Policy, Table, Weight};
+
+mod names;
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -94,7 +99,10 @@ impl Session {
     }
 
     fn failed(&self, failure: Failure) {
-        self.pool.failed(&self.pick.backend, failure);
+        match self.pick.probe.and_then(ProbePermit::address) {
+            None => self.pool.failed(&self.pick.backend, failure),
+            Some(address) => self.pool.failed_at(self.pick.backend.backend(), address, failure, Cause::RESET),
+        }
         self.probed(Probe::Failed);
     }
 }
@@ -256,7 +264,11 @@ async fn who_is_probed_stays_so_for_as_long_as_no_session_comes() {
     ejections.after(SECOND / 50, &backend).await;
     for _ in 0..2 {
         assert_eq!(ejections.after(1_000 * SECOND, &backend).await, Ejection::Probing);
-        assert_eq!(ejections.known[backend.id()].times, 2, "what is known stays while it is a member");
+        assert_eq!(
+            ejections.known[&(backend.id().clone(), None)].times,
+            2,
+            "what is known stays while it is a member"
+        );
     }
     // Also outside of the table, until it is back.
     let others = table(&[2]);

@@ -1,0 +1,62 @@
+//! Ejections of the addresses of a backend's name.
+
+use super::*;
+
+#[tokio::test(start_paused = true)]
+async fn an_address_of_a_name_is_ejected_alone_and_the_name_is_out_with_its_last_one() {
+    let mut ejections = ejections(1, 100);
+    let weight = Weight::new(1.0).expect("a weight");
+    let member = |name: &str| (name.parse().expect("an address"), weight);
+    ejections.pool.cell.publish(Table::new(vec![member("db.internal:80"), member("10.0.0.1:80")]));
+    let pool = Arc::clone(&ejections.pool);
+    let name = pool.cell.registry().get_or_create(&"db.internal:80".parse().expect("a name"));
+    name.set_resolved([1, 2].map(|n| std::net::SocketAddr::from(([10, 0, 1, n], 80))).to_vec());
+    pool.cell.readdress();
+    let mut fail_next = || {
+        // The first address that sessions may be sent to.
+        let address = (0..2).map(|_| name.route(None)).filter_map(|route| route.address());
+        let address = address.min_by_key(|address| format!("{address:?}")).expect("one of a name");
+        for _ in 0..3 {
+            pool.failed_at(&name, address, Failure::Connect, Cause::RESET);
+        }
+        ejections.look();
+        let usable = Target::all_of(&name).filter(|target| target.condition().is_usable()).count();
+        (usable, name.is_usable(), name.condition.ejections.get())
+    };
+    assert_eq!(fail_next(), (1, true, 1));
+    assert_eq!(fail_next(), (0, false, 2));
+    assert_eq!(ejections.picked().await, ["10.0.0.1:80"]);
+    // Each address gets one session, and the first that is back brings the name back.
+    ejections.after(10 * SECOND, &name).await;
+    let mut sessions = ejections.sessions().await;
+    sessions.retain(|session| Arc::ptr_eq(session.pick.backend.backend(), &name));
+    assert_eq!(sessions.len(), 2, "one session an address");
+    sessions[0].failed(Failure::Connect);
+    sessions[1].probed(Probe::Succeeded);
+    ejections.after(SECOND / 50, &name).await;
+    let known: Vec<_> = Target::all_of(&name).map(|target| target.condition().ejection()).collect();
+    assert_eq!(known, [Ejection::Ejected, Ejection::None]);
+    assert_eq!(ejections.picked().await, ["10.0.0.1:80", "db.internal:80"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_more_addresses_of_a_name_are_ejected_than_may_be() {
+    let mut ejections = ejections(1, 50);
+    let weight = Weight::new(1.0).expect("a weight");
+    let name: crate::balance::BackendId = "db.internal:80".parse().expect("a name");
+    ejections.pool.cell.publish(Table::new(vec![(name.clone(), weight)]));
+    let name = ejections.pool.cell.registry().get_or_create(&name);
+    name.set_resolved([1, 2, 3].map(|n| std::net::SocketAddr::from(([10, 0, 1, n], 80))).to_vec());
+    ejections.pool.cell.readdress();
+    for _ in 0..9 {
+        let route = name.route(None);
+        ejections.pool.failed_at(
+            &name,
+            route.address().expect("one of a name"),
+            Failure::Connect,
+            Cause::RESET,
+        );
+    }
+    ejections.look();
+    assert_eq!(Target::all_of(&name).filter(|target| !target.condition().is_usable()).count(), 1);
+}
