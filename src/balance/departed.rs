@@ -30,7 +30,7 @@ pub(super) struct Presence {
 }
 
 impl Presence {
-    /// 1 while the backend is remembered, which is one reference that nobody uses.
+    /// 1 while the backend is remembered, which is one reference beside those that use it.
     pub(super) fn references(&self) -> usize {
         usize::from(self.departure.load(Relaxed) != 0)
     }

@@ -175,7 +175,7 @@ impl Checks {
         }
     }
 
-    /// A lookup has found other addresses of a name: those that nobody has asked are asked at once.
+    /// A lookup has found other addresses of a name: those that were never asked are asked at once.
     fn look_at_addresses(&mut self) {
         let is_new = |target: Target| target.condition().health() == Health::Unchecked;
         let has_new = |known: &Known| known.due.is_some() && Target::all_of(&known.backend).any(is_new);
@@ -249,7 +249,7 @@ impl Checks {
         };
         known.checks.retain(|other| other.id() != check);
         let was_usable = backend.is_usable();
-        // An address that the name has lost meanwhile does not count.
+        // The name may have lost this address meanwhile: what it did does not count any more.
         if target.is_current() {
             if let Err(error) = &result
                 && !error.is_of_backend()
