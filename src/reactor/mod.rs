@@ -4,6 +4,7 @@
 //! - `tasks.rs`: the tasks.
 //! - `timer.rs`: `sleep` and `timeout_at`.
 //! - `waking.rs`: how other threads wake this one.
+//! - `shrink.rs`: gives memory back after a peak.
 //! - `runtime.rs`: runs the thread's tasks until the first of them ends.
 //!
 //! Tokio's own drivers and tasks do the same for any program, and that is what a short session pays for: a thread-safe
@@ -13,12 +14,14 @@
 //! Nothing here is thread-safe but waking, and nothing knows what the tasks do.
 
 mod runtime;
+mod shrink;
 mod tasks;
 mod timer;
 mod waking;
 mod watched;
 
 pub use runtime::Runtime;
+pub use shrink::{is_mostly_free, shrink, shrink_table};
 pub use tasks::{look_first, spawn};
 pub use timer::{Elapsed, sleep, sleep_until, timeout_at};
 pub use watched::{Ready, Watched};

@@ -20,10 +20,16 @@ use std::sync::atomic::{AtomicBool, Ordering::AcqRel};
 use std::task::{Context, Poll, Wake, Waker};
 
 use super::waking::Waking;
-use super::with;
+use super::{shrink_table, with};
+
+#[cfg(test)]
+mod tests;
 
 /// Steps of one run, then the sockets are looked at; or as many as were due when it began, if those are more.
 const STEPS: usize = 64;
+
+/// Tasks that are due together in a small table.
+const DUE_KEPT: usize = 1024;
 
 type Task = Pin<Box<dyn Future<Output = ()>>>;
 
@@ -159,7 +165,9 @@ impl Tasks {
 
     fn step(&self, number: u32) {
         let (mut task, waker) = {
-            let place = &mut self.places.borrow_mut()[number as usize];
+            let mut places = self.places.borrow_mut();
+            // Woken late, it may have been given up after a peak.
+            let Some(place) = places.get_mut(number as usize) else { return };
             place.alarm.is_due.swap(false, AcqRel);
             let Some(task) = place.task.take() else { return };
             (task, mem::replace(&mut place.waker, Waker::noop().clone()))
@@ -179,6 +187,12 @@ impl Tasks {
         };
         let place = &mut self.places.borrow_mut()[number as usize];
         (place.task, place.waker) = (left, waker);
+    }
+
+    /// Gives back what it does not need any more.
+    pub(super) fn shrink(&self) {
+        shrink_table(&mut *self.places.borrow_mut(), &mut *self.free.borrow_mut());
+        self.due.borrow_mut().shrink_to(DUE_KEPT);
     }
 
     /// Drops all that have not ended, which may wake and spawn others.
@@ -216,231 +230,4 @@ pub fn spawn(task: impl Future<Output = ()> + 'static) {
 /// for a new socket knows by then what the socket is ready for.
 pub fn look_first() {
     with(|reactor| reactor.tasks.look_first());
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::{Ready, Runtime, Watched};
-    use super::*;
-    use std::cell::Cell;
-    use std::future::{pending, poll_fn};
-    use std::io::Write as _;
-    use std::os::unix::net::UnixStream;
-    use std::rc::Rc;
-    use std::thread;
-
-    use rustix::event::epoll::EventFlags;
-    use tokio::sync::oneshot;
-    use tokio::task::yield_now;
-
-    fn run<F: Future>(future: F) -> F::Output {
-        Runtime::new().expect("descriptors").block_on(future)
-    }
-
-    /// How many places the tasks of this thread have taken up.
-    fn places() -> usize {
-        with(|reactor| reactor.tasks.places.borrow().len()).expect("a reactor")
-    }
-
-    #[test]
-    fn tasks_run_in_the_order_in_which_they_were_woken() {
-        run(async {
-            let order = Rc::new(RefCell::new(Vec::new()));
-            let (tells, told): (Vec<_>, Vec<_>) = (0..3).map(|_| oneshot::channel()).unzip();
-            for (number, told) in told.into_iter().enumerate() {
-                let order = Rc::clone(&order);
-                spawn(async move {
-                    order.borrow_mut().push(number);
-                    told.await.expect("it is told");
-                    order.borrow_mut().push(number);
-                });
-            }
-            yield_now().await;
-            for tell in tells.into_iter().rev() {
-                tell.send(()).expect("it waits");
-            }
-            yield_now().await;
-            assert_eq!(*order.borrow(), [0, 1, 2, 2, 1, 0]);
-        });
-    }
-
-    #[test]
-    fn a_task_that_is_woken_often_runs_once() {
-        run(async {
-            let (polls, waker) = (Rc::new(Cell::new(0)), Rc::new(RefCell::new(None::<Waker>)));
-            let (counted, seen) = (Rc::clone(&polls), Rc::clone(&waker));
-            spawn(poll_fn(move |cx| {
-                counted.set(counted.get() + 1);
-                seen.replace(Some(cx.waker().clone()));
-                Poll::Pending
-            }));
-            yield_now().await;
-            let waker = waker.take().expect("it ran");
-            let elsewhere = waker.clone();
-            let thread = thread::spawn(move || (0..100).for_each(|_| elsewhere.wake_by_ref()));
-            thread.join().expect("it ends");
-            (0..100).for_each(|_| waker.wake_by_ref());
-            yield_now().await;
-            yield_now().await;
-            assert_eq!(polls.get(), 2);
-        });
-    }
-
-    /// Places are as many as there were tasks at once, and whoever still has the waker of one that is over does no harm.
-    #[test]
-    fn a_place_serves_one_task_after_the_other() {
-        run(async {
-            let late = Rc::new(RefCell::new(Vec::<Waker>::new()));
-            for _ in 0..100 {
-                let (tell, told) = oneshot::channel();
-                let kept = Rc::clone(&late);
-                spawn(async move {
-                    let waker = poll_fn(|cx| Poll::Ready(cx.waker().clone())).await;
-                    kept.borrow_mut().push(waker);
-                    yield_now().await;
-                    kept.borrow().iter().for_each(Waker::wake_by_ref);
-                    tell.send(()).expect("it is waited for");
-                });
-                told.await.expect("it ends");
-                late.borrow().iter().for_each(Waker::wake_by_ref);
-                yield_now().await;
-            }
-            assert_eq!(places(), 1);
-        });
-    }
-
-    #[test]
-    fn a_task_that_panics_ends_alone() {
-        struct PanicsToo;
-        impl Drop for PanicsToo {
-            fn drop(&mut self) {
-                panic!("a defect in a drop");
-            }
-        }
-        run(async {
-            let (tell, told) = oneshot::channel::<()>();
-            spawn(async move {
-                let _tell = tell;
-                panic!("a defect");
-            });
-            let (tell, dropped) = oneshot::channel::<()>();
-            let held = (PanicsToo, tell);
-            spawn(poll_fn(move |_| {
-                let _ = &held;
-                Poll::Ready(())
-            }));
-            let (tell, other) = oneshot::channel();
-            spawn(async move {
-                yield_now().await;
-                tell.send(7).expect("it is waited for");
-            });
-            assert!(told.await.is_err());
-            assert!(dropped.await.is_err());
-            assert_eq!(other.await, Ok(7));
-        });
-    }
-
-    /// Whom a task wakes, or spawns, while it is dropped with the thread's last.
-    #[test]
-    fn the_last_tasks_may_wake_and_spawn() {
-        struct Last(Option<oneshot::Sender<()>>, Rc<Cell<bool>>);
-        impl Drop for Last {
-            fn drop(&mut self) {
-                let _ = self.0.take().expect("once").send(());
-                spawn(pending());
-                self.1.set(true);
-            }
-        }
-        let (ended, has_spawned) = (Rc::new(()), Rc::new(Cell::new(false)));
-        run(async {
-            let (tell, told) = oneshot::channel();
-            let both = [Rc::clone(&ended), Rc::clone(&ended)];
-            let last = Last(Some(tell), Rc::clone(&has_spawned));
-            let [first, second] = both;
-            spawn(async move {
-                let _held = first;
-                let _ = told.await;
-                unreachable!("nothing runs any more");
-            });
-            spawn(async move {
-                let _held = (second, last);
-                pending::<()>().await;
-            });
-            // Its place is the last one, free, and gone before the others.
-            spawn(async {});
-            yield_now().await;
-        });
-        assert!(has_spawned.get());
-        assert_eq!(Rc::strong_count(&ended), 1);
-    }
-
-    /// The socket is ready before it is watched. A task that runs before the next look cannot know that.
-    #[test]
-    fn a_task_that_comes_after_the_look_knows_what_its_socket_is_ready_for() {
-        for (waits, expected) in [(false, Ready::default()), (true, Ready::READ)] {
-            run(async move {
-                let (tell, told) = oneshot::channel();
-                let (socket, mut other) = UnixStream::pair().expect("descriptors");
-                other.write_all(&[7]).expect("room");
-                // Spawned by a task, then by the future that the thread is blocked on.
-                let (tell_of_task, told_by_task) = oneshot::channel();
-                let (of_task, mut other) = UnixStream::pair().expect("descriptors");
-                other.write_all(&[7]).expect("room");
-                spawn(async move { begin(of_task, waits, tell_of_task) });
-                assert_eq!(told_by_task.await, Ok(expected));
-                begin(socket, waits, tell);
-                assert_eq!(told.await, Ok(expected));
-            });
-        }
-        fn begin(socket: UnixStream, waits: bool, tell: oneshot::Sender<Ready>) {
-            socket.set_nonblocking(true).expect("a socket");
-            let watched = Watched::new(socket, EventFlags::IN).expect("a reactor");
-            spawn(async move { tell.send(watched.ready()).expect("it is waited for") });
-            if waits {
-                look_first();
-            }
-        }
-    }
-
-    /// One that always wants to run lets the sockets be looked at, and what came from them run.
-    #[test]
-    fn a_task_that_wakes_itself_runs_once_a_turn() {
-        run(async {
-            let steps = Rc::new(Cell::new(0));
-            let counted = Rc::clone(&steps);
-            spawn(async move {
-                loop {
-                    counted.set(counted.get() + 1);
-                    yield_now().await;
-                }
-            });
-            yield_now().await;
-            assert_eq!(steps.get(), 1);
-            yield_now().await;
-            assert_eq!(steps.get(), 2);
-        });
-    }
-
-    #[test]
-    fn tasks_that_wake_each_other_let_the_sockets_be_looked_at() {
-        run(async {
-            let (steps, wakers) = (Rc::new(Cell::new(0)), Rc::new(RefCell::new([None::<Waker>, None])));
-            for number in 0..2 {
-                let (counted, wakers) = (Rc::clone(&steps), Rc::clone(&wakers));
-                spawn(poll_fn(move |cx| {
-                    counted.set(counted.get() + 1);
-                    let mut wakers = wakers.borrow_mut();
-                    wakers[number] = Some(cx.waker().clone());
-                    if let Some(other) = &wakers[1 - number] {
-                        other.wake_by_ref();
-                    }
-                    Poll::Pending
-                }));
-            }
-            yield_now().await;
-            assert_eq!(steps.get(), STEPS);
-            yield_now().await;
-            assert_eq!(steps.get(), 2 * STEPS);
-        });
-    }
 }

@@ -14,7 +14,7 @@ use std::task::{Context, Poll, Waker};
 
 use rustix::event::epoll::{self, EventData, EventFlags};
 
-use super::with;
+use super::{is_mostly_free, shrink_table, with};
 
 /// What a socket is ready for, as a set.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -70,6 +70,8 @@ impl From<EventFlags> for Ready {
 pub(super) struct Places {
     places: Vec<Place>,
     free: Vec<u32>,
+    /// Of a place that is made anew. A place that was there before, and was given up, had an older one.
+    first_generation: u32,
 }
 
 /// One socket's. There are two for each idle session, so its size counts.
@@ -86,7 +88,7 @@ struct Place {
 impl Places {
     fn take(&mut self) -> u32 {
         self.free.pop().unwrap_or_else(|| {
-            self.places.push(Place::default());
+            self.places.push(Place { generation: self.first_generation, ..Place::default() });
             u32::try_from(self.places.len() - 1).expect("descriptors are fewer")
         })
     }
@@ -98,6 +100,15 @@ impl Places {
         mem::replace(self.of(place), Place { generation, ..Place::default() }).waker
     }
 
+    /// Gives back what it does not need any more.
+    pub(super) fn shrink(&mut self) {
+        if is_mostly_free(self.places.len(), self.free.len()) {
+            let newest = self.places.iter().map(|place| place.generation).max().unwrap_or_default();
+            self.first_generation = newest.wrapping_add(1);
+            shrink_table(&mut self.places, &mut self.free);
+        }
+    }
+
     fn of(&mut self, place: u32) -> &mut Place {
         &mut self.places[place as usize]
     }
@@ -107,7 +118,8 @@ impl Places {
     }
 
     pub(super) fn on_event(&mut self, mark: u64, flags: EventFlags) {
-        let place = self.of(mark as u32);
+        // A place that was given up after a peak has no events either.
+        let Some(place) = self.places.get_mut(mark as u32 as usize) else { return };
         if u64::from(place.generation) != mark >> 32 {
             return;
         }
@@ -188,6 +200,11 @@ impl<S> Watched<S> {
         self.with_place(|place| place.ready = Ready(place.ready.0 & !found.0));
     }
 
+    /// It may be ready for `these`, though no event said so: the next use finds out.
+    pub fn assume(&self, these: Ready) {
+        self.with_place(|place| place.ready = place.ready | these);
+    }
+
     /// `None` while the thread ends, when nobody will be woken any more.
     fn with_place<T>(&self, f: impl FnOnce(&mut Place) -> T) -> Option<T> {
         with(|reactor| f(reactor.places.borrow_mut().of(self.place)))
@@ -200,5 +217,33 @@ impl<S> Drop for Watched<S> {
         // descriptor, events still come, for a generation that is over.
         let waker = with(|reactor| reactor.places.borrow_mut().give_back(self.place));
         drop(waker);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_given_back_after_a_peak_of_sockets_and_late_events_are_dropped() {
+        const PEAK: u32 = 10_000;
+        let mut places = Places::default();
+        let marks: Vec<u64> = (0..PEAK)
+            .map(|_| {
+                let place = places.take();
+                places.mark(place)
+            })
+            .collect();
+        (0..PEAK).for_each(|place| drop(places.give_back(place)));
+        places.shrink();
+        assert!(places.places.capacity() <= 2048 && places.free.capacity() <= 2048);
+        // After the next peak, places of the same numbers are other sockets'.
+        for _ in 0..PEAK {
+            places.take();
+        }
+        for mark in marks {
+            places.on_event(mark, EventFlags::IN);
+        }
+        assert!(places.places.iter().all(|place| place.ready == Ready::default()));
     }
 }
