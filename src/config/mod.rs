@@ -370,6 +370,14 @@ pub struct Keepalive {
     pub probes: NonZeroU32,
 }
 
+impl Keepalive {
+    /// How long a peer may say nothing, though it was asked, before it counts as vanished.
+    #[must_use]
+    pub fn timeout(&self) -> Duration {
+        self.idle.saturating_add(self.interval.saturating_mul(self.probes.get()))
+    }
+}
+
 /// The `admin` section.
 #[derive(Clone, Debug)]
 pub struct Admin {

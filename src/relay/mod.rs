@@ -7,9 +7,12 @@
 mod direction;
 mod idle;
 mod opening;
+mod pair;
 mod pipe;
+mod sock_diag;
 mod socket;
 mod stream;
+mod wire;
 
 pub use opening::Opening;
 pub use socket::StreamSocket;
@@ -17,31 +20,46 @@ pub use stream::Stream;
 
 use std::cell::RefCell;
 use std::future::poll_fn;
+use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use rustix::io::Errno;
 use socket2::TcpKeepalive;
 
-use self::direction::{Broken, Direction, errno};
+use self::direction::Direction;
 pub use self::idle::IdleClock;
-use self::idle::{Idle, Over};
+use self::idle::{Due, Idle};
+use self::pair::Pair;
 use self::pipe::Pipes;
+use self::sock_diag::SockDiag;
 use crate::telemetry::counters::{BackendCounters, Counter};
+
+/// The errno of a connection whose peer has vanished: the kernel would say the same, a quarter of an hour later.
+const VANISHED: u16 = Errno::TIMEDOUT.raw_os_error() as u16;
 
 /// What all sessions of a worker share.
 #[derive(Debug)]
 pub struct Shared {
     buffers: Buffers,
+    /// `None`: see [`Shared::new`].
+    diag: Option<SockDiag>,
     /// Must be run for timeouts to fire.
     pub clock: IdleClock,
 }
 
 impl Shared {
-    /// `shortest_limit`: of all that any session will have.
+    /// `shortest_limit`: of all that any session will have. The second value is why the kernel does not tell the state of
+    /// connections, if so: then bytes that move in its buffers alone are not seen, and neither are peers that vanish while bytes
+    /// are unacknowledged.
     #[must_use]
-    pub fn new(shortest_limit: Duration) -> Self {
-        Self { buffers: Buffers::default(), clock: IdleClock::new(shortest_limit) }
+    pub fn new(shortest_limit: Duration) -> (Self, Option<io::Error>) {
+        let (diag, error) = match SockDiag::open() {
+            Ok(diag) => (Some(diag), None),
+            Err(error) => (None, Some(error)),
+        };
+        (Self { buffers: Buffers::default(), diag, clock: IdleClock::new(shortest_limit) }, error)
     }
 }
 
@@ -72,6 +90,10 @@ pub struct Limits {
     pub half_closed: Duration,
     /// How the backend is asked whether it still lives; the client's socket has inherited its own from the listening one.
     pub keepalive: TcpKeepalive,
+    /// Of that: the silence before the first question.
+    pub keepalive_idle: Duration,
+    /// A peer that answers neither keepalive probes nor retransmissions for so long has vanished.
+    pub peer_timeout: Duration,
     /// Before this, a session is not worth the four system calls that keepalive costs: most end sooner.
     pub settle_time: Duration,
 }
@@ -173,53 +195,113 @@ struct Relaying<'a> {
 }
 
 impl Relaying<'_> {
-    /// Moves what can be moved, then looks whether the session has been silent for too long.
+    /// Moves what can be moved, then sees to what is due though nothing moves.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Ended> {
-        let Self { pair, idle, limits, shared, meter } = self;
+        if let Poll::Ready(ended) = self.advance(cx) {
+            return Poll::Ready(ended);
+        }
+        if self.idle.settles(self.limits.peer_timeout) {
+            self.pair.backend.keep_alive(&self.limits.keepalive);
+        }
+        if self.pair.holds_bytes() && self.idle.looks() {
+            if let Some(side) = self.pair.broken_source() {
+                self.meter.session.errno = self.pair.errno(side);
+                return Poll::Ready(Ended::Reset(side));
+            }
+            if let Poll::Ready(ended) = self.retry(cx) {
+                return Poll::Ready(ended);
+            }
+        }
+        loop {
+            let is_open = self.pair.is_open();
+            let limit = if is_open { self.limits.idle } else { Some(self.limits.half_closed) };
+            let ended = match ready!(self.idle.poll_due(cx, limit, self.pair.holds_bytes())) {
+                Due::Check => self.vanished().map(|side| {
+                    self.meter.session.errno = VANISHED;
+                    Ended::Reset(side)
+                }),
+                Due::Told => {
+                    let is_active = self.has_moved() && !self.idle.is_quiet();
+                    (!(is_active && self.idle.defer())).then_some(Ended::Drained)
+                }
+                Due::Silent => match self.retry(cx) {
+                    Poll::Ready(ended) => Some(ended),
+                    Poll::Pending if self.idle.is_active(limit) || self.has_moved() => None,
+                    Poll::Pending if is_open => Some(Ended::IdleTimeout),
+                    Poll::Pending => Some(Ended::HalfCloseTimeout(self.pair.awaited())),
+                },
+            };
+            if let Some(ended) = ended {
+                return Poll::Ready(ended);
+            }
+        }
+    }
+
+    /// Moves what can be moved.
+    fn advance(&mut self, cx: &mut Context<'_>) -> Poll<Ended> {
+        let Self { pair, idle, shared, meter, .. } = self;
         let progress = meter.session.bytes();
         let was_open = pair.is_open();
         if let Poll::Ready(ended) = pair.poll(cx, &shared.buffers, meter) {
             return Poll::Ready(ended);
         }
         pair.backend.poll_opening(cx);
-        let is_open = pair.is_open();
-        if is_open != was_open {
+        if pair.is_open() != was_open {
             meter.half_closed.add(1);
             meter.session.half_closed = true;
             idle.touch();
         } else if meter.session.bytes() != progress {
             idle.touch();
         }
-        if idle.settles() {
-            pair.backend.keep_alive(&limits.keepalive);
+        Poll::Pending
+    }
+
+    /// Writes once more what waits for a socket of which no event tells when a slow reader takes bytes.
+    fn retry(&mut self, cx: &mut Context<'_>) -> Poll<Ended> {
+        if self.pair.retry_writes() { self.advance(cx) } else { Poll::Pending }
+    }
+
+    /// True where bytes have moved on the wire since the clock last heard of any: below us, out of the kernel's buffers. Bytes
+    /// that only lie there, retransmissions and probes are no moves.
+    fn has_moved(&mut self) -> bool {
+        let Some(diag) = &self.shared.diag else { return false };
+        let moved = [&*self.pair.client, &*self.pair.backend]
+            .map(|stream| stream.wire(diag).map(|wire| wire.since_bytes_moved(self.limits.keepalive_idle)));
+        let last = moved.into_iter().flatten().min();
+        last.is_some_and(|ago| self.idle.moved(ago))
+    }
+
+    /// A side that has vanished while bytes for it are unacknowledged, of which keepalive would say nothing.
+    fn vanished(&mut self) -> Option<Side> {
+        let diag = self.shared.diag.as_ref()?;
+        let mut is_confirmed = true;
+        for (stream, side) in [(&*self.pair.client, Side::Client), (&*self.pair.backend, Side::Backend)] {
+            let Some(wire) = stream.wire(diag) else { continue };
+            if wire.is_vanished(self.limits.peer_timeout) {
+                return Some(side);
+            }
+            is_confirmed &= wire.unacknowledged_bytes == 0;
         }
-        let stalled = pair.holds_bytes();
-        if stalled
-            && idle.looks()
-            && let Some(side) = pair.broken_source()
-        {
-            meter.session.errno = pair.errno(side);
-            return Poll::Ready(Ended::Reset(side));
+        if is_confirmed {
+            self.idle.confirm();
         }
-        let limit = if is_open { limits.idle } else { Some(limits.half_closed) };
-        let over = ready!(idle.poll_over(cx, limit, stalled));
-        Poll::Ready(match over {
-            Over::Told => Ended::Drained,
-            Over::Silent if is_open => Ended::IdleTimeout,
-            Over::Silent => Ended::HalfCloseTimeout(pair.awaited()),
-        })
+        None
     }
 
     /// Where one side is about to be reset because the other was: until it has what was written to it.
-    fn delivered(&self, ended: Ended) -> Option<Pin<Box<impl Future<Output = ()>>>> {
-        let Self { pair, meter, limits, .. } = self;
+    fn delivered(&self, ended: Ended) -> Option<Pin<Box<impl Future<Output = ()> + '_>>> {
+        let Self { pair, meter, limits, shared, .. } = self;
         let stream = match ended {
             Ended::Reset(Side::Client) if meter.session.to_backend > 0 => &*pair.backend,
             Ended::Reset(Side::Backend) if meter.session.to_client > 0 => &*pair.client,
             _ => return None,
         };
         // Boxed: few sessions come here, and its timer would make all of them larger.
-        Some(Box::pin(stream.delivered(limits.half_closed)))
+        let is_lost = || {
+            let wire = shared.diag.as_ref().and_then(|diag| stream.wire(diag));
+            wire.is_some_and(|wire| wire.is_vanished(limits.peer_timeout))
+        };
+        Some(Box::pin(stream.delivered(limits.half_closed, is_lost)))
     }
 
     /// Silence ends a session cleanly only where nothing says that somebody was cut short: nothing waits, and the backend did not
@@ -235,131 +317,5 @@ impl Relaying<'_> {
             pair.client.finish();
             pair.backend.finish();
         }
-    }
-}
-
-/// Both directions of a session.
-struct Pair<'a> {
-    client: &'a mut Stream,
-    backend: &'a mut Stream,
-    to_backend: Direction,
-    to_client: Direction,
-}
-
-impl Pair<'_> {
-    fn poll(&mut self, cx: &mut Context<'_>, buffers: &Buffers, meter: &mut Meter<'_>) -> Poll<Ended> {
-        let errno = &mut meter.session.errno;
-        let to_backend = self.poll_towards(Side::Backend, cx, buffers, errno, |bytes| {
-            meter.session.to_backend += bytes;
-            meter.backend.bytes_sent.add(bytes);
-        });
-        if let Some(ended) = to_backend {
-            return Poll::Ready(ended);
-        }
-        let errno = &mut meter.session.errno;
-        let to_client = self.poll_towards(Side::Client, cx, buffers, errno, |bytes| {
-            if meter.session.to_client == 0 {
-                meter.backend.answered.add(1);
-            }
-            meter.session.to_client += bytes;
-            meter.backend.bytes_received.add(bytes);
-        });
-        if let Some(ended) = to_client {
-            return Poll::Ready(ended);
-        }
-        if self.to_backend.is_done() && self.to_client.is_done() {
-            Poll::Ready(self.refused_by().map_or(Ended::Finished, Ended::Reset))
-        } else {
-            Poll::Pending
-        }
-    }
-
-    /// Moves what can be moved to `target_side`, and closes that half when its source has ended. `Some`: the session is
-    /// over. `broken` is set to the errno of a socket that broke.
-    fn poll_towards(
-        &mut self,
-        target_side: Side,
-        cx: &mut Context<'_>,
-        buffers: &Buffers,
-        broken: &mut u16,
-        moved: impl FnMut(u64),
-    ) -> Option<Ended> {
-        let (direction, opposite, source, source_side, target) = match target_side {
-            Side::Backend => {
-                (&mut self.to_backend, &self.to_client, &mut *self.client, Side::Client, &mut *self.backend)
-            }
-            Side::Client => {
-                (&mut self.to_client, &self.to_backend, &mut *self.backend, Side::Backend, &mut *self.client)
-            }
-        };
-        if direction.is_done() {
-            return None;
-        }
-        match direction.poll_move(cx, source, target, buffers, moved) {
-            Poll::Pending => {}
-            Poll::Ready(Err(Broken::Source(errno))) => {
-                *broken = errno;
-                return Some(Ended::Reset(source_side));
-            }
-            Poll::Ready(Err(Broken::Target(errno))) => {
-                if *broken == 0 {
-                    *broken = errno;
-                }
-                // What the target sent before it went away still waits in its socket: the other direction fetches it.
-                direction.abandon();
-            }
-            // Where both have ended, closing says the same and costs one system call less.
-            Poll::Ready(Ok(())) if opposite.is_done() => {}
-            Poll::Ready(Ok(())) => {
-                if let Err(error) = target.shutdown() {
-                    if *broken == 0 {
-                        *broken = errno(&error);
-                    }
-                    direction.abandon();
-                }
-            }
-        }
-        None
-    }
-
-    /// A side that would not take our bytes; the client where neither did. What it sent before was still passed on.
-    fn refused_by(&self) -> Option<Side> {
-        if self.to_client.is_abandoned() {
-            Some(Side::Client)
-        } else {
-            self.to_backend.is_abandoned().then_some(Side::Backend)
-        }
-    }
-
-    /// Both halves are open.
-    fn is_open(&self) -> bool {
-        !self.to_backend.is_done() && !self.to_client.is_done()
-    }
-
-    /// Bytes were read that the other side has not taken.
-    fn holds_bytes(&self) -> bool {
-        self.to_backend.holds_bytes() || self.to_client.holds_bytes()
-    }
-
-    /// A side that was reset while nobody reads it, because its last bytes still wait for the other side.
-    fn broken_source(&self) -> Option<Side> {
-        if self.to_backend.holds_bytes() && self.client.is_broken() {
-            Some(Side::Client)
-        } else if self.to_client.holds_bytes() && self.backend.is_broken() {
-            Some(Side::Backend)
-        } else {
-            None
-        }
-    }
-
-    /// Why the connection to `side` broke; 0 if the kernel does not say.
-    fn errno(&self, side: Side) -> u16 {
-        let stream = if side == Side::Client { &self.client } else { &self.backend };
-        stream.error().as_ref().map_or(0, errno)
-    }
-
-    /// Whose bytes a half-closed session still waits for.
-    fn awaited(&self) -> Side {
-        if self.to_backend.is_done() { Side::Backend } else { Side::Client }
     }
 }

@@ -163,6 +163,11 @@ impl StreamSocket {
         self.watched.poll_ready(cx, Ready::WRITE).map(drop)
     }
 
+    /// Lets the next write try, though no event has said that there is room.
+    pub(super) fn retry_write(&self) {
+        self.watched.assume(Ready::WRITE);
+    }
+
     /// Writes what the socket takes of `bytes`.
     pub(super) fn poll_write(&self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         loop {

@@ -12,11 +12,15 @@ use tokio::time::Instant;
 
 use super::opening::Opening;
 use super::pipe::Pipe;
+use super::sock_diag::SockDiag;
 use super::socket::StreamSocket;
+use super::wire::Wire;
 use crate::reactor::sleep;
 
 /// Between two looks at a socket whose bytes are under way.
 const LONGEST_LOOK_INTERVAL: Duration = Duration::from_millis(50);
+/// Between two questions whether the peer of such a socket has vanished.
+const LOSS_INTERVAL: Duration = Duration::from_millis(500);
 
 /// A connected socket.
 ///
@@ -133,6 +137,21 @@ impl Stream {
         self.socket.socket().take_error().ok().flatten()
     }
 
+    /// What the kernel says of the connection; `None` for a unix socket, and where it does not say.
+    pub(super) fn wire(&self, diag: &SockDiag) -> Option<Wire> {
+        if self.socket.is_tcp() { diag.wire(self.socket.socket()) } else { None }
+    }
+
+    /// Lets the next write try, though no event has said that there is room. True where that may succeed: a unix socket takes
+    /// bytes as soon as its reader has taken some, but is called writable only when three quarters of its buffer are free.
+    pub(super) fn retry_write(&self) -> bool {
+        let is_unix = !self.socket.is_tcp();
+        if is_unix {
+            self.socket.retry_write();
+        }
+        is_unix
+    }
+
     /// Lets the kernel find out whether the peer still lives.
     pub(super) fn keep_alive(&self, keepalive: &TcpKeepalive) {
         if self.socket.is_tcp() {
@@ -163,11 +182,12 @@ impl Stream {
     }
 
     /// Waits until the peer's kernel has what was written, at most `limit`: a reset discards what is still under way,
-    /// and with it the end of an answer that said why.
+    /// and with it the end of an answer that said why. Ends as soon as `is_lost`, which is asked now and then, says that the peer
+    /// has vanished.
     ///
     /// # Cancel safety
     /// It only looks.
-    pub(super) async fn delivered(&self, limit: Duration) {
+    pub(super) async fn delivered(&self, limit: Duration, is_lost: impl Fn() -> bool) {
         if !self.socket.is_tcp() {
             return;
         }
@@ -178,9 +198,15 @@ impl Stream {
         if watched.set_tcp_notsent_lowat(1).and(watched.set_send_buffer_size(0)).is_err() {
             return;
         }
-        let deadline = Instant::now() + limit;
-        let mut pause = Duration::from_millis(1);
-        while is_writable(&self.socket).is_ok_and(|writable| !writable) && Instant::now() < deadline {
+        let began = Instant::now();
+        let (mut pause, mut next_question) = (Duration::from_millis(1), LOSS_INTERVAL);
+        while is_writable(&self.socket).is_ok_and(|writable| !writable) && began.elapsed() < limit {
+            if began.elapsed() >= next_question {
+                if is_lost() {
+                    return;
+                }
+                next_question += LOSS_INTERVAL;
+            }
             sleep(pause).await;
             pause = (pause * 2).min(LONGEST_LOOK_INTERVAL);
         }

@@ -149,7 +149,9 @@ fn run(
 ) -> u64 {
     let access_log = shared.access_log.as_ref().map(|(format, sink)| AccessLog::new(*format, sink.clone()));
     let limits = doors.iter().map(|door| &door.settings.limits);
-    let shortest = limits.map(|limits| limits.half_closed.min(limits.idle.unwrap_or(Duration::MAX))).min();
+    let shortest = limits
+        .map(|limits| limits.half_closed.min(limits.peer_timeout).min(limits.idle.unwrap_or(Duration::MAX)));
+    let shortest = shortest.min();
     let worker = Rc::new(Worker::new(
         id,
         shortest.unwrap_or(Duration::MAX),

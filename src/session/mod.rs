@@ -62,6 +62,8 @@ impl From<&config::Pool> for Settings {
             idle: pool.idle_timeout,
             half_closed: pool.half_close_timeout,
             keepalive: tcp_keepalive(pool.keepalive),
+            keepalive_idle: pool.keepalive.idle,
+            peer_timeout: pool.keepalive.timeout(),
             settle_time: pool.keepalive.idle.min(LONGEST_SETTLE_TIME),
         };
         Self { connect: pool.connect, limits, congestion: pool.tcp_congestion.clone() }

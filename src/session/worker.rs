@@ -101,11 +101,22 @@ impl Worker {
         sessions: Arc<PerWorker<SessionCounters>>,
         starvation: Arc<Starvation>,
     ) -> Self {
+        let (relay, error) = relay::Shared::new(shortest_limit);
+        if let Some(error) = error
+            && id == WorkerId(0)
+        {
+            let cure = "allow netlink sockets (systemd: AF_NETLINK in RestrictAddressFamilies=), or load the module tcp_diag";
+            warn!(
+                %error,
+                cure,
+                "the kernel does not tell the state of connections: slow readers may be taken for idle, and peers that vanish                  while bytes are unacknowledged are noticed late"
+            );
+        }
         Self {
             id,
             access_log,
             sessions,
-            relay: relay::Shared::new(shortest_limit),
+            relay,
             rng: RefCell::new(fastrand::Rng::new()),
             active: Cell::new(0),
             became_idle: Notify::new(),

@@ -1,0 +1,154 @@
+//! Silence is what no byte breaks on the wire: a reader that takes bytes slowly is active, whichever buffers they come from, and
+//! one that takes none is silent, however many wait for it.
+
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::time::{MissedTickBehavior, interval};
+
+use crate::support::{Kind, Pair, Pattern, Peer, eventually, seed, soon};
+
+/// Long for the loopback, whose receivers take bytes in steps of 95 kB; short for the kernel's send buffers, which hold ten
+/// seconds' worth of a slow reader.
+const IDLE_TIMEOUT: &str = "idle_timeout: 3s, half_close_timeout: 3s";
+/// Several times that.
+const READS_FOR: Duration = Duration::from_secs(13);
+const PACE: Duration = Duration::from_millis(50);
+
+/// Reads so many bytes a second, while `writer` writes as fast as it is let.
+async fn reads_slowly(mut writer: Peer, mut reader: Peer, bytes_a_second: u64) -> (Peer, Peer) {
+    let pattern = Pattern::new(seed());
+    let total = bytes_a_second * READS_FOR.as_secs();
+    let writes = async {
+        pattern.send(&mut writer, u64::MAX).await;
+    };
+    let reads = async {
+        let mut pace = interval(PACE);
+        pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let step = bytes_a_second * PACE.as_millis() as u64 / 1000;
+        let mut place = 0;
+        while place < total {
+            pace.tick().await;
+            pattern.expect_between(&mut reader, place, place + step).await;
+            place += step;
+        }
+    };
+    tokio::select! {
+        () = writes => unreachable!("it has no end"),
+        () = reads => {}
+    }
+    (writer, reader)
+}
+
+/// At each of `rates`, both ways at once in sessions of their own.
+async fn slow_readers_are_kept(kind: Kind, rates: &[u64]) {
+    let pair = Pair::new(kind, IDLE_TIMEOUT).await;
+    let mut sessions = Vec::new();
+    for rate in rates {
+        let (client, backend) = pair.session().await;
+        sessions.push(tokio::spawn(reads_slowly(backend, client, *rate)));
+        let (client, backend) = pair.session().await;
+        sessions.push(tokio::spawn(reads_slowly(client, backend, *rate)));
+    }
+    for session in sessions {
+        session.await.expect("a slow reader is served");
+    }
+}
+
+#[tokio::test]
+async fn a_reader_that_takes_bytes_slowly_is_not_idle() {
+    slow_readers_are_kept(Kind::Tcp, &[100_000, 400_000]).await;
+}
+
+#[tokio::test]
+async fn a_reader_that_takes_spliced_bytes_slowly_is_not_idle() {
+    slow_readers_are_kept(Kind::Spliced, &[100_000, 400_000]).await;
+}
+
+/// A unix socket is called writable when three quarters of its 208 KiB are free; it takes bytes as soon as a write of up to 64 KiB
+/// was read whole.
+#[tokio::test]
+async fn a_reader_behind_a_unix_socket_that_takes_bytes_slowly_is_not_idle() {
+    slow_readers_are_kept(Kind::Unix, &[40_000, 100_000]).await;
+}
+
+#[tokio::test]
+async fn a_reader_that_takes_the_answer_slowly_after_it_has_half_closed_is_not_silent() {
+    let pair = Pair::new(Kind::Tcp, "idle_timeout: 1h, half_close_timeout: 3s").await;
+    let (mut client, mut backend) = pair.session().await;
+    client.say(b"question").await;
+    client.end().await;
+    backend.hears(b"question").await;
+    backend.hears_the_end().await;
+    reads_slowly(backend, client, 100_000).await;
+}
+
+/// All of the answer is in the kernel's buffers, and nothing waits in the proxy.
+#[tokio::test]
+async fn a_session_whose_last_bytes_are_taken_slowly_is_not_idle() {
+    const ANSWER_BYTES: u64 = 1_500_000;
+    let pair = Pair::new(Kind::Tcp, IDLE_TIMEOUT).await;
+    let (mut client, mut backend) = pair.session().await;
+    let pattern = Pattern::new(seed());
+    pattern.send(&mut backend, ANSWER_BYTES).await;
+    let mut pace = interval(PACE);
+    for step in 0..ANSWER_BYTES / 6_000 {
+        pace.tick().await;
+        pattern.expect_between(&mut client, step * 6_000, (step + 1) * 6_000).await;
+    }
+    // Twelve seconds later the session still works both ways.
+    client.say(b"next").await;
+    backend.hears(b"next").await;
+    backend.say(b"answer").await;
+    client.hears(b"answer").await;
+}
+
+async fn is_ended_as_silent(kind: Kind) {
+    let pair = Pair::new(kind, "idle_timeout: 2s").await;
+    let (_client, mut backend) = pair.session().await;
+    let pattern = Pattern::new(seed());
+    // More than all buffers hold: the write fails when the session is cut, and not for another reason.
+    let write = async { while backend.write_all(pattern.from(0, u64::MAX)).await.is_ok() {} };
+    soon("a session whose reader takes nothing is cut", write).await;
+    assert_eq!(pair.line().await["close_reason"], "idle_timeout");
+}
+
+#[tokio::test]
+async fn a_reader_whose_window_is_closed_is_silent() {
+    is_ended_as_silent(Kind::Tcp).await;
+}
+
+#[tokio::test]
+async fn a_reader_of_spliced_bytes_whose_window_is_closed_is_silent() {
+    is_ended_as_silent(Kind::Spliced).await;
+}
+
+/// The backend is behind a unix socket, and reads nothing.
+#[tokio::test]
+async fn a_reader_behind_a_unix_socket_that_takes_nothing_is_silent() {
+    let pair = Pair::new(Kind::Unix, "idle_timeout: 2s").await;
+    let (mut client, _backend) = pair.session().await;
+    let pattern = Pattern::new(seed());
+    let write = async { while client.write_all(pattern.from(0, u64::MAX)).await.is_ok() {} };
+    soon("a session whose reader takes nothing is cut", write).await;
+    assert_eq!(pair.line().await["close_reason"], "idle_timeout");
+}
+
+#[tokio::test]
+async fn a_reader_that_stops_after_it_was_slow_is_silent() {
+    let pair = Pair::new(Kind::Tcp, "idle_timeout: 2s").await;
+    let (mut client, mut backend) = pair.session().await;
+    let pattern = Pattern::new(seed());
+    let write =
+        tokio::spawn(async move { while backend.write_all(pattern.from(0, u64::MAX)).await.is_ok() {} });
+    let mut pace = interval(PACE);
+    for _ in 0..100 {
+        pace.tick().await;
+        let mut step = [0; 10_000];
+        soon("bytes arrive", client.read_exact(&mut step)).await.expect("it is active");
+    }
+    assert!(pair.proxy.access_lines().is_empty(), "it was active");
+    eventually("it is ended", || async { !pair.proxy.access_lines().is_empty() }).await;
+    soon("the writer is told", write).await.expect("no panic");
+    assert_eq!(pair.line().await["close_reason"], "idle_timeout");
+}
