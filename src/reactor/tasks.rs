@@ -191,7 +191,7 @@ impl Tasks {
 
     /// Gives back what it does not need any more.
     pub(super) fn shrink(&self) {
-        shrink_table(&mut *self.places.borrow_mut(), &mut *self.free.borrow_mut());
+        shrink_table(&mut self.places.borrow_mut(), &mut self.free.borrow_mut());
         self.due.borrow_mut().shrink_to(DUE_KEPT);
     }
 

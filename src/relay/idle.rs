@@ -6,7 +6,7 @@
 //! to two ticks late, never early.
 
 use std::cell::{Cell, RefCell, RefMut};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -118,7 +118,7 @@ impl IdleClock {
         let (mut entries, mut free) = (self.entries.borrow_mut(), self.free.borrow_mut());
         free.append(&mut self.vacated.take());
         if is_mostly_free(entries.len(), free.len()) {
-            shrink_table(&mut *entries, &mut *free);
+            shrink_table(&mut entries, &mut free);
             // Those that still hold places far behind move to lower ones.
             let most = 2 * (entries.len() - free.len());
             for entry in entries.iter_mut().skip(most) {

@@ -184,7 +184,7 @@ mod tests {
     use super::*;
     use std::io::Read as _;
     use std::net::{TcpListener, TcpStream};
-    use std::time::Instant;
+    use tokio::time::Instant;
 
     const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -249,7 +249,7 @@ mod tests {
         assert!(parse(1, &whole).expect("its answer").is_ok());
         assert!(parse(2, &whole).is_none(), "it answers another question");
         for length in 0..whole.len() {
-            assert!(!parse(1, &whole[..length]).is_some_and(|wire| wire.is_ok()), "{length} bytes");
+            assert!(parse(1, &whole[..length]).is_none_or(|wire| wire.is_err()), "{length} bytes");
         }
         for _ in 0..10_000 {
             let mut answer = whole.clone();

@@ -2,7 +2,7 @@
 
 use super::*;
 use std::future::poll_fn;
-use std::task::ready;
+use std::task::{Waker, ready};
 use tokio::time::Instant;
 
 const PEER_TIMEOUT: Duration = Duration::from_secs(40);
