@@ -304,11 +304,8 @@ async fn one_dead_address_of_three_costs_sessions_nothing_once_checks_have_found
              pools: {{web: {{backends: {{\"db.test:{port}\": 1}}, connect: {{timeout: 600ms, deadline: 5s}}, {health}}}}}"
         ));
         let address = program.listens().await[0];
-        let said = if health.starts_with("health") {
-            "its health checks fail"
-        } else {
-            "its sessions fail one after"
-        };
+        let said =
+            if health.starts_with("health") { "backend unhealthy after" } else { "backend ejected after" };
         let is_said =
             |line: &serde_json::Value| line["message"].as_str().is_some_and(|text| text.starts_with(said));
         let asked = AtomicU64::new(0);
@@ -378,7 +375,7 @@ async fn an_address_that_resets_its_sessions_is_left_out_and_comes_back_by_one_s
     let answers = async || greeting(address).await.is_ok_and(|text| !text.is_empty());
     eventually("it is ejected", || async {
         answers().await;
-        !program.messages("its sessions fail one after the other: ejected").is_empty()
+        !program.messages("backend ejected after").is_empty()
     })
     .await;
     // The sessions that probe it may be reset.
@@ -392,7 +389,7 @@ async fn an_address_that_resets_its_sessions_is_left_out_and_comes_back_by_one_s
     eventually("it is back", || async { greeting(address).await.is_ok_and(|text| text == "back") }).await;
     eventually("it is said", || async {
         answers().await;
-        !program.messages("the session that probed it succeeded: back").is_empty()
+        !program.messages("backend is back: a trial session succeeded").is_empty()
     })
     .await;
 }

@@ -16,7 +16,8 @@ use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use tokio::time::Instant;
 use tracing::debug;
 
-use super::report::{CloseReason, Report};
+use super::close_reason::CloseReason;
+use super::report::Report;
 use super::{Context, Settings, queue};
 use crate::balance::backend::Backend;
 use crate::balance::cause::Cause;

@@ -1,6 +1,7 @@
 //! The life of a session: a client was accepted, a backend is found for it, bytes are relayed both ways, and what
 //! became of it is reported.
 
+mod close_reason;
 mod connect;
 mod failures;
 pub mod leaving;
@@ -8,7 +9,8 @@ mod queue;
 mod report;
 mod worker;
 
-pub use report::{CloseReason, SessionCounters};
+pub use close_reason::CloseReason;
+pub use report::SessionCounters;
 pub use worker::{Starvation, Worker};
 
 use std::net::SocketAddr;

@@ -11,7 +11,8 @@ use std::time::Duration;
 use tokio::task::yield_now;
 use tokio::time::Instant;
 
-use super::report::{CloseReason, Report};
+use super::close_reason::CloseReason;
+use super::report::Report;
 use crate::balance::BackendId;
 use crate::balance::pool::{NoPick, Pick};
 use crate::reactor::timeout_at;

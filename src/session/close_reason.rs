@@ -1,0 +1,90 @@
+//! Why a session ended, with the names that metrics and the access log have for it.
+
+use crate::relay::{Ended, Side};
+
+/// Why a session ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CloseReason {
+    /// The relay ran, and ended like this.
+    Relayed(Ended),
+    /// No backend had any weight, or none was left to try.
+    NoBackend,
+    /// The last backend tried refused, or could not be reached.
+    ConnectFailed,
+    /// The last backend tried did not answer in time, or the deadline for all attempts passed.
+    ConnectTimeout,
+    /// We had no local port or descriptor left.
+    Exhausted,
+    /// All backends were full, and so was the queue.
+    QueueFull,
+    /// All backends were full for as long as it might wait.
+    QueueTimeout,
+    /// The client went away while it waited.
+    QueueLeft,
+    /// Cut, because the process ends.
+    Shutdown,
+    /// The client reset its connection before a backend was connected.
+    ConnectLeft,
+}
+
+impl CloseReason {
+    /// All that can be counted.
+    pub const ALL: [Self; 16] = [
+        Self::Relayed(Ended::Finished),
+        Self::Relayed(Ended::Reset(Side::Client)),
+        Self::Relayed(Ended::Reset(Side::Backend)),
+        Self::Relayed(Ended::IdleTimeout),
+        Self::Relayed(Ended::Drained),
+        Self::Relayed(Ended::HalfCloseTimeout(Side::Client)),
+        Self::Relayed(Ended::HalfCloseTimeout(Side::Backend)),
+        Self::NoBackend,
+        Self::ConnectFailed,
+        Self::ConnectTimeout,
+        Self::Exhausted,
+        Self::QueueFull,
+        Self::QueueTimeout,
+        Self::QueueLeft,
+        Self::Shutdown,
+        Self::ConnectLeft,
+    ];
+
+    /// The metric's label and the access log's `close_reason`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        self.describe().1
+    }
+
+    /// HAProxy's two letters: who ended it (C client, S server, P proxy, R resources, K killed, lower case for a
+    /// timeout) and when (Q waiting in the queue, C connecting, D relaying).
+    #[must_use]
+    pub fn term(self) -> &'static str {
+        self.describe().2
+    }
+
+    /// Its index in [`CloseReason::ALL`].
+    pub(super) fn index(self) -> usize {
+        self.describe().0
+    }
+
+    /// The index in [`CloseReason::ALL`], the name, the two letters.
+    fn describe(self) -> (usize, &'static str, &'static str) {
+        match self {
+            Self::Relayed(Ended::Finished) => (0, "finished", "--"),
+            Self::Relayed(Ended::Reset(Side::Client)) => (1, "client_reset", "CD"),
+            Self::Relayed(Ended::Reset(Side::Backend)) => (2, "backend_reset", "SD"),
+            Self::Relayed(Ended::IdleTimeout) => (3, "idle_timeout", "cD"),
+            Self::Relayed(Ended::Drained) => (4, "drained", "KD"),
+            Self::Relayed(Ended::HalfCloseTimeout(Side::Client)) => (5, "client_half_close_timeout", "cD"),
+            Self::Relayed(Ended::HalfCloseTimeout(Side::Backend)) => (6, "backend_half_close_timeout", "sD"),
+            Self::NoBackend => (7, "no_backend", "SC"),
+            Self::ConnectFailed => (8, "connect_failed", "SC"),
+            Self::ConnectTimeout => (9, "connect_timeout", "sC"),
+            Self::Exhausted => (10, "exhausted", "RC"),
+            Self::QueueFull => (11, "queue_full", "PQ"),
+            Self::QueueTimeout => (12, "queue_timeout", "sQ"),
+            Self::QueueLeft => (13, "queue_left", "CQ"),
+            Self::Shutdown => (14, "shutdown", "KD"),
+            Self::ConnectLeft => (15, "connect_left", "CC"),
+        }
+    }
+}
