@@ -13,6 +13,7 @@ pub mod cli;
 pub mod config;
 pub mod health;
 pub mod listen;
+pub mod net;
 pub mod proxy;
 pub mod reactor;
 pub mod redis;

@@ -22,6 +22,7 @@ use crate::balance::lua_pick::{self as picking, LuaRequests};
 use crate::balance::pool::{Pool, Sync};
 use crate::config::{Config, Shutdown};
 use crate::listen::socket::{self, BindError, Options};
+use crate::net::descriptors;
 use crate::redis::status::TableStatus;
 use crate::runtime::control_runtime;
 use crate::runtime::drain::{self, DrainControl, Phase};
@@ -157,6 +158,7 @@ pub fn start(config: &Config, log: Option<LogSink>) -> Result<Running, StartErro
             .map(|_| config.pools.iter().map(|_| SaveStatus::default()).collect()),
         log: log.clone(),
     };
+    descriptors::keep_reserve(doors.iter().map(Vec::len).sum());
     let access_log = log.filter(|_| config.log.access).map(|sink| (config.log.format, sink));
     let control = Control {
         config: config.clone(),

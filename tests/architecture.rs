@@ -12,17 +12,19 @@ use std::path::{Path, PathBuf};
 ///
 /// The data plane stands above: it knows nothing of Redis. What Redis says reaches it as snapshots, which `redis`
 /// publishes through `balance`'s plain types; where both need an answer at once (the Lua pick), `balance` owns the channel.
-const ARROWS: [(&str, &[&str]); 13] = [
+const ARROWS: [(&str, &[&str]); 14] = [
     ("reactor", &[]),
+    ("net", &[]),
     ("balance", &["reactor", "telemetry::counters"]),
-    ("relay", &["reactor", "telemetry::counters"]),
-    ("listen", &["config", "reactor", "runtime::drain", "telemetry::counters"]),
+    ("relay", &["net", "reactor", "telemetry::counters"]),
+    ("listen", &["config", "net", "reactor", "runtime::drain", "telemetry::counters"]),
     (
         "session",
         &[
             "balance",
             "config",
             "listen::socket",
+            "net",
             "reactor",
             "relay",
             "telemetry::access_log",
@@ -56,6 +58,7 @@ const ARROWS: [(&str, &[&str]); 13] = [
             "balance",
             "config",
             "listen::socket",
+            "net",
             "runtime::backoff",
             "runtime::control_runtime",
             "runtime::pace",
@@ -63,13 +66,14 @@ const ARROWS: [(&str, &[&str]); 13] = [
     ),
     // What it saves comes out of the snapshot cells, so it has no need to know Redis.
     ("state", &["balance", "config", "runtime::backoff", "runtime::blocking", "telemetry::counters"]),
-    ("runtime", &["balance", "config", "listen", "reactor", "relay::Stream", "session", "telemetry"]),
+    ("runtime", &["balance", "config", "listen", "net", "reactor", "relay::Stream", "session", "telemetry"]),
     (
         "telemetry",
         &[
             "balance",
             "config",
             "listen::socket",
+            "net",
             "reactor",
             "redis::status",
             "runtime::blocking",
@@ -89,6 +93,7 @@ const ARROWS: [(&str, &[&str]); 13] = [
             "balance::Balance",
             "balance::simulation",
             "config",
+            "net",
             "proxy",
             "redis::weights",
             "runtime::control_runtime",
@@ -104,6 +109,7 @@ const ARROWS: [(&str, &[&str]); 13] = [
             "config",
             "health",
             "listen",
+            "net",
             "redis",
             "relay",
             "runtime",

@@ -41,6 +41,7 @@ mod relay;
 mod relay_bulk;
 mod relay_cuts;
 mod relay_random;
+mod shortages;
 mod shutdown;
 mod slow_readers;
 mod state;

@@ -3,9 +3,11 @@
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::Duration;
 
+use rustix::io::Errno;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpSocket, UnixStream};
 use tokio::time::{Instant, timeout_at};
@@ -14,6 +16,7 @@ use crate::balance::cause::Cause;
 use crate::balance::endpoint::{Endpoint, Target};
 use crate::config::HealthCheck;
 use crate::listen::socket::exhausted;
+use crate::net::descriptors::{User, is_reserved};
 
 /// What a backend may say before what is expected has come.
 const ANSWER_MAX_BYTES: usize = 64 * 1024;
@@ -124,6 +127,7 @@ impl Patience {
 async fn ask_tcp(address: SocketAddr, settings: &HealthCheck, patience: Patience) -> Result<(), CheckError> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() };
     let socket = socket.map_err(failed)?;
+    leave_reserve(&socket)?;
     // The end is a reset: thousands of checks a second would leave a place in TIME_WAIT each.
     socket.set_zero_linger().map_err(failed)?;
     let mut stream = timeout_at(patience.until, socket.connect(address))
@@ -142,7 +146,16 @@ async fn ask_unix(path: &Path, settings: &HealthCheck, patience: Patience) -> Re
         .await
         .map_err(|_| patience.over(CheckError::NoConnection(patience.time)))?
         .map_err(failed)?;
+    leave_reserve(&stream)?;
     talk(&mut stream, settings, patience).await
+}
+
+/// Fails where `socket` has one of the last descriptors of the process, which are for probes, Redis and saved tables.
+fn leave_reserve(socket: &impl AsFd) -> Result<(), CheckError> {
+    if is_reserved(socket, User::Checks) {
+        return Err(CheckError::Exhausted(Errno::MFILE.into()));
+    }
+    Ok(())
 }
 
 fn failed(error: io::Error) -> CheckError {

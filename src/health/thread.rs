@@ -5,6 +5,7 @@
 //! core it would have to wait as often.
 
 use std::io;
+use std::sync::mpsc::sync_channel;
 use std::thread::{Builder, JoinHandle};
 
 use tokio::sync::oneshot;
@@ -31,9 +32,15 @@ pub struct CheckThread {
 pub fn start(checks: Vec<Checks>) -> io::Result<CheckThread> {
     let (runs, dropped) = oneshot::channel::<()>();
     let (alive, died) = oneshot::channel::<()>();
-    let runtime = control_runtime::new()?;
+    let (tell, has_started) = sync_channel(1);
     let thread = Builder::new().name("statera-checks".to_owned()).spawn(move || {
         let _alive = alive;
+        let runtime = match control_runtime::new() {
+            Ok(runtime) => runtime,
+            Err(error) => return tell.send(Err(error)).unwrap_or_default(),
+        };
+        // The caller waits for it.
+        let _ = tell.send(Ok(()));
         runtime.block_on(async {
             let mut running: JoinSet<()> = checks.into_iter().map(Checks::run).collect();
             tokio::select! {
@@ -42,7 +49,9 @@ pub fn start(checks: Vec<Checks>) -> io::Result<CheckThread> {
             }
         });
     })?;
-    Ok(CheckThread { runs: Some(runs), died, thread: Some(thread) })
+    let started = CheckThread { runs: Some(runs), died, thread: Some(thread) };
+    has_started.recv().unwrap_or_else(|_| Err(io::Error::other("the thread of the health checks died")))?;
+    Ok(started)
 }
 
 impl CheckThread {

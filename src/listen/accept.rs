@@ -3,6 +3,7 @@
 //! It hands each connection on and knows nothing of what becomes of it.
 
 use std::cell::Cell;
+use std::fmt::Display;
 use std::future::poll_fn;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -16,7 +17,9 @@ use tokio::task::yield_now;
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
+use super::held;
 use super::socket::{exhausted, ignore_new_handshakes};
+use crate::net::descriptors::{User, is_reserved};
 use crate::reactor::{self, Ready, Watched, sleep, timeout_at};
 use crate::runtime::drain::{Drain, Phase};
 use crate::telemetry::counters::ListenerCounters;
@@ -111,6 +114,14 @@ pub async fn run(
         };
         match result {
             Ok((stream, client)) => {
+                let stream = if is_reserved(&stream, User::Sessions) {
+                    exhausted_since.get_or_insert_with(Instant::now);
+                    warn_exhausted(name, &held::Reserved, &mut warned);
+                    let goes_on = || drain.phase() < Phase::Draining;
+                    held::until_not_reserved(stream, counters, &is_starved, goes_on).await
+                } else {
+                    stream
+                };
                 if let Some(since) = exhausted_since.take()
                     && warned.is_some_and(|warned| warned >= since)
                 {
@@ -122,12 +133,8 @@ pub async fn run(
             }
             Err(error) if exhausted(&error) => {
                 counters.accept_exhausted.add(1);
-                let now = Instant::now();
-                exhausted_since.get_or_insert(now);
-                if warned.is_none_or(|warned| now - warned >= EXHAUSTED_LOG_INTERVAL) {
-                    warn!(listener = name, %error, "cannot accept: raise `ulimit -n` (LimitNOFILE) or memory");
-                    warned = Some(now);
-                }
+                exhausted_since.get_or_insert_with(Instant::now);
+                warn_exhausted(name, &error, &mut warned);
                 tokio::select! {
                     biased;
                     () = &mut draining => break,
@@ -149,6 +156,14 @@ pub async fn run(
     accept_the_rest(&listener, name, counters, &on_connection).await;
 }
 
+fn warn_exhausted(name: &str, error: &dyn Display, warned: &mut Option<Instant>) {
+    let now = Instant::now();
+    if warned.is_none_or(|warned| now - warned >= EXHAUSTED_LOG_INTERVAL) {
+        warn!(listener = name, %error, "cannot accept: raise `ulimit -n` (LimitNOFILE) or memory");
+        *warned = Some(now);
+    }
+}
+
 async fn accept_the_rest(
     listener: &Listening,
     name: &str,
@@ -163,6 +178,11 @@ async fn accept_the_rest(
     while let Ok(result) = timeout_at(end, listener.accept()).await {
         match result {
             Ok((stream, client)) => {
+                let stream = if is_reserved(&stream, User::Sessions) {
+                    held::until_not_reserved(stream, counters, || false, || Instant::now() < end).await
+                } else {
+                    stream
+                };
                 on_connection(stream, client);
                 // Where new handshakes could not be ignored, the queue may never be empty.
                 if batch.accepted().await && Instant::now() >= end {

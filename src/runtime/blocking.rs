@@ -54,6 +54,43 @@ where
     T: Send + 'static,
     F: FnOnce() -> T + Send + 'static,
 {
+    let (work, job) = prepare(places, work).await;
+    let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+    while work.spawn().is_err() {
+        sleep(backoff.pause()).await;
+    }
+    job
+}
+
+/// Does `work`, which computes and waits for nothing, on a thread once one of `places` is free; or here, where the system gives
+/// no thread.
+///
+/// # Errors
+/// The work panicked on its thread. A panic here goes on to the caller.
+///
+/// # Cancel safety
+/// Dropping the future loses the result.
+pub async fn compute<T, F>(places: &'static Semaphore, work: F) -> Result<T, Panicked>
+where
+    T: Send + 'static,
+    F: FnOnce() -> T + Send + 'static,
+{
+    let (work, job) = prepare(places, work).await;
+    if work.spawn().is_err() {
+        work.run();
+    }
+    job.await
+}
+
+/// Work that keeps its place and sends its result. A refused thread drops what it was asked to run, so the work stays here until
+/// it begins.
+struct Work<F>(Arc<Mutex<Option<F>>>);
+
+async fn prepare<T, F>(places: &'static Semaphore, work: F) -> (Work<impl FnOnce() + Send + 'static>, Job<T>)
+where
+    T: Send + 'static,
+    F: FnOnce() -> T + Send + 'static,
+{
     let place = places.acquire().await.expect("these semaphores are never closed");
     let (answer, answered) = oneshot::channel();
     let work = move || {
@@ -62,25 +99,26 @@ where
         // The caller may have given up.
         let _ = answer.send(result);
     };
-    // A refusal drops what it was asked to run, so the work stays here until a thread fetches it.
-    let work = Arc::new(Mutex::new(Some(work)));
-    let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
-    loop {
-        let fetched = Arc::clone(&work);
-        let run = move || {
-            let work = fetched.lock().unwrap_or_else(PoisonError::into_inner).take();
-            work.expect("one thread alone was started")();
-        };
-        match spawn(run) {
-            Ok(()) => {
-                shortage(|shortage| shortage.ends());
-                return Job(answered);
-            }
-            Err(error) => {
-                shortage(|shortage| shortage.is_seen(&error));
-                sleep(backoff.pause()).await;
-            }
+    (Work(Arc::new(Mutex::new(Some(work)))), Job(answered))
+}
+
+impl<F: FnOnce() + Send + 'static> Work<F> {
+    fn run(self) {
+        let work = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(work) = work {
+            work();
         }
+    }
+
+    /// On a thread, if the system gives one.
+    fn spawn(&self) -> io::Result<()> {
+        let work = Self(Arc::clone(&self.0));
+        let spawned = spawn(move || work.run());
+        match &spawned {
+            Ok(()) => shortage(Shortage::ends),
+            Err(error) => shortage(|shortage| shortage.is_seen(error)),
+        }
+        spawned
     }
 }
 
@@ -173,6 +211,17 @@ mod tests {
         assert_eq!(start(&PLACES, || 7).await.await, Ok(7));
         assert_eq!(refusals::left(), 0);
         assert!(begun.elapsed() <= 20 * LONGEST_PAUSE, "{:?}", begun.elapsed());
+    }
+
+    #[tokio::test]
+    async fn what_only_computes_is_done_without_a_thread_where_there_is_none() {
+        static PLACES: Semaphore = Semaphore::const_new(1);
+        let by = || std::thread::current().id();
+        let here = by();
+        assert!(compute(&PLACES, by).await.is_ok_and(|by| by != here));
+        refusals::refuse(1);
+        assert_eq!(compute(&PLACES, by).await, Ok(here));
+        assert_eq!((refusals::left(), PLACES.available_permits()), (0, 1));
     }
 
     #[tokio::test]

@@ -22,6 +22,7 @@ use super::lookup;
 use crate::balance::backend::Backend;
 use crate::balance::pool::Pool;
 use crate::balance::{Address, BackendId};
+use crate::net::descriptors;
 
 /// Between two looks at a name. Container platforms move a name within seconds of a restart.
 const INTERVAL: Duration = Duration::from_secs(5);
@@ -39,6 +40,8 @@ const PACE: Duration = Duration::from_millis(50);
 static PLACES: Semaphore = Semaphore::const_new(96);
 /// Names that failed the last time have fewer places, of their own: they are those that take long.
 static PLACES_OF_FAILING: Semaphore = Semaphore::const_new(32);
+/// While clients hold all descriptors that they may have: a lookup takes up to three of the last ones.
+static PLACES_IN_SHORTAGE: Semaphore = Semaphore::const_new(4);
 
 /// The names of one pool.
 #[derive(Debug)]
@@ -229,6 +232,7 @@ fn is_name(backend: &Backend) -> bool {
 
 async fn look_up(backend: Arc<Backend>, places: &'static Semaphore) -> (Arc<Backend>, Answer) {
     let Address::Name { host, port } = backend.id().address() else { return (backend, Ok(Vec::new())) };
+    let places = if descriptors::are_short() { &PLACES_IN_SHORTAGE } else { places };
     // Waits for as long as the system gives no thread: that says nothing of the name.
     let asked = lookup::start(places, Arc::clone(host), *port).await;
     let result = match timeout(LOOKUP_TIMEOUT, asked).await {

@@ -163,7 +163,7 @@ fn run(
     // Sessions that are left end here: their futures are dropped, which resets and reports them.
     drop(runtime);
     if let Some(log) = &worker.access_log {
-        log.hand_over();
+        log.hand_over_last();
     }
     cut
 }

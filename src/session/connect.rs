@@ -26,6 +26,7 @@ use crate::balance::endpoint::Endpoint;
 use crate::balance::pool::NoPick;
 use crate::config::Congestion;
 use crate::listen::socket::exhausted;
+use crate::net::descriptors::{User, is_reserved};
 use crate::reactor::{sleep, timeout_at};
 use crate::relay::{Opening, Stream, StreamSocket};
 
@@ -238,6 +239,7 @@ async fn open(endpoint: &Endpoint, settings: &Settings) -> Result<Stream, Connec
 async fn open_tcp(address: SocketAddr, congestion: Option<&Congestion>) -> Result<Stream, ConnectError> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking(), Some(Protocol::TCP))
         .map_err(classify)?;
+    leave_reserve(&socket)?;
     if let Some(congestion) = congestion {
         // The start has checked that the kernel has it. One who takes it away later loses speed, not the pool.
         let _ = socket
@@ -264,10 +266,19 @@ async fn open_tcp(address: SocketAddr, congestion: Option<&Congestion>) -> Resul
     Ok(stream)
 }
 
+/// Fails where `socket` has one of the last descriptors, which are the control plane's, as the kernel would without them.
+fn leave_reserve(socket: &Socket) -> Result<(), ConnectError> {
+    if is_reserved(socket, User::Sessions) {
+        return Err(ConnectError::Exhausted(Errno::MFILE.into()));
+    }
+    Ok(())
+}
+
 /// A unix socket whose queue is full says so at once, where TCP would send its handshake again: so it is asked again.
 async fn open_unix(path: &Path) -> Result<Stream, ConnectError> {
     let address = SockAddr::unix(path).map_err(classify)?;
     let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None).map_err(classify)?;
+    leave_reserve(&socket)?;
     loop {
         match socket.connect(&address) {
             Ok(()) => {

@@ -3,7 +3,7 @@
 //! A worker gathers its lines in a buffer of its own and hands them to the sink a few times a second, so that a line
 //! costs a session no system call and no lock.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::time::{Duration, SystemTime};
@@ -19,6 +19,8 @@ use crate::reactor::sleep;
 
 /// How long a line may wait for others.
 const GATHER_TIME: Duration = Duration::from_millis(50);
+/// How long the last lines of a worker wait for room in the sink's queue.
+const LAST_LINES: Duration = Duration::from_secs(1);
 /// A buffer this full does not wait.
 const CHUNK_BYTES: usize = 60 * 1024;
 /// Room for that, and for the line that fills it: a buffer that grew step by step would be copied each time.
@@ -91,6 +93,8 @@ pub struct AccessLog {
     format: LogFormat,
     sink: LogSink,
     lines: RefCell<Vec<u8>>,
+    /// How many these are.
+    count: Cell<u64>,
     waiting: Notify,
 }
 
@@ -98,7 +102,7 @@ impl AccessLog {
     /// Lines go to `sink`.
     #[must_use]
     pub fn new(format: LogFormat, sink: LogSink) -> Self {
-        Self { format, sink, lines: RefCell::default(), waiting: Notify::new() }
+        Self { format, sink, lines: RefCell::default(), count: Cell::default(), waiting: Notify::new() }
     }
 
     /// Takes a line.
@@ -116,6 +120,7 @@ impl AccessLog {
             LogFormat::Text => lines.extend_from_slice(text(line).as_bytes()),
         }
         lines.push(b'\n');
+        self.count.set(self.count.get() + 1);
         let full = lines.len() >= CHUNK_BYTES;
         drop(lines);
         if full {
@@ -125,9 +130,18 @@ impl AccessLog {
 
     /// Hands over what was gathered, now.
     pub fn hand_over(&self) {
-        let lines = self.lines.take();
+        self.hand_over_within(Duration::ZERO);
+    }
+
+    /// The same at the worker's end, when it may wait for room in the sink's queue.
+    pub fn hand_over_last(&self) {
+        self.hand_over_within(LAST_LINES);
+    }
+
+    fn hand_over_within(&self, limit: Duration) {
+        let (lines, count) = (self.lines.take(), self.count.take());
         if !lines.is_empty() {
-            self.sink.write(lines);
+            self.sink.write_within(lines, count, limit);
         }
     }
 

@@ -29,10 +29,13 @@ use super::accept::Format;
 use super::prometheus::{self, Observed};
 use super::scrapes::Scrapes;
 use crate::config::{Admin, Secret};
-use crate::listen::socket::explain;
+use crate::listen::socket::{exhausted, explain};
+use crate::net::descriptors::{self, User};
 use crate::runtime::drain::{Drain, Phase};
 
 const MOST_CONNECTIONS: usize = 256;
+/// While clients hold all descriptors that they may have.
+const MOST_IN_SHORTAGE: usize = 8;
 const HEADER_TIME: Duration = Duration::from_secs(5);
 /// A scraper that keeps its connection open reconnects after this.
 const CONNECTION_TIME: Duration = Duration::from_secs(300);
@@ -90,21 +93,26 @@ pub async fn serve(listener: TcpListener, state: Arc<AdminState>) {
             Ok((stream, _)) => stream,
             Err(error) => {
                 debug!(%error, "the admin server cannot accept");
+                if exhausted(&error) {
+                    make_room(&mut connections, MOST_IN_SHORTAGE);
+                }
                 sleep(ACCEPT_PAUSE).await;
                 continue;
             }
         };
-        make_room(&mut connections);
+        // One of the last descriptors of the process: other parts of the control plane need them, too.
+        let is_short = descriptors::is_reserved(&stream, User::Sessions);
+        make_room(&mut connections, if is_short { MOST_IN_SHORTAGE } else { MOST_CONNECTIONS });
         connections.push_back(Connection::serve(stream, service.clone()));
         // It may have sent its request already.
         yield_now().await;
     }
 }
 
-/// Cuts the oldest connection that has no request under way, or the oldest, where there are too many.
-fn make_room(connections: &mut VecDeque<Connection>) {
+/// Cuts the oldest connections that have no request under way, or the oldest, until there are fewer than `most`.
+fn make_room(connections: &mut VecDeque<Connection>, most: usize) {
     connections.retain(|connection| !connection.task.is_finished());
-    if connections.len() >= MOST_CONNECTIONS {
+    while connections.len() >= most {
         let idle = connections.iter().position(|connection| !connection.answering.load(Relaxed));
         if let Some(connection) = connections.remove(idle.unwrap_or(0)) {
             connection.task.abort();

@@ -1,18 +1,21 @@
 //! Writes log lines on a thread of its own, so that a full pipe or a slow disk never holds back a session.
 //!
-//! The queue is bounded: what does not fit is dropped and counted, never waited for.
+//! The queue is bounded. Lines that find no room, or that the output refuses, are dropped and counted.
 
-use std::io::{self, Write};
+use std::io::{self, ErrorKind, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::time::Duration;
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::thread::{Builder, sleep};
+use std::time::{Duration, Instant};
 
 /// Chunks that may wait. An access log's chunk is up to 64 KiB, so this bounds the queue at 64 MiB.
 const QUEUE_CHUNKS: usize = 1024;
+/// Between two tries to put something into a full queue, for callers that may wait.
+const FULL_PAUSE: Duration = Duration::from_millis(1);
 
 enum Message {
-    Bytes(Vec<u8>),
+    Lines { bytes: Vec<u8>, count: u64 },
     Flush(SyncSender<()>),
 }
 
@@ -20,7 +23,15 @@ enum Message {
 #[derive(Clone, Debug)]
 pub struct LogSink {
     queue: SyncSender<Message>,
-    dropped: Arc<AtomicU64>,
+    counts: Arc<Counts>,
+}
+
+/// Numbers of lines.
+#[derive(Debug, Default)]
+struct Counts {
+    dropped: AtomicU64,
+    /// In the queue, or being written.
+    waiting: AtomicU64,
 }
 
 impl LogSink {
@@ -30,46 +41,123 @@ impl LogSink {
     /// No thread could be started.
     pub fn start(output: Box<dyn Write + Send>) -> io::Result<Self> {
         let (queue, messages) = sync_channel(QUEUE_CHUNKS);
-        let dropped = Arc::new(AtomicU64::new(0));
-        let failed = Arc::clone(&dropped);
-        std::thread::Builder::new()
-            .name("statera-log".into())
-            .spawn(move || write_all(&messages, output, &failed))?;
-        Ok(Self { queue, dropped })
+        let counts = Arc::new(Counts::default());
+        let writer = Writer { output, counts: Arc::clone(&counts), is_torn: false };
+        Builder::new().name("statera-log".into()).spawn(move || writer.run(&messages))?;
+        Ok(Self { queue, counts })
     }
 
-    /// Hands over one or more whole lines. Never waits.
-    pub fn write(&self, lines: Vec<u8>) {
-        if self.queue.try_send(Message::Bytes(lines)).is_err() {
-            self.dropped.fetch_add(1, Relaxed);
+    /// Hands over `count` whole lines. Never waits.
+    pub fn write(&self, bytes: Vec<u8>, count: u64) {
+        self.write_within(bytes, count, Duration::ZERO);
+    }
+
+    /// Hands over `count` whole lines. Waits for room in the queue, at most `limit`: not for the data plane while it serves.
+    pub fn write_within(&self, bytes: Vec<u8>, count: u64, limit: Duration) {
+        self.counts.waiting.fetch_add(count, Relaxed);
+        if !self.send(Message::Lines { bytes, count }, limit) {
+            self.counts.lose(count);
+            self.counts.waiting.fetch_sub(count, Relaxed);
         }
     }
 
-    /// Waits until what was handed over before is written, at most `limit`. Returns false if it was not.
+    /// Waits until what was handed over before is written, at most `limit`, whether or not the queue has room. Returns false
+    /// if it was not.
     pub fn flush(&self, limit: Duration) -> bool {
+        let begun = Instant::now();
         let (done, written) = sync_channel(1);
-        self.queue.try_send(Message::Flush(done)).is_ok() && written.recv_timeout(limit).is_ok()
+        self.send(Message::Flush(done), limit)
+            && written.recv_timeout(limit.saturating_sub(begun.elapsed())).is_ok()
     }
 
-    /// Chunks of lines that were lost: the queue was full or the output failed.
+    /// Like [`LogSink::flush`], for the end of the process: counts what could not be written as lost. Returns how many lines
+    /// were lost since the start.
+    pub fn end(&self, limit: Duration) -> u64 {
+        if !self.flush(limit) {
+            self.counts.lose(self.counts.waiting.load(Relaxed));
+        }
+        self.dropped()
+    }
+
+    /// Lines that were lost: the queue was full or the output failed.
     #[must_use]
     pub fn dropped(&self) -> u64 {
-        self.dropped.load(Relaxed)
+        self.counts.dropped.load(Relaxed)
+    }
+
+    /// Returns false if there was no room within `limit`.
+    fn send(&self, mut message: Message, limit: Duration) -> bool {
+        let mut until: Option<Instant> = None;
+        loop {
+            message = match self.queue.try_send(message) {
+                Ok(()) => return true,
+                Err(TrySendError::Full(message)) if !limit.is_zero() => message,
+                Err(_) => return false,
+            };
+            if Instant::now() >= *until.get_or_insert_with(|| Instant::now() + limit) {
+                return false;
+            }
+            sleep(FULL_PAUSE);
+        }
     }
 }
 
-fn write_all(messages: &Receiver<Message>, mut output: Box<dyn Write + Send>, failed: &AtomicU64) {
-    for message in messages {
-        match message {
-            Message::Bytes(lines) => {
-                if output.write_all(&lines).and_then(|()| output.flush()).is_err() {
-                    failed.fetch_add(1, Relaxed);
+impl Counts {
+    fn lose(&self, lines: u64) {
+        self.dropped.fetch_add(lines, Relaxed);
+    }
+}
+
+/// The thread's side.
+struct Writer {
+    output: Box<dyn Write + Send>,
+    counts: Arc<Counts>,
+    /// The output ends in the middle of a line.
+    is_torn: bool,
+}
+
+impl Writer {
+    fn run(mut self, messages: &Receiver<Message>) {
+        for message in messages {
+            match message {
+                Message::Lines { bytes, count } => {
+                    self.write(&bytes);
+                    self.counts.waiting.fetch_sub(count, Relaxed);
                 }
+                // The caller of `flush` may have given up.
+                Message::Flush(done) => drop(done.try_send(())),
             }
-            // Whoever waits may have given up.
-            Message::Flush(done) => drop(done.try_send(())),
         }
     }
+
+    /// Writes what the output takes of `bytes`: a disk may be full, a file at its limit (EFBIG), a pipe's reader gone.
+    fn write(&mut self, bytes: &[u8]) {
+        if self.is_torn && self.write_part(b"\n") == 0 {
+            return self.counts.lose(lines_in(bytes));
+        }
+        let written = self.write_part(bytes);
+        self.is_torn = bytes[..written].last().is_some_and(|last| *last != b'\n');
+        self.counts.lose(lines_in(&bytes[written..]));
+    }
+
+    /// Returns how many bytes the output took.
+    fn write_part(&mut self, bytes: &[u8]) -> usize {
+        let mut written = 0;
+        while written < bytes.len() {
+            match self.output.write(&bytes[written..]) {
+                Ok(0) => break,
+                Ok(more) => written += more,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(_) => break,
+            }
+        }
+        // Outputs have no buffer of their own: `cli/run.rs` opens them so.
+        if self.output.flush().is_err() { 0 } else { written }
+    }
+}
+
+fn lines_in(bytes: &[u8]) -> u64 {
+    bytes.iter().filter(|byte| **byte == b'\n').count() as u64
 }
 
 /// One event of the log on its way to the sink.
@@ -92,7 +180,7 @@ impl Write for EventWriter {
 
 impl Drop for EventWriter {
     fn drop(&mut self) {
-        self.sink.write(std::mem::take(&mut self.line));
+        self.sink.write(std::mem::take(&mut self.line), 1);
     }
 }
 
@@ -107,10 +195,13 @@ impl<'a> tracing_subscriber::fmt::MakeWriter<'a> for LogSink {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::mpsc::channel;
+    use std::sync::Mutex;
+    use std::sync::mpsc::{Sender, channel};
+
+    const PATIENCE: Duration = Duration::from_secs(20);
 
     /// Writes only when told to.
-    struct Stuck(Receiver<()>, std::sync::mpsc::Sender<Vec<u8>>);
+    struct Stuck(Receiver<()>, Sender<Vec<u8>>);
 
     impl Write for Stuck {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
@@ -130,7 +221,7 @@ mod tests {
         let (seen, written) = channel();
         let sink = LogSink::start(Box::new(Stuck(wait, seen))).expect("a thread");
         for _ in 0..QUEUE_CHUNKS + 10 {
-            sink.write(b"line\n".to_vec());
+            sink.write(b"line\n".to_vec(), 1);
         }
         assert!(sink.dropped() >= 9, "one is being written, the queue holds the rest");
         assert!(!sink.flush(Duration::from_millis(1)), "there is no room to wait in");
@@ -138,5 +229,73 @@ mod tests {
             go.send(()).expect("the thread runs");
         }
         assert_eq!(written.recv().expect("a line"), b"line\n");
+    }
+
+    #[test]
+    fn lines_in_a_full_queue_are_written_at_the_end() {
+        let (go, wait) = channel();
+        let (seen, written) = channel();
+        let sink = LogSink::start(Box::new(Stuck(wait, seen))).expect("a thread");
+        let mut handed_over = 0;
+        while sink.dropped() == 0 {
+            sink.write(b"line\n".to_vec(), 1);
+            handed_over += 1;
+        }
+        // From now on the output takes what comes. The queue is still full when the end begins.
+        let ending = std::thread::spawn(move || (sink.end(PATIENCE), sink));
+        for _ in 0..=handed_over {
+            go.send(()).expect("the thread runs");
+        }
+        let (lost, sink) = ending.join().expect("it ends");
+        assert_eq!((written.try_iter().count(), lost), (handed_over - 1, 1));
+        assert_eq!(sink.dropped(), 1);
+    }
+
+    #[test]
+    fn what_a_stuck_output_does_not_take_at_the_end_is_counted() {
+        let (_go, wait) = channel();
+        let (seen, _written) = channel();
+        let sink = LogSink::start(Box::new(Stuck(wait, seen))).expect("a thread");
+        sink.write(b"one\ntwo\n".to_vec(), 2);
+        sink.write(b"three\n".to_vec(), 1);
+        assert_eq!(sink.end(Duration::from_millis(10)), 3);
+    }
+
+    /// A file with a limit, which is raised later.
+    #[derive(Clone, Default)]
+    struct Limited(Arc<Mutex<(Vec<u8>, usize)>>);
+
+    impl Write for Limited {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let (taken, limit) = &mut *self.0.lock().expect("it does not panic");
+            let room = limit.saturating_sub(taken.len()).min(bytes.len());
+            if room == 0 {
+                return Err(ErrorKind::FileTooLarge.into());
+            }
+            taken.extend_from_slice(&bytes[..room]);
+            Ok(room)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_line_that_did_not_fit_whole_spoils_no_line_after_it() {
+        let file = Limited::default();
+        let set_limit = |limit| file.0.lock().expect("it does not panic").1 = limit;
+        let sink = LogSink::start(Box::new(file.clone())).expect("a thread");
+        set_limit(10);
+        sink.write(b"first\nsecond\nthird\n".to_vec(), 3);
+        sink.write(b"fourth\n".to_vec(), 1);
+        assert!(sink.flush(PATIENCE));
+        assert_eq!(sink.dropped(), 3);
+        set_limit(1000);
+        sink.write(b"fifth\n".to_vec(), 1);
+        assert!(sink.flush(PATIENCE));
+        let text = file.0.lock().expect("it does not panic").0.clone();
+        assert_eq!(String::from_utf8_lossy(&text), "first\nseco\nfifth\n");
+        assert_eq!(sink.dropped(), 3);
     }
 }

@@ -313,7 +313,7 @@ impl Collector for Observed {
         counters(&mut encoder, "statera_sessions_closed", "Sessions that ended, by why", closed)?;
         if let Some(log) = &self.log {
             let none: [(&str, &str); 0] = [];
-            let help = "Batches of log lines that were lost because the output did not keep up";
+            let help = "Log lines that were lost because the output failed or did not keep up";
             counters(&mut encoder, "statera_log_dropped", help, [(none, log.dropped())])?;
         }
         let build = [("version", env!("CARGO_PKG_VERSION"))];

@@ -4,19 +4,19 @@
 //! share it. A large text is shared with all that ask within the next second, too; a small one is made anew each time, which takes
 //! some milliseconds at most and shows what has just happened.
 //!
-//! A text is made by a thread of its own. Where there can be none, the scrape is refused, and the next one tries again.
+//! A text is made by a thread of its own, or by the control plane's where the system gives no thread.
 
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::thread::Builder;
 use std::time::Duration;
 
 use axum::body::Bytes;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, Semaphore};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::accept::Format;
+use crate::runtime::blocking;
 
 /// As long as Prometheus waits for a scrape if it is not told otherwise.
 const WAIT: Duration = Duration::from_secs(10);
@@ -24,15 +24,15 @@ const SHARED_FOR: Duration = Duration::from_secs(1);
 /// Some 250 backends with traffic: a text of this size takes 2 to 3 ms.
 const SHARED_FROM_BYTES: usize = 256 * 1024;
 
+/// Threads that encode at the same time: one for each format.
+static ENCODERS: Semaphore = Semaphore::const_new(2);
+
 /// Why a scrape has no text.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ScrapeError {
     /// Others wait too.
     #[error("the metrics were not encoded within {} s", WAIT.as_secs())]
     TooSlow,
-    /// The system refuses one.
-    #[error("no thread to encode the metrics: {0}")]
-    NoThread(std::io::Error),
     /// The encoder panicked.
     #[error("the metrics could not be encoded")]
     Failed,
@@ -82,7 +82,7 @@ impl Scrapes {
     /// The metrics in `format`.
     ///
     /// # Errors
-    /// There is no text within 10 s, or none can be made.
+    /// There is no text within 10 s, or the encoder panicked.
     ///
     /// # Cancel safety
     /// A text that is being made is finished, for the others.
@@ -100,12 +100,12 @@ impl Scrapes {
         *slot = None;
         let scrapes = Arc::clone(self);
         // The thread keeps the lock until it has the text, whatever becomes of this scrape.
-        let encoding = Builder::new().name("statera-metrics".into()).spawn(move || {
+        let encoding = blocking::compute(&ENCODERS, move || {
             let text = (scrapes.encode)(format, scrapes.size.load(Relaxed));
             scrapes.size.store(text.len(), Relaxed);
             *slot = Some(Text { bytes: text.into(), ended: Instant::now() });
         });
-        encoding.map_err(ScrapeError::NoThread)?;
+        encoding.await.map_err(|_| ScrapeError::Failed)?;
         let made = newest.lock().await;
         let text = made.as_ref().filter(|text| text.ended >= asked).ok_or(ScrapeError::Failed)?;
         if text.bytes.len() >= SHARED_FROM_BYTES {

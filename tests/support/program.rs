@@ -2,6 +2,7 @@
 
 use std::io::Read as _;
 use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
@@ -44,6 +45,8 @@ impl Program {
     /// The same, started through `launcher` (`prlimit …`, `setpriv …`), whose last argument is the program.
     pub fn run_by(mut launcher: Command, yaml: &str) -> Self {
         let folder = TempDir::new().expect("a folder");
+        // For launchers that make it another user's program.
+        std::fs::set_permissions(folder.path(), PermissionsExt::from_mode(0o755)).expect("it is ours");
         let config = folder.path().join("config.yaml");
         std::fs::write(&config, yaml).expect("a file");
         let log = std::fs::File::create(folder.path().join("log")).expect("a file");
@@ -91,11 +94,16 @@ impl Program {
         kill_process(pid, signal).expect("it runs");
     }
 
+    /// How it has ended, if it has.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().expect("it is ours")
+    }
+
     /// Waits for its end.
     pub fn wait(&mut self) -> ExitStatus {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            if let Some(status) = self.child.try_wait().expect("it is ours") {
+            if let Some(status) = self.ended() {
                 return status;
             }
             assert!(Instant::now() < deadline, "it does not end:\n{}", self.log());

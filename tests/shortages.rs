@@ -1,0 +1,236 @@
+//! Shortages of threads and descriptors: what serves goes on, and what was refused is tried again.
+
+use std::fs::read_dir;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::AsRawFd as _;
+
+use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit};
+use statera::config::Config;
+use statera::proxy;
+use tempfile::TempDir;
+use tokio::net::TcpStream;
+
+use crate::support::{
+    Backend, Peer, Program, Redis, Unprivileged, dead_address, echo, eventually, free_port, get, greeting,
+    limited,
+};
+
+async fn metric_is(program: &Program, name: &str, value: f64) {
+    eventually(&format!("{name} is {value}"), || async { program.metric(name, "").await == value }).await;
+}
+
+#[tokio::test]
+async fn while_there_is_no_thread_to_be_had_the_proxy_serves_and_catches_up_afterwards() {
+    let (first, second) = (Backend::named("first").await, Backend::named("second").await);
+    let mut redis = Redis::start().await;
+    redis.set_weights([(&first, 1.0)]).await;
+    let user = Unprivileged::new();
+    let state = user.folder.path().join("state");
+    let url = redis.url().replace("127.0.0.1", "localhost");
+    let mut program = Program::run_by(
+        user.launcher(1_000),
+        &format!(
+            "workers: 2\nadmin: {{bind: \"127.0.0.1:0\"}}\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
+             pools: {{web: {{weights_key: servers}}}}\nredis: {{url: \"{url}\"}}\nstate_dir: {state:?}\n"
+        ),
+    );
+    let (listeners, admin) = program.addresses().await;
+    let saved = || std::fs::read_to_string(state.join("web.table")).unwrap_or_default();
+    eventually("the table is saved", || async { saved().contains(&first.address.to_string()) }).await;
+    assert_eq!(greeting(listeners[0]).await.expect("it serves"), "first");
+
+    // Fewer than it has: no more can be started.
+    user.limit_threads(&program, 0);
+    // A table to be saved, and a backend's name to be looked up.
+    let name = format!("localhost:{}", second.address.port());
+    redis.run(&format!("ZADD servers 2 {} 1 {name}", first.address)).await;
+    program.says("the system gives no thread").await;
+    // A connection to Redis to be opened by name.
+    redis.kill();
+    metric_is(&program, "statera_redis_connected", 0.0).await;
+    redis.launch().await;
+    redis.run(&format!("ZADD servers 0 {} 1 {name}", first.address)).await;
+    for _ in 0..20 {
+        assert_eq!(greeting(listeners[0]).await.expect("it serves"), "first");
+        assert_eq!(get(admin, "/readyz").await.expect("an answer").status, 200, "{}", program.log());
+    }
+    assert!(!saved().contains(&name));
+
+    user.limit_threads(&program, 1_000);
+    program.says("the system gives threads again").await;
+    eventually("the last table serves", || async {
+        greeting(listeners[0]).await.is_ok_and(|is| is == "second")
+    })
+    .await;
+    eventually("the last table is saved", || async { saved().contains(&format!("\n1.0 {name}\n")) }).await;
+    metric_is(&program, "statera_redis_connected", 1.0).await;
+    program.signal(Signal::TERM);
+    assert_eq!(program.ends().await, Some(0), "{}", program.log());
+}
+
+#[tokio::test]
+async fn a_start_with_too_few_threads_says_so_or_serves() {
+    let backend = Backend::echo().await;
+    let user = Unprivileged::new();
+    let yaml = format!(
+        "workers: 2\nadmin: {{bind: \"127.0.0.1:0\"}}\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
+         pools: {{web: {{backends: {{\"{}\": 1}}, health_check: {{interval: 1s}}}}}}\n",
+        backend.address
+    );
+    for threads in 0.. {
+        let mut program = Program::run_by(user.launcher(threads), &yaml);
+        match program.accepts_or_ends().await {
+            None => {
+                let (listeners, _) = program.addresses().await;
+                assert_eq!(echo(listeners[0], b"ping").await.expect("it serves"), b"ping");
+                assert!(threads >= 4, "log, control, two workers");
+                break;
+            }
+            Some(code) => {
+                assert_eq!(code, 1, "{threads} threads: {}", program.log());
+                assert!(program.log().contains("statera: "), "{threads} threads: {}", program.log());
+                assert!(!program.log().contains("panicked"), "{threads} threads: {}", program.log());
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_start_with_too_few_descriptors_says_so_or_serves() {
+    let backend = Backend::echo().await;
+    let yaml = format!(
+        "workers: 2\nadmin: {{bind: \"127.0.0.1:0\"}}\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
+         pools: {{web: {{backends: {{\"{}\": 1}}, health_check: {{interval: 1s}}}}}}\n",
+        backend.address
+    );
+    // With less the program itself cannot be loaded.
+    for limit in 5.. {
+        let mut program = Program::run_by(limited(&[&format!("--nofile={limit}:{limit}")]), &yaml);
+        match program.accepts_or_ends().await {
+            None => {
+                let warned = program.says("few descriptors are left").await;
+                assert!(warned["left"].as_u64().expect("a number") < 64);
+                break;
+            }
+            Some(code) => {
+                assert_eq!(code, 1, "{limit} descriptors: {}", program.log());
+                assert!(program.log().contains("statera: "), "{limit} descriptors: {}", program.log());
+                assert!(!program.log().contains("panicked"), "{limit} descriptors: {}", program.log());
+            }
+        }
+    }
+}
+
+/// In this process, so that all that a start leaves behind is seen. Each round gives it one descriptor more, so that it fails at
+/// every place where it takes one.
+#[tokio::test]
+async fn a_failed_start_leaves_nothing_behind() {
+    let (_guard, dead) = dead_address();
+    let state = TempDir::new().expect("a folder");
+    let (web, admin) = (free_port(), free_port());
+    let yaml = format!(
+        "workers: 2\nadmin: {{bind: \"127.0.0.1:{admin}\"}}\nlisteners: {{web: {{bind: \"127.0.0.1:{web}\", pool: web}}}}\n\
+         pools: {{web: {{weights_key: servers, backends: {{\"{dead}\": 1, \"localhost:9\": 1}}, \
+         health_check: {{interval: 1s}}}}}}\nredis: {{url: \"redis://{dead}\"}}\nstate_dir: {:?}\n",
+        state.path()
+    );
+    let config = Config::from_yaml(&yaml).unwrap_or_else(|error| panic!("{error}\n{yaml}"));
+    let count = |folder: &str| read_dir(folder).expect("Linux has it").count();
+    let (threads, descriptors) = (count("/proc/self/task"), count("/proc/self/fd"));
+    let usual = getrlimit(Resource::Nofile);
+    let limit =
+        |soft| setrlimit(Resource::Nofile, Rlimit { current: soft, ..usual }).expect("below the hard one");
+    let lowest_free = || {
+        let probe = std::fs::File::open("/dev/null").expect("a descriptor");
+        u64::try_from(probe.as_raw_fd()).expect("a number")
+    };
+    let mut failed = 0;
+    loop {
+        limit(Some(lowest_free() + failed));
+        let started = proxy::start(&config, None);
+        limit(usual.current);
+        let Err(error) = started else { break };
+        failed += 1;
+        assert!(failed < 200, "{error}");
+        for port in [web, admin] {
+            TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], port)))
+                .unwrap_or_else(|bound| panic!("after {error:?}: {port}: {bound}"));
+        }
+        // A thread that read state_dir may still be on its way out.
+        eventually("no thread is left", || async { count("/proc/self/task") == threads }).await;
+        assert_eq!(count("/proc/self/fd"), descriptors, "after {error:?}");
+    }
+    assert!(failed > 10, "only {failed} places were tried");
+}
+
+#[tokio::test]
+async fn clients_that_hold_all_descriptors_leave_the_control_plane_its_own() {
+    const CLIENTS: usize = 150;
+    let backend = Backend::echo().await;
+    let mut redis = Redis::start().await;
+    redis.set_weights([(&backend, 1.0)]).await;
+    let state = TempDir::new().expect("a folder");
+    let mut program = Program::run_by(
+        limited(&["--nofile=256:256"]),
+        &format!(
+            "workers: 2\nadmin: {{bind: \"127.0.0.1:0\"}}\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
+             pools: {{web: {{weights_key: servers, health_check: {{interval: 200ms, timeout: 100ms}}, \
+             connect: {{deadline: 60s}}}}}}\nredis: {{url: \"{}\"}}\nstate_dir: {:?}\n",
+            redis.url().replace("127.0.0.1", "localhost"),
+            state.path()
+        ),
+    );
+    let (listeners, admin) = program.addresses().await;
+    let mut clients = Vec::new();
+    for _ in 0..CLIENTS {
+        let mut client = Peer::connect(listeners[0]).await;
+        client.say(b"ping").await;
+        clients.push(client);
+    }
+    program.says("cannot accept").await;
+    // Some were served before.
+    clients[0].hears(b"ping").await;
+    clients[1].hears(b"ping").await;
+
+    // More connections to the admin server than there are descriptors.
+    let mut idle = Vec::new();
+    for _ in 0..300 {
+        idle.push(TcpStream::connect(admin).await.expect("the kernel takes it"));
+    }
+    for path in ["/livez", "/readyz", "/metrics"] {
+        for _ in 0..10 {
+            assert_eq!(get(admin, path).await.expect("an answer").status, 200, "{path}");
+        }
+    }
+    let passed = || program.metric("statera_backend_health_checks_total", "result=\"passed\"");
+    let before = passed().await;
+    eventually("checks go on", || async { passed().await > before + 2.0 }).await;
+
+    redis.kill();
+    metric_is(&program, "statera_redis_connected", 0.0).await;
+    redis.launch().await;
+    let name = format!("localhost:{}", backend.address.port());
+    redis.run(&format!("ZADD servers 3 {name}")).await;
+    metric_is(&program, "statera_redis_connected", 1.0).await;
+    let saved = || std::fs::read_to_string(state.path().join("web.table")).unwrap_or_default();
+    eventually("the table is saved", || async { saved().contains(&format!("\n3.0 {name}\n")) }).await;
+    let resolved = || program.metric("statera_backend_effective_weight", &name);
+    eventually("the name is resolved", || async { resolved().await > 0.0 }).await;
+    // The sessions that are served do not notice.
+    clients[0].say(b"pong").await;
+    clients[0].hears(b"pong").await;
+
+    drop(idle);
+    let waiting = clients.split_off(CLIENTS / 2);
+    drop(clients);
+    for mut client in waiting {
+        client.hears(b"ping").await;
+    }
+    program.says("accepting again").await;
+    for _ in 0..20 {
+        assert_eq!(echo(listeners[0], b"ping").await.expect("it serves"), b"ping");
+    }
+    assert!(program.messages("accept keeps failing").is_empty());
+    program.signal(Signal::TERM);
+    assert_eq!(program.ends().await, Some(0), "{}", program.log());
+}
