@@ -43,6 +43,7 @@ mod relay_cuts;
 mod relay_random;
 mod shortages;
 mod shutdown;
+mod signals;
 mod slow_readers;
 mod state;
 mod states;

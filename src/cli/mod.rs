@@ -3,6 +3,7 @@
 mod check;
 mod demo;
 mod run;
+mod signals;
 mod weights;
 
 use std::io::{self, Write as _};
@@ -30,7 +31,7 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Run the proxy. TERM or INT drains and exits, a second one exits now.
+    /// Run the proxy. TERM, INT or QUIT drains and exits, a second one exits now.
     Run(ConfigArgument),
     /// Say everything that is wrong with a config, or that it can run.
     Check(ConfigArgument),
@@ -62,7 +63,10 @@ pub fn main() -> ExitCode {
         }
     };
     match arguments.command {
-        Command::Run(argument) => with_config(&argument.config, run::run),
+        Command::Run(argument) => match run::prepare() {
+            Ok(prepared) => with_config(&argument.config, |config| run::run(config, prepared)),
+            Err(error) => report(Err(error)),
+        },
         Command::Check(argument) => {
             with_config(&argument.config, |config| check::check(&argument.config, config))
         }
@@ -76,7 +80,7 @@ fn with_config(path: &Path, command: impl FnOnce(&Config) -> anyhow::Result<()>)
     match Config::load(path) {
         Ok(config) => report(command(&config)),
         Err(error) => {
-            eprintln!("{error}");
+            complain_plainly(&error.to_string());
             ExitCode::from(INVALID)
         }
     }
@@ -92,8 +96,17 @@ fn report(result: anyhow::Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("statera: {error:#}");
+            complain(&format!("{error:#}"));
             ExitCode::from(FAILED)
         }
     }
+}
+
+/// Says on standard error what is wrong. Unlike `eprintln!`, it does not panic where that cannot be written.
+fn complain(text: &str) {
+    complain_plainly(&format!("statera: {text}"));
+}
+
+fn complain_plainly(text: &str) {
+    let _ = io::stderr().write_all(format!("{text}\n").as_bytes());
 }

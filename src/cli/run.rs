@@ -1,53 +1,101 @@
 //! `statera run`: the proxy, until a signal ends it.
 
-use std::io::{self, Write};
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::pin::pin;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use tokio::runtime::Builder;
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::runtime::Runtime;
 use tokio::time::sleep;
 use tracing::{info, warn};
 
+use super::signals::{Noted, Stops};
 use crate::config::{Config, Log, LogFormat, LogOutput, Problem, Warnings};
+use crate::net::descriptors;
 use crate::proxy::{self, Running};
+use crate::runtime::control_runtime;
 use crate::telemetry::log_sink::LogSink;
 
 /// Between two looks at whether the proxy has ended, once it was told to, and before.
 const FAST_LOOK: Duration = Duration::from_millis(20);
 const SLOW_LOOK: Duration = Duration::from_secs(1);
-/// How long the last log lines may take.
+/// How long the log lines of the run may take at its end, and the last ones after them.
 const FLUSH_TIME: Duration = Duration::from_secs(2);
+const LAST_LINES: Duration = Duration::from_secs(1);
 
-/// Runs until TERM or INT. A second one cuts what is left.
-pub(super) fn run(config: &Config) -> anyhow::Result<()> {
-    let output: Box<dyn Write + Send> = match config.log.output {
-        LogOutput::Stdout => Box::new(io::stdout()),
-        LogOutput::Stderr => Box::new(io::stderr()),
-    };
-    let sink = LogSink::start(output).context("cannot start the log's thread")?;
+/// Fewer than this at the start is a limit that was set by mistake.
+const FEW_DESCRIPTORS: u64 = 64;
+
+/// What is ready before the config is read.
+pub(super) struct Prepared {
+    runtime: Runtime,
+    noted: Noted,
+}
+
+/// Sees to it that no signal but those that mean "stop" ends the process. To be called first.
+pub(super) fn prepare() -> anyhow::Result<Prepared> {
+    let runtime = control_runtime::new().context("cannot watch for signals")?;
+    let noted = runtime.block_on(async { Noted::new() }).context("cannot watch for signals")?;
+    Ok(Prepared { runtime, noted })
+}
+
+/// Runs until TERM, INT or QUIT. A second one cuts what is left.
+pub(super) fn run(config: &Config, prepared: Prepared) -> anyhow::Result<()> {
+    let output = open_output(config.log.output).context("cannot open the log's output")?;
+    let sink = LogSink::start(Box::new(output)).context("cannot start the log's thread")?;
     log_events(&config.log, sink.clone());
-    let result = serve(config, sink.clone());
-    sink.flush(FLUSH_TIME);
+    let result = serve(config, sink.clone(), prepared);
+    let before = sink.dropped();
+    let lost = sink.end(LAST_LINES) - before;
+    if lost > 0 && takes_bytes(&io::stderr()) {
+        super::complain(&format!("{lost} log lines could not be written before the end"));
+    }
     result
 }
 
-fn serve(config: &Config, sink: LogSink) -> anyhow::Result<()> {
+/// A descriptor of its own, without the standard library's buffer: that would keep what a failed write left, and count it as
+/// written.
+fn open_output(output: LogOutput) -> io::Result<File> {
+    let descriptor = match output {
+        LogOutput::Stdout => io::stdout().as_fd().try_clone_to_owned(),
+        LogOutput::Stderr => io::stderr().as_fd().try_clone_to_owned(),
+    };
+    descriptor.map(File::from)
+}
+
+/// True if a short text can be written without waiting.
+fn takes_bytes(output: &impl AsFd) -> bool {
+    poll(&mut [PollFd::new(output, PollFlags::OUT)], Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
+}
+
+fn serve(config: &Config, sink: LogSink, prepared: Prepared) -> anyhow::Result<()> {
+    let Prepared { runtime, noted } = prepared;
     tell_warnings(&config.warnings);
     raise_descriptor_limit();
-    let runtime = Builder::new_current_thread().enable_all().build().context("cannot watch for signals")?;
     // Before anything runs: a signal that comes while the proxy starts must not be lost.
-    let signals = runtime.block_on(async { Signals::new() }).context("cannot watch for signals")?;
-    let running = proxy::start(config, Some(sink))?;
+    let stops = runtime.block_on(async { Stops::new() }).context("cannot watch for signals")?;
+    let running = proxy::start(config, Some(sink.clone()))?;
     for (listener, addresses) in &running.addresses {
         info!(listener = %listener, ?addresses, "accepting");
     }
     if let Some(address) = running.admin {
         info!(%address, "admin server");
     }
-    runtime.block_on(signals.obey(&running));
+    let left = descriptors::left_for_sessions();
+    if left < FEW_DESCRIPTORS {
+        warn!(
+            left,
+            "few descriptors are left for sessions, which take two each: raise `ulimit -n` (LimitNOFILE)"
+        );
+    }
+    runtime.block_on(obey(stops, noted, &running));
     let summary = running.join();
+    // So that there is room for the last line.
+    sink.flush(FLUSH_TIME);
     info!(cut = summary.cut, "stopped");
     anyhow::ensure!(!summary.failed, "a part of the proxy died: the log tells which");
     Ok(())
@@ -82,40 +130,20 @@ fn log_events(log: &Log, sink: LogSink) {
         LogFormat::Text => builder.try_init(),
     };
     if let Err(error) = installed {
-        eprintln!("statera: cannot install the log: {error}");
+        super::complain(&format!("cannot install the log: {error}"));
     }
 }
 
-struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-    hang_up: Signal,
-    user2: Signal,
-}
-
-impl Signals {
-    fn new() -> io::Result<Self> {
-        Ok(Self {
-            terminate: signal(SignalKind::terminate())?,
-            interrupt: signal(SignalKind::interrupt())?,
-            hang_up: signal(SignalKind::hangup())?,
-            user2: signal(SignalKind::user_defined2())?,
-        })
-    }
-
-    /// Returns when the proxy has ended.
-    async fn obey(mut self, running: &Running) {
-        let mut told = false;
-        while !running.has_ended() {
-            tokio::select! {
-                _ = self.terminate.recv() => stop(running, &mut told),
-                _ = self.interrupt.recv() => stop(running, &mut told),
-                // Without a handler these two would kill the process.
-                _ = self.hang_up.recv() => warn!("reload is not supported yet: restart to read the config again"),
-                _ = self.user2.recv() => warn!("handing over to a new binary is not supported yet"),
-                // A thread's end wakes nobody.
-                () = sleep(if told { FAST_LOOK } else { SLOW_LOOK }) => {}
-            }
+/// Returns when the proxy has ended.
+async fn obey(mut stops: Stops, mut noted: Noted, running: &Running) {
+    let mut told = false;
+    let mut answering = pin!(noted.answer());
+    while !running.has_ended() {
+        tokio::select! {
+            () = stops.next() => stop(running, &mut told),
+            () = &mut answering => {}
+            // A thread's end wakes nobody.
+            () = sleep(if told { FAST_LOOK } else { SLOW_LOOK }) => {}
         }
     }
 }

@@ -165,7 +165,7 @@ pub(super) fn weights(command: &WeightsCommand) -> ExitCode {
         Err(Failure::NotConverged(text)) => (NOT_CONVERGED, text),
         Err(Failure::Unreachable(text)) => (UNREACHABLE, text),
     };
-    eprintln!("statera: {}", show::printable(&text));
+    super::complain(&show::printable(&text));
     ExitCode::from(code)
 }
 

@@ -101,7 +101,7 @@ async fn wait_for(ledger: &mut Ledger, members: &[BackendId], limit: Duration) -
         }
         if told.elapsed() >= TELL {
             told = Instant::now();
-            eprintln!("statera: {}", show::printable(&waits));
+            crate::cli::complain(&show::printable(&waits));
         }
         sleep(wait::rest_after(asked.elapsed(), LOOK).min(limit.saturating_sub(begun.elapsed()))).await;
     }
