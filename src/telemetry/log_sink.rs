@@ -7,7 +7,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread::{Builder, sleep};
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 /// Chunks that may wait. An access log's chunk is up to 64 KiB, so this bounds the queue at 64 MiB.
 const QUEUE_CHUNKS: usize = 1024;

@@ -132,7 +132,10 @@ mod tests {
     use super::*;
     use crate::redis::weights::{ContentHash, UnusableReport};
 
-    fn report(unusable: Option<&[(&str, &[(&str, Option<&str>)])]>) -> Report {
+    /// Reasons by their name and cause.
+    type Reasons<'a> = &'a [(&'a str, Option<&'a str>)];
+
+    fn report(unusable: Option<&[(&str, Reasons<'_>)]>) -> Report {
         let reason = |(name, cause): &(&str, Option<&str>)| ReportedReason {
             name: (*name).to_owned(),
             cause: cause.map(str::to_owned),
