@@ -91,6 +91,20 @@ async fn leases_that_have_ended_and_values_that_are_none_are_forgotten_step_by_s
     assert!(set.code == Some(0) && set.said.ends_with("applied by 1 proxy\n"), "{set:?}");
 }
 
+/// A scan refuses a number that no cursor can be.
+#[tokio::test]
+async fn a_cursor_that_no_scan_returns_does_not_stop_the_cleaning() {
+    let desk = Desk::start().await;
+    fill(&desk.redis, 100, 1_000, 4).await;
+    desk.redis.run_words(&["HSET", KEY, "cleaned", "0/99999999999999999999999"]).await;
+    let _program = Program::run(&desk.yaml(""));
+    eventually("its own report is left, and two fields of no proxy", || async {
+        change(&desk).await;
+        fields(&desk.redis).await == 3
+    })
+    .await;
+}
+
 /// As the example of an earlier version granted them.
 #[tokio::test]
 async fn without_the_right_to_look_through_reports_a_proxy_reports_all_the_same() {

@@ -70,6 +70,8 @@ struct Known {
     due: Option<Instant>,
     /// Those that wait or are under way, one of each address.
     checks: Vec<AbortHandle>,
+    /// A lookup has brought an address while checks were under way.
+    has_new_address: bool,
 }
 
 impl Checks {
@@ -158,7 +160,8 @@ impl Checks {
             (FIRST_SPREAD * u32::try_from(new.len()).unwrap_or(u32::MAX)).min(self.settings.interval);
         for backend in new {
             let id = backend.id().clone();
-            self.known.insert(id.clone(), Known { backend, due: None, checks: Vec::new() });
+            self.known
+                .insert(id.clone(), Known { backend, due: None, checks: Vec::new(), has_new_address: false });
             self.schedule(&id, now + spread(spread_over));
         }
         let room = (self.known.len() + AWAY_SPARE).saturating_sub(self.away.len());
@@ -175,12 +178,21 @@ impl Checks {
         }
     }
 
-    /// A lookup has found other addresses of a name: those that were never asked are asked at once.
+    /// A lookup has found other addresses of a name: those that were never asked are asked at once, or after the checks that are
+    /// under way.
     fn look_at_addresses(&mut self) {
         let is_new = |target: Target| target.condition().health() == Health::Unchecked;
-        let has_new = |known: &Known| known.due.is_some() && Target::all_of(&known.backend).any(is_new);
-        let names = self.known.iter().filter(|(id, _)| matches!(id.address(), Address::Name { .. }));
-        let new: Vec<_> = names.filter(|(_, known)| has_new(known)).map(|(id, _)| id.clone()).collect();
+        let mut new = Vec::new();
+        for (id, known) in &mut self.known {
+            let is_name = matches!(id.address(), Address::Name { .. });
+            if is_name && Target::all_of(&known.backend).any(is_new) {
+                if known.due.is_some() {
+                    new.push(id.clone());
+                } else {
+                    known.has_new_address = true;
+                }
+            }
+        }
         let now = Instant::now();
         new.iter().for_each(|id| self.schedule(id, now));
     }
@@ -272,6 +284,9 @@ impl Checks {
     fn schedule_next(&mut self, id: &BackendId, started: Instant) {
         let mut interval = jittered(self.settings.interval);
         let Some(known) = self.find(id).filter(|known| known.checks.is_empty()) else { return };
+        if std::mem::take(&mut known.has_new_address) {
+            return self.schedule(id, Instant::now());
+        }
         let in_doubt = |target: Target| {
             target.condition().health() == Health::Healthy && target.condition().is_in_doubt()
         };
@@ -281,8 +296,11 @@ impl Checks {
         self.schedule(id, (started + interval).max(Instant::now()));
     }
 
-    /// A check ended without a result: it panicked, or it was given up because its backend left.
+    /// A check ended without a result: it panicked. One that was given up, because its backend left, needs nothing more.
     fn lose(&mut self, error: &JoinError) {
+        if error.is_cancelled() {
+            return;
+        }
         let is_lost = |known: &Known| known.checks.iter().any(|check| check.id() == error.id());
         let mut all = self.known.values().chain(self.away.values().map(|(_, known)| known));
         let Some(id) = all.find(|known| is_lost(known)).map(|known| known.backend.id().clone()) else {

@@ -40,6 +40,8 @@ pub struct Ejections {
     pool: Arc<Pool>,
     outlier: Outlier,
     published: watch::Receiver<SystemTime>,
+    /// Says when lookups have changed the addresses of a name.
+    readdressed: watch::Receiver<()>,
     known: HashMap<Key, Known>,
     next_look: Option<Instant>,
     /// It was said that more should be ejected than may be.
@@ -85,6 +87,7 @@ impl Ejections {
     pub fn new(pool: Arc<Pool>, outlier: Outlier) -> Self {
         Self {
             published: pool.cell.published(),
+            readdressed: pool.cell.readdressed(),
             pool,
             outlier,
             known: HashMap::new(),
@@ -107,6 +110,8 @@ impl Ejections {
                 () = rung => {}
                 // Whoever comes back to the table may have been ejected when it left.
                 Ok(()) = self.published.changed() => {}
+                // An address that a lookup brings back may have been ejected when it left.
+                Ok(()) = self.readdressed.changed() => {}
                 () = sleep_until(next_look) => {}
             }
             self.look();

@@ -45,6 +45,11 @@ local function clean()
     cursor = cursor or '0'
     repeat
         local scanned = redis.pcall('HSCAN', applied, cursor, 'COUNT', PER_SCAN)
+        if scanned.err and cursor ~= '0' then
+            -- Another client has written a cursor that no scan returns.
+            cursor = '0'
+            scanned = redis.pcall('HSCAN', applied, cursor, 'COUNT', PER_SCAN)
+        end
         if scanned.err then return end
         local fields = scanned[2]
         cursor = scanned[1]

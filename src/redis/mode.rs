@@ -150,6 +150,15 @@ impl<'a> Armed<'a> {
         Ok(())
     }
 
+    /// The way that `mode` may be relied on for all that is read. A user who may not hear the channels of admin states hears of
+    /// them by tracking alone, whatever is known of the weights.
+    pub(super) fn told_by(&self, mode: WatchMode) -> WatchMode {
+        match mode {
+            WatchMode::Notifications if !matches!(self.states, Way::Agreed) => WatchMode::Tracking,
+            mode => mode,
+        }
+    }
+
     /// Says why it does not, with a cure.
     fn tracks(&self) -> Result<(), String> {
         match &self.tracking {

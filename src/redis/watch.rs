@@ -314,7 +314,7 @@ impl Connection<'_> {
         let mut armed = Armed::new(settings, &changes);
         let mut mode = armed.prove(&mut connection, warned).await?;
         self.watching.set(mode);
-        syncer.watch_by(mode);
+        syncer.watch_by(armed.told_by(mode));
         if self.is_news {
             info!(redis = %self.address, version = server.version, role = server.role, watch = mode.name(), "connected to redis");
         }
@@ -374,7 +374,7 @@ impl Connection<'_> {
                         info!(watch = now.name(), "changes are noticed in another way now");
                         (mode, poll) = (now, Instant::now());
                         self.watching.set(mode);
-                        syncer.watch_by(mode);
+                        syncer.watch_by(armed.told_by(mode));
                         cause = Cause::Missed;
                     }
                     changes.notice_all(cause);

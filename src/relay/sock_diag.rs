@@ -28,6 +28,9 @@ const IPPROTO_TCP: u8 = 6;
 const NLMSG_HEADER_BYTES: usize = 16;
 const REQUEST_BYTES: usize = NLMSG_HEADER_BYTES + 56;
 const INET_DIAG_MSG_BYTES: usize = 72;
+/// The state of a connection in a `struct inet_diag_msg`, and the one of a listening socket.
+const IDIAG_STATE_OFFSET: usize = 1;
+const TCP_LISTEN: u8 = 10;
 const IDIAG_WQUEUE_OFFSET: usize = 60;
 /// The kernel aligns attributes to so many bytes.
 const ALIGNMENT: usize = 4;
@@ -145,6 +148,10 @@ fn parse(sequence: u32, answer: &[u8]) -> Option<rustix::io::Result<Wire>> {
 
 /// Reads a `struct inet_diag_msg` and the attributes behind it.
 fn state(body: &[u8]) -> Option<Wire> {
+    // Where no such connection is left, the kernel answers with the listening socket of its port.
+    if *body.get(IDIAG_STATE_OFFSET)? == TCP_LISTEN {
+        return None;
+    }
     let unacknowledged_bytes = u32_at(body, IDIAG_WQUEUE_OFFSET)?;
     let mut attributes = body.get(INET_DIAG_MSG_BYTES..)?;
     loop {

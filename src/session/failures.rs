@@ -35,9 +35,9 @@ impl Failures {
     /// For a session that has a backend, or none at all: all that failed.
     pub(super) fn all(&mut self) -> &[(BackendId, Cause)] {
         let Some(attempts) = &mut self.0 else { return &[] };
-        if attempts.earlier.len() < MOST_NAMED {
-            attempts.earlier.push(attempts.last.clone());
-        }
+        // The last one is what a reader wants to know first.
+        attempts.earlier.truncate(MOST_NAMED - 1);
+        attempts.earlier.push(attempts.last.clone());
         &attempts.earlier
     }
 
@@ -67,6 +67,7 @@ mod tests {
             assert_eq!(failures.last_cause(), Some(Cause::TIMED_OUT));
         }
         let named = failures.all();
-        assert_eq!((named.len(), named[7].0.as_str()), (MOST_NAMED, "10.0.0.8:80"));
+        assert_eq!((named.len(), named[6].0.as_str()), (MOST_NAMED, "10.0.0.7:80"));
+        assert_eq!(named[7].0.as_str(), "10.0.0.100:80", "the last one is always named");
     }
 }

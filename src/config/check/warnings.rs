@@ -21,7 +21,10 @@ pub(super) fn look(root: &Section<'_>, config: &Config) {
         if config.listeners.iter().all(|listener| &*listener.pool != name) {
             field.warn_unshown("no listener uses it: name it as the pool of a listener, or remove it");
         }
-        connect(&field, pool);
+        // Another backend, which a retry would need: of a table in Redis nothing is known yet.
+        if config.redis.is_some() || pool.backends.len() > 1 {
+            connect(&field, pool);
+        }
         if let Some(check) = &pool.health_check {
             health_check(&field, check);
         }
@@ -82,7 +85,7 @@ fn health_check(field: &Field<'_>, check: &HealthCheck) {
             &[&["health_check", "send"]],
             "no answer is waited for, so that a backend which accepts connections and answers nothing passes: write expect too",
         ),
-        (None, Some(expect)) if !is_greeting(expect) => warn_at(
+        (None, Some(expect)) if is_answer(expect) => warn_at(
             field,
             &[&["health_check", "expect"]],
             "nothing is sent, so that only a backend which speaks first passes: write send too",
@@ -91,13 +94,11 @@ fn health_check(field: &Field<'_>, check: &HealthCheck) {
     }
 }
 
-/// Protocols in which the server speaks first: SMTP, FTP and NNTP (three digits), SSH, POP3, IMAP, VNC; others are seldom text.
-fn is_greeting(expect: &[u8]) -> bool {
-    let is_code = expect.len() >= 3 && expect[..3].iter().all(u8::is_ascii_digit);
-    let is_text = expect.iter().all(|byte| byte.is_ascii_graphic() || b" \r\n\t".contains(byte));
-    is_code
-        || !is_text
-        || [&b"SSH-"[..], b"+OK", b"* ", b"RFB "].iter().any(|begin| expect.starts_with(begin))
+/// Answers of protocols in which the client speaks first: HTTP, Redis, PostgreSQL. Of any other text the server may speak first,
+/// as in SMTP, SSH, MySQL or NATS.
+fn is_answer(expect: &[u8]) -> bool {
+    let begins = [&b"HTTP/"[..], b"+PONG", b"PONG"].iter().any(|begin| expect.starts_with(begin));
+    begins || expect == b"N" || expect == b"S"
 }
 
 fn fail_open(field: &Field<'_>, pool: &Pool) {
@@ -199,11 +200,13 @@ mod tests {
 
     #[test]
     fn greetings_are_what_a_server_says_first() {
-        for greeting in [&b"220 "[..], b"SSH-2.0", b"+OK", b"* OK", b"RFB 003", b"\x0a8.0\0"] {
-            assert!(is_greeting(greeting), "{greeting:?}");
+        for greeting in
+            [&b"220 "[..], b"SSH-2.0", b"+OK", b"* OK", b"RFB 003", b"SSH", b"INFO", b"OK MPD", b"\x0a8.0\0"]
+        {
+            assert!(!is_answer(greeting), "{greeting:?}");
         }
-        for answer in [&b"PONG"[..], b"+PONG", b"HTTP/1.1 200", b"N", b"OK"] {
-            assert!(!is_greeting(answer), "{answer:?}");
+        for answer in [&b"PONG"[..], b"+PONG", b"HTTP/1.1 200", b"N", b"S"] {
+            assert!(is_answer(answer), "{answer:?}");
         }
     }
 }

@@ -15,8 +15,8 @@ const LONGEST_PUSH_KIND: u64 = 64;
 /// Aggregates in one another. Redis's own replies have six (HELLO, CLUSTER SLOTS, XREAD); the crate refuses more than 100, but
 /// goes down a call stack for each.
 const MOST_DEPTH: usize = 32;
-/// Room for a line that is kept for the next one.
-const USUAL_LINE: usize = 4 << 10;
+/// Bytes of a line that are kept: a longer one is checked piece by piece, so that it takes no memory here beside the crate's.
+const LONGEST_KEPT_LINE: usize = 4 << 10;
 
 /// Why the connection ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +37,8 @@ pub(super) struct Framing {
     announced: u64,
     /// The line that is read, or the text that says of which kind a pushed message is.
     line: Vec<u8>,
+    /// The beginning of the line was checked and is not kept.
+    line_is_cut: bool,
     /// Of the reply so far: values, and bytes with those of a text that is announced.
     values: u64,
     bytes: u64,
@@ -135,6 +137,9 @@ impl Framing {
                 if has_number(kind) && self.line.len() > LONGEST_NUMBER {
                     return Err(Refused::NotUnderstood);
                 }
+                if self.line.len() >= LONGEST_KEPT_LINE {
+                    self.cuts_line(kind)?;
+                }
             }
             Within::TextEnd { after_return: false, content } if byte == b'\r' => {
                 self.within = Within::TextEnd { after_return: true, content };
@@ -163,7 +168,7 @@ impl Framing {
         }
         self.values += 1;
         self.line.clear();
-        self.line.shrink_to(USUAL_LINE);
+        self.line_is_cut = false;
         self.within = Within::Line { kind, after_return: false };
         Ok(())
     }
@@ -171,6 +176,22 @@ impl Framing {
     /// The value that is read says of which kind a pushed message is.
     fn names_push(&self) -> bool {
         self.open.last().is_some_and(|aggregate| aggregate.names_push)
+    }
+
+    /// Drops what was read of a long line, except the beginning of a character that is not whole yet.
+    fn cuts_line(&mut self, kind: u8) -> Result<(), Refused> {
+        // Only simple strings and errors may be long.
+        if kind != b'+' && kind != b'-' {
+            return Err(Refused::NotUnderstood);
+        }
+        let valid = match std::str::from_utf8(&self.line) {
+            Ok(line) => line.len(),
+            Err(error) if error.error_len().is_none() => error.valid_up_to(),
+            Err(_) => return Err(Refused::NotUnderstood),
+        };
+        self.line.drain(..valid);
+        self.line_is_cut = true;
+        Ok(())
     }
 
     /// True where no part of the value follows.
@@ -182,7 +203,7 @@ impl Framing {
             b'#' => line == "t" || line == "f",
             b',' => line.trim().parse::<f64>().is_ok(),
             // The crate makes another kind of value of it.
-            b'+' => line != "OK" || !self.names_push(),
+            b'+' => self.line_is_cut || line != "OK" || !self.names_push(),
             _ => true,
         };
         if !is_read {

@@ -60,3 +60,35 @@ async fn no_more_addresses_of_a_name_are_ejected_than_may_be() {
     ejections.look();
     assert_eq!(Target::all_of(&name).filter(|target| !target.condition().is_usable()).count(), 1);
 }
+
+#[tokio::test(start_paused = true)]
+async fn an_ejected_address_that_a_lookup_takes_away_and_brings_back_is_tried_again() {
+    let ejections = ejections(1, 100);
+    let weight = Weight::new(1.0).expect("a weight");
+    let name: crate::balance::BackendId = "db.internal:80".parse().expect("a name");
+    let pool = Arc::clone(&ejections.pool);
+    pool.cell.publish(Table::new(vec![(name.clone(), weight)]));
+    let name = pool.cell.registry().get_or_create(&name);
+    let resolve = |last: &[u8]| {
+        name.set_resolved(last.iter().map(|n| std::net::SocketAddr::from(([10, 0, 1, *n], 80))).collect());
+        pool.cell.readdress();
+    };
+    resolve(&[1, 2]);
+    let running = tokio::spawn(ejections.run());
+    let address = name.route(None).address().expect("one of a name");
+    for _ in 0..3 {
+        pool.failed_at(&name, address, Failure::Connect, Cause::RESET);
+    }
+    tokio::time::sleep(SECOND).await;
+    let states = || Target::all_of(&name).map(|target| target.condition().ejection()).collect::<Vec<_>>();
+    let is_ejected = |state: &Ejection| *state == Ejection::Ejected;
+    let ejected = states().iter().position(is_ejected).expect("it is ejected");
+    let (gone, other) = if ejected == 0 { (1, 2) } else { (2, 1) };
+    resolve(&[other]);
+    // Its time passes while no lookup names it.
+    tokio::time::sleep(60 * SECOND).await;
+    resolve(&[gone, other]);
+    tokio::time::sleep(SECOND).await;
+    assert_eq!(states()[ejected], Ejection::Probing);
+    running.abort();
+}

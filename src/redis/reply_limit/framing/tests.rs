@@ -55,6 +55,21 @@ fn every_kind_of_reply_is_followed_to_its_end() {
     }
 }
 
+/// The beginning of such a line is not kept; a character may stand across the cut.
+#[test]
+fn a_long_line_ends_where_it_ends_and_must_be_text_to_its_end() {
+    for pad in 0..4 {
+        let line = format!("+{}{}\r\n", "x".repeat(pad), "é€".repeat(3_000));
+        assert!(pass(line.as_bytes()).is_ok_and(|framing| framing.replies() == 1), "{pad}");
+        let mut broken = line.into_bytes();
+        let at = broken.len() - 3;
+        broken[at] = 0xff;
+        assert_eq!(pass(&broken).err(), Some(Refused::NotUnderstood), "{pad}");
+    }
+    let number = format!(",{}\r\n", "1".repeat(5_000));
+    assert_eq!(pass(number.as_bytes()).err(), Some(Refused::NotUnderstood));
+}
+
 #[test]
 fn what_the_crate_would_wait_for_or_cannot_read_is_refused() {
     for reply in [
