@@ -81,7 +81,7 @@ async fn a_signal_that_comes_before_the_config_is_read_is_answered_once_it_serve
     let go = folder.path().join("go");
     let made = Command::new("mkfifo").arg(&go).status().expect("mkfifo starts");
     assert!(made.success());
-    // The first config of the command line cannot be opened before somebody writes to it.
+    // The first config of the command line can be opened only once this test writes to it.
     let mut launcher = Command::new("sh");
     launcher.args(["-c", "exec \"$0\" run -c \"$1\"", Program::path()]).arg(&go);
     let program = Program::run_by(launcher, "");

@@ -150,14 +150,29 @@ impl Pool {
         random: u64,
         now: Instant,
     ) -> Result<Pick, NoPick> {
+        match self.pick_or_point(client, tried, random, now) {
+            Ok(pick) => pick,
+            Err(point) => self.pick_by_redis(tried, point, now).await,
+        }
+    }
+
+    /// The same as far as it needs no answer from Redis.
+    ///
+    /// # Errors
+    /// The point for [`Pool::pick_by_redis`], where no fresh snapshot has an answer.
+    #[inline]
+    pub fn pick_or_point(
+        &self,
+        client: SocketAddr,
+        tried: &[BackendId],
+        random: u64,
+        now: Instant,
+    ) -> Result<Result<Pick, NoPick>, u64> {
         if self.has_limit() && self.queue().waiting() > 0 {
-            return Err(NoPick::Full);
+            return Ok(Err(NoPick::Full));
         }
         let point = self.point(client.ip(), random);
-        match self.pick_at_once(tried, point, now) {
-            Some(pick) => pick,
-            None => self.pick_by_redis(tried, point, now).await,
-        }
+        self.pick_at_once(tried, point, now).ok_or(point)
     }
 
     /// The same, for a session of the queue whose turn it is.
@@ -197,7 +212,13 @@ impl Pool {
     }
 
     /// Where no fresh snapshot has an answer: Redis, then the last snapshot however old.
-    async fn pick_by_redis(&self, tried: &[BackendId], point: u64, now: Instant) -> Result<Pick, NoPick> {
+    ///
+    /// # Errors
+    /// As [`Pool::pick`].
+    ///
+    /// # Cancel safety
+    /// Dropping the future gives up the answer of Redis.
+    pub async fn pick_by_redis(&self, tried: &[BackendId], point: u64, now: Instant) -> Result<Pick, NoPick> {
         let mut none = NoPick::Nobody;
         if let Some(lua) = self.sync.as_ref().and_then(|sync| sync.lua.as_ref())
             && let Some((backend, weight)) = lua.pick(self.index, point, self.left_out(tried)).await

@@ -142,7 +142,7 @@ async fn obey(mut stops: Stops, mut noted: Noted, running: &Running) {
         tokio::select! {
             () = stops.next() => stop(running, &mut told),
             () = &mut answering => {}
-            // A thread's end wakes nobody.
+            // The end of a thread wakes no task.
             () = sleep(if told { FAST_LOOK } else { SLOW_LOOK }) => {}
         }
     }

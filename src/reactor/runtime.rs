@@ -36,7 +36,6 @@ impl Runtime {
         let mut future = pin!(future);
         loop {
             reactor.tasks.woken(reactor.waking.begin());
-            reactor.tasks.begin_step();
             if main.due.swap(false, SeqCst)
                 && let Poll::Ready(output) = future.as_mut().poll(&mut Context::from_waker(&of_main))
             {

@@ -43,8 +43,6 @@ pub(super) struct Tasks {
     running: Cell<Option<u32>>,
     /// Those that are due once the sockets were looked at: they have woken themselves, or [`look_first`] has put them here.
     yielded: RefCell<Vec<u32>>,
-    /// How many tasks were due at the begin of the current step.
-    due_before: Cell<usize>,
 }
 
 /// One task's, or none's. There is one for each idle session, so its size counts.
@@ -137,15 +135,8 @@ impl Tasks {
         }
     }
 
-    /// Notes where the tasks begin that this step makes due.
-    pub(super) fn begin_step(&self) {
-        self.due_before.set(self.due.borrow().len());
-    }
-
     fn look_first(&self) {
-        let mut due = self.due.borrow_mut();
-        let before = self.due_before.get().min(due.len());
-        self.yielded.borrow_mut().extend(due.drain(before..));
+        self.yielded.borrow_mut().extend(self.due.borrow_mut().drain(..));
     }
 
     /// Runs those that are due, and whom they wake meanwhile, within [`STEPS`]; each that wakes itself once.
@@ -173,7 +164,6 @@ impl Tasks {
             (task, mem::replace(&mut place.waker, Waker::noop().clone()))
         };
         self.running.set(Some(number));
-        self.begin_step();
         // A task that panics, of which the thread's hook has told, is over; the others are not.
         let polled = catch_unwind(AssertUnwindSafe(|| task.as_mut().poll(&mut Context::from_waker(&waker))));
         self.running.set(None);
@@ -226,8 +216,8 @@ pub fn spawn(task: impl Future<Output = ()> + 'static) {
         .expect("tasks are spawned on the threads of workers");
 }
 
-/// Tasks that the caller has spawned or woken in this step run only after the next look at the sockets. So a task that was spawned
-/// for a new socket knows by then what the socket is ready for.
+/// All tasks that are due run only after the next look at the sockets. So a task that was spawned for a new socket knows by then
+/// what the socket is ready for.
 pub fn look_first() {
     with(|reactor| reactor.tasks.look_first());
 }

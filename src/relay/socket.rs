@@ -91,6 +91,11 @@ impl StreamSocket {
         self.watched.poll_ready(cx, Ready::READ).map(drop)
     }
 
+    /// True where an event has said that the connection is broken.
+    pub(super) fn is_known_broken(&self) -> bool {
+        self.watched.ready().has(Ready::BROKEN)
+    }
+
     /// Ready once an event has said that the connection is broken.
     pub(super) fn poll_broken(&self, cx: &mut Context<'_>) -> Poll<()> {
         self.watched.poll_ready(cx, Ready::BROKEN).map(drop)

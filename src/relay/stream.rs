@@ -80,7 +80,13 @@ impl Stream {
         self.socket.poll_heard(cx)
     }
 
-    /// Ready once the connection is reset or broken, as far as an event has said so: it makes no system call.
+    /// True for a connection that is reset or broken, as far as an event has said so: it makes no system call.
+    #[must_use]
+    pub fn is_reset(&self) -> bool {
+        self.socket.is_known_broken()
+    }
+
+    /// The same, to be waited for.
     pub fn poll_reset(&self, cx: &mut Context<'_>) -> Poll<()> {
         self.socket.poll_broken(cx)
     }

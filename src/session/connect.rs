@@ -96,10 +96,26 @@ pub(super) async fn connect(report: &mut Report, client: &Stream) -> Result<Stre
         asked = Instant::now();
     }
     for attempt in 0..settings.attempts.get() {
-        let (random, address) = (context.worker.random(), report.client());
-        let pick = unless_reset(client, pin!(context.pool.pick(address, &tried, random, asked))).await;
+        if client.is_reset() {
+            return Err(CloseReason::ConnectLeft);
+        }
+        // No future of its own where a fresh snapshot answers, as it nearly always does: each layer that a pick comes through
+        // copies it.
+        let pick = match context.pool.pick_or_point(report.client(), &tried, context.worker.random(), asked) {
+            Ok(pick) => pick,
+            Err(point) => {
+                let picking = context.pool.pick_by_redis(&tried, point, asked);
+                match unless_reset(client, pin!(picking)).await {
+                    Ok(pick) => pick,
+                    Err(left) => {
+                        report.queued(asked.elapsed());
+                        return Err(left);
+                    }
+                }
+            }
+        };
         let pick = match pick {
-            Ok(Err(NoPick::Full)) => {
+            Err(NoPick::Full) => {
                 let began = Instant::now();
                 report.gives_back();
                 // Boxed: only those wait who came when all was full.
@@ -108,8 +124,7 @@ pub(super) async fn connect(report: &mut Report, client: &Stream) -> Result<Stre
                 deadline += began.elapsed();
                 pick
             }
-            Ok(pick) => pick.map_err(|_| reason),
-            Err(left) => Err(left),
+            pick => pick.map_err(|_| reason),
         };
         let started = Instant::now();
         report.queued(started - asked);
@@ -155,7 +170,7 @@ pub(super) async fn connect(report: &mut Report, client: &Stream) -> Result<Stre
     Err(reason)
 }
 
-/// The output of `future`, unless the client's connection is reset before. An event reports a reset, so this makes no system call.
+/// The output of `future`, unless the client's connection is reset while that is pending. An event reports a reset, so this makes no system call.
 ///
 /// A client that only ended its half is still served, also one that has sent no byte. Its FIN may come from `close` (a port
 /// scanner, a health check) or from `shutdown` (`nc -N`), which look alike, and the latter still reads what a backend that speaks
@@ -167,9 +182,9 @@ pub(super) async fn connect(report: &mut Report, client: &Stream) -> Result<Stre
 /// # Cost
 /// It borrows `future`: a future that was moved in here would take its size twice in the caller's.
 async fn unless_reset<F: Future>(client: &Stream, mut future: Pin<&mut F>) -> Result<F::Output, CloseReason> {
-    poll_fn(|cx| match client.poll_reset(cx) {
-        Poll::Ready(()) => Poll::Ready(Err(CloseReason::ConnectLeft)),
-        Poll::Pending => future.as_mut().poll(cx).map(Ok),
+    poll_fn(|cx| match future.as_mut().poll(cx) {
+        Poll::Ready(output) => Poll::Ready(Ok(output)),
+        Poll::Pending => client.poll_reset(cx).map(|()| Err(CloseReason::ConnectLeft)),
     })
     .await
 }

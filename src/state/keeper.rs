@@ -125,8 +125,11 @@ impl Shared {
             Err(NoResult::Panicked(panicked)) => {
                 return error!(error = %panicked, "reading the saved tables failed: starting without them");
             }
-            Err(reason) => {
-                return warn!(%state_dir, %reason, "cannot read state_dir: starting without the saved tables");
+            Err(NoResult::Silent) => {
+                return warn!(%state_dir, "state_dir does not answer: starting without the saved tables");
+            }
+            Err(NoResult::NoThread) => {
+                return warn!(%state_dir, "no thread to read state_dir: starting without the saved tables");
             }
         };
         for (kept, result) in kept.iter().zip(results) {

@@ -9,8 +9,6 @@ use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread::{Builder, sleep};
 use std::time::Duration;
 
-use tokio::time::Instant;
-
 /// Chunks that may wait. An access log's chunk is up to 64 KiB, so this bounds the queue at 64 MiB.
 const QUEUE_CHUNKS: usize = 1024;
 /// Between two tries to put something into a full queue, for callers that may wait.
@@ -57,7 +55,7 @@ impl LogSink {
     /// Hands over `count` whole lines. Waits for room in the queue, at most `limit`: not for the data plane while it serves.
     pub fn write_within(&self, bytes: Vec<u8>, count: u64, limit: Duration) {
         self.counts.waiting.fetch_add(count, Relaxed);
-        if !self.send(Message::Lines { bytes, count }, limit) {
+        if self.send(Message::Lines { bytes, count }, limit).is_none() {
             self.counts.lose(count);
             self.counts.waiting.fetch_sub(count, Relaxed);
         }
@@ -66,10 +64,9 @@ impl LogSink {
     /// Waits until what was handed over before is written, at most `limit`, whether or not the queue has room. Returns false
     /// if it was not.
     pub fn flush(&self, limit: Duration) -> bool {
-        let begun = Instant::now();
         let (done, written) = sync_channel(1);
-        self.send(Message::Flush(done), limit)
-            && written.recv_timeout(limit.saturating_sub(begun.elapsed())).is_ok()
+        let left = self.send(Message::Flush(done), limit);
+        left.is_some_and(|left| written.recv_timeout(left).is_ok())
     }
 
     /// Like [`LogSink::flush`], for the end of the process: counts what could not be written as lost. Returns how many lines
@@ -87,19 +84,18 @@ impl LogSink {
         self.counts.dropped.load(Relaxed)
     }
 
-    /// Returns false if there was no room within `limit`.
-    fn send(&self, mut message: Message, limit: Duration) -> bool {
-        let mut until: Option<Instant> = None;
+    /// Returns what is left of `limit`; `None`: there was no room within it.
+    fn send(&self, mut message: Message, limit: Duration) -> Option<Duration> {
+        let mut left = limit;
         loop {
             message = match self.queue.try_send(message) {
-                Ok(()) => return true,
-                Err(TrySendError::Full(message)) if !limit.is_zero() => message,
-                Err(_) => return false,
+                Ok(()) => return Some(left),
+                Err(TrySendError::Full(message)) if !left.is_zero() => message,
+                Err(_) => return None,
             };
-            if Instant::now() >= *until.get_or_insert_with(|| Instant::now() + limit) {
-                return false;
-            }
+            // Counted by its pauses, each of which takes a little longer than it should.
             sleep(FULL_PAUSE);
+            left = left.saturating_sub(FULL_PAUSE);
         }
     }
 }

@@ -15,7 +15,7 @@ pub fn limited(limits: &[&str]) -> Command {
     launcher
 }
 
-/// A program of a user whom RLIMIT_NPROC binds: not root, and in a user namespace of its own, so that the kernel counts the
+/// A program of a user that RLIMIT_NPROC binds: not root, and in a user namespace of its own, so that the kernel counts the
 /// threads of this program alone.
 pub struct Unprivileged {
     /// With a copy of the program, since the checkout may be hidden from other users. Anyone may write to it.
