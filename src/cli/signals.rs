@@ -26,8 +26,8 @@ const MOST_LINES: u32 = 2;
 /// Each begins the drain, and ends the process when it is the second. nginx's users expect QUIT to be the gentle one.
 const STOPS: [Number; 3] = [Number::TERM, Number::INT, Number::QUIT];
 
-const CHANGES_NOTHING: &str = "it changes nothing: TERM, INT or QUIT drains and ends";
-const NO_PAUSE: &str = "listeners cannot be paused or resumed: TERM, INT or QUIT drains and ends";
+const CHANGES_NOTHING: &str = "this signal has no effect: send TERM, INT or QUIT to drain and stop";
+const NO_PAUSE: &str = "listeners cannot be paused or resumed: send TERM, INT or QUIT to drain and stop";
 /// Name, signal and answer of those that end nothing.
 const NOTED: [(&str, Number, &str); 11] = [
     ("HUP", Number::HUP, "reload is not supported yet: restart to read the config again"),

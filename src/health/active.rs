@@ -235,7 +235,7 @@ impl Checks {
                 let places = &self.places[usize::from(failed_last(target.condition()))];
                 let settings = Arc::clone(&self.settings);
                 known.checks.push(self.running.spawn(async move {
-                    let _place = places.acquire().await.expect("nobody closes them");
+                    let _place = places.acquire().await.expect("never closed them");
                     // Sessions first: see `thread.rs`.
                     std::thread::yield_now();
                     let started = Instant::now();

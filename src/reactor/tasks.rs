@@ -139,7 +139,7 @@ impl Tasks {
         self.yielded.borrow_mut().extend(self.due.borrow_mut().drain(..));
     }
 
-    /// Runs those that are due, and whom they wake meanwhile, within [`STEPS`]; each that wakes itself once.
+    /// Runs the due tasks and those that they wake meanwhile, within [`STEPS`]. A task that wakes itself runs once.
     pub(super) fn run(&self) {
         let mut steps = self.due.borrow().len().max(STEPS);
         while steps > 0

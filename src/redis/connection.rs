@@ -228,7 +228,9 @@ async fn tcp(settings: &Redis, host: &str, port: u16) -> RedisResult<TcpStream> 
         Some(address) => timeout_at(limit, TcpStream::connect(address)).await,
         None => {
             let asked = timeout_at(limit, lookup::start(&LOOKUPS, host.into(), port)).await;
-            let asked = asked.map_err(|_| io::Error::other("no thread could be had to look up its name"))?;
+            let asked = asked.map_err(|_| {
+                io::Error::other("the system gave no thread to resolve the host name in time")
+            })?;
             timeout_at(limit, async {
                 TcpStream::connect(&asked.await.map_err(io::Error::other)??[..]).await
             })

@@ -18,7 +18,8 @@ const MOST_MEMBERS_AT_ONCE: usize = 2_000;
 const EXPECTED_MEMBERS: usize = MOST_MEMBERS_AT_ONCE / 8;
 /// How long fewer tables are asked for at once, after a connection ended while several were asked for.
 const READS_FEWER: Duration = Duration::from_secs(60);
-/// How many fewer. A server that merely ended must not make the next reads as slow as one table after the other.
+/// The number asked for is divided by this. It is not reduced to 1 at once: after a server that only restarted,
+/// the next reads would run one table at a time.
 const FEWER: usize = 4;
 
 /// The turns of all pools of one connection.

@@ -35,7 +35,7 @@ pub(super) enum Trouble {
     Moved,
     #[error("an answer of more than {} MiB or {MOST_VALUES} values, which is not taken in", LARGEST_REPLY_BYTES >> 20)]
     Oversized,
-    #[error("an answer that is none of redis's")]
+    #[error("the answer is not valid RESP")]
     Garbled,
     #[error("the connection is closed whenever the table is asked for")]
     CutOff,

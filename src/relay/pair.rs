@@ -122,7 +122,7 @@ impl Pair<'_> {
             | (self.to_backend.holds_bytes() && self.backend.retry_write())
     }
 
-    /// A side that was reset while nobody reads it, because its last bytes still wait for the other side.
+    /// A side that was reset and is not being read, because its last bytes still wait for the other side.
     pub(super) fn broken_source(&self) -> Option<Side> {
         if self.to_backend.holds_bytes() && self.client.is_broken() {
             Some(Side::Client)

@@ -13,7 +13,7 @@ use std::time::Duration;
 /// Unanswered retransmissions or window probes, without which a peer is never taken for vanished: one may get lost, and a
 /// peer needs a round trip for its answer.
 const LEAST_UNANSWERED: u8 = 2;
-/// The kernel's first retransmission timeout where it knows none smaller (TCP_RTO_MIN), and its longest (TCP_RTO_MAX).
+/// The kernel's default smallest (TCP_RTO_MIN) and largest (TCP_RTO_MAX) retransmission timeout.
 const FIRST_TIMEOUT: Duration = Duration::from_millis(200);
 const LONGEST_TIMEOUT: Duration = Duration::from_secs(120);
 

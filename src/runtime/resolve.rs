@@ -204,7 +204,7 @@ impl Names {
         else {
             return;
         };
-        error!(pool = %self.pool.name, backend = %name, "a lookup's task died: the name is looked up again");
+        error!(pool = %self.pool.name, backend = %name, "a DNS lookup ended without a result: the name is looked up again");
         known.lookup = None;
         known.due = Instant::now() + known.backoff.patient_pause();
         let due = known.due;

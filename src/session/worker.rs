@@ -109,7 +109,8 @@ impl Worker {
             warn!(
                 %error,
                 cure,
-                "the kernel does not tell the state of connections: slow readers may be taken for idle, and peers that vanish                  while bytes are unacknowledged are noticed late"
+                "the kernel does not report the state of TCP connections: a slow reader may be closed as idle, and a peer that \
+                 vanishes with unacknowledged bytes is noticed late"
             );
         }
         Self {

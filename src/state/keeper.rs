@@ -191,7 +191,7 @@ impl NoResult {
         match self {
             Self::NoThread => "raise TasksMax (systemd), pids.max (containers) or `ulimit -u`",
             Self::Silent => "look after its disk",
-            Self::Panicked(_) => "it is a defect",
+            Self::Panicked(_) => "report this: it is a bug",
         }
     }
 }

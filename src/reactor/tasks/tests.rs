@@ -66,7 +66,7 @@ fn a_task_that_is_woken_often_runs_once() {
     });
 }
 
-/// Places are as many as there were tasks at once, and whoever still has the waker of one that is over does no harm.
+/// There are as many places as there were tasks at once, and a stale waker does no harm.
 #[test]
 fn a_place_serves_one_task_after_the_other() {
     run(async {
@@ -150,7 +150,7 @@ fn a_task_that_panics_ends_alone() {
     });
 }
 
-/// Whom a task wakes, or spawns, while it is dropped with the thread's last.
+/// Tasks that are woken or spawned while the last tasks of the thread are dropped.
 #[test]
 fn the_last_tasks_may_wake_and_spawn() {
     struct Last(Option<oneshot::Sender<()>>, Rc<Cell<bool>>);

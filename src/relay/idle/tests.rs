@@ -78,7 +78,7 @@ async fn places_are_used_again_and_the_clock_stops_without_sessions() {
     assert_eq!((clock.entries.borrow().len(), clock.free.borrow().len()), (3, 2));
     drop(_session);
     assert!(tokio::time::timeout(Duration::from_secs(60), clock.run()).await.is_err());
-    assert!(clock.now.get() <= 2 * TICKS_WITHOUT_SESSIONS, "it ticks for nobody");
+    assert!(clock.now.get() <= 2 * TICKS_WITHOUT_SESSIONS, "it ticks without sessions");
 }
 
 #[tokio::test(start_paused = true)]
