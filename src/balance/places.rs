@@ -40,8 +40,14 @@ impl Places {
         Self { active: AtomicU32::new(0), most, queue }
     }
 
+    #[inline]
     pub(super) fn active(&self) -> u32 {
         self.active.load(Relaxed)
+    }
+
+    /// It may have only so many sessions.
+    pub(super) fn has_limit(&self) -> bool {
+        self.most > 0
     }
 
     /// `None`: it has as many sessions as it may have.

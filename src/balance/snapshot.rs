@@ -256,8 +256,7 @@ fn maglev(members: &[Member], balance: Balance) -> Option<Maglev> {
 }
 
 fn least_conn(members: &[Member], balance: Balance) -> Option<LeastConn> {
-    let weights = pickable(members).iter().map(|member| member.effective_weight.get());
-    (balance == Balance::LeastConn).then(|| LeastConn::new(weights))
+    (balance == Balance::LeastConn).then(|| LeastConn::new(pickable(members)))
 }
 
 fn shares(members: &[Member]) -> Shares {
