@@ -306,7 +306,8 @@ async fn a_table_that_is_deleted_and_written_one_by_one_keeps_its_health_and_its
         write_one_by_one(&redis, &proxy, &addresses).await;
         assert_eq!(up(&hanging), Some(0.0), "what was found out is remembered");
         let each = sessions_of_each(&proxy, &good, 70).await;
-        assert!(each.iter().all(|sessions| (9..=11).contains(sessions)), "{each:?}");
+        // The sequence strays 3.42 sessions from the shares at most, wherever it begins.
+        assert!(each.iter().all(|sessions| (7..=13).contains(sessions)), "{each:?}");
     }
     assert_eq!(checked(&hanging), sessions_before, "no session and no check went there");
 }
