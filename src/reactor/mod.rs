@@ -166,8 +166,6 @@ pub fn is_busy() -> bool {
 }
 
 /// `None` on a thread without, and while one ends.
-// Each wait of a session comes here a few times: a call costs more than what it does.
-#[inline(always)]
 fn with<T>(f: impl FnOnce(&Reactor) -> T) -> Option<T> {
     OF_THIS_THREAD.try_with(|reactor| reactor.borrow().as_deref().map(f)).ok().flatten()
 }

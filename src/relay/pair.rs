@@ -17,8 +17,6 @@ pub(super) struct Pair<'a> {
 }
 
 impl Pair<'_> {
-    // Inlined into the one poll of a session, of which it is the greater part.
-    #[inline(always)]
     pub(super) fn poll(
         &mut self,
         cx: &mut Context<'_>,
