@@ -16,7 +16,7 @@ local FIRST = 11
 -- Lua's stack holds some 8,000 arguments of one call.
 local ARGUMENTS = 4000
 -- No backend's name.
-local NOBODY = '\0'
+local NO_NAME = '\0'
 -- Bytes that are kept of a name that is longer than any backend's.
 local KEPT_OF_A_NAME = 100
 -- What surrounds a member and its score in an answer.
@@ -141,7 +141,7 @@ local function split(held)
         if #name <= longest_name then
             short[name] = weight
         else
-            long[beginning(name) .. NOBODY .. #name] = weight
+            long[beginning(name) .. NO_NAME .. #name] = weight
         end
     end
     return short, long
@@ -190,8 +190,8 @@ end
 -- in a form that changes nothing: no right, no memory, a replica, all that shows here.
 local function prove(version, held)
     if wanted ~= 'notice' then
-        call('ZADD', key, 'XX', 'GT', '-inf', NOBODY)
-        if not held[NOBODY] then call('ZREM', key, NOBODY) end
+        call('ZADD', key, 'XX', 'GT', '-inf', NO_NAME)
+        if not held[NO_NAME] then call('ZREM', key, NO_NAME) end
     end
     call('SET', version_key, version)
     call('ZRANGESTORE', known_key, known_key, 0, -1)
@@ -263,7 +263,7 @@ local function table_at(target, version, known)
         for _, change in ipairs(changes) do
             local name, weight, length = change[1], change[2], change[4]
             if weight == cjson.null then weight = nil end
-            if length then long[name .. NOBODY .. length] = weight else held[name] = weight end
+            if length then long[name .. NO_NAME .. length] = weight else held[name] = weight end
         end
         oldest = said.what == 'outside' and at + 1 or at
         from = '(' .. entry[1]
