@@ -17,22 +17,22 @@ use tokio::time::sleep;
 use tracing::{error, info};
 
 use self::control::Begun;
+use crate::admin::{self, AdminBindError};
 use crate::balance::Table;
 use crate::balance::lua_pick::{self as picking, LuaRequests};
 use crate::balance::pool::{Pool, Sync};
 use crate::config::{Config, Shutdown};
+use crate::control::runtime;
+use crate::data_plane::worker::{Door, Shared};
+use crate::drain::{self, DrainControl, Phase};
 use crate::listen::socket::{self, BindError, Options};
+use crate::metrics::prometheus::Observed;
 use crate::net::descriptors;
+use crate::observe::counters::PerWorker;
+use crate::observe::log_sink::LogSink;
 use crate::redis::status::TableStatus;
-use crate::runtime::control_runtime;
-use crate::runtime::drain::{self, DrainControl, Phase};
-use crate::runtime::worker::{Door, Shared};
 use crate::session::{Listener, Settings};
 use crate::state::{SaveStatus, keeper};
-use crate::telemetry::admin::{self, AdminBindError};
-use crate::telemetry::counters::PerWorker;
-use crate::telemetry::log_sink::LogSink;
-use crate::telemetry::prometheus::Observed;
 
 /// The proxy cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -253,7 +253,7 @@ struct Control {
 
 impl Control {
     fn run(self, started: SyncSender<io::Result<()>>, stops: watch::Receiver<Stop>) -> Summary {
-        let runtime = match control_runtime::new() {
+        let runtime = match runtime::new() {
             Ok(runtime) => runtime,
             Err(error) => {
                 drop(started.send(Err(error)));

@@ -1,7 +1,7 @@
 //! Where a backend is: `host:port`, `[v6]:port` or `unix:/path`, as written in Redis or in config.yaml.
 //!
 //! Parsing refuses whatever could not be connected to, and whatever must not reach a terminal or a log raw. Names are
-//! resolved elsewhere (`runtime/resolve.rs`), never by the data plane.
+//! resolved elsewhere (`names/resolve.rs`), never by the data plane.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};

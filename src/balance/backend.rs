@@ -18,7 +18,7 @@ pub use super::places::Active;
 use super::places::Places;
 use super::queue::{Capacity, Queue};
 use super::{Address, BackendId};
-use crate::telemetry::counters::{BackendCounters, PerWorker};
+use crate::observe::counters::{BackendCounters, PerWorker};
 
 /// One backend of one pool. Shared by snapshots and sessions.
 #[derive(Debug)]

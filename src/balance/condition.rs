@@ -11,7 +11,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::cause::LastCause;
-use crate::telemetry::counters::Counter;
+use crate::observe::counters::Counter;
 
 /// What active checks found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -17,7 +17,7 @@ use super::places::{take, take_another};
 use super::queue::Queue;
 use super::snapshot::{Member, Origin, Snapshot};
 use super::{BackendId, Balance, Policy, Table, Weight, client_hash};
-use crate::telemetry::counters::{Counter, PerWorker};
+use crate::observe::counters::{Counter, PerWorker};
 
 /// Redis is told so many backends at most that health speaks against: each makes its work longer.
 const LEFT_OUT_MAX: usize = 64;

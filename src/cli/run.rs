@@ -15,10 +15,10 @@ use tracing::{info, warn};
 
 use super::signals::{Noted, Stops};
 use crate::config::{Config, Log, LogFormat, LogOutput, Problem, Warnings};
+use crate::control::runtime;
 use crate::net::descriptors;
+use crate::observe::log_sink::LogSink;
 use crate::proxy::{self, Running};
-use crate::runtime::control_runtime;
-use crate::telemetry::log_sink::LogSink;
 
 /// Between two looks at whether the proxy has ended, once it was told to, and before.
 const FAST_LOOK: Duration = Duration::from_millis(20);
@@ -38,7 +38,7 @@ pub(super) struct Prepared {
 
 /// Sees to it that no signal but those that mean "stop" ends the process. To be called first.
 pub(super) fn prepare() -> anyhow::Result<Prepared> {
-    let runtime = control_runtime::new().context("cannot watch for signals")?;
+    let runtime = runtime::new().context("cannot watch for signals")?;
     let noted = runtime.block_on(async { Noted::new() }).context("cannot watch for signals")?;
     Ok(Prepared { runtime, noted })
 }

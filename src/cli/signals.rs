@@ -18,7 +18,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::Instant;
 use tracing::warn;
 
-use crate::runtime::pace::Pace;
+use crate::control::pace::Pace;
 
 /// Log lines of one signal in each window of [`Pace`]. XFSZ needs the bound: the line that tells of it may cause the next one.
 const MOST_LINES: u32 = 2;

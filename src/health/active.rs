@@ -22,7 +22,7 @@ use crate::balance::endpoint::Target;
 use crate::balance::pool::Pool;
 use crate::balance::{Address, AdminState, BackendId};
 use crate::config::HealthCheck;
-use crate::runtime::backoff::{jittered, spread};
+use crate::control::backoff::{jittered, spread};
 
 /// Each check under way is a descriptor. The bounds are the process's; who finds no place waits in line for one. Backends that failed
 /// the last time have the second ones: they take the whole timeout, and must not make the others wait.

@@ -15,8 +15,8 @@ use tokio::time::{Instant, timeout_at};
 use crate::balance::cause::Cause;
 use crate::balance::endpoint::{Endpoint, Target};
 use crate::config::HealthCheck;
-use crate::listen::socket::exhausted;
 use crate::net::descriptors::{User, is_reserved};
+use crate::net::errors::exhausted;
 
 /// What a backend may say before what is expected has come.
 const ANSWER_MAX_BYTES: usize = 64 * 1024;

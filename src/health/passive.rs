@@ -23,7 +23,7 @@ use crate::balance::endpoint::Target;
 use crate::balance::pool::Pool;
 use crate::balance::snapshot::Member;
 use crate::balance::{BackendId, Outlier};
-use crate::runtime::backoff::jittered;
+use crate::control::backoff::jittered;
 
 /// Between two looks over a pool, however often sessions ring: a look over 10,000 backends takes a tenth of a millisecond.
 const PACE: Duration = Duration::from_millis(5);

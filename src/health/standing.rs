@@ -8,7 +8,7 @@ use tokio::time::{Instant, sleep};
 use tracing::{info, warn};
 
 use crate::balance::pool::Pool;
-use crate::runtime::pace::Pace;
+use crate::control::pace::Pace;
 
 /// The steps of a slow start. More would be finer than the chance by which sessions come.
 const STEPS: u32 = 20;

@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 use tracing::error;
 
 use super::active::Checks;
-use crate::runtime::control_runtime;
+use crate::control::runtime;
 
 /// The running thread. Dropped, it has ended.
 #[derive(Debug)]
@@ -35,7 +35,7 @@ pub fn start(checks: Vec<Checks>) -> io::Result<CheckThread> {
     let (tell, has_started) = sync_channel(1);
     let thread = Builder::new().name("statera-checks".to_owned()).spawn(move || {
         let _alive = alive;
-        let runtime = match control_runtime::new() {
+        let runtime = match runtime::new() {
             Ok(runtime) => runtime,
             Err(error) => return tell.send(Err(error)).unwrap_or_default(),
         };

@@ -8,7 +8,7 @@ use tracing::{info, warn};
 
 use crate::balance::pool::Pool;
 use crate::balance::usability::Usable;
-use crate::runtime::pace::{HeldBack, Pace};
+use crate::control::pace::{HeldBack, Pace};
 
 /// A writer that flips a weight between 0 and 1 changes this with every read.
 const MOST_LINES: u32 = 4;

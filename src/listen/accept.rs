@@ -18,11 +18,12 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::held;
-use super::socket::{exhausted, ignore_new_handshakes};
+use super::socket::ignore_new_handshakes;
+use crate::drain::{Drain, Phase};
 use crate::net::descriptors::{User, is_reserved};
+use crate::net::errors::exhausted;
+use crate::observe::counters::ListenerCounters;
 use crate::reactor::{self, Ready, Watched, sleep, timeout_at};
-use crate::runtime::drain::{Drain, Phase};
-use crate::telemetry::counters::ListenerCounters;
 
 /// Without a descriptor the next accept fails too, and the connection stays queued, so the socket stays readable: a
 /// loop without a pause would eat the core that could free descriptors.
@@ -223,8 +224,8 @@ fn count(counters: &ListenerCounters, error: &io::Error) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::drain;
     use crate::reactor::beside_tokio;
-    use crate::runtime::drain;
     use std::net::TcpStream;
 
     /// A session that wants to run every time sees no more than a batch accepted in between, and is told whether others wait.

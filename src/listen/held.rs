@@ -6,8 +6,8 @@ use std::time::Duration;
 use socket2::Socket;
 
 use crate::net::descriptors::{User, is_reserved};
+use crate::observe::counters::ListenerCounters;
 use crate::reactor::sleep;
-use crate::telemetry::counters::ListenerCounters;
 
 /// Between two looks at whether a descriptor is free.
 const PAUSE: Duration = Duration::from_millis(50);

@@ -6,9 +6,11 @@
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 
-use socket2::{Domain, Protocol, SockAddr, SockFilter, SockRef, Socket, TcpKeepalive, Type};
+use socket2::{Domain, Protocol, SockAddr, SockFilter, SockRef, Socket, Type};
 
 use crate::config::{Congestion, Keepalive};
+use crate::net::errors::explain;
+use crate::net::options::tcp_keepalive;
 
 /// Asks for the longest queue: the kernel cuts it to `net.core.somaxconn`.
 const BACKLOG: i32 = 65_535;
@@ -86,20 +88,12 @@ fn open(address: SocketAddr, options: &Options) -> io::Result<Socket> {
         socket.set_only_v6(true)?;
     }
     socket.set_tcp_nodelay(true)?;
-    socket.set_tcp_keepalive(&tcp_keepalive(options.keepalive))?;
+    let Keepalive { idle, interval, probes } = options.keepalive;
+    socket.set_tcp_keepalive(&tcp_keepalive(idle, interval, probes))?;
     if let Some(congestion) = &options.congestion {
         socket.set_tcp_congestion(congestion.name().as_bytes())?;
     }
     Ok(socket)
-}
-
-/// In the socket library's terms.
-#[must_use]
-pub fn tcp_keepalive(keepalive: Keepalive) -> TcpKeepalive {
-    TcpKeepalive::new()
-        .with_time(keepalive.idle)
-        .with_interval(keepalive.interval)
-        .with_retries(keepalive.probes.get())
 }
 
 /// Whether this kernel lets us use `congestion`.
@@ -132,35 +126,6 @@ pub fn check_congestion(congestion: &Congestion) -> Result<(), String> {
         };
         format!("{name}: {error}: {cure}")
     })
-}
-
-/// What the kernel said to a bind, and what to do about it.
-#[must_use]
-pub fn explain(error: &io::Error) -> String {
-    let cure = match error.kind() {
-        io::ErrorKind::AddrInUse => {
-            "another program listens there (`ss -ltnp` names it): stop it, or bind elsewhere"
-        }
-        io::ErrorKind::PermissionDenied => {
-            "ports below 1024 need CAP_NET_BIND_SERVICE: run as root, grant it, or bind to a higher port"
-        }
-        io::ErrorKind::AddrNotAvailable => {
-            "no interface of this machine has that address (`ip address` lists them)"
-        }
-        _ if exhausted(error) => "the process has no descriptor left: raise `ulimit -n` (LimitNOFILE)",
-        _ => return error.to_string(),
-    };
-    format!("{error}: {cure}")
-}
-
-/// True for errors that say "no descriptor, no memory": ours, and they may pass.
-#[must_use]
-pub fn exhausted(error: &io::Error) -> bool {
-    use rustix::io::Errno;
-    matches!(
-        Errno::from_io_error(error),
-        Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM | Errno::NOSPC)
-    )
 }
 
 /// Makes the kernel ignore new handshakes on this socket, as if their packets were lost, while those under way

@@ -15,16 +15,16 @@ use tokio::time::timeout;
 use tracing::warn;
 
 use super::Control;
+use crate::admin::{self, AdminState};
+use crate::data_plane::{handover, worker};
+use crate::drain::Phase;
 use crate::health::active::Checks;
 use crate::health::passive::Ejections;
 use crate::health::{standing, thread, usable};
+use crate::names::resolve::{self, Names};
+use crate::observe::counters::WorkerId;
 use crate::redis::{self, Followed, Parts};
-use crate::runtime::drain::Phase;
-use crate::runtime::resolve::{self, Names};
-use crate::runtime::{handover, worker};
 use crate::state::{Kept, keeper};
-use crate::telemetry::admin::{self, AdminState};
-use crate::telemetry::counters::WorkerId;
 
 /// How long accepting waits for Redis's first answer and for the first names. Clients that connect meanwhile wait in
 /// the kernel's queue.

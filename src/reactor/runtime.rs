@@ -1,4 +1,4 @@
-//! Runs the tasks of a worker thread. Who works for whom is `runtime/worker.rs`'s.
+//! Runs the tasks of a worker thread. Who works for whom is `data_plane/worker.rs`'s.
 
 use std::future::Future;
 use std::io;

@@ -26,7 +26,7 @@ use super::unusable;
 use super::{FIRST_PAUSE, Followed, LONGEST_PAUSE, Parts};
 use crate::balance::cell::Cell;
 use crate::config::Redis;
-use crate::runtime::backoff::{Backoff, jittered};
+use crate::control::backoff::{Backoff, jittered};
 pub use reports::{Report, Reports};
 pub(super) use reports::{question, reports};
 

@@ -31,7 +31,7 @@ pub(super) use super::trouble::{
 };
 use super::{cluster, sentinel};
 use crate::config::{Redis, RedisAddress, Sentinel, Tls};
-use crate::runtime::lookup;
+use crate::names::lookup;
 
 /// Silence on the wire before the kernel asks whether the peer is still there.
 const KEEPALIVE: Duration = Duration::from_secs(30);

@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use super::changes::{Cause, Causes};
 use super::status::WatchMode;
-use crate::runtime::backoff::jittered;
+use crate::control::backoff::jittered;
 
 /// The rest after the first read that found nothing new. Two events of one change may come apart, so it is short.
 const FIRST: Duration = Duration::from_millis(1);

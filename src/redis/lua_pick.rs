@@ -26,7 +26,7 @@ use super::{FIRST_PAUSE, Followed, LONGEST_MOVE, LONGEST_PAUSE, Parts, connectio
 use crate::balance::lua_pick::{LuaRequest, LuaRequests};
 use crate::balance::{BackendId, Weight};
 use crate::config::{LuaPick, Redis, RedisAddress};
-use crate::runtime::backoff::{Backoff, jittered, spread};
+use crate::control::backoff::{Backoff, jittered, spread};
 
 const SCRIPT: &str = include_str!("pick.lua");
 /// Read whole, a set of this size blocks Redis for some 0.4 ms.

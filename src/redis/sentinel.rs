@@ -20,7 +20,7 @@ use super::opinion::{Opinion, choose};
 use super::primary::Primary;
 use super::trouble::Trouble;
 use crate::config::{Redis, RedisAddress, Sentinel};
-use crate::runtime::backoff::{jittered, spread};
+use crate::control::backoff::{jittered, spread};
 
 /// Of a failover: the new primary has taken over; everybody knows. The first comes up to seconds before the other.
 const EVENTS: [&str; 2] = ["+promoted-slave", "+switch-master"];

@@ -15,7 +15,7 @@ use super::connection::{self, Connection};
 use super::decode::printable;
 use crate::balance::cell::Cell;
 use crate::balance::{AdminState, BackendId};
-use crate::runtime::pace::Pace;
+use crate::control::pace::Pace;
 
 /// As many as a table may have members.
 const MAX_STATES: i64 = 100_000;

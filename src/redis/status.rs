@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::telemetry::counters::{Counter, Histogram};
+use crate::observe::counters::{Counter, Histogram};
 
 /// How changes are noticed just now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

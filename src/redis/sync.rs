@@ -25,8 +25,8 @@ use super::table_read::{self, Answer, Asked, Question};
 use super::trouble::Trouble;
 use crate::balance::Table;
 use crate::config::OnEmpty;
-use crate::runtime::backoff::{Backoff, jittered};
-use crate::runtime::pace::{HeldBack, Pace};
+use crate::control::backoff::{Backoff, jittered};
+use crate::control::pace::{HeldBack, Pace};
 
 /// A table of this size is read in some 50 ms and picked from in 20 ns; one that is larger is a mistake or an attack.
 pub(super) const MAX_MEMBERS: usize = 100_000;
@@ -409,7 +409,7 @@ mod tests {
     use super::*;
     use crate::balance::Balance;
     use crate::balance::cell::Cell;
-    use crate::runtime::pace::LOG_WINDOW;
+    use crate::control::pace::LOG_WINDOW;
     use std::sync::Arc;
     use tokio::time::advance;
 

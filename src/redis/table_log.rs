@@ -1,6 +1,6 @@
 //! Logs what has changed in one pool's table: weights, members, and which of them are in drain or maint.
 //!
-//! One line a reading at most, and few in each [`LOG_WINDOW`](crate::runtime::pace::LOG_WINDOW). It compares with what was logged
+//! One line a reading at most, and few in each [`LOG_WINDOW`](crate::control::pace::LOG_WINDOW). It compares with what was logged
 //! last, so what was held back is made up for by a later line, and a member that changed twice in between is named once.
 
 use std::cmp::Ordering;
@@ -11,7 +11,7 @@ use tracing::info;
 
 use super::Followed;
 use crate::balance::{AdminState, BackendId, Table};
-use crate::runtime::pace::{HeldBack, Pace};
+use crate::control::pace::{HeldBack, Pace};
 
 /// Lines in one window.
 const MOST_LINES: u32 = 10;

@@ -26,7 +26,7 @@ use super::sync::Syncer;
 use super::trouble::Trouble;
 use super::{FIRST_PAUSE, Followed, LONGEST_MOVE, LONGEST_PAUSE, Parts, cluster, sentinel};
 use crate::config::{Redis, RedisAddress};
-use crate::runtime::backoff::{Backoff, jittered, spread};
+use crate::control::backoff::{Backoff, jittered, spread};
 
 /// Between two tries at a server that loads its data, at most: when it has, everybody reads.
 const LONGEST_LOADING_PAUSE: Duration = Duration::from_millis(400);

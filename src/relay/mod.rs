@@ -34,7 +34,7 @@ use self::idle::{Due, Idle};
 use self::pair::Pair;
 use self::pipe::Pipes;
 use self::sock_diag::SockDiag;
-use crate::telemetry::counters::{BackendCounters, Counter};
+use crate::observe::counters::{BackendCounters, Counter};
 
 /// The errno of a connection whose peer has vanished: the kernel would say the same, a quarter of an hour later.
 const VANISHED: u16 = Errno::TIMEDOUT.raw_os_error() as u16;

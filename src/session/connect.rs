@@ -25,8 +25,8 @@ use crate::balance::condition::Failure;
 use crate::balance::endpoint::Endpoint;
 use crate::balance::pool::NoPick;
 use crate::config::Congestion;
-use crate::listen::socket::exhausted;
 use crate::net::descriptors::{User, is_reserved};
+use crate::net::errors::exhausted;
 use crate::reactor::{sleep, timeout_at};
 use crate::relay::{Opening, Stream, StreamSocket};
 

@@ -1,6 +1,7 @@
 //! The life of a session: a client was accepted, a backend is found for it, bytes are relayed both ways, and what
 //! became of it is reported.
 
+pub mod access_log;
 mod close_reason;
 mod connect;
 mod failures;
@@ -21,9 +22,9 @@ use std::time::Duration;
 use self::report::Report;
 use crate::balance::pool::Pool;
 use crate::config;
-use crate::listen::socket::tcp_keepalive;
+use crate::net::options::tcp_keepalive;
+use crate::observe::counters::{ListenerCounters, PerWorker};
 use crate::relay::{self, Limits, Stream};
-use crate::telemetry::counters::{ListenerCounters, PerWorker};
 
 /// All that the sessions of one listener have in common on one worker.
 #[derive(Debug)]
@@ -63,7 +64,7 @@ impl From<&config::Pool> for Settings {
         let limits = Limits {
             idle: pool.idle_timeout,
             half_closed: pool.half_close_timeout,
-            keepalive: tcp_keepalive(pool.keepalive),
+            keepalive: tcp_keepalive(pool.keepalive.idle, pool.keepalive.interval, pool.keepalive.probes),
             keepalive_idle: pool.keepalive.idle,
             peer_timeout: pool.keepalive.timeout(),
             settle_time: pool.keepalive.idle.min(LONGEST_SETTLE_TIME),
@@ -108,7 +109,7 @@ mod tests {
     use super::*;
     use crate::balance::{Balance, Table};
     use crate::config::Config;
-    use crate::telemetry::counters::WorkerId;
+    use crate::observe::counters::WorkerId;
 
     /// A client that was accepted, and what its session shares with others. Needs a reactor.
     fn accepted() -> (Stream, SocketAddr, Rc<Context>) {

@@ -15,9 +15,9 @@ use crate::balance::cause::Cause;
 use crate::balance::condition::{Failure, Probe, ProbeNumber};
 use crate::balance::endpoint::{AddressNumber, ProbePermit};
 use crate::balance::pool::{Pick, Source};
+use crate::observe::counters::Counter;
 use crate::relay::{Ended, Limits, Meter, Shared, Side, Tally};
-use crate::telemetry::access_log::{AccessLine, millis};
-use crate::telemetry::counters::Counter;
+use crate::session::access_log::{AccessLine, millis};
 
 /// What one worker counts of all its sessions. Other workers read it at every accept, so it shares no cache line.
 #[derive(Debug, Default)]

@@ -12,10 +12,10 @@ use tracing::warn;
 
 use super::report::SessionCounters;
 use crate::balance::backend::Backend;
-use crate::listen::socket::exhausted;
+use crate::net::errors::exhausted;
+use crate::observe::counters::{PerWorker, WorkerId};
 use crate::relay;
-use crate::telemetry::access_log::AccessLog;
-use crate::telemetry::counters::{PerWorker, WorkerId};
+use crate::session::access_log::AccessLog;
 
 /// One line an outage, not one a session.
 const EXHAUSTED_LOG_INTERVAL: Duration = Duration::from_secs(10);

@@ -21,8 +21,8 @@ use super::health::Health;
 use super::{Kept, SaveStatus, Unusable};
 use crate::balance::snapshot::Snapshot;
 use crate::config::OnEmpty;
-use crate::runtime::backoff::Backoff;
-use crate::runtime::blocking::{self, Panicked};
+use crate::control::backoff::Backoff;
+use crate::control::blocking::{self, Panicked};
 
 /// How long a start waits for the saved tables: a disk that is slower has failed.
 const READ_TIME: Duration = Duration::from_secs(1);

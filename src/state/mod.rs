@@ -14,7 +14,7 @@ use std::io;
 use std::sync::Arc;
 
 use crate::balance::cell::Cell;
-use crate::telemetry::counters::Counter;
+use crate::observe::counters::Counter;
 
 /// A pool whose tables are kept.
 #[derive(Clone, Debug)]

@@ -5,10 +5,10 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
 use statera::config::Config;
+use statera::metrics::format::Format;
+use statera::metrics::prometheus;
+use statera::observe::log_sink::LogSink;
 use statera::proxy::{self, Running};
-use statera::telemetry::accept::Format;
-use statera::telemetry::log_sink::LogSink;
-use statera::telemetry::prometheus;
 
 /// A running proxy, its session lines, its metrics. Stopped when dropped.
 pub struct Proxy {

@@ -17,10 +17,10 @@ use tracing::debug;
 use super::view::{self, Glance};
 use super::{Answer, Seat};
 use crate::config::{Redis, RedisAddress};
+use crate::control::backoff::jittered;
 use crate::redis::connection;
 use crate::redis::notice_pace::NoticePace;
 use crate::redis::slot::slot_of;
-use crate::runtime::backoff::jittered;
 
 /// After a whole answer, for each range in it. To decode a range takes some 5 µs, so seven nodes take less than 1/400 of a core.
 const REST_PER_RANGE: Duration = Duration::from_millis(15);

@@ -11,10 +11,10 @@ use std::time::{Duration, SystemTime};
 use serde::Serialize;
 use tokio::sync::Notify;
 
-use super::log_sink::LogSink;
 use crate::balance::BackendId;
 use crate::balance::cause::Cause;
 use crate::config::LogFormat;
+use crate::observe::log_sink::LogSink;
 use crate::reactor::sleep;
 
 /// How long a line may wait for others.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use tokio::sync::Semaphore;
 
-use super::blocking::{self, Job};
+use crate::control::blocking::{self, Job};
 
 /// A lookup that a thread is busy with.
 pub type Lookup = Job<io::Result<Vec<SocketAddr>>>;

@@ -17,11 +17,11 @@ use tokio::task::{self, JoinSet};
 use tokio::time::{Instant, sleep_until, timeout};
 use tracing::{error, info, warn};
 
-use super::backoff::{Backoff, jittered};
 use super::lookup;
 use crate::balance::backend::Backend;
 use crate::balance::pool::Pool;
 use crate::balance::{Address, BackendId};
+use crate::control::backoff::{Backoff, jittered};
 use crate::net::descriptors;
 
 /// Between two looks at a name. Container platforms move a name within seconds of a restart.
@@ -247,9 +247,9 @@ async fn look_up(backend: Arc<Backend>, places: &'static Semaphore) -> (Arc<Back
 
 #[cfg(test)]
 mod tests {
-    use super::super::blocking;
     use super::*;
     use crate::balance::{Balance, Table, Weight};
+    use crate::control::blocking;
     use tokio::time::advance;
 
     fn table(members: &[(&str, f64)]) -> Table {

@@ -15,8 +15,8 @@ use axum::body::Bytes;
 use tokio::sync::{Mutex, Semaphore};
 use tokio::time::{Instant, sleep, timeout};
 
-use super::accept::Format;
-use crate::runtime::blocking;
+use crate::control::blocking;
+use crate::metrics::format::Format;
 
 /// As long as Prometheus waits for a scrape if it is not told otherwise.
 const WAIT: Duration = Duration::from_secs(10);

@@ -9,7 +9,7 @@
 use std::fmt::{self, Write};
 use std::thread;
 
-use super::accept::Format;
+use super::format::Format;
 
 /// Some 0.2 ms of work.
 const SLICE_BYTES: usize = 16 * 1024;

@@ -15,8 +15,8 @@ use std::time::Duration;
 use socket2::Socket;
 use tokio::sync::mpsc::{self, error::TrySendError};
 
+use crate::observe::counters::{PerWorker, WorkerId};
 use crate::session::SessionCounters;
-use crate::telemetry::counters::{PerWorker, WorkerId};
 
 /// Up to so many sessions of its own a worker compares itself with all others: they are few, and each place counts. Above it
 /// with one of them at a time, since a look at another core's counters costs some 50 ns.

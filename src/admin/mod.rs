@@ -4,6 +4,8 @@
 //! oldest idle one makes room: a prober that comes now is worth more than a connection that was left open. `/livez` and `/readyz`
 //! ask for no token, since a prober has none.
 
+mod scrapes;
+
 use std::collections::VecDeque;
 use std::net::TcpListener as StdListener;
 use std::sync::Arc;
@@ -25,13 +27,13 @@ use tokio::task::{AbortHandle, yield_now};
 use tokio::time::{sleep, timeout};
 use tracing::debug;
 
-use super::accept::Format;
-use super::prometheus::{self, Observed};
-use super::scrapes::Scrapes;
+use self::scrapes::Scrapes;
 use crate::config::{Admin, Secret};
-use crate::listen::socket::{exhausted, explain};
+use crate::drain::{Drain, Phase};
+use crate::metrics::format::Format;
+use crate::metrics::prometheus::{self, Observed};
 use crate::net::descriptors::{self, User};
-use crate::runtime::drain::{Drain, Phase};
+use crate::net::errors::{exhausted, explain};
 
 const MOST_CONNECTIONS: usize = 256;
 /// While clients hold all descriptors that they may have.

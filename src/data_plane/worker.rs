@@ -16,17 +16,17 @@ use tokio::sync::oneshot::{self, error::RecvError};
 use tokio::task::yield_now;
 use tracing::{error, warn};
 
-use super::drain::Drain;
 use super::handover::{Connection, Inbox, Neighbours};
 use crate::balance::pool::Pool;
 use crate::config::LogFormat;
+use crate::drain::Drain;
 use crate::listen::accept::{self, Listening};
+use crate::observe::counters::{PerWorker, WorkerId};
+use crate::observe::log_sink::LogSink;
 use crate::reactor::{Runtime, spawn as spawn_task};
 use crate::relay::Stream;
+use crate::session::access_log::AccessLog;
 use crate::session::{self, Context, Listener, SessionCounters, Settings, Starvation, Worker};
-use crate::telemetry::access_log::AccessLog;
-use crate::telemetry::counters::{PerWorker, WorkerId};
-use crate::telemetry::log_sink::LogSink;
 
 /// One socket that a worker accepts from: a [`Listening`] one once the worker has started.
 #[derive(Debug)]
@@ -290,10 +290,10 @@ mod tests {
     use std::io::Read as _;
     use std::net::TcpStream;
 
-    use super::super::drain::{self, Phase};
-    use super::super::handover;
     use crate::balance::{Balance, Table};
     use crate::config::Config;
+    use crate::data_plane::handover;
+    use crate::drain::{self, Phase};
 
     fn any() -> TcpListener {
         TcpListener::bind("127.0.0.1:0").expect("a free port")

@@ -12,18 +12,19 @@ use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, NoLabelSet}
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 
-use super::accept::Format;
-use super::counters::{BUCKET_BOUNDS_SECONDS, BackendCounters, Counter, Histogram, HistogramTotal};
 use super::exposition::Exposition;
-use super::log_sink::LogSink;
+use super::format::Format;
 use crate::balance::AdminState;
 use crate::balance::backend::Backend;
 use crate::balance::pool::{Pool, Source};
 use crate::balance::snapshot::Origin;
+use crate::observe::counters::{
+    BUCKET_BOUNDS_SECONDS, BackendCounters, Counter, Histogram, HistogramTotal, PerWorker,
+};
+use crate::observe::log_sink::LogSink;
 use crate::redis::status::{RedisStatus, TableStatus, WatchMode};
 use crate::session::{CloseReason, Listener, SessionCounters};
 use crate::state::SaveStatus;
-use crate::telemetry::counters::PerWorker;
 
 /// Everything that is counted.
 #[derive(Clone, Debug)]
