@@ -26,7 +26,7 @@ use crate::control::runtime;
 use crate::data_plane::worker::{Door, Shared};
 use crate::drain::{self, DrainControl, Phase};
 use crate::listen::socket::{self, BindError, Options};
-use crate::metrics::prometheus::Observed;
+use crate::metrics::Observed;
 use crate::net::descriptors;
 use crate::observe::counters::PerWorker;
 use crate::observe::log_sink::LogSink;

@@ -182,7 +182,7 @@ fn a_forbidden_path_is_found_however_it_is_written() {
     for bad in [
         "use crate::redis::watch;",
         "use crate::{redis, config};",
-        "use crate::{\n metrics::{format::Format, prometheus}};",
+        "use crate::{\n metrics::{format::Format, Observed}};",
         "fn f() { crate::config::Config::load(); }",
         "use super::super::proxy;",
         "use ::redis::Client;",

@@ -31,7 +31,7 @@ use self::scrapes::Scrapes;
 use crate::config::{Admin, Secret};
 use crate::drain::{Drain, Phase};
 use crate::metrics::format::Format;
-use crate::metrics::prometheus::{self, Observed};
+use crate::metrics::{self, Observed};
 use crate::net::descriptors::{self, User};
 use crate::net::errors::{exhausted, explain};
 
@@ -57,7 +57,7 @@ impl AdminState {
     /// Tells what is counted in `observed`, and the phase of `drain`; metrics only to those that send `token`, where there is one.
     #[must_use]
     pub fn new(observed: Observed, drain: Drain, token: Option<Secret>) -> Self {
-        let scrapes = Scrapes::new(move |format, size| prometheus::encode(&observed, format, size));
+        let scrapes = Scrapes::new(move |format, size| metrics::encode(&observed, format, size));
         Self { scrapes, drain, token }
     }
 }

@@ -1,6 +1,6 @@
 //! Reads an `Accept` header: which text format of the metrics a scraper asks for.
 //!
-//! RFC 9110, section 12.5.1. The formats themselves are written in `prometheus.rs` and `exposition.rs`.
+//! RFC 9110, section 12.5.1. The formats themselves are written in `mod.rs` and `exposition.rs`.
 
 /// A text format of the metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,7 +1,7 @@
 //! Counters that cost a data-plane thread one plain add.
 //!
 //! Every counter has one writer, the worker that owns it, so an increment is a load and a store without a lock prefix.
-//! A scrape sums over the workers (`prometheus.rs`). What may go down is kept as two counters that only go up.
+//! A scrape sums over the workers (`metrics`). What may go down is kept as two counters that only go up.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};

@@ -5,8 +5,8 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
 use statera::config::Config;
+use statera::metrics;
 use statera::metrics::format::Format;
-use statera::metrics::prometheus;
 use statera::observe::log_sink::LogSink;
 use statera::proxy::{self, Running};
 
@@ -65,7 +65,7 @@ impl Proxy {
     /// A metric's value, by its whole name with labels as printed: `statera_picks_total{pool="web",source="lua"}`.
     /// `None` where it is not there.
     pub fn metric(&self, series: &str) -> Option<f64> {
-        let text = prometheus::encode(&self.running.observed, Format::Classic, 0);
+        let text = metrics::encode(&self.running.observed, Format::Classic, 0);
         let value =
             text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' ').map(str::to_owned));
         value.map(|value| value.parse().unwrap_or_else(|e| panic!("{series}: {value}: {e}")))

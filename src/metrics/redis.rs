@@ -1,0 +1,76 @@
+//! Metrics of Redis: the connections, the tables that are read, and the saved tables.
+
+use std::fmt;
+use std::sync::atomic::Ordering::Relaxed;
+
+use prometheus_client::encoding::DescriptorEncoder;
+
+use super::Observed;
+use super::samples::{counters, gauges, histograms};
+use crate::observe::counters::HistogramTotal;
+use crate::redis::status::WatchMode;
+
+impl Observed {
+    pub(super) fn encode_redis(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let Some(redis) = &self.redis else { return Ok(()) };
+        let none: [(&str, &str); 0] = [];
+        let connected = f64::from(u8::from(redis.is_connected()));
+        gauges(
+            encoder,
+            "statera_redis_connected",
+            "1 while all watching connections are up",
+            [(none, connected)],
+        )?;
+        let modes =
+            WatchMode::ALL.map(|mode| ([("mode", mode.name())], f64::from(u8::from(redis.mode() == mode))));
+        gauges(encoder, "statera_redis_watch_mode", "1 for the way in which changes are noticed now", modes)?;
+        for (name, help, counter) in [
+            ("statera_redis_notifications", "Keyspace events received", &redis.notifications),
+            ("statera_redis_resyncs", "Whole tables read", &redis.resyncs),
+            ("statera_redis_reconnects", "Watching connections made after the first", &redis.reconnects),
+        ] {
+            counters(encoder, name, help, [(none, counter.get())])?;
+        }
+        let tables = || {
+            self.pools
+                .iter()
+                .zip(self.tables.iter())
+                .map(|(pool, table)| ([("pool", pool.name.to_string())], table))
+        };
+        gauges(
+            encoder,
+            "statera_table_rejected_members",
+            "Members of the table that are left out",
+            tables().map(|(labels, table)| (labels, table.rejected_members.load(Relaxed) as f64)),
+        )?;
+        gauges(
+            encoder,
+            "statera_pool_table_kept",
+            "1 while Redis holds no weights and the last table serves all the same (redis.on_empty)",
+            tables().map(|(labels, table)| (labels, f64::from(u8::from(table.is_kept.load(Relaxed))))),
+        )?;
+        counters(
+            encoder,
+            "statera_table_failed_reads",
+            "Reads of the table that Redis refused, or that gave no table",
+            tables().map(|(labels, table)| (labels, table.failed_reads.get())),
+        )?;
+        if let Some(saves) = &self.saves {
+            let by_pool = self.pools.iter().zip(saves.iter());
+            counters(
+                encoder,
+                "statera_state_writes_failed",
+                "Tries to save the table in state_dir that failed",
+                by_pool.map(|(pool, save)| ([("pool", pool.name.to_string())], save.failed_writes.get())),
+            )?;
+        }
+        let mut propagation = HistogramTotal::default();
+        redis.propagation.add_to(&mut propagation);
+        histograms(
+            encoder,
+            "statera_weight_propagation_seconds",
+            "From the arrival of a notification to the swap that all workers see",
+            [(none, propagation)],
+        )
+    }
+}
