@@ -23,7 +23,7 @@ use crate::balance::lua_pick::{self as picking, LuaRequests};
 use crate::balance::pool::{Pool, Sync};
 use crate::config::{Config, Shutdown};
 use crate::control::runtime;
-use crate::data_plane::worker::{Door, Shared};
+use crate::data_plane::worker::{BoundListener, Shared};
 use crate::drain::{self, DrainControl, Phase};
 use crate::listen::socket::{self, BindError, Options};
 use crate::metrics::Observed;
@@ -115,7 +115,7 @@ pub fn start(config: &Config, log: Option<LogSink>) -> Result<Running, StartErro
     };
     let pools: Vec<Arc<Pool>> = config.pools.iter().enumerate().map(make_pool).collect();
 
-    let mut doors: Vec<Vec<Door>> = (0..workers).map(|_| Vec::new()).collect();
+    let mut doors: Vec<Vec<BoundListener>> = (0..workers).map(|_| Vec::new()).collect();
     let mut addresses = Vec::new();
     let mut listeners = Vec::new();
     for listener in &config.listeners {
@@ -135,7 +135,7 @@ pub fn start(config: &Config, log: Option<LogSink>) -> Result<Running, StartErro
             bound.extend(sockets.first().map(TcpListener::local_addr).transpose()?);
             for (doors, socket) in doors.iter_mut().zip(sockets) {
                 let (listener, pool) = (Arc::clone(&shared), Arc::clone(&pool));
-                doors.push(Door { socket, listener, pool, settings: Settings::from(settings) });
+                doors.push(BoundListener { socket, listener, pool, settings: Settings::from(settings) });
             }
         }
         addresses.push((Arc::clone(&listener.name), bound));
@@ -246,7 +246,7 @@ struct Control {
     observed: Observed,
     admin_socket: Option<TcpListener>,
     lua_requests: Option<LuaRequests>,
-    doors: Vec<Vec<Door>>,
+    doors: Vec<Vec<BoundListener>>,
     shared: Shared,
     drain: DrainControl,
 }

@@ -28,8 +28,8 @@ const INBOX_CONNECTIONS: usize = 64;
 /// that was complete.
 #[derive(Debug)]
 pub struct Connection {
-    /// Which of the worker's doors it came through: all workers have the same ones in the same order.
-    pub door: usize,
+    /// The index of the listener that accepted it: all workers have the same listeners in the same order.
+    pub listener: usize,
     /// Its other end.
     pub client: SocketAddr,
     /// Watched by no runtime.
@@ -37,10 +37,10 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// `socket` was accepted at `door`.
+    /// `socket` was accepted by the listener with this index.
     #[must_use]
-    pub fn new(door: usize, socket: Socket, client: SocketAddr) -> Self {
-        Self { door, client, socket: Some(socket) }
+    pub fn new(listener: usize, socket: Socket, client: SocketAddr) -> Self {
+        Self { listener, client, socket: Some(socket) }
     }
 
     /// For the worker that serves it.

@@ -30,7 +30,7 @@ use crate::session::{self, Context, Listener, SessionCounters, Settings, Starvat
 
 /// One socket that a worker accepts from: a [`Listening`] one once the worker has started.
 #[derive(Debug)]
-pub struct Door<S = TcpListener> {
+pub struct BoundListener<S = TcpListener> {
     /// Bound and listening.
     pub socket: S,
     /// Whose it is.
@@ -41,9 +41,9 @@ pub struct Door<S = TcpListener> {
     pub settings: Settings,
 }
 
-impl Door {
+impl BoundListener {
     /// Begins to watch its socket on this thread.
-    fn watch(self) -> io::Result<Door<Listening>> {
+    fn watch(self) -> io::Result<BoundListener<Listening>> {
         let Self { socket, listener, pool, settings } = self;
         let socket = Listening::watch(socket).map_err(|error| {
             let name = &listener.name;
@@ -52,7 +52,7 @@ impl Door {
                 format!("listeners.{name}: a listening socket cannot be watched: {error}"),
             )
         })?;
-        Ok(Door { socket, listener, pool, settings })
+        Ok(BoundListener { socket, listener, pool, settings })
     }
 }
 
@@ -107,7 +107,7 @@ impl Drop for Ended {
 /// No thread, no epoll descriptor, or a listening socket that cannot be watched. The thread has ended then.
 pub fn spawn(
     id: WorkerId,
-    doors: Vec<Door>,
+    listeners: Vec<BoundListener>,
     sharing: Sharing,
     shared: Shared,
     ended: Ended,
@@ -117,14 +117,15 @@ pub fn spawn(
         let mut ended = ended;
         // Made on the thread that drives it: it cannot be sent there.
         let ready = Runtime::new().and_then(|runtime| {
-            let doors = doors.into_iter().map(Door::watch).collect::<io::Result<Vec<_>>>()?;
-            Ok((runtime, doors))
+            let listeners =
+                listeners.into_iter().map(BoundListener::watch).collect::<io::Result<Vec<_>>>()?;
+            Ok((runtime, listeners))
         });
         match ready {
-            Ok((runtime, doors)) => {
+            Ok((runtime, listeners)) => {
                 // `spawn` waits for this.
                 let _ = started.send(Ok(()));
-                ended.cut = Some(run(runtime, id, doors, sharing, &shared));
+                ended.cut = Some(run(runtime, id, listeners, sharing, &shared));
             }
             Err(error) => {
                 let _ = started.send(Err(error));
@@ -143,12 +144,12 @@ pub fn spawn(
 fn run(
     mut runtime: Runtime,
     id: WorkerId,
-    doors: Vec<Door<Listening>>,
+    listeners: Vec<BoundListener<Listening>>,
     sharing: Sharing,
     shared: &Shared,
 ) -> u64 {
     let access_log = shared.access_log.as_ref().map(|(format, sink)| AccessLog::new(*format, sink.clone()));
-    let limits = doors.iter().map(|door| &door.settings.limits);
+    let limits = listeners.iter().map(|bound| &bound.settings.limits);
     let shortest = limits
         .map(|limits| limits.half_closed.min(limits.peer_timeout).min(limits.idle.unwrap_or(Duration::MAX)));
     let shortest = shortest.min();
@@ -159,7 +160,7 @@ fn run(
         Arc::clone(&shared.sessions),
         Arc::clone(&shared.starvation),
     ));
-    let cut = runtime.block_on(serve(&worker, doors, sharing, &shared.drain));
+    let cut = runtime.block_on(serve(&worker, listeners, sharing, &shared.drain));
     // Sessions that are left end here: their futures are dropped, which resets and reports them.
     drop(runtime);
     if let Some(log) = &worker.access_log {
@@ -169,7 +170,12 @@ fn run(
 }
 
 /// Returns the number of sessions that are left.
-async fn serve(worker: &Rc<Worker>, doors: Vec<Door<Listening>>, sharing: Sharing, drain: &Drain) -> u64 {
+async fn serve(
+    worker: &Rc<Worker>,
+    listeners: Vec<BoundListener<Listening>>,
+    sharing: Sharing,
+    drain: &Drain,
+) -> u64 {
     if worker.access_log.is_some() {
         let worker = Rc::clone(worker);
         spawn_task(async move {
@@ -183,11 +189,11 @@ async fn serve(worker: &Rc<Worker>, doors: Vec<Door<Listening>>, sharing: Sharin
     let mut accepting = Vec::new();
     let neighbours = Rc::new(sharing.neighbours);
     let mut contexts = Vec::new();
-    close_leaving(&doors, worker);
-    for (number, Door { socket, listener, pool, settings }) in doors.into_iter().enumerate() {
+    close_leaving(&listeners, worker);
+    for (index, BoundListener { socket, listener, pool, settings }) in listeners.into_iter().enumerate() {
         let context = Rc::new(Context { worker: Rc::clone(worker), listener, pool, settings });
         contexts.push(Rc::clone(&context));
-        let accepts = accept_at(socket, number, context, Rc::clone(&neighbours), drain.clone());
+        let accepts = accept_at(socket, index, context, Rc::clone(&neighbours), drain.clone());
         let (tell, ended) = oneshot::channel();
         accepting.push(ended);
         spawn_task(async move {
@@ -205,7 +211,7 @@ async fn serve(worker: &Rc<Worker>, doors: Vec<Door<Listening>>, sharing: Sharin
         let accepted = async { poll_fn(|cx| poll_ended(&mut accepting, cx)).await.inspect_err(died) };
         let taken_over = async {
             while let Some(connection) = inbox.recv().await {
-                let context = &contexts[connection.door];
+                let context = &contexts[connection.listener];
                 begin(connection, context);
                 yield_now().await;
             }
@@ -223,7 +229,7 @@ async fn serve(worker: &Rc<Worker>, doors: Vec<Door<Listening>>, sharing: Sharin
     // What nobody has begun yet is cut like the sessions that are left, and counted and logged like them.
     inbox.close();
     while let Ok(connection) = inbox.try_recv() {
-        let context = &contexts[connection.door];
+        let context = &contexts[connection.listener];
         begin(connection, context);
     }
     worker.active()
@@ -245,26 +251,26 @@ fn poll_ended(
     if died.is_ok() && !all.is_empty() { Poll::Pending } else { Poll::Ready(died) }
 }
 
-/// One task for each pool, however many doors lead to it.
-fn close_leaving(doors: &[Door<Listening>], worker: &Rc<Worker>) {
-    for (number, door) in doors.iter().enumerate() {
-        if !doors[..number].iter().any(|before| Arc::ptr_eq(&before.pool, &door.pool)) {
-            let (worker, pool) = (Rc::clone(worker), Arc::clone(&door.pool));
-            spawn_task(session::leaving::close(worker, pool, door.settings.limits.settle_time));
+/// One task for each pool, however many listeners lead to it.
+fn close_leaving(listeners: &[BoundListener<Listening>], worker: &Rc<Worker>) {
+    for (index, bound) in listeners.iter().enumerate() {
+        if !listeners[..index].iter().any(|before| Arc::ptr_eq(&before.pool, &bound.pool)) {
+            let (worker, pool) = (Rc::clone(worker), Arc::clone(&bound.pool));
+            spawn_task(session::leaving::close(worker, pool, bound.settings.limits.settle_time));
         }
     }
 }
 
 async fn accept_at(
     socket: Listening,
-    door: usize,
+    index: usize,
     context: Rc<Context>,
     neighbours: Rc<Neighbours>,
     drain: Drain,
 ) {
     let Context { worker, listener, .. } = &*context;
     let on_connection = |socket, client| {
-        if let Some(connection) = neighbours.offer(Connection::new(door, socket, client)) {
+        if let Some(connection) = neighbours.offer(Connection::new(index, socket, client)) {
             begin(connection, &context);
         }
     };
@@ -299,12 +305,12 @@ mod tests {
         TcpListener::bind("127.0.0.1:0").expect("a free port")
     }
 
-    fn door(socket: TcpListener) -> Door {
+    fn bound(socket: TcpListener) -> BoundListener {
         let config = Config::from_yaml(
             "listeners: {web: {bind: \"127.0.0.1:0\", pool: web}}\npools: {web: {backends: {\"127.0.0.1:9\": 1}}}",
         )
         .expect("a valid config");
-        Door {
+        BoundListener {
             socket,
             listener: Arc::new(Listener { name: "web".into(), counters: PerWorker::new(1) }),
             pool: Arc::new(Pool::new("web".into(), 0, Balance::WeightedRandom, Table::default(), None, 1)),
@@ -322,9 +328,9 @@ mod tests {
         let (neighbours, inbox) = handover::between(1, &sessions).remove(0);
         let shared = Shared { access_log: None, sessions, starvation: Arc::default(), drain };
         let (tell, mut ends) = mpsc::unbounded_channel();
-        let doors = vec![door(any()), door(TcpListener::from(std::os::fd::OwnedFd::from(file)))];
+        let listeners = vec![bound(any()), bound(TcpListener::from(std::os::fd::OwnedFd::from(file)))];
         let sharing = Sharing { neighbours, inbox };
-        let error = spawn(WorkerId(0), doors, sharing, shared, Ended::new(tell)).expect_err("a file");
+        let error = spawn(WorkerId(0), listeners, sharing, shared, Ended::new(tell)).expect_err("a file");
         assert!(error.to_string().starts_with("listeners.web: a listening socket"), "{error}");
         assert_eq!(ends.try_recv(), Ok(None), "the thread has ended");
     }
@@ -332,8 +338,8 @@ mod tests {
     /// It was accepted, so it is cut like a session, not lost: counted, logged and reset.
     #[test]
     fn a_connection_that_is_handed_over_at_the_very_end_is_cut() {
-        let door = door(any());
-        door.socket.set_nonblocking(true).expect("a socket");
+        let bound = bound(any());
+        bound.socket.set_nonblocking(true).expect("a socket");
         let other = any();
         let mut client = TcpStream::connect(other.local_addr().expect("bound")).expect("it listens");
         let (socket, address) = other.accept().expect("a client");
@@ -344,13 +350,13 @@ mod tests {
         let (neighbours, _) = handover::between(1, &sessions).remove(0);
         let (hand, inbox) = mpsc::channel(1);
         hand.try_send(Connection::new(0, socket.into(), address)).expect("room");
-        let listener = Arc::clone(&door.listener);
+        let listener = Arc::clone(&bound.listener);
         let shared =
             Shared { access_log: None, sessions: Arc::clone(&sessions), starvation: Arc::default(), drain };
         let sharing = Sharing { neighbours, inbox };
         let runtime = Runtime::new().expect("descriptors");
-        let doors = vec![door.watch().expect("a socket")];
-        let cut = run(runtime, WorkerId(0), doors, sharing, &shared);
+        let listeners = vec![bound.watch().expect("a socket")];
+        let cut = run(runtime, WorkerId(0), listeners, sharing, &shared);
 
         assert_eq!((cut, listener.counters.of(WorkerId(0)).connections.get()), (1, 1));
         assert_eq!(sessions.of(WorkerId(0)).closed(session::CloseReason::Shutdown).get(), 1);
