@@ -18,9 +18,9 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::Instant;
 use tracing::warn;
 
-use crate::control::pace::Pace;
+use crate::control::log_limiter::LogLimiter;
 
-/// Log lines of one signal in each window of [`Pace`]. XFSZ needs the bound: the line that tells of it may cause the next one.
+/// Log lines of one signal in each window of [`LogLimiter`]. XFSZ needs the bound: the line that tells of it may cause the next one.
 const MOST_LINES: u32 = 2;
 
 /// Each begins the drain, and ends the process when it is the second. nginx's users expect QUIT to be the gentle one.
@@ -70,7 +70,7 @@ struct Answered {
     name: String,
     answer: &'static str,
     signal: Signal,
-    pace: Pace,
+    pace: LogLimiter,
 }
 
 impl Noted {
@@ -105,12 +105,17 @@ impl Noted {
 
 impl Answered {
     fn new(name: String, number: i32, answer: &'static str) -> io::Result<Self> {
-        Ok(Self { name, answer, signal: signal(SignalKind::from_raw(number))?, pace: Pace::new(MOST_LINES) })
+        Ok(Self {
+            name,
+            answer,
+            signal: signal(SignalKind::from_raw(number))?,
+            pace: LogLimiter::new(MOST_LINES),
+        })
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) {
         while let Poll::Ready(Some(())) = self.signal.poll_recv(cx) {
-            if let Some(held_back) = self.pace.may_say(Instant::now()) {
+            if let Some(held_back) = self.pace.permit(Instant::now()) {
                 warn!(signal = self.name, held_back, "{}", self.answer);
             }
         }

@@ -17,13 +17,13 @@ use tokio::time::{Instant, sleep};
 use tracing::{info, warn};
 
 use super::backoff::Backoff;
-use super::pace::Pace;
+use super::log_limiter::LogLimiter;
 
 /// Between two requests for a thread while the system gives none.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-/// Log lines about shortages in each window of [`Pace`].
+/// Log lines about shortages in each window of [`LogLimiter`].
 const MOST_LINES: u32 = 2;
 
 /// Work on a thread. Ready with its result. Dropped, the work goes on and its result is lost.
@@ -133,12 +133,13 @@ fn spawn(run: impl FnOnce() + Send + 'static) -> io::Result<()> {
 struct Shortage {
     since: Option<Instant>,
     is_logged: bool,
-    pace: Pace,
+    lines: LogLimiter,
 }
 
 fn shortage(change: impl FnOnce(&mut Shortage)) {
-    static SHORTAGE: LazyLock<Mutex<Shortage>> =
-        LazyLock::new(|| Mutex::new(Shortage { since: None, is_logged: false, pace: Pace::new(MOST_LINES) }));
+    static SHORTAGE: LazyLock<Mutex<Shortage>> = LazyLock::new(|| {
+        Mutex::new(Shortage { since: None, is_logged: false, lines: LogLimiter::new(MOST_LINES) })
+    });
     change(&mut SHORTAGE.lock().unwrap_or_else(PoisonError::into_inner));
 }
 
@@ -147,7 +148,7 @@ impl Shortage {
         let now = Instant::now();
         if self.since.is_none() {
             self.since = Some(now);
-            if let Some(held_back) = self.pace.may_say(now) {
+            if let Some(held_back) = self.lines.permit(now) {
                 self.is_logged = true;
                 warn!(
                     %error, held_back,

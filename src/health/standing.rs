@@ -8,7 +8,7 @@ use tokio::time::{Instant, sleep};
 use tracing::{info, warn};
 
 use crate::balance::pool::Pool;
-use crate::control::pace::Pace;
+use crate::control::log_limiter::LogLimiter;
 
 /// The steps of a slow start. More would be finer than the chance by which sessions come.
 const STEPS: u32 = 20;
@@ -37,11 +37,11 @@ pub async fn grow(pool: Arc<Pool>) {
 pub async fn watch_fail_open(pool: Arc<Pool>) {
     let mut standing = pool.cell.standing();
     let mut told = false;
-    let mut lines = Pace::new(MOST_LINES);
+    let mut lines = LogLimiter::new(MOST_LINES);
     loop {
         let fails_open = standing.borrow_and_update().fails_open;
         if fails_open != told {
-            if lines.may_say(Instant::now()).is_none() {
+            if lines.permit(Instant::now()).is_none() {
                 // How it ends is said.
                 sleep(LOOK_AGAIN).await;
                 continue;

@@ -8,7 +8,7 @@ use tracing::{info, warn};
 
 use crate::balance::pool::Pool;
 use crate::balance::usability::Usable;
-use crate::control::pace::{HeldBack, Pace};
+use crate::control::log_limiter::{HeldBack, LogLimiter};
 
 /// A writer that flips a weight between 0 and 1 changes this with every read.
 const MOST_LINES: u32 = 4;
@@ -20,7 +20,7 @@ pub async fn watch(pool: Arc<Pool>) {
     // A pool that begins with one backend has never had more: that is no news, nor is it that it gets a second one.
     let mut has_had_one = pool.cell.load().members().len() < 2;
     let mut told = if has_had_one { Usable::One } else { Usable::Several };
-    let mut lines = Pace::new(MOST_LINES);
+    let mut lines = LogLimiter::new(MOST_LINES);
     loop {
         standing.mark_unchanged();
         let usable = pool.cell.load().usable();
@@ -28,7 +28,7 @@ pub async fn watch(pool: Arc<Pool>) {
             (told, has_had_one) = (usable, false);
         }
         if usable != told {
-            let Some(held_back) = lines.may_say(Instant::now()) else {
+            let Some(held_back) = lines.permit(Instant::now()) else {
                 // How it ends is said.
                 sleep(LOOK_AGAIN).await;
                 continue;

@@ -15,7 +15,7 @@ use super::connection::{self, Connection};
 use super::decode::printable;
 use crate::balance::cell::Cell;
 use crate::balance::{AdminState, BackendId};
-use crate::control::pace::Pace;
+use crate::control::log_limiter::LogLimiter;
 
 /// As many as a table may have members.
 const MAX_STATES: i64 = 100_000;
@@ -35,9 +35,9 @@ pub(super) struct States {
     written: Option<Vec<(BackendId, AdminState)>>,
     /// What was last said to be wrong with the key, and with fields of it.
     said: Option<String>,
-    states: Pace,
+    states: LogLimiter,
     left_out: Option<String>,
-    reports: Pace,
+    reports: LogLimiter,
     /// What was wrong when it was last read, whether or not it was said.
     last_wrong: Option<String>,
     rests_until: Option<Instant>,
@@ -70,9 +70,9 @@ impl States {
         Self {
             written: None,
             said: None,
-            states: Pace::new(MOST_STATES),
+            states: LogLimiter::new(MOST_STATES),
             left_out: None,
-            reports: Pace::new(MOST_REPORTS),
+            reports: LogLimiter::new(MOST_REPORTS),
             last_wrong: None,
             rests_until: None,
             cut_offs: 0,
@@ -147,7 +147,7 @@ impl States {
             return;
         }
         if let Some(fields) = &left_out {
-            let Some(held_back) = self.reports.may_say(Instant::now()) else { return };
+            let Some(held_back) = self.reports.permit(Instant::now()) else { return };
             let (pool, key) = (&followed.pool, Companions::of(&followed.key).states);
             warn!(pool = %pool, key, fields, held_back, "what names no backend, or neither drain nor maint, is left out");
         }
@@ -158,7 +158,7 @@ impl States {
         if self.said == wrong {
             return;
         }
-        let Some(held_back) = self.states.may_say(Instant::now()) else { return };
+        let Some(held_back) = self.states.permit(Instant::now()) else { return };
         let (pool, key) = (&followed.pool, Companions::of(&followed.key).states);
         match &wrong {
             Some(reason) => {

@@ -26,7 +26,7 @@ use super::trouble::Trouble;
 use crate::balance::Table;
 use crate::config::OnEmpty;
 use crate::control::backoff::{Backoff, jittered};
-use crate::control::pace::{HeldBack, Pace};
+use crate::control::log_limiter::{HeldBack, LogLimiter};
 
 /// A table of this size is read in some 50 ms and picked from in 20 ns; one that is larger is a mistake or an attack.
 pub(super) const MAX_MEMBERS: usize = 100_000;
@@ -58,10 +58,10 @@ struct State {
     in_step: bool,
     /// What was last said of it, so that it is said once.
     said: Option<Said>,
-    states: Pace,
+    states: LogLimiter,
     /// The same of the members that were left out.
     rejected: Vec<Rejected>,
-    reports: Pace,
+    reports: LogLimiter,
     /// The members that were left out of the last read, whether or not they were reported.
     left_out: u64,
     /// It had more than [`MAX_MEMBERS`] when it was last read: they are counted before it is read again.
@@ -84,9 +84,9 @@ impl State {
             log: TableLog::new(),
             in_step: false,
             said: None,
-            states: Pace::new(MOST_STATES),
+            states: LogLimiter::new(MOST_STATES),
             rejected: Vec::new(),
-            reports: Pace::new(MOST_REPORTS),
+            reports: LogLimiter::new(MOST_REPORTS),
             left_out: 0,
         }
     }
@@ -328,7 +328,7 @@ impl<'a> Syncer<'a> {
         if state.rejected != rejected {
             if rejected.is_empty() {
                 state.rejected = rejected;
-            } else if let Some(held_back) = state.reports.may_say(Instant::now()) {
+            } else if let Some(held_back) = state.reports.permit(Instant::now()) {
                 for Rejected { member, reason } in rejected.iter().take(MOST_NAMED) {
                     warn!(pool = %pool, key, member, %reason, "a member is left out");
                 }
@@ -395,7 +395,7 @@ impl<'a> Syncer<'a> {
         if state.said == said {
             return None;
         }
-        let held_back = state.states.may_say(Instant::now())?;
+        let held_back = state.states.permit(Instant::now())?;
         Some((std::mem::replace(&mut state.said, said), held_back))
     }
 }
@@ -409,7 +409,7 @@ mod tests {
     use super::*;
     use crate::balance::Balance;
     use crate::balance::cell::Cell;
-    use crate::control::pace::LOG_WINDOW;
+    use crate::control::log_limiter::LOG_WINDOW;
     use std::sync::Arc;
     use tokio::time::advance;
 

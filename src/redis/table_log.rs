@@ -1,6 +1,6 @@
 //! Logs what has changed in one pool's table: weights, members, and which of them are in drain or maint.
 //!
-//! One line a reading at most, and few in each [`LOG_WINDOW`](crate::control::pace::LOG_WINDOW). It compares with what was logged
+//! One line a reading at most, and few in each [`LOG_WINDOW`](crate::control::log_limiter::LOG_WINDOW). It compares with what was logged
 //! last, so what was held back is made up for by a later line, and a member that changed twice in between is named once.
 
 use std::cmp::Ordering;
@@ -11,7 +11,7 @@ use tracing::info;
 
 use super::Followed;
 use crate::balance::{AdminState, BackendId, Table};
-use crate::control::pace::{HeldBack, Pace};
+use crate::control::log_limiter::{HeldBack, LogLimiter};
 
 /// Lines in one window.
 const MOST_LINES: u32 = 10;
@@ -23,7 +23,7 @@ const MOST_NAMED: usize = 10;
 pub(super) struct TableLog {
     /// The table as of the last line. `None`: nothing was read yet.
     told: Option<Table>,
-    pace: Pace,
+    pace: LogLimiter,
     /// A reading changed the table, and no line says so yet.
     owes: bool,
     /// Whether the next table is the first that Redis holds, or one after it was emptied.
@@ -43,7 +43,7 @@ enum Next {
 
 impl TableLog {
     pub(super) fn new() -> Self {
-        Self { told: None, pace: Pace::new(MOST_LINES), owes: false, next: Next::First }
+        Self { told: None, pace: LogLimiter::new(MOST_LINES), owes: false, next: Next::First }
     }
 
     /// Redis was empty, and it was said: so is the end of it.
@@ -80,7 +80,7 @@ impl TableLog {
             *told = table;
             return;
         }
-        let Some(held_back) = self.pace.may_say(Instant::now()) else {
+        let Some(held_back) = self.pace.permit(Instant::now()) else {
             self.owes = true;
             return;
         };
