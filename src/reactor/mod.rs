@@ -26,11 +26,10 @@ pub use tasks::{look_first, spawn};
 pub use timer::{Elapsed, sleep, sleep_until, timeout_at};
 pub use watched::{Ready, Watched};
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, Ref, RefCell};
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
-use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -50,17 +49,21 @@ const EVENTS: usize = 256;
 const WOKEN: EventData = EventData::new_u64(u64::MAX);
 
 thread_local! {
-    static OF_THIS_THREAD: RefCell<Option<Rc<Reactor>>> = const { RefCell::new(None) };
+    /// A reference that needs no drop: reading it is one instruction, where a thread-local value with a destructor is checked for
+    /// whether it still lives, and an `Rc` in a `RefCell` counts its borrows. A session reads it some 40 times.
+    static OF_THIS_THREAD: Cell<Option<&'static Reactor>> = const { Cell::new(None) };
 }
 
-/// One thread's.
+/// What one thread's tasks wait on.
 #[derive(Debug)]
 struct Reactor {
-    epoll: OwnedFd,
+    /// `None` once the thread has no reactor any more.
+    handles: RefCell<Option<Handles>>,
+    /// The address of the `Waking` among the handles, which tells a wake-up of this thread from one of another.
+    waking: *const Waking,
     tasks: Tasks,
     places: RefCell<Places>,
     timers: RefCell<Timers>,
-    waking: Arc<Waking>,
     /// When it last waited.
     turned: Cell<Instant>,
     /// How often it has waited, modulo 256.
@@ -71,49 +74,59 @@ struct Reactor {
     has_timers: bool,
 }
 
+/// The descriptors of a reactor.
+#[derive(Debug)]
+struct Handles {
+    epoll: OwnedFd,
+    waking: Arc<Waking>,
+}
+
 impl Reactor {
-    fn new(has_timers: bool) -> io::Result<Self> {
+    /// Makes a reactor this thread's, until the guard is dropped.
+    fn install(has_timers: bool) -> io::Result<Installed> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        let waking = Waking::new()?;
+        let waking = Arc::new(Waking::new()?);
         // Edge-triggered, each write is an event of its own, and nobody has to read.
         epoll::add(&epoll, waking.event(), WOKEN, EventFlags::IN | EventFlags::ET)?;
-        Ok(Self {
-            epoll,
+        // Leaked: some 400 bytes for each thread that ever had a reactor. What it holds is dropped with the guard.
+        let reactor: &'static Self = Box::leak(Box::new(Self {
+            waking: Arc::as_ptr(&waking),
+            handles: RefCell::new(Some(Handles { epoll, waking })),
             tasks: Tasks::default(),
             places: RefCell::default(),
             timers: RefCell::default(),
-            waking: Arc::new(waking),
             turned: Cell::new(Instant::now()),
             turns: Cell::default(),
             is_busy: Cell::default(),
             has_timers,
-        })
+        }));
+        let before = OF_THIS_THREAD.replace(Some(reactor));
+        assert!(before.is_none(), "a thread has one reactor");
+        Ok(Installed(reactor))
     }
 
-    /// Makes it this thread's, until the guard is dropped.
-    fn install(self) -> Installed {
-        let reactor = Rc::new(self);
-        let before = OF_THIS_THREAD.replace(Some(Rc::clone(&reactor)));
-        assert!(before.is_none(), "a thread has one reactor");
-        Installed(reactor)
+    fn handles(&self) -> Ref<'_, Handles> {
+        Ref::map(self.handles.borrow(), |handles| handles.as_ref().expect("they go with the guard"))
     }
 
     /// Waits for events, at most until the next timer, and not at all if a task is due; then wakes whom they
     /// concern. Returns how many there were; with [`EVENTS`] of them there may be more.
     fn turn(&self) -> usize {
-        let timeout = if self.tasks.are_idle() && self.waking.may_sleep() {
+        let handles = self.handles();
+        let timeout = if self.tasks.are_idle() && handles.waking.may_sleep() {
             self.until_next_timer()
         } else {
             Some(Duration::ZERO)
         };
         let timeout = timeout.map(|time| Timespec::try_from(time).expect("at most an hour"));
         let mut events = [const { MaybeUninit::<Event>::uninit() }; EVENTS];
-        let events: &[Event] = match epoll::wait(&self.epoll, &mut events, timeout.as_ref()) {
+        let events: &[Event] = match epoll::wait(&handles.epoll, &mut events, timeout.as_ref()) {
             Ok((events, _)) => events,
             Err(Errno::INTR) => &[],
             Err(error) => panic!("epoll_wait on a descriptor of our own: {error}"),
         };
-        self.waking.awake();
+        handles.waking.awake();
+        drop(handles);
         self.turned.set(Instant::now());
         self.turns.set(self.turns.get().wrapping_add(1));
         let mut places = self.places.borrow_mut();
@@ -138,13 +151,16 @@ impl Reactor {
     }
 }
 
-/// A reactor that is its thread's.
+/// Keeps a reactor installed on its thread, and releases what it holds when dropped.
 #[derive(Debug)]
-struct Installed(Rc<Reactor>);
+struct Installed(&'static Reactor);
 
 impl Drop for Installed {
     fn drop(&mut self) {
         OF_THIS_THREAD.take();
+        let Reactor { handles, tasks, places, timers, .. } = self.0;
+        tasks.release();
+        drop((places.take(), timers.take(), handles.take()));
     }
 }
 
@@ -167,7 +183,7 @@ pub fn is_busy() -> bool {
 
 /// `None` on a thread without, and while one ends.
 fn with<T>(f: impl FnOnce(&Reactor) -> T) -> Option<T> {
-    OF_THIS_THREAD.try_with(|reactor| reactor.borrow().as_deref().map(f)).ok().flatten()
+    OF_THIS_THREAD.get().map(f)
 }
 
 /// For tests of what runs on a worker: its sockets, on a runtime of tokio's whose clock can be stopped.
@@ -184,9 +200,8 @@ pub mod beside_tokio {
     /// Must be called in a runtime of one thread.
     #[must_use]
     pub fn install() -> Beside {
-        let reactor = Reactor::new(false).expect("descriptors");
-        let epoll = reactor.epoll.try_clone().expect("a descriptor");
-        let installed = reactor.install();
+        let installed = Reactor::install(false).expect("descriptors");
+        let epoll = installed.0.handles().epoll.try_clone().expect("a descriptor");
         tokio::spawn(async move {
             #[expect(deprecated, reason = "the new form is unsafe for types whose descriptor may change")]
             let epoll = AsyncFd::new(epoll).expect("a runtime");
@@ -195,7 +210,7 @@ pub mod beside_tokio {
                 let all = || {
                     with(|reactor| {
                         // Tokio's runtime has waited already.
-                        reactor.waking.wake_by_ref();
+                        reactor.handles().waking.wake_by_ref();
                         reactor.turn()
                     })
                 };

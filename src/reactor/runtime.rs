@@ -25,17 +25,18 @@ impl Runtime {
     /// # Panics
     /// It has one already.
     pub fn new() -> io::Result<Self> {
-        Ok(Self(Reactor::new(true)?.install()))
+        Ok(Self(Reactor::install(true)?))
     }
 
     /// Runs `future`, and the tasks that it spawns, until it ends: not a step further.
     pub fn block_on<F: Future>(&mut self, future: F) -> F::Output {
-        let reactor = &self.0.0;
-        let main = Arc::new(Main { due: AtomicBool::new(true), waking: Arc::clone(&reactor.waking) });
+        let reactor = self.0.0;
+        let waking = Arc::clone(&reactor.handles().waking);
+        let main = Arc::new(Main { due: AtomicBool::new(true), waking: Arc::clone(&waking) });
         let of_main = Waker::from(Arc::clone(&main));
         let mut future = pin!(future);
         loop {
-            reactor.tasks.woken(reactor.waking.begin());
+            reactor.tasks.woken(waking.begin());
             if main.due.swap(false, SeqCst)
                 && let Poll::Ready(output) = future.as_mut().poll(&mut Context::from_waker(&of_main))
             {
@@ -105,6 +106,20 @@ mod tests {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => socket.clear(Ready::READ),
                 Err(error) => panic!("{error}"),
             }
+        }
+    }
+
+    /// The reactor itself is leaked, for the sake of a cheap look at it. What it holds must not be.
+    #[test]
+    fn a_runtime_that_is_dropped_leaves_no_descriptors_and_no_tables() {
+        for _ in 0..3 {
+            let runtime = Runtime::new().expect("descriptors");
+            let reactor = runtime.0.0;
+            let waking = Arc::downgrade(&reactor.handles().waking);
+            spawn(std::future::pending());
+            drop(runtime);
+            assert!(reactor.handles.borrow().is_none() && waking.upgrade().is_none());
+            assert!(crate::reactor::with(|_| ()).is_none());
         }
     }
 

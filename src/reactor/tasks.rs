@@ -79,7 +79,7 @@ impl Wake for Alarm {
             return;
         }
         let is_ours = with(|reactor| {
-            let is_ours = ptr::eq(&*reactor.waking, &*self.thread);
+            let is_ours = ptr::eq(reactor.waking, &*self.thread);
             if is_ours {
                 reactor.tasks.woke(self.place);
             }
@@ -195,6 +195,11 @@ impl Tasks {
         }
     }
 
+    /// Frees the tables, once there are no tasks.
+    pub(super) fn release(&self) {
+        drop((self.places.take(), self.free.take(), self.due.take(), self.yielded.take()));
+    }
+
     fn pop(&self) -> Option<Place> {
         self.places.borrow_mut().pop()
     }
@@ -212,7 +217,7 @@ fn end(task: Task) {
 pub fn spawn(task: impl Future<Output = ()> + 'static) {
     // Outside of the reactor: what is large is not moved about there.
     let task = Box::pin(task);
-    with(|reactor| reactor.tasks.spawn(task, &reactor.waking))
+    with(|reactor| reactor.tasks.spawn(task, &reactor.handles().waking))
         .expect("tasks are spawned on the threads of workers");
 }
 

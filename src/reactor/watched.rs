@@ -156,7 +156,7 @@ impl<S: AsFd> Watched<S> {
             let mut places = reactor.places.borrow_mut();
             let place = places.take();
             let mark = EventData::new_u64(places.mark(place));
-            let added = epoll::add(&reactor.epoll, &socket, mark, flags | EventFlags::ET);
+            let added = epoll::add(&reactor.handles().epoll, &socket, mark, flags | EventFlags::ET);
             added.map(|()| place).inspect_err(|_| drop(places.give_back(place)))
         });
         match added.expect("sockets are watched on the threads of workers") {

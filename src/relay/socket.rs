@@ -114,12 +114,12 @@ impl StreamSocket {
     /// Reads into `buffer`; 0 is the end.
     pub(super) fn poll_read(&self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
         loop {
-            ready!(self.watched.poll_ready(cx, Ready::READ));
+            let ready = ready!(self.watched.poll_ready(cx, Ready::READ));
             match recv(self, &mut *buffer, RecvFlags::empty()) {
                 Ok((read, _)) => {
                     // A unix socket's reads end short at each descriptor that is sent along.
-                    if read > 0 && read < buffer.len() && self.is_tcp {
-                        self.drained();
+                    if read > 0 && read < buffer.len() && self.is_tcp && !may_end_short(ready) {
+                        self.watched.clear(Ready::READ);
                     }
                     return Poll::Ready(Ok(read));
                 }
@@ -134,10 +134,10 @@ impl StreamSocket {
     /// nothing, and which only a read takes away: left there, it would turn the close into a reset.
     pub(super) fn poll_peek(&self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
         loop {
-            ready!(self.watched.poll_ready(cx, Ready::READ));
+            let ready = ready!(self.watched.poll_ready(cx, Ready::READ));
             match recv(self, &mut *buffer, RecvFlags::PEEK) {
                 Ok((there, _)) => return Poll::Ready(Ok(there)),
-                Err(Errno::AGAIN) if self.may_end_short() => return Poll::Ready(Ok(0)),
+                Err(Errno::AGAIN) if may_end_short(ready) => return Poll::Ready(Ok(0)),
                 Err(Errno::AGAIN) => self.watched.clear(Ready::READ),
                 Err(Errno::INTR) => {}
                 Err(error) => return Poll::Ready(Err(error.into())),
@@ -198,14 +198,14 @@ impl StreamSocket {
         // read for that would lose the wake-up for good.
         debug_assert_eq!(pipe.held_bytes, 0);
         loop {
-            ready!(self.watched.poll_ready(cx, Ready::READ));
+            let ready = ready!(self.watched.poll_ready(cx, Ready::READ));
             match splice(self, None, &pipe.writer, None, pipe.capacity_bytes, SPLICE_FLAGS) {
                 Ok(read) => {
                     pipe.held_bytes = read;
                     return Poll::Ready(Ok(read));
                 }
                 // There the kernel says the same as where nothing is: for ever.
-                Err(Errno::AGAIN) if self.may_end_short() => return Poll::Ready(Ok(0)),
+                Err(Errno::AGAIN) if may_end_short(ready) => return Poll::Ready(Ok(0)),
                 Err(Errno::AGAIN) => self.watched.clear(Ready::READ),
                 Err(Errno::INTR) => {}
                 Err(error) => return Poll::Ready(Err(error.into())),
@@ -238,16 +238,16 @@ impl StreamSocket {
     /// A read got all that there was: what comes next comes with an event of its own. Not so where it may have ended at an
     /// urgent byte, and where the end has been told already.
     fn drained(&self) {
-        if !self.may_end_short() {
+        if !may_end_short(self.watched.ready()) {
             self.watched.clear(Ready::READ);
         }
     }
+}
 
-    /// A read may end before all that there is: true from the event that told of an urgent byte until a read has found nothing
-    /// more, and once the end was told, after which there is no other event.
-    fn may_end_short(&self) -> bool {
-        self.watched.ready().has(Ready::URGENT | Ready::ENDED)
-    }
+/// True where a read may end before all that there is: from the event that told of an urgent byte until a read has found nothing
+/// more, and once the end was told, after which there is no other event.
+fn may_end_short(ready: Ready) -> bool {
+    ready.has(Ready::URGENT | Ready::ENDED)
 }
 
 fn watch(socket: Socket) -> io::Result<Watched<Socket>> {
