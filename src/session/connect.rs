@@ -4,7 +4,7 @@
 use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::{Arc, LazyLock};
@@ -18,7 +18,8 @@ use tracing::debug;
 
 use super::close_reason::CloseReason;
 use super::report::Report;
-use super::{Context, Settings, queue};
+use super::{Context, queue};
+use crate::balance::Address;
 use crate::balance::backend::Backend;
 use crate::balance::cause::Cause;
 use crate::balance::condition::Failure;
@@ -27,7 +28,7 @@ use crate::balance::pool::NoPick;
 use crate::config::Congestion;
 use crate::net::descriptors::{User, is_reserved};
 use crate::net::errors::exhausted;
-use crate::reactor::{sleep, timeout_at};
+use crate::reactor::{Elapsed, sleep, timeout_at};
 use crate::relay::{Opening, Stream, StreamSocket};
 
 /// Between two tries where a descriptor, or a place in a unix socket's queue, may become free at any moment.
@@ -189,10 +190,27 @@ async fn unless_reset<F: Future>(client: &Stream, mut future: Pin<&mut F>) -> Re
     .await
 }
 
-/// One attempt: the usable addresses of a backend's name in turn, each with its part of `connect.timeout`. An address that fails
-/// has its failure counted. Where only a descriptor is missing it is waited for, until `deadline`: another backend would need one
-/// too. `now` is when the attempt begins.
+/// Connects to `backend` once: to its own address, or to the usable addresses of its name in turn. `now` is when that begins.
 async fn connect_to(
+    report: &mut Report,
+    backend: &Backend,
+    context: &Context,
+    mut now: Instant,
+    deadline: Instant,
+) -> Result<Stream, ConnectError> {
+    let destination = match backend.id().address() {
+        Address::Socket(address) => Destination::Tcp(address),
+        Address::Unix(path) => Destination::Unix(path),
+        // Boxed: what a name needs would make the allocation of each session larger.
+        Address::Name { .. } => {
+            return Box::pin(connect_to_name(report, backend, context, now, deadline)).await;
+        }
+    };
+    connect_at(report, destination, context, &mut now, context.settings.connect.timeout, deadline).await
+}
+
+/// The usable addresses of a backend's name in turn, each with its part of `connect.timeout`.
+async fn connect_to_name(
     report: &mut Report,
     backend: &Backend,
     context: &Context,
@@ -202,57 +220,87 @@ async fn connect_to(
     let mut route = backend.route(report.permit());
     let limit = context.settings.connect.timeout / u32::try_from(route.len().max(1)).unwrap_or(u32::MAX);
     let mut error = ConnectError::Unresolved;
-    if route.address().is_some() {
+    while !route.is_empty() {
         let permit = route.take_permit();
         report.tries_address(route.address(), permit);
-    }
-    while let Some(endpoint) = route.endpoint() {
-        let until = (now + limit).min(deadline);
-        error = match timeout_at(until, open(endpoint, &context.settings))
-            .await
-            .unwrap_or(Err(ConnectError::TimedOut))
-        {
+        let Some(endpoint) = route.endpoint() else { break };
+        error = match connect_at(report, endpoint.into(), context, &mut now, limit, deadline).await {
             Ok(stream) => return Ok(stream),
-            Err(ConnectError::Exhausted(error)) => {
+            Err(error @ ConnectError::Exhausted(_)) => return Err(error),
+            Err(error) => error,
+        };
+        route.advance();
+    }
+    Err(error)
+}
+
+/// Connects to one address, within `limit` from `now` on, which becomes the time at which the attempt ended. A failure of the
+/// address is counted. Where only a descriptor is missing it is waited for, until `deadline`: another backend would need one too.
+async fn connect_at(
+    report: &mut Report,
+    destination: Destination<'_>,
+    context: &Context,
+    now: &mut Instant,
+    limit: Duration,
+    deadline: Instant,
+) -> Result<Stream, ConnectError> {
+    loop {
+        let until = (*now + limit).min(deadline);
+        let congestion = context.settings.congestion.as_ref();
+        let opened = match destination {
+            Destination::Tcp(address) => timeout_at(until, open_tcp(address, congestion)).await,
+            // Boxed: its address and its timer would make what all sessions allocate too large for the allocator's cache.
+            Destination::Unix(path) => Box::pin(timeout_at(until, open_unix(path))).await,
+        };
+        let error = match opened {
+            Ok(Ok(stream)) => return Ok(stream),
+            Ok(Err(ConnectError::Exhausted(error))) => {
                 context.worker.starve();
                 if Instant::now() + RETRY_PAUSE >= deadline {
                     return Err(ConnectError::Exhausted(error));
                 }
                 sleep(RETRY_PAUSE).await;
-                now = Instant::now();
+                *now = Instant::now();
                 continue;
             }
-            Err(error) => error,
+            Ok(Err(error)) => error,
+            Err(Elapsed) => ConnectError::TimedOut,
         };
         let ended = Instant::now();
-        // One that was given less time than it may take has shown nothing, nor has one that no local port was left for.
+        // An address that was given less time than it may take has shown nothing, nor has one that no local port was left for.
         let is_fault = match error {
             ConnectError::NoLocalPort(_) => false,
-            ConnectError::TimedOut => ended - now >= limit,
+            ConnectError::TimedOut => ended - *now >= limit,
             _ => true,
         };
         if is_fault {
             report.failed(Failure::Connect, error.cause());
         }
-        now = ended;
-        route.advance();
-        if route.address().is_some() {
-            report.tries_address(route.address(), None);
+        *now = ended;
+        return Err(error);
+    }
+}
+
+/// Where one attempt connects to.
+///
+/// Borrowed, since each future that a session's connect consists of has a copy.
+#[derive(Clone, Copy, Debug)]
+enum Destination<'a> {
+    Tcp(&'a SocketAddr),
+    Unix(&'a PathBuf),
+}
+
+impl<'a> From<&'a Endpoint> for Destination<'a> {
+    fn from(endpoint: &'a Endpoint) -> Self {
+        match endpoint {
+            Endpoint::Tcp(address) => Self::Tcp(address),
+            Endpoint::Unix(path) => Self::Unix(path),
         }
     }
-    Err(error)
 }
 
-async fn open(endpoint: &Endpoint, settings: &Settings) -> Result<Stream, ConnectError> {
-    match endpoint {
-        Endpoint::Tcp(address) => open_tcp(*address, settings.congestion.as_ref()).await,
-        // Boxed: its address and its timer would make what all sessions allocate too large for the allocator's cache.
-        Endpoint::Unix(path) => Box::pin(open_unix(path)).await,
-    }
-}
-
-async fn open_tcp(address: SocketAddr, congestion: Option<&Congestion>) -> Result<Stream, ConnectError> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking(), Some(Protocol::TCP))
+async fn open_tcp(address: &SocketAddr, congestion: Option<&Congestion>) -> Result<Stream, ConnectError> {
+    let socket = Socket::new(Domain::for_address(*address), Type::STREAM.nonblocking(), Some(Protocol::TCP))
         .map_err(classify)?;
     leave_reserve(&socket)?;
     if let Some(congestion) = congestion {
@@ -262,7 +310,7 @@ async fn open_tcp(address: SocketAddr, congestion: Option<&Congestion>) -> Resul
             .inspect_err(|error| debug!(%error, name = congestion.name(), "tcp_congestion cannot be set"));
     }
     let opening = Opening::before_connect(&socket);
-    if let Err(error) = socket.connect(&SockAddr::from(address))
+    if let Err(error) = socket.connect(&SockAddr::from(*address))
         && Errno::from_io_error(&error) != Some(Errno::INPROGRESS)
     {
         return Err(classify(error));
@@ -275,7 +323,7 @@ async fn open_tcp(address: SocketAddr, congestion: Option<&Congestion>) -> Resul
     }
     // A simultaneous open with oneself needs the kernel to choose the very port that is called, so only ports of its
     // own range are worth the system call.
-    if address.port() >= *FIRST_LOCAL_PORT && stream.local_address() == Some(address) {
+    if address.port() >= *FIRST_LOCAL_PORT && stream.local_address() == Some(*address) {
         return Err(ConnectError::ToItself);
     }
     Ok(stream)
