@@ -242,17 +242,24 @@ impl Cell {
     /// How long ago, at the most, the newest snapshot was last known to be what Redis wants. `None`: it never was.
     #[must_use]
     pub fn age(&self) -> Option<Duration> {
-        self.age_at(Instant::now())
-    }
-
-    /// The same, for a caller that knows the time already: asking the clock costs more than the pick.
-    #[inline]
-    #[must_use]
-    pub fn age_at(&self, now: Instant) -> Option<Duration> {
         match self.confirmed.load(Relaxed) {
             NEVER => None,
+            millis => Some(self.epoch.elapsed().saturating_sub(Duration::from_millis(millis))),
+        }
+    }
+
+    /// True if the newest snapshot was known at most `max_stale` before `now` to be what Redis wants.
+    ///
+    /// The caller passes the time, since asking the clock costs more than a pick.
+    #[inline]
+    #[must_use]
+    pub fn is_fresh_at(&self, now: Instant, max_stale: Duration) -> bool {
+        match self.confirmed.load(Relaxed) {
+            NEVER => false,
+            // A sum is compared, not a difference: subtracting two instants is a call that costs as much as the draw.
             millis => {
-                Some(now.saturating_duration_since(self.epoch).saturating_sub(Duration::from_millis(millis)))
+                let until = self.epoch.checked_add(Duration::from_millis(millis).saturating_add(max_stale));
+                until.is_none_or(|until| now <= until)
             }
         }
     }

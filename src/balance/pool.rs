@@ -208,7 +208,7 @@ impl Pool {
     #[inline]
     fn is_fresh(&self, now: Instant) -> bool {
         let Some(sync) = &self.sync else { return true };
-        self.cell.age_at(now).is_some_and(|age| age <= sync.max_stale)
+        self.cell.is_fresh_at(now, sync.max_stale)
     }
 
     /// Where no fresh snapshot has an answer: Redis, then the last snapshot however old.

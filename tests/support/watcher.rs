@@ -39,7 +39,7 @@ impl Watched {
             Self::Inside(pool) => {
                 // In this order: a snapshot that is swapped in between is newer than its age says.
                 let at = Instant::now();
-                let (age, snapshot) = (pool.cell.age_at(at), pool.cell.load());
+                let (age, snapshot) = (pool.cell.age(), pool.cell.load());
                 let members = snapshot.members().iter();
                 let table = members.map(|m| (m.backend.id().to_string(), m.weight.get())).collect();
                 Some(Look { at, age, table, has_zeros: true })
