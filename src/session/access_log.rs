@@ -5,6 +5,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::fmt::Write as _;
+use std::io::Write as _;
 use std::net::SocketAddr;
 use std::time::{Duration, SystemTime};
 
@@ -27,10 +28,9 @@ const CHUNK_BYTES: usize = 60 * 1024;
 const BUFFER_BYTES: usize = 64 * 1024;
 
 /// What is written of a session. The names are the contract's.
-#[derive(Debug, Serialize)]
+#[derive(Debug)]
 pub struct AccessLine<'a> {
     /// When it was accepted: UTC, RFC 3339 with milliseconds.
-    #[serde(serialize_with = "rfc3339")]
     pub time: SystemTime,
     /// The listener's name.
     pub listener: &'a str,
@@ -61,24 +61,9 @@ pub struct AccessLine<'a> {
     /// The same in HAProxy's two letters.
     pub term: &'static str,
     /// Of a session that found no backend: why the last attempt failed. Of one that a side reset: what broke the connection.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<Cause>,
     /// Backends that were tried before `backend`, and why each failed: `[{"backend": …, "error": …}]`.
-    #[serde(skip_serializing_if = "<[_]>::is_empty", serialize_with = "attempts")]
     pub failed: &'a [(BackendId, Cause)],
-}
-
-fn attempts<S: serde::Serializer>(failed: &&[(BackendId, Cause)], serializer: S) -> Result<S::Ok, S::Error> {
-    #[derive(Serialize)]
-    struct Attempt<'a> {
-        backend: &'a str,
-        error: Cause,
-    }
-    serializer.collect_seq(failed.iter().map(|(id, error)| Attempt { backend: id.as_str(), error: *error }))
-}
-
-fn rfc3339<S: serde::Serializer>(time: &SystemTime, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_str(&humantime::format_rfc3339_millis(*time))
 }
 
 /// To a tenth of a microsecond: enough to read, and free of binary fractions.
@@ -113,10 +98,7 @@ impl AccessLog {
             self.waiting.notify_one();
         }
         match self.format {
-            LogFormat::Json => {
-                serde_json::to_writer(&mut *lines, line)
-                    .expect("plain fields are written to memory without failure");
-            }
+            LogFormat::Json => write_json(&mut lines, line),
             LogFormat::Text => lines.extend_from_slice(text(line).as_bytes()),
         }
         lines.push(b'\n');
@@ -153,6 +135,58 @@ impl AccessLog {
             self.hand_over();
         }
     }
+}
+
+/// Appends `line` to `out` as a JSON object.
+///
+/// The keys, and the values that are words of ours, have nothing to escape. They are copied as they are: a serializer that looks
+/// at each of their bytes took more instructions than a short session's relay.
+fn write_json(out: &mut Vec<u8>, line: &AccessLine<'_>) {
+    // Writing to memory cannot fail.
+    let _ = write!(out, "{{\"time\":\"{}\"", humantime::format_rfc3339_millis(line.time));
+    write_value(out, ",\"listener\":", line.listener);
+    let _ = write!(out, ",\"client\":\"{}\"", line.client);
+    write_value(out, ",\"pool\":", line.pool);
+    write_value(out, ",\"backend\":", line.backend);
+    match line.source {
+        Some(source) => write_word(out, ",\"source\":\"", source),
+        None => out.extend_from_slice(b",\"source\":null"),
+    }
+    write_value(out, ",\"weight\":", line.weight);
+    write_value(out, ",\"retries\":", line.retries);
+    write_value(out, ",\"queue_ms\":", line.queue_ms);
+    write_value(out, ",\"connect_ms\":", line.connect_ms);
+    write_value(out, ",\"duration_ms\":", line.duration_ms);
+    write_value(out, ",\"bytes_in\":", line.bytes_in);
+    write_value(out, ",\"bytes_out\":", line.bytes_out);
+    write_word(out, ",\"close_reason\":\"", line.close_reason);
+    write_word(out, ",\"term\":\"", line.term);
+    if let Some(error) = line.error {
+        write_value(out, ",\"error\":", error);
+    }
+    if !line.failed.is_empty() {
+        #[derive(Serialize)]
+        struct Attempt<'a> {
+            backend: &'a str,
+            error: Cause,
+        }
+        let attempts = line.failed.iter().map(|(id, error)| Attempt { backend: id.as_str(), error: *error });
+        write_value(out, ",\"failed\":", attempts.collect::<Vec<_>>());
+    }
+    out.push(b'}');
+}
+
+/// `key` with its comma and colon, and `value` as the serializer writes it.
+fn write_value(out: &mut Vec<u8>, key: &str, value: impl Serialize) {
+    out.extend_from_slice(key.as_bytes());
+    serde_json::to_writer(out, &value).expect("plain values are written to memory without failure");
+}
+
+/// `key` with its comma, colon and opening quote, and `word`, which has nothing to escape.
+fn write_word(out: &mut Vec<u8>, key: &str, word: &str) {
+    out.extend_from_slice(key.as_bytes());
+    out.extend_from_slice(word.as_bytes());
+    out.push(b'"');
 }
 
 /// `key=value`, in the order of the JSON line.
@@ -194,6 +228,12 @@ fn text(line: &AccessLine<'_>) -> String {
 mod tests {
     use super::*;
 
+    fn json(line: &AccessLine<'_>) -> String {
+        let mut out = Vec::new();
+        write_json(&mut out, line);
+        String::from_utf8(out).expect("JSON is UTF-8")
+    }
+
     fn line() -> AccessLine<'static> {
         AccessLine {
             time: SystemTime::UNIX_EPOCH + Duration::from_millis(1_767_323_045_678),
@@ -221,7 +261,7 @@ mod tests {
         let id = |text: &str| text.parse::<BackendId>().expect("an address");
         let failed = [(id("10.0.0.2:80"), Cause::TIMED_OUT), (id("10.0.0.3:80"), Cause::UNRESOLVED)];
         let line = AccessLine { error: Some(Cause::RESET), failed: &failed, ..line() };
-        let json = serde_json::to_string(&line).expect("plain fields");
+        let json = json(&line);
         let end = r#""term":"--","error":"connection reset by peer","failed":[{"backend":"10.0.0.2:80","error":"timed out"},{"backend":"10.0.0.3:80","error":"name not resolved"}]}"#;
         assert!(json.ends_with(end), "{json}");
         let end = r#"term=-- error="connection reset by peer" failed="10.0.0.2:80: timed out, 10.0.0.3:80: name not resolved""#;
@@ -231,12 +271,28 @@ mod tests {
     #[test]
     fn the_line_has_the_contracts_fields_in_its_order() {
         assert_eq!(
-            serde_json::to_string(&line()).expect("plain fields"),
+            json(&line()),
             r#"{"time":"2026-01-02T03:04:05.678Z","listener":"web","client":"127.0.0.1:5000","pool":"web","backend":"10.0.0.1:80","source":"snapshot","weight":2.5,"retries":1,"queue_ms":0.0,"connect_ms":1.2346,"duration_ms":1500.0,"bytes_in":3,"bytes_out":4,"close_reason":"finished","term":"--"}"#
         );
         assert_eq!(
             text(&line()),
             "2026-01-02T03:04:05.678Z session listener=web client=127.0.0.1:5000 pool=web backend=10.0.0.1:80 source=snapshot weight=2.5 retries=1 queue_ms=0 connect_ms=1.2346 duration_ms=1500 bytes_in=3 bytes_out=4 close_reason=finished term=--"
         );
+    }
+
+    /// Names come from the config, and a path of a unix socket may hold anything.
+    #[test]
+    fn a_line_is_json_whatever_the_names_and_whatever_is_missing() {
+        let names = "q\"b\\n\nu\u{1}\u{e9}";
+        let line = AccessLine { listener: names, pool: names, backend: Some(names), ..line() };
+        let value: serde_json::Value = serde_json::from_str(&json(&line)).expect("JSON");
+        for key in ["listener", "pool", "backend"] {
+            assert_eq!(value[key], names, "{key}");
+        }
+        let without = AccessLine { backend: None, source: None, weight: None, ..line };
+        let value: serde_json::Value = serde_json::from_str(&json(&without)).expect("JSON");
+        for key in ["backend", "source", "weight"] {
+            assert!(value.as_object().expect("an object")[key].is_null(), "{key}");
+        }
     }
 }
