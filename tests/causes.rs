@@ -33,12 +33,12 @@ async fn sessions_until(program: &Program, message: &str) -> Value {
     program.messages(message).remove(0)
 }
 
-/// `program` with one pool of `backends`, each at weight 1, whose sessions connect within half a second.
+/// `program` with one pool of `backends`, each at weight 1, each of whose connects may take a second.
 fn program(backends: &[SocketAddr], pool: &str) -> Program {
     let backends: Vec<_> = backends.iter().map(|backend| format!("\"{backend}\": 1")).collect();
     Program::run(&format!(
         "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
-         pools: {{web: {{backends: {{{}}}, connect: {{timeout: 200ms, deadline: 5s}}, {pool}}}}}\nlog: {{access: false}}\n",
+         pools: {{web: {{backends: {{{}}}, connect: {{timeout: 1s, deadline: 10s}}, {pool}}}}}\nlog: {{access: false}}\n",
         backends.join(", ")
     ))
 }
