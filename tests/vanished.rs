@@ -9,7 +9,10 @@ use std::time::Duration;
 use tokio::io::AsyncWriteExt as _;
 use tokio::time::interval;
 
-use crate::support::{Kind, Pair, Pattern, Peer, eventually, in_own_network, require, seed, soon};
+use crate::support::{
+    Authority, Kind, Pair, Pattern, Peer, Proxy, Redis, Secure, eventually, in_own_network, path_text,
+    require, seed, soon,
+};
 
 /// Silence for four seconds is too much. Nothing else ends a session.
 const SETTINGS: &str =
@@ -34,8 +37,17 @@ fn backend_vanishes(backend: &Peer) {
 }
 
 fn vanishes(port: u16) {
+    change_vanished("add", port);
+}
+
+/// Packets come from `port` and reach it again.
+fn returns(port: u16) {
+    change_vanished("delete", port);
+}
+
+fn change_vanished(change: &str, port: u16) {
     require("nft", "nftables");
-    let rule = format!("add element inet statera vanished {{ {port} }}");
+    let rule = format!("{change} element inet statera vanished {{ {port} }}");
     let status = Command::new("nft").arg(rule).status().expect("nft starts");
     assert!(status.success(), "nft: {status}");
 }
@@ -63,6 +75,9 @@ in_networks_of_their_own! {
     a_client_that_vanishes_during_a_spliced_download_is_noticed
     a_client_that_vanishes_with_its_window_closed_is_noticed
     a_side_that_vanishes_after_the_other_was_reset_is_noticed
+    a_client_that_vanishes_in_the_queue_is_noticed
+    a_redis_that_vanishes_is_noticed_and_followed_again
+    a_redis_behind_tls_that_vanishes_is_noticed_and_followed_again
     live_peers_that_read_nothing_for_longer_than_the_timeout_are_kept
     live_peers_with_lost_packets_are_kept
 }
@@ -165,6 +180,57 @@ async fn a_side_that_vanishes_after_the_other_was_reset_is_noticed() {
     eventually("it was passed on", passed_on).await;
     backend.reset();
     assert_eq!(pair.line().await["close_reason"], "backend_reset");
+}
+
+async fn a_client_that_vanishes_in_the_queue_is_noticed() {
+    let queue = format!("{SETTINGS}, max_connections: 1, queue: {{size: 1, timeout: 1h}}");
+    let pair = Pair::new(Kind::Tcp, &queue).await;
+    let (_client, _backend) = pair.session().await;
+    let mut waiting = Peer::connect(pair.proxy.address()).await;
+    waiting.say(b"question").await;
+    let queued = |count: f64| {
+        let proxy = &pair.proxy;
+        move || async move { proxy.metric("statera_pool_queue{pool=\"web\"}") == Some(count) }
+    };
+    eventually("the client waits", queued(1.0)).await;
+    client_vanishes(&waiting);
+    eventually("it leaves the queue", queued(0.0)).await;
+    assert_eq!(pair.line().await["close_reason"], "queue_left");
+}
+
+async fn a_redis_that_vanishes_is_noticed_and_followed_again() {
+    let redis = Redis::start().await;
+    vanishes_and_returns(&redis, &redis.url(), "").await;
+}
+
+async fn a_redis_behind_tls_that_vanishes_is_noticed_and_followed_again() {
+    let authority = Authority::new();
+    let secure = Secure::start(&authority, &authority.signs("127.0.0.1"), "no").await;
+    let tls = format!(", tls: {{ca_file: \"{}\"}}", path_text(&authority.file()));
+    vanishes_and_returns(&secure.redis, &secure.url(), &tls).await;
+}
+
+/// `redis` vanishes for as long as the proxy needs to notice it, and has another weight when it returns.
+async fn vanishes_and_returns(redis: &Redis, url: &str, tls: &str) {
+    let port = url.rsplit(':').next().and_then(|rest| rest.split('/').next()).expect("a port");
+    let port = port.parse().expect("a port");
+    let proxy =
+        Proxy::web(&format!("redis: {{url: \"{url}\"{tls}, resync_interval: 1h}}"), "weights_key: servers");
+    let has = |weight: f64| {
+        let proxy = &proxy;
+        move || async move { proxy.weights() == [("10.0.0.1:80".to_owned(), weight)] }
+    };
+    redis.run("ZADD servers 1 10.0.0.1:80").await;
+    eventually("the table arrives", has(1.0)).await;
+    vanishes(port);
+    let is_connected = |expected: f64| {
+        let proxy = &proxy;
+        move || async move { proxy.metric("statera_redis_connected") == Some(expected) }
+    };
+    eventually("it is noticed", is_connected(0.0)).await;
+    returns(port);
+    redis.run("ZADD servers 2 10.0.0.1:80").await;
+    eventually("it is followed again", has(2.0)).await;
 }
 
 fn received(pair: &Pair) -> String {
