@@ -6,7 +6,7 @@
 //! - The control plane follows [`redis`], keeps its tables for the next start ([`state`]), resolves names
 //!   ([`names::resolve`]), asks backends whether they live ([`health`]), and shows what happens ([`metrics`], [`admin`]).
 //!
-//! [`proxy`] puts them together, [`config`] says how, [`cli`] is what a person types.
+//! [`supervisor`] puts them together, [`config`] says how, [`cli`] is what a person types.
 
 pub mod admin;
 pub mod balance;
@@ -21,9 +21,9 @@ pub mod metrics;
 pub mod names;
 pub mod net;
 pub mod observe;
-pub mod proxy;
 pub mod reactor;
 pub mod redis;
 pub mod relay;
 pub mod session;
 pub mod state;
+pub mod supervisor;

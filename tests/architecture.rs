@@ -65,7 +65,7 @@ const ARROWS: [(&str, &[&str]); 19] = [
     ("admin", &["config", "control::blocking", "drain", "metrics", "net"]),
     // The composition root: it alone may know all.
     (
-        "proxy",
+        "supervisor",
         &[
             "admin",
             "balance",
@@ -98,7 +98,7 @@ const ARROWS: [(&str, &[&str]); 19] = [
             "control",
             "net",
             "observe::log_sink",
-            "proxy",
+            "supervisor",
             "redis::weights",
         ],
     ),
@@ -184,7 +184,7 @@ fn a_forbidden_path_is_found_however_it_is_written() {
         "use crate::{redis, config};",
         "use crate::{\n metrics::{format::Format, Observed}};",
         "fn f() { crate::config::Config::load(); }",
-        "use super::super::proxy;",
+        "use super::super::supervisor;",
         "use ::redis::Client;",
         "fn f(c: redis::Client) {}",
         "use crate::*;",
@@ -195,7 +195,7 @@ fn a_forbidden_path_is_found_however_it_is_written() {
                 let c = '\"'; fn f<'a>(x: &'a str) {} let r = r#\"redis \"redis\"#;\n\
                 use crate::balance::Table; use super::cell; use crate::observe::counters::{self, Counter};\n\
                 #[cfg(test)]\nmod tests { use crate::redis::watch; fn g() { if a { redis::f() } } }\n\
-                #[cfg(test)]\nuse crate::proxy;\npub(in crate::balance) struct A;\nuse crate::redis::x;";
+                #[cfg(test)]\nuse crate::supervisor;\npub(in crate::balance) struct A;\nuse crate::redis::x;";
     assert_eq!(found("balance", 2, code), [10, 10], "one for the arrow, one for the name");
     assert_eq!(found("redis", 2, "use crate::balance::Table; use redis::Client;"), [0usize; 0]);
     assert_eq!(found("redis", 2, "use crate::balance::snapshot::Snapshot;"), [1]);

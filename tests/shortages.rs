@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd as _;
 
 use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit};
 use statera::config::Config;
-use statera::proxy;
+use statera::supervisor;
 use tempfile::TempDir;
 use tokio::net::TcpStream;
 
@@ -147,7 +147,7 @@ async fn a_failed_start_leaves_nothing_behind() {
     let mut failed = 0;
     loop {
         limit(Some(lowest_free() + failed));
-        let started = proxy::start(&config, None);
+        let started = supervisor::start(&config, None);
         limit(usual.current);
         let Err(error) = started else { break };
         failed += 1;

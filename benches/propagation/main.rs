@@ -11,7 +11,7 @@ mod servers;
 use std::time::Duration;
 
 use statera::config::Config;
-use statera::proxy::{self, Running};
+use statera::supervisor::{self, Running};
 use tokio::time::Instant;
 
 use servers::{Servers, TOPOLOGIES};
@@ -52,7 +52,7 @@ fn measure(servers: &mut Servers) -> [(&'static str, Vec<Duration>); 2] {
          listeners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\npools: {{web: {{weights_key: servers}}}}\n"
     );
     let config = Config::from_yaml(&yaml).expect("a valid config");
-    let running = proxy::start(&config, None).expect("it starts");
+    let running = supervisor::start(&config, None).expect("it starts");
     wait_for(&running, &members[0], 1.0);
 
     let mut value = 1.0;

@@ -18,7 +18,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 
 use super::say;
 use crate::config::Config;
-use crate::proxy::{self, Running};
+use crate::supervisor::{self, Running};
 
 const NAMES: [&str; 3] = ["alpha", "beta", "gamma"];
 const KEY: &str = "servers";
@@ -68,7 +68,7 @@ async fn perform(arguments: &DemoArguments) -> anyhow::Result<()> {
     }
     let redis = if arguments.no_redis { None } else { PrivateRedis::start(&backends).await? };
     let config = Config::from_yaml(&yaml(&backends, redis.as_ref())).map_err(|error| anyhow!("{error}"))?;
-    let running = proxy::start(&config, None)?;
+    let running = supervisor::start(&config, None)?;
     let entry = running.addresses[0].1[0];
     tasks.spawn(connect_again_and_again(entry));
 

@@ -18,7 +18,7 @@ use crate::config::{Config, Log, LogFormat, LogOutput, Problem, Warnings};
 use crate::control::runtime;
 use crate::net::descriptors;
 use crate::observe::log_sink::LogSink;
-use crate::proxy::{self, Running};
+use crate::supervisor::{self, Running};
 
 /// Between two looks at whether the proxy has ended, once it was told to, and before.
 const FAST_LOOK: Duration = Duration::from_millis(20);
@@ -78,7 +78,7 @@ fn serve(config: &Config, sink: LogSink, prepared: Prepared) -> anyhow::Result<(
     raise_descriptor_limit();
     // Before anything runs: a signal that comes while the proxy starts must not be lost.
     let stops = runtime.block_on(async { Stops::new() }).context("cannot watch for signals")?;
-    let running = proxy::start(config, Some(sink.clone()))?;
+    let running = supervisor::start(config, Some(sink.clone()))?;
     for (listener, addresses) in &running.addresses {
         info!(listener = %listener, ?addresses, "accepting");
     }

@@ -8,7 +8,7 @@ use statera::config::Config;
 use statera::metrics;
 use statera::metrics::format::Format;
 use statera::observe::log_sink::LogSink;
-use statera::proxy::{self, Running};
+use statera::supervisor::{self, Running};
 
 /// A running proxy, its session lines, its metrics. Stopped when dropped.
 pub struct Proxy {
@@ -43,7 +43,7 @@ impl Proxy {
         let config = Config::from_yaml(yaml).unwrap_or_else(|error| panic!("{error}\n{yaml}"));
         let lines = Arc::new(Mutex::new(Vec::new()));
         let sink = LogSink::start(Box::new(Memory(Arc::clone(&lines)))).expect("a thread");
-        let running = proxy::start(&config, Some(sink.clone())).expect("it starts");
+        let running = supervisor::start(&config, Some(sink.clone())).expect("it starts");
         Self { running, lines, sink }
     }
 
