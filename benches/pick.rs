@@ -46,7 +46,7 @@ fn picks(criterion: &mut Criterion) {
         for size in SIZES {
             // The whole of it: the cell, the pick, and the backend's reference count, as a session pays for it.
             let sync = Sync { max_stale: Duration::from_secs(3600), lua: None };
-            let pool = Arc::new(Pool::new("web".into(), 0, balance, Table::default(), Some(sync), 1));
+            let pool = Arc::new(Pool::new("web".into(), balance, Table::default(), Some(sync), 1));
             pool.cell.publish(table(size));
             let mut rng = fastrand::Rng::with_seed(7);
             group.bench_function(BenchmarkId::new(name, size), |bencher| {
@@ -64,7 +64,7 @@ fn picks(criterion: &mut Criterion) {
     }
     for size in [10, 64, 100, 1_000] {
         // With sessions that stay, as in a pool that is in use: no two counts are foreseen, and ties are rare.
-        let pool = Pool::new("web".into(), 0, Balance::LeastConn, table(size), None, 1);
+        let pool = Pool::new("web".into(), Balance::LeastConn, table(size), None, 1);
         let (mut rng, now) = (fastrand::Rng::with_seed(7), tokio::time::Instant::now());
         let mut pick = || runtime.block_on(pool.pick(CLIENT, &[], rng.u64(..), now)).expect("a backend");
         let mut sessions: Vec<_> = (0..50 * size).map(|_| pick()).collect();

@@ -53,6 +53,7 @@ const ARROWS: [(&str, &[&str]); 19] = [
             "balance::Weight",
             "balance::lua_pick::LuaRequest",
             "balance::lua_pick::LuaRequests",
+            "balance::lua_pick::PoolId",
             "balance::cell::Cell",
             "balance::usability",
             "config",

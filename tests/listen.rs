@@ -48,7 +48,8 @@ async fn both_workers_get_sessions_of_every_listener() {
         for _ in 0..100 {
             assert_eq!(echo(addresses[0], b"ping").await.expect("an answer"), b"ping");
         }
-        let listener = proxy.running.observed.listeners.iter().find(|listener| listener.name == *name);
+        let listeners = proxy.running.observed.listeners();
+        let listener = listeners.iter().find(|listener| listener.name == *name);
         let of_workers: Vec<_> =
             listener.expect("it is observed").counters.iter().map(|c| c.connections.get()).collect();
         assert_eq!((of_workers.len(), of_workers.iter().sum()), (2, 100));
@@ -76,7 +77,8 @@ async fn few_long_sessions_are_shared_evenly() {
                 client.hears(b"ping").await;
                 clients.push(client);
             }
-            let counters = proxy.running.observed.listeners[0].counters.iter();
+            let listeners = proxy.running.observed.listeners();
+            let counters = listeners[0].counters.iter();
             let of_workers: Vec<_> = counters.map(|listener| listener.connections.get()).collect();
             assert_eq!(of_workers.iter().sum::<u64>(), few, "no connection is lost or counted twice");
             assert!(of_workers.iter().all(|of_one| *of_one <= at_most), "{of_workers:?} of {workers}");

@@ -118,7 +118,7 @@ async fn a_table_that_did_not_come_from_redis_has_no_age() {
     let section = format!("redis: {{url: \"{}\", {BY_HEARTBEAT}}}", redis.url());
     let proxy = Proxy::web(&section, "weights_key: servers, backends: {\"127.0.0.1:1\": 1}");
     // It holds nothing, so the configured backends stand, and Redis has confirmed no more than that.
-    eventually("it was read", || async { proxy.running.observed.pools[0].cell.age().is_some() }).await;
+    eventually("it was read", || async { proxy.running.observed.pools()[0].pool.cell.age().is_some() }).await;
     assert_eq!(proxy.metric(AGE), None);
     redis.run("ZADD servers 1 10.0.0.1:80").await;
     eventually("the table arrives", || async { proxy.metric(AGE).is_some() }).await;

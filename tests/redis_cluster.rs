@@ -91,7 +91,7 @@ fn program(section: &str) -> Program {
 
 /// The weights of the pool at `place`, each backend's.
 fn weights_of(proxy: &Proxy, place: usize) -> Vec<f64> {
-    let snapshot = proxy.running.observed.pools[place].cell.load();
+    let snapshot = proxy.running.observed.pools()[place].pool.cell.load();
     snapshot.members().iter().map(|member| member.weight.get()).collect()
 }
 

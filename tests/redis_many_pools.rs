@@ -31,7 +31,8 @@ async fn scene(settings: &str) -> (Redis, Link, Proxy) {
 
 fn oldest(proxy: &Proxy) -> Option<Duration> {
     // `None`, of a table that never came, is the oldest of all.
-    let ages = proxy.running.observed.pools.iter().map(|pool| pool.cell.age().unwrap_or(Duration::MAX));
+    let pools = proxy.running.observed.pools();
+    let ages = pools.iter().map(|observed| observed.pool.cell.age().unwrap_or(Duration::MAX));
     ages.max().filter(|age| *age != Duration::MAX)
 }
 

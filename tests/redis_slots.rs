@@ -68,7 +68,7 @@ impl Scene {
 
     fn weights(&self) -> [Option<f64>; 2] {
         [0, 1].map(|place| {
-            let snapshot = self.proxy.running.observed.pools[place].cell.load();
+            let snapshot = self.proxy.running.observed.pools()[place].pool.cell.load();
             snapshot.members().first().map(|member| member.weight.get())
         })
     }

@@ -358,7 +358,7 @@ async fn pools_of_one_redis_each_follow_their_key_and_may_share_one() {
     mode_becomes(&proxy, "notifications").await;
     let weights = || {
         let weight = |pool: usize| {
-            proxy.running.observed.pools[pool].cell.load().members().first().map(|m| m.weight.get())
+            proxy.running.observed.pools()[pool].pool.cell.load().members().first().map(|m| m.weight.get())
         };
         [weight(0), weight(1), weight(2)]
     };

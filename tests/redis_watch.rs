@@ -84,8 +84,9 @@ async fn pools_whose_keys_begin_alike_are_all_tracked() {
     ));
     mode_becomes(&proxy, "tracking").await;
     for (pool, key) in [(0, "web"), (1, "web2"), (0, "web")] {
-        let weight =
-            || proxy.running.observed.pools[pool].cell.load().members().first().map(|m| m.weight.get());
+        let weight = || {
+            proxy.running.observed.pools()[pool].pool.cell.load().members().first().map(|m| m.weight.get())
+        };
         let next = weight().unwrap_or(0.0) + 1.0;
         redis.run(&format!("ZADD {key} {next} 10.0.0.1:80")).await;
         eventually("the pool sees it", || async { weight() == Some(next) }).await;

@@ -48,7 +48,7 @@ async fn the_newest_table_is_saved_before_the_end_however_young_it_is() {
         let over = Arc::new(AtomicBool::new(false));
         let writer = write_until(&redis, &over);
         file_says(state.path(), " 10.0.0.1:80\n").await;
-        let cell = Arc::clone(&proxy.running.observed.pools[0].cell);
+        let cell = Arc::clone(&proxy.running.observed.pools()[0].pool.cell);
         let before = cell.load().version;
         if drains {
             proxy.running.drain();

@@ -157,7 +157,7 @@ fn write(client: &redis::Client, backends: &[SocketAddr], observed: &Observed, s
     let mut connection = client.get_connection().expect("redis runs");
     let comes_and_goes = backends[COMES_AND_GOES].to_string();
     let is_in_the_snapshot = || {
-        let snapshot = observed.pools[0].cell.load();
+        let snapshot = observed.pools()[0].pool.cell.load();
         let member = snapshot.members().iter().find(|member| member.backend.id().as_str() == comes_and_goes);
         member.is_some_and(|member| !member.weight.is_zero())
     };

@@ -29,7 +29,7 @@ pub fn run(arguments: &[String]) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().build()?;
     runtime.block_on(async {
         let sync = Sync { max_stale: Duration::from_secs(3600), lua: None };
-        let pool = Pool::new("web".into(), 0, balance, Table::default(), Some(sync), 1);
+        let pool = Pool::new("web".into(), balance, Table::default(), Some(sync), 1);
         pool.cell.publish(table(backends)?);
         // The seed makes the random picks the same in each run. Those of the even spread begin at a random point, which
         // so many picks average out.

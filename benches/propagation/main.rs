@@ -23,7 +23,7 @@ const BACKENDS: usize = 10;
 const LIMIT: Duration = Duration::from_secs(5);
 
 fn weight(running: &Running, member: &str) -> Option<f64> {
-    let snapshot = running.observed.pools[0].cell.load();
+    let snapshot = running.observed.pools()[0].pool.cell.load();
     snapshot.members().iter().find(|m| m.backend.id().as_str() == member).map(|m| m.weight.get())
 }
 

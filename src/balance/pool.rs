@@ -91,8 +91,6 @@ pub struct Pool {
     pub cell: Arc<Cell>,
     /// What the workers count of it.
     pub counters: PerWorker<PoolCounters>,
-    /// Its place in the configuration.
-    index: usize,
     balance: Balance,
     sync: Option<Sync>,
     /// A backend failed so often that it may have to be ejected, or the session that probes one has come further.
@@ -113,7 +111,6 @@ impl Pool {
     #[must_use]
     pub fn new(
         name: Arc<str>,
-        index: usize,
         policy: impl Into<Policy>,
         configured: Table,
         sync: Option<Sync>,
@@ -122,7 +119,6 @@ impl Pool {
         let policy = policy.into();
         Self {
             name,
-            index,
             balance: policy.balance,
             sync,
             suspicion: Notify::new(),
@@ -221,7 +217,7 @@ impl Pool {
     pub async fn pick_by_redis(&self, tried: &[BackendId], point: u64, now: Instant) -> Result<Pick, NoPick> {
         let mut none = NoPick::Nobody;
         if let Some(lua) = self.sync.as_ref().and_then(|sync| sync.lua.as_ref())
-            && let Some((backend, weight)) = lua.pick(self.index, point, self.left_out(tried)).await
+            && let Some((backend, weight)) = lua.pick(point, self.left_out(tried)).await
         {
             if let Some(backend) = Active::take(&backend) {
                 return Ok(Pick { backend, probe: None, weight, source: Source::Lua });
@@ -360,7 +356,7 @@ mod tests {
 
     fn pool(sync: Option<Sync>) -> Pool {
         let configured = table(&[("10.0.0.1:80", 1.0)]);
-        Pool::new("web".into(), 0, Balance::WeightedRandom, configured, sync, 1)
+        Pool::new("web".into(), Balance::WeightedRandom, configured, sync, 1)
     }
 
     async fn pick(pool: &Pool, tried: &[BackendId]) -> Option<(String, Source)> {

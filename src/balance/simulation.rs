@@ -61,7 +61,7 @@ impl Simulation {
     #[must_use]
     pub fn new(policy: impl Into<Policy>, table: Table) -> Self {
         let policy = policy.into();
-        let pool = Pool::new("simulated".into(), 0, policy, table, None, 1);
+        let pool = Pool::new("simulated".into(), policy, table, None, 1);
         // Nobody connects to it: a name that has an address may be chosen.
         let anywhere = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
         for member in pool.cell.load().members() {

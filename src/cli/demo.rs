@@ -193,7 +193,8 @@ async fn watch_shares(running: &Running, backends: &[SocketAddr]) -> anyhow::Res
 }
 
 fn counts(running: &Running, backends: &[SocketAddr]) -> Vec<u64> {
-    let living = running.observed.pools[0].cell.registry().living();
+    let pools = running.observed.pools();
+    let living = pools.first().map(|observed| observed.pool.cell.registry().living()).unwrap_or_default();
     let count = |address: &SocketAddr| {
         let text = address.to_string();
         living.iter().find(|b| b.id().as_str() == text).map_or(0, |b| b.counters.sum(|c| &c.connections))
@@ -202,14 +203,17 @@ fn counts(running: &Running, backends: &[SocketAddr]) -> Vec<u64> {
 }
 
 fn refusals(running: &Running) -> u64 {
-    running.observed.listeners.iter().map(|listener| listener.counters.sum(|c| &c.no_backend)).sum()
+    running.observed.listeners().iter().map(|listener| listener.counters.sum(|c| &c.no_backend)).sum()
 }
 
 fn weight(running: &Running, backend: SocketAddr) -> String {
-    let snapshot = running.observed.pools[0].cell.load();
     let text = backend.to_string();
-    let member = snapshot.members().iter().find(|member| member.backend.id().as_str() == text);
-    member.map_or_else(|| "-".to_owned(), |member| member.weight.to_string())
+    let weight = || {
+        let snapshot = running.observed.pools().first()?.pool.cell.load();
+        let member = snapshot.members().iter().find(|member| member.backend.id().as_str() == text)?;
+        Some(member.weight.to_string())
+    };
+    weight().unwrap_or_else(|| "-".to_owned())
 }
 
 /// Every line fits into the terminal's width: one that wraps would not be drawn over.

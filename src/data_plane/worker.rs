@@ -313,7 +313,7 @@ mod tests {
         BoundListener {
             socket,
             listener: Arc::new(Listener { name: "web".into(), counters: PerWorker::new(1) }),
-            pool: Arc::new(Pool::new("web".into(), 0, Balance::WeightedRandom, Table::default(), None, 1)),
+            pool: Arc::new(Pool::new("web".into(), Balance::WeightedRandom, Table::default(), None, 1)),
             settings: Settings::from(&config.pools[0]),
         }
     }

@@ -6,11 +6,10 @@ use std::sync::Arc;
 
 use prometheus_client::encoding::DescriptorEncoder;
 
-use super::Observed;
 use super::samples::{counters, gauges, histograms};
+use super::{Observed, ObservedPool};
 use crate::balance::AdminState;
 use crate::balance::backend::Backend;
-use crate::balance::pool::Pool;
 use crate::observe::counters::{BackendCounters, Counter, Histogram, HistogramTotal};
 
 /// One backend of one pool, with what the newest snapshot says of it.
@@ -86,7 +85,7 @@ impl Observed {
     }
 
     fn rows(&self) -> Vec<Row> {
-        let rows = |pool: &Arc<Pool>| {
+        let rows = |ObservedPool { pool, .. }: &ObservedPool| {
             let snapshot = pool.cell.load();
             let weights: HashMap<_, _> = snapshot
                 .members()
@@ -100,7 +99,7 @@ impl Observed {
                 Row { pool: Arc::clone(&name), backend, weight, effective_weight, state }
             })
         };
-        self.pools.iter().flat_map(rows).collect()
+        self.pools().iter().flat_map(rows).collect()
     }
 }
 

@@ -10,8 +10,9 @@ use crate::session::Listener;
 
 impl Observed {
     pub(super) fn encode_listeners(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let listeners = self.listeners();
         let by_listener = |value: fn(&Listener) -> u64| {
-            self.listeners.iter().map(move |l| ([("listener", l.name.to_string())], value(l)))
+            listeners.iter().map(move |l| ([("listener", l.name.to_string())], value(l)))
         };
         counters(
             encoder,
@@ -30,7 +31,7 @@ impl Observed {
             })
             .map(|(labels, value)| (labels, value as f64)),
         )?;
-        let rejected = self.listeners.iter().flat_map(|l| {
+        let rejected = listeners.iter().flat_map(|l| {
             let row =
                 |reason, count| ([("listener", l.name.to_string()), ("reason", String::from(reason))], count);
             [

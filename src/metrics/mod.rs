@@ -7,12 +7,12 @@ mod backends;
 mod exposition;
 pub mod format;
 mod listeners;
+mod observed;
 mod pools;
 mod redis;
 mod samples;
 
 use std::fmt;
-use std::sync::Arc;
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::DescriptorEncoder;
@@ -20,32 +20,9 @@ use prometheus_client::registry::Registry;
 
 use self::exposition::Exposition;
 use self::format::Format;
+pub use self::observed::{Observed, ObservedPool};
 use self::samples::{counters, gauges};
-use crate::balance::pool::Pool;
-use crate::observe::counters::PerWorker;
-use crate::observe::log_sink::LogSink;
-use crate::redis::status::{RedisStatus, TableStatus};
-use crate::session::{CloseReason, Listener, SessionCounters};
-use crate::state::SaveStatus;
-
-/// Everything that is counted.
-#[derive(Clone, Debug)]
-pub struct Observed {
-    /// In the order of the config.
-    pub listeners: Vec<Arc<Listener>>,
-    /// In the order of the config.
-    pub pools: Vec<Arc<Pool>>,
-    /// How sessions ended.
-    pub sessions: Arc<PerWorker<SessionCounters>>,
-    /// `None`: no Redis is configured.
-    pub redis: Option<Arc<RedisStatus>>,
-    /// One for each pool.
-    pub tables: Arc<[TableStatus]>,
-    /// One for each pool; `None`: no tables are saved.
-    pub saves: Option<Arc<[SaveStatus]>>,
-    /// Where log lines go.
-    pub log: Option<LogSink>,
-}
+use crate::session::CloseReason;
 
 /// All metrics as text, of about `size` bytes: a guess is enough. Costs some 10 µs a backend: not for the thread that watches
 /// Redis.

@@ -4,14 +4,15 @@ use std::fmt;
 
 use prometheus_client::encoding::DescriptorEncoder;
 
-use super::Observed;
 use super::samples::{counters, gauges};
+use super::{Observed, ObservedPool};
 use crate::balance::pool::{Pool, Source};
 use crate::balance::snapshot::Origin;
 
 impl Observed {
     pub(super) fn encode_pools(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
-        let picks = self.pools.iter().flat_map(|pool| {
+        let pools = self.pools();
+        let picks = pools.iter().flat_map(|ObservedPool { pool, .. }| {
             Source::ALL.map(|source| {
                 let labels = [("pool", pool.name.to_string()), ("source", source.name().to_owned())];
                 (labels, pool.counters.sum(|c| &c.picks[source as usize]))
@@ -19,10 +20,12 @@ impl Observed {
         });
         counters(encoder, "statera_picks", "Backends named, by who named them", picks)?;
         let by_pool = |value: fn(&Pool) -> Option<f64>| {
-            self.pools.iter().filter_map(move |pool| Some(([("pool", pool.name.to_string())], value(pool)?)))
+            pools.iter().filter_map(move |ObservedPool { pool, .. }| {
+                Some(([("pool", pool.name.to_string())], value(pool)?))
+            })
         };
         let limited = || {
-            let limited = self.pools.iter().filter(|pool| pool.has_limit());
+            let limited = pools.iter().map(|observed| &observed.pool).filter(|pool| pool.has_limit());
             limited.map(|pool| ([("pool", pool.name.to_string())], pool))
         };
         gauges(

@@ -5,8 +5,8 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use prometheus_client::encoding::DescriptorEncoder;
 
-use super::Observed;
 use super::samples::{counters, gauges, histograms};
+use super::{Observed, ObservedPool};
 use crate::observe::counters::HistogramTotal;
 use crate::redis::status::WatchMode;
 
@@ -31,12 +31,9 @@ impl Observed {
         ] {
             counters(encoder, name, help, [(none, counter.get())])?;
         }
-        let tables = || {
-            self.pools
-                .iter()
-                .zip(self.tables.iter())
-                .map(|(pool, table)| ([("pool", pool.name.to_string())], table))
-        };
+        let pools = self.pools();
+        let tables =
+            || pools.iter().map(|observed| ([("pool", observed.pool.name.to_string())], &*observed.table));
         gauges(
             encoder,
             "statera_table_rejected_members",
@@ -55,13 +52,14 @@ impl Observed {
             "Reads of the table that Redis refused, or that gave no table",
             tables().map(|(labels, table)| (labels, table.failed_reads.get())),
         )?;
-        if let Some(saves) = &self.saves {
-            let by_pool = self.pools.iter().zip(saves.iter());
+        let saved =
+            || pools.iter().filter_map(|ObservedPool { pool, saves, .. }| Some((pool, saves.as_ref()?)));
+        if saved().next().is_some() {
             counters(
                 encoder,
                 "statera_state_writes_failed",
                 "Tries to save the table in state_dir that failed",
-                by_pool.map(|(pool, save)| ([("pool", pool.name.to_string())], save.failed_writes.get())),
+                saved().map(|(pool, saves)| ([("pool", pool.name.to_string())], saves.failed_writes.get())),
             )?;
         }
         let mut propagation = HistogramTotal::default();

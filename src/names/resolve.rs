@@ -260,7 +260,7 @@ mod tests {
     }
 
     fn names(members: &[(&str, f64)]) -> Names {
-        let pool = Pool::new("web".into(), 0, Balance::WeightedRandom, table(members), None, 1);
+        let pool = Pool::new("web".into(), Balance::WeightedRandom, table(members), None, 1);
         Names::new(Arc::new(pool))
     }
 

@@ -7,6 +7,7 @@
 
 mod doors;
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,7 +24,7 @@ use super::decode::{decode_member, number, printable};
 use super::parts::{self, Part};
 use super::trouble::Trouble;
 use super::{FIRST_PAUSE, Followed, LONGEST_MOVE, LONGEST_PAUSE, Parts, connection};
-use crate::balance::lua_pick::{LuaRequest, LuaRequests};
+use crate::balance::lua_pick::{LuaRequest, LuaRequests, PoolId};
 use crate::balance::{BackendId, Weight};
 use crate::config::{LuaPick, Redis, RedisAddress};
 use crate::control::backoff::{Backoff, jittered, spread};
@@ -51,13 +52,14 @@ pub async fn run(
     limits: &LuaPick,
     followed: &Arc<[Followed]>,
     parts: &Parts,
-    requests: LuaRequests,
+    requests: &mut LuaRequests,
 ) {
-    let LuaRequests { mut queue, answering } = requests;
-    let doors = Arc::new(Doors::new(followed.len(), answering));
+    let LuaRequests { queue, answering } = requests;
+    let doors = Arc::new(Doors::new(Arc::clone(answering)));
     let answering = parts::each(parts.read(), std::future::pending(), |part| {
         let (settings, limits) = (Arc::clone(settings), limits.clone());
-        let (followed, door) = (Arc::clone(followed), doors.door(&part.places, limits.max_in_flight.get()));
+        let followed = part.of(followed);
+        let door = doors.door(followed.iter().map(|followed| followed.id), limits.max_in_flight.get());
         async move {
             Picker { settings: &settings, limits: &limits, followed: &followed, part: &part }.run(door).await;
         }
@@ -75,29 +77,42 @@ pub async fn run(
 
 /// Which of the pools' tables may be asked about.
 struct Rests {
-    /// Of each pool, of all parts.
-    rests: Vec<Rest>,
+    /// Of each pool of the part.
+    rests: HashMap<PoolId, Rest>,
     /// The pool that the next connection proves itself by: the last one of which a pick did not come in time.
-    suspect: usize,
+    suspect: Option<PoolId>,
     /// What the server knows and this user may call, as far as is known.
     command: &'static str,
 }
 
 impl Rests {
-    /// For the pools at `places`, which are not none.
-    fn new(places: &[usize], pools: usize) -> Self {
-        let rests = (0..pools).map(|_| Rest::new()).collect();
-        Self { rests, suspect: places.first().copied().unwrap_or_default(), command: READ_ONLY }
+    fn new(followed: &[Followed]) -> Self {
+        let rests = followed.iter().map(|followed| (followed.id, Rest::new())).collect();
+        Self { rests, suspect: None, command: READ_ONLY }
     }
 
-    /// Which of the pools at `places` a new connection may be asked about, the suspect first. None: all rest.
-    fn to_be_proved(&self, places: &[usize]) -> Vec<usize> {
-        let others = places.iter().copied().filter(|place| *place != self.suspect);
-        std::iter::once(self.suspect)
-            .chain(others)
-            .filter(|place| self.rests.get(*place).is_some_and(Rest::is_over))
-            .take(MOST_PROOFS)
-            .collect()
+    fn is_over(&self, pool: PoolId) -> bool {
+        self.rests.get(&pool).is_some_and(Rest::is_over)
+    }
+
+    fn begins(&mut self, followed: &Followed) {
+        if let Some(rest) = self.rests.get_mut(&followed.id) {
+            rest.begins(&followed.pool);
+        }
+    }
+
+    fn is_needless(&mut self, pool: PoolId) {
+        if let Some(rest) = self.rests.get_mut(&pool) {
+            rest.is_needless();
+        }
+    }
+
+    /// Which of `followed` a new connection may be asked about, the suspect first. None: all rest.
+    fn to_be_proved<'a>(&self, followed: &'a [Followed]) -> Vec<&'a Followed> {
+        let (suspect, others): (Vec<_>, Vec<_>) =
+            followed.iter().partition(|followed| Some(followed.id) == self.suspect);
+        let in_order = suspect.into_iter().chain(others);
+        in_order.filter(|followed| self.is_over(followed.id)).take(MOST_PROOFS).collect()
     }
 }
 
@@ -194,10 +209,10 @@ impl Session {
 /// What came of a question: of the server, or of a pool.
 enum Said {
     Beat(Server),
-    Picked(usize),
-    TooLarge(usize),
+    Picked(PoolId),
+    TooLarge(PoolId),
     /// Nothing, in time.
-    Silent(usize),
+    Silent(PoolId),
     /// The key is of another type, or not for us: the connection is sound.
     Refused,
 }
@@ -215,7 +230,7 @@ impl Picker<'_> {
     async fn run(self, mut door: Door) {
         let primary = &self.part.primary;
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
-        let mut rests = Rests::new(&self.part.places, self.followed.len());
+        let mut rests = Rests::new(self.followed);
         loop {
             let address = primary.known().await;
             let answering = async {
@@ -252,12 +267,11 @@ impl Picker<'_> {
         session.load().await?;
         // A first question tells which of the two this server knows and this user may call; where both are refused it may be
         // for the key, so that of another pool is tried.
-        for place in rests.to_be_proved(&part.places) {
-            let Followed { pool, key, .. } = &followed[place];
+        for proof in rests.to_be_proved(followed) {
             for command in [READ_ONLY, "EVALSHA"] {
                 session.command = command;
-                match session.ask(key, 0.0, &[]).await {
-                    Err(error) if error.code() == Some(TOO_LARGE) => rests.rests[place].begins(pool),
+                match session.ask(&proof.key, 0.0, &[]).await {
+                    Err(error) if error.code() == Some(TOO_LARGE) => rests.begins(proof),
                     Err(error) if connection::is_refusal(&error) => continue,
                     Err(error) => return Err(error),
                     Ok(_) => {}
@@ -290,10 +304,12 @@ impl Picker<'_> {
                     Ok(said) => {
                         match said? {
                             Said::Beat(server) => self.part.primary.check(&server)?,
-                            Said::Picked(pool) => rests.rests[pool].is_needless(),
-                            Said::TooLarge(pool) => rests.rests[pool].begins(&self.followed[pool].pool),
+                            Said::Picked(pool) => rests.is_needless(pool),
+                            Said::TooLarge(pool) => {
+                                self.followed_as(pool).into_iter().for_each(|followed| rests.begins(followed));
+                            }
                             Said::Silent(pool) => {
-                                rests.suspect = pool;
+                                rests.suspect = Some(pool);
                                 return Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into());
                             }
                             Said::Refused => {}
@@ -311,20 +327,28 @@ impl Picker<'_> {
                 request = queue.recv() => {
                     let Some(request) = request else { return Ok(()) };
                     // Dropped, it tells its session "no".
-                    if !request.answer.is_closed() && rests.rests[request.pool].is_over() {
-                        answers.spawn(self.answer(session.clone(), request));
+                    if !request.answer.is_closed()
+                        && rests.is_over(request.pool)
+                        && let Some(followed) = self.followed_as(request.pool)
+                    {
+                        answers.spawn(self.answer(session.clone(), followed.clone(), request));
                     }
                 }
             }
         }
     }
 
+    fn followed_as(&self, pool: PoolId) -> Option<&Followed> {
+        self.followed.iter().find(|followed| followed.id == pool)
+    }
+
     fn answer(
         &self,
         mut session: Session,
+        followed: Followed,
         request: LuaRequest,
     ) -> impl Future<Output = Result<Said, RedisError>> + use<> {
-        let Followed { cell, key, .. } = self.followed[request.pool].clone();
+        let Followed { cell, key, .. } = followed;
         let limit = self.limits.timeout;
         async move {
             let (picked, said) = match timeout(limit, session.pick(&key, &request)).await {

@@ -42,7 +42,9 @@ pub use parts::Parts;
 use std::sync::Arc;
 use std::time::Duration;
 
+use self::status::TableStatus;
 use crate::balance::cell::Cell;
+use crate::balance::lua_pick::PoolId;
 
 /// The first pause after a connection is lost: a fleet loses them all at once, and its whole reads come back spread over so
 /// long.
@@ -55,10 +57,14 @@ const LONGEST_MOVE: Duration = Duration::from_millis(200);
 /// A key that a pool's weights stand under, and where its tables are published.
 #[derive(Clone, Debug)]
 pub struct Followed {
+    /// Says which pool a request for a Lua pick is for.
+    pub id: PoolId,
     /// The pool's name.
     pub pool: Arc<str>,
     /// Its snapshot cell.
     pub cell: Arc<Cell>,
     /// A sorted set.
     pub key: String,
+    /// What is counted of the table, for the metrics.
+    pub status: Arc<TableStatus>,
 }

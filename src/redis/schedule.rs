@@ -149,6 +149,7 @@ mod tests {
     use tokio::time::advance;
 
     use crate::balance::cell::Cell;
+    use crate::balance::lua_pick::PoolId;
     use crate::balance::{Balance, Table};
     use crate::redis::Followed;
 
@@ -159,6 +160,8 @@ mod tests {
     fn scene(mode: WatchMode) -> (Schedule, Changes) {
         let followed: Vec<Followed> = (0..POOLS)
             .map(|pool| Followed {
+                id: PoolId::unique(),
+                status: Arc::default(),
                 pool: "web".into(),
                 cell: Arc::new(Cell::new(Table::default(), Balance::WeightedRandom, 1)),
                 key: format!("servers{pool}"),

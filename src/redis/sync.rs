@@ -19,7 +19,7 @@ use super::event_rest::Longest;
 use super::rest::rest_after;
 use super::schedule::{Next, Schedule};
 use super::states::States;
-use super::status::{RedisStatus, TableStatus, WatchMode};
+use super::status::{RedisStatus, WatchMode};
 use super::table_log::TableLog;
 use super::table_read::{self, Answer, Asked, Question};
 use super::trouble::Trouble;
@@ -46,7 +46,6 @@ pub(super) struct Syncer<'a> {
     followed: &'a [Followed],
     on_empty: OnEmpty,
     status: &'a RedisStatus,
-    tables: Vec<&'a TableStatus>,
     states: Vec<State>,
     schedule: Schedule,
 }
@@ -127,11 +126,9 @@ impl<'a> Syncer<'a> {
         on_empty: OnEmpty,
         longest: Longest,
         status: &'a RedisStatus,
-        tables: impl IntoIterator<Item = &'a TableStatus>,
     ) -> Self {
-        let tables = tables.into_iter().collect();
         let states = vec![State::new(); followed.len()];
-        Self { followed, on_empty, status, tables, states, schedule: Schedule::new(followed.len(), longest) }
+        Self { followed, on_empty, status, states, schedule: Schedule::new(followed.len(), longest) }
     }
 
     /// Changes are noticed by `mode` from now on.
@@ -312,7 +309,7 @@ impl<'a> Syncer<'a> {
     }
 
     fn says_refused(&mut self, place: usize, reason: String, then: &str) {
-        self.tables[place].failed_reads.add(1);
+        self.followed[place].status.failed_reads.add(1);
         self.states[place].in_step = false;
         if let Some((_, held_back)) = self.says(place, Some(Said::Refused(reason.clone()))) {
             let Followed { pool, key, .. } = &self.followed[place];
@@ -321,9 +318,9 @@ impl<'a> Syncer<'a> {
     }
 
     fn take(&mut self, place: usize, decoded: Decoded, asked: Instant, since: Instant) {
-        let Followed { pool, cell, key } = &self.followed[place];
+        let Followed { pool, cell, key, .. } = &self.followed[place];
         let Decoded { table, rejected } = decoded;
-        self.tables[place].rejected_members.store(rejected.len() as u64, Relaxed);
+        self.followed[place].status.rejected_members.store(rejected.len() as u64, Relaxed);
         let state = &mut self.states[place];
         if state.rejected != rejected {
             if rejected.is_empty() {
@@ -343,7 +340,7 @@ impl<'a> Syncer<'a> {
         if table.is_empty() {
             return self.take_empty(place, table, asked);
         }
-        self.tables[place].is_kept.store(false, Relaxed);
+        self.followed[place].status.is_kept.store(false, Relaxed);
         let mut held_back = None;
         match self.says(place, None) {
             Some((Some(Said::Empty), held)) => {
@@ -362,9 +359,9 @@ impl<'a> Syncer<'a> {
     }
 
     fn take_empty(&mut self, place: usize, empty: Table, asked: Instant) {
-        let Followed { pool, cell, key } = &self.followed[place];
+        let Followed { pool, cell, key, .. } = &self.followed[place];
         let news = self.says(place, Some(Said::Empty));
-        self.tables[place].is_kept.store(self.on_empty == OnEmpty::KeepLast, Relaxed);
+        self.followed[place].status.is_kept.store(self.on_empty == OnEmpty::KeepLast, Relaxed);
         match self.on_empty {
             OnEmpty::KeepLast => {
                 // Whatever emptied the table may have taken the states along: those that are left are obeyed.
@@ -409,6 +406,7 @@ mod tests {
     use super::*;
     use crate::balance::Balance;
     use crate::balance::cell::Cell;
+    use crate::balance::lua_pick::PoolId;
     use crate::control::log_limiter::LOG_WINDOW;
     use std::sync::Arc;
     use tokio::time::advance;
@@ -416,10 +414,12 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn the_state_in_which_flips_end_is_said_when_the_window_has_passed() {
         let cell = Arc::new(Cell::new(Table::default(), Balance::WeightedRandom, 1));
-        let followed = [Followed { pool: "web".into(), cell, key: "servers".into() }];
-        let (status, tables) = (RedisStatus::default(), [TableStatus::default()]);
+        let (id, table_status) = (PoolId::unique(), Arc::default());
+        let followed =
+            [Followed { id, pool: "web".into(), cell, key: "servers".into(), status: table_status }];
+        let status = RedisStatus::default();
         let longest = Longest::new(Duration::from_secs(1), Duration::from_secs(15));
-        let mut syncer = Syncer::new(&followed, OnEmpty::KeepLast, longest, &status, &tables);
+        let mut syncer = Syncer::new(&followed, OnEmpty::KeepLast, longest, &status);
         let said = (0..1_000).filter(|flip| {
             let state = (flip % 2 == 0).then_some(Said::Empty);
             syncer.says(0, state).is_some()

@@ -55,7 +55,7 @@ impl TableLog {
 
     /// Redis has sent a table with members.
     pub(super) fn loaded(&mut self, followed: &Followed, backends: usize, held_back: HeldBack) {
-        let Followed { pool, key, cell } = followed;
+        let Followed { pool, key, cell, .. } = followed;
         let what = match std::mem::replace(&mut self.next, Next::Other) {
             Next::First => {
                 // It is told as a whole, not as a difference to what the proxy began with.
@@ -150,7 +150,7 @@ impl Changes {
     }
 
     fn tell(&self, followed: &Followed, held_back: HeldBack) {
-        let Followed { pool, key, cell } = followed;
+        let Followed { pool, key, cell, .. } = followed;
         let version = cell.load().version;
         let Self { weights, joined, left, states } = self;
         let (changed, joined, left, states) = (weights.text(), joined.text(), left.text(), states.text());

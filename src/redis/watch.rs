@@ -21,7 +21,7 @@ use super::event_rest::Longest;
 use super::mode::{Armed, Warned};
 use super::parts::{self, Part};
 use super::primary::Primary;
-use super::status::{RedisStatus, TableStatus, WatchMode, Watching};
+use super::status::{RedisStatus, WatchMode, Watching};
 use super::sync::Syncer;
 use super::trouble::Trouble;
 use super::{FIRST_PAUSE, Followed, LONGEST_MOVE, LONGEST_PAUSE, Parts, cluster, sentinel};
@@ -38,17 +38,15 @@ pub async fn run(
     followed: &Arc<[Followed]>,
     parts: &Parts,
     status: &Arc<RedisStatus>,
-    tables: &Arc<[TableStatus]>,
     first_try_over: impl FnOnce() + Send + 'static,
 ) {
     let tries = Arc::new(Tries::new(followed.len(), first_try_over));
     let following = parts::each(parts.read(), std::future::pending(), |part| {
         let (settings, followed) = (Arc::clone(settings), part.of(followed));
-        let (status, tables, tries) = (Arc::clone(status), Arc::clone(tables), Arc::clone(&tries));
+        let (status, tries) = (Arc::clone(status), Arc::clone(&tries));
         async move {
-            let own_tables = part.places.iter().map(|place| &tables[*place]);
             let longest = Longest::new(settings.heartbeat_interval, settings.resync_interval);
-            let syncer = Syncer::new(&followed, settings.on_empty, longest, &status, own_tables);
+            let syncer = Syncer::new(&followed, settings.on_empty, longest, &status);
             let scene = Scene { settings: &settings, followed: &followed, part: &part, status: &status };
             follow_tables(scene, syncer, &tries).await;
         }

@@ -124,7 +124,7 @@ mod tests {
             Arc::new(PerWorker::new(1)),
             Arc::default(),
         );
-        let pool = Pool::new("web".into(), 0, Balance::WeightedRandom, Table::default(), None, 1);
+        let pool = Pool::new("web".into(), Balance::WeightedRandom, Table::default(), None, 1);
         let context = Rc::new(Context {
             worker: Rc::new(worker),
             listener: Arc::new(Listener { name: "web".into(), counters: PerWorker::new(1) }),

@@ -5,20 +5,18 @@
 //! meanwhile the newest counts. A write that failed is tried again for as long as the process lives, and what is newest when
 //! it ends is written before.
 
-use std::future::pending;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::{Semaphore, watch};
-use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 use tracing::{error, info, warn};
 
 use super::file::{self, WriteError};
 use super::format::{self, Saved};
 use super::health::Health;
-use super::{Kept, SaveStatus, Unusable};
+use super::{Kept, Unusable};
 use crate::balance::snapshot::Snapshot;
 use crate::config::OnEmpty;
 use crate::control::backoff::Backoff;
@@ -42,18 +40,17 @@ static THREADS: Semaphore = Semaphore::const_new(8);
 /// How long the end waits for the newest tables to be written.
 const LAST_WRITES: Duration = Duration::from_secs(1);
 
-/// Who saves the tables of all pools. Dropped, they stop, and what is newest may not be saved.
-#[derive(Debug, Default)]
-pub struct Keepers {
-    tasks: JoinSet<()>,
-    /// The process ends.
+/// Saves the tables of pools in one folder. Dropped, its keepers stop, and what is newest may not be saved.
+#[derive(Debug)]
+pub struct StateDir {
+    shared: Arc<Shared>,
+    /// True when the process ends. Each keeper has a receiver until it has ended.
     ends: watch::Sender<bool>,
 }
 
 /// Saves the tables of one pool.
 #[derive(Debug)]
-struct Keeper {
-    place: usize,
+pub struct Keeper {
     kept: Kept,
     published: watch::Receiver<SystemTime>,
     ends: watch::Receiver<bool>,
@@ -63,53 +60,35 @@ struct Keeper {
 #[derive(Debug)]
 struct Shared {
     folder: PathBuf,
-    statuses: Arc<[SaveStatus]>,
     /// One disk, one write at a time.
     turn: Semaphore,
     health: Mutex<Health>,
 }
 
-/// Gives the pools what was saved of them, and begins to save their next tables. Whatever is wrong with the folder
-/// or with a file is said in the log; at most two seconds go by.
-///
-/// To be called before Redis is followed. `statuses` has one place for each of `kept`.
-pub async fn open(
-    folder: &Path,
-    on_empty: OnEmpty,
-    kept: Vec<Kept>,
-    statuses: &Arc<[SaveStatus]>,
-) -> Keepers {
-    let shared = Arc::new(Shared {
-        folder: folder.to_owned(),
-        statuses: Arc::clone(statuses),
-        turn: Semaphore::new(1),
-        health: Mutex::default(),
-    });
-    shared.restore(on_empty, &kept).await;
-    shared.prepare().await;
-    let mut keepers = Keepers::default();
-    for (place, kept) in kept.into_iter().enumerate() {
-        // What was restored is saved already: only Redis publishes from now on.
-        let (published, ends) = (kept.cell.published(), keepers.ends.subscribe());
-        keepers.tasks.spawn(Keeper { place, kept, published, ends, shared: Arc::clone(&shared) }.run());
-    }
-    keepers
-}
-
-impl Keepers {
-    /// Waits until one of them dies, which is a defect. Cancel safe.
-    pub async fn died(&mut self) {
-        match self.tasks.join_next().await {
-            Some(ended) => error!(?ended, "saving tables has died"),
-            None => pending().await,
-        }
+impl StateDir {
+    /// Gives the pools what was saved of them. Whatever is wrong with the folder or with a file is said in the log; at most two
+    /// seconds go by.
+    ///
+    /// To be called before Redis is followed, whose tables are newer.
+    pub async fn open(folder: &Path, on_empty: OnEmpty, kept: &[Kept]) -> Self {
+        let shared =
+            Arc::new(Shared { folder: folder.to_owned(), turn: Semaphore::new(1), health: Mutex::default() });
+        shared.restore(on_empty, kept).await;
+        shared.prepare().await;
+        Self { shared, ends: watch::Sender::default() }
     }
 
-    /// Writes what is not written yet, for a second at most. To be called when nothing is published any more.
-    pub async fn finish(mut self) {
+    /// The keeper of one pool. It saves what is published from now on: what was restored is saved already.
+    #[must_use]
+    pub fn keeper(&self, kept: Kept) -> Keeper {
+        let (published, ends) = (kept.cell.published(), self.ends.subscribe());
+        Keeper { kept, published, ends, shared: Arc::clone(&self.shared) }
+    }
+
+    /// Lets the keepers write what is not written yet, for a second at most. To be called when nothing is published any more.
+    pub async fn finish(self) {
         self.ends.send_replace(true);
-        let finished = async { while self.tasks.join_next().await.is_some() {} };
-        if timeout(LAST_WRITES, finished).await.is_err() {
+        if timeout(LAST_WRITES, self.ends.closed()).await.is_err() {
             warn!("the disk of state_dir is too slow: ending without the newest tables in it");
         }
     }
@@ -160,15 +139,15 @@ impl Shared {
         }
     }
 
-    fn fails(&self, place: Option<usize>, reason: &str, cure: &str) {
-        if self.health.lock().unwrap_or_else(PoisonError::into_inner).fails(place, reason) {
+    fn fails(&self, pool: Option<&Arc<str>>, reason: &str, cure: &str) {
+        if self.health.lock().unwrap_or_else(PoisonError::into_inner).fails(pool, reason) {
             let state_dir = self.folder.display();
             warn!(%state_dir, reason, cure, "cannot save tables: it is tried again until it works");
         }
     }
 
-    fn works(&self, place: usize) {
-        if self.health.lock().unwrap_or_else(PoisonError::into_inner).works(place) {
+    fn works(&self, pool: &Arc<str>) {
+        if self.health.lock().unwrap_or_else(PoisonError::into_inner).works(pool) {
             let state_dir = self.folder.display();
             info!(%state_dir, "tables are saved again");
         }
@@ -220,7 +199,7 @@ impl Keeper {
     ///
     /// # Cancel safety
     /// Dropping the future lets a write that is under way go on; whether or not it ends, the file is whole.
-    async fn run(mut self) {
+    pub async fn run(mut self) {
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
         let mut failed: Option<Instant> = None;
         let mut ends = self.ends.clone();
@@ -269,7 +248,7 @@ impl Keeper {
             }
         };
         match &ended {
-            Ok(Ok(())) => self.shared.works(self.place),
+            Ok(Ok(())) => self.shared.works(&self.kept.pool),
             Ok(Err(error)) => self.fails(&error.to_string(), error.cure()),
             Err(panicked) => self.fails(&panicked.to_string(), "it is a defect"),
         }
@@ -277,7 +256,7 @@ impl Keeper {
     }
 
     fn fails(&self, reason: &str, cure: &str) {
-        self.shared.statuses[self.place].failed_writes.add(1);
-        self.shared.fails(Some(self.place), reason, cure);
+        self.kept.status.failed_writes.add(1);
+        self.shared.fails(Some(&self.kept.pool), reason, cure);
     }
 }

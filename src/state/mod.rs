@@ -25,6 +25,8 @@ pub struct Kept {
     pub key: String,
     /// Where its tables are published.
     pub cell: Arc<Cell>,
+    /// What is counted of its file.
+    pub status: Arc<SaveStatus>,
 }
 
 /// What is counted of one pool's file.

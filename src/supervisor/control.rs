@@ -16,15 +16,18 @@ use tracing::warn;
 
 use super::Control;
 use crate::admin::{self, AdminState};
+use crate::config;
 use crate::data_plane::{handover, worker};
 use crate::drain::Phase;
 use crate::health::active::Checks;
 use crate::health::passive::Ejections;
 use crate::health::{standing, thread, usable};
+use crate::metrics::ObservedPool;
 use crate::names::resolve::{self, Names};
 use crate::observe::counters::WorkerId;
 use crate::redis::{self, Followed, Parts};
-use crate::state::{Kept, keeper};
+use crate::state::Kept;
+use crate::state::keeper::StateDir;
 
 /// How long accepting waits for Redis's first answer and for the first names. Clients that connect meanwhile wait in
 /// the kernel's queue.
@@ -36,7 +39,8 @@ const MOST_NAMED: usize = 10;
 #[derive(Default)]
 pub(super) struct Begun {
     pub(super) tasks: JoinSet<()>,
-    pub(super) keepers: keeper::Keepers,
+    pub(super) keepers: JoinSet<()>,
+    pub(super) state_dir: Option<StateDir>,
     pub(super) workers: Vec<JoinHandle<()>>,
 }
 
@@ -57,10 +61,11 @@ impl Control {
             let state = AdminState::new(self.observed.clone(), self.shared.drain.clone(), token);
             tasks.spawn(admin::serve(TcpListener::from_std(socket)?, Arc::new(state)));
         }
-        begun.keepers = self.keep_tables().await;
+        begun.state_dir = self.keep_tables(&mut begun.keepers).await;
         let (first_try_over, over) = oneshot::channel::<()>();
         self.follow_redis(tasks, first_try_over);
-        let mut names: Vec<Names> = self.observed.pools.iter().cloned().map(Names::new).collect();
+        let mut names: Vec<Names> =
+            self.observed.pools().iter().map(|observed| Names::new(Arc::clone(&observed.pool))).collect();
         let mut redis_told = false;
         let first_look = async {
             // At once, so that a Redis that hangs does not use up the time of the configured names. The sender is dropped
@@ -92,10 +97,12 @@ impl Control {
     /// Ends what a start has begun that failed then, and waits for it: the addresses can be bound again, no thread is left but
     /// those that wait for a disk or a resolver.
     pub(super) async fn give_up(&self, begun: Begun) {
-        let Begun { mut tasks, keepers, workers } = begun;
+        let Begun { mut tasks, keepers: _keepers, state_dir, workers } = begun;
         self.drain.advance(Phase::Closing);
         tasks.shutdown().await;
-        keepers.finish().await;
+        if let Some(state_dir) = state_dir {
+            state_dir.finish().await;
+        }
         for worker in workers {
             // It ends because the drain is at its end, and has told how.
             let _ = worker.join();
@@ -105,7 +112,7 @@ impl Control {
     /// Says what the start did not wait for any longer.
     fn warn_of_missing(&self, redis_told: bool) {
         let mut unresolved = Vec::new();
-        for pool in &self.observed.pools {
+        for ObservedPool { pool, .. } in self.observed.pools().iter() {
             let snapshot = pool.cell.load();
             let members = snapshot.members().iter().filter(|member| !member.backend.is_reachable());
             unresolved.extend(members.map(|member| member.backend.id().to_string()));
@@ -121,7 +128,7 @@ impl Control {
 
     fn look_after_health(&self, tasks: &mut JoinSet<()>) -> io::Result<()> {
         let mut checked = Vec::new();
-        for (pool, settings) in self.observed.pools.iter().zip(&self.config.pools) {
+        for (ObservedPool { pool, .. }, settings) in self.observed.pools().iter().zip(&self.config.pools) {
             tasks.spawn(standing::watch_fail_open(Arc::clone(pool)));
             tasks.spawn(usable::watch(Arc::clone(pool)));
             tasks.spawn(standing::grow(Arc::clone(pool)));
@@ -139,19 +146,24 @@ impl Control {
     }
 
     /// Begins with what was saved. Redis comes after it: its answer is newer.
-    async fn keep_tables(&self) -> keeper::Keepers {
-        let (Some(redis), Some(folder), Some(saves)) =
-            (&self.config.redis, &self.config.state_dir, &self.observed.saves)
-        else {
-            return keeper::Keepers::default();
+    async fn keep_tables(&self, keepers: &mut JoinSet<()>) -> Option<StateDir> {
+        let (redis, folder) = (self.config.redis.as_ref()?, self.config.state_dir.as_ref()?);
+        let pools = self.observed.pools();
+        let pools = pools.iter().zip(&self.config.pools);
+        let kept = |(ObservedPool { pool, saves, .. }, settings): (&ObservedPool, &config::Pool)| {
+            Some(Kept {
+                pool: Arc::clone(&pool.name),
+                key: settings.weights_key.clone(),
+                cell: Arc::clone(&pool.cell),
+                status: Arc::clone(saves.as_ref()?),
+            })
         };
-        let pools = self.observed.pools.iter().zip(&self.config.pools);
-        let kept = pools.map(|(pool, settings)| Kept {
-            pool: Arc::clone(&pool.name),
-            key: settings.weights_key.clone(),
-            cell: Arc::clone(&pool.cell),
+        let kept: Vec<Kept> = pools.filter_map(kept).collect();
+        let state_dir = StateDir::open(folder, redis.on_empty, &kept).await;
+        kept.into_iter().for_each(|kept| {
+            keepers.spawn(state_dir.keeper(kept).run());
         });
-        keeper::open(folder, redis.on_empty, kept.collect(), saves).await
+        Some(state_dir)
     }
 
     fn follow_redis(&mut self, tasks: &mut JoinSet<()>, first_try_over: oneshot::Sender<()>) {
@@ -160,23 +172,26 @@ impl Control {
         };
         let followed: Arc<[Followed]> = self
             .observed
-            .pools
+            .pools()
             .iter()
             .zip(&self.config.pools)
-            .map(|(pool, settings)| Followed {
+            .zip(&self.ids)
+            .map(|((ObservedPool { pool, table, .. }, settings), id)| Followed {
+                id: *id,
                 pool: Arc::clone(&pool.name),
                 cell: Arc::clone(&pool.cell),
                 key: settings.weights_key.clone(),
+                status: Arc::clone(table),
             })
             .collect();
         let settings = Arc::new(settings);
         let parts = Arc::new(Parts::of(&settings, &followed));
-        if let Some(requests) = self.lua_requests.take() {
+        if let Some(mut requests) = self.lua_requests.take() {
             let (settings, limits, followed) =
                 (Arc::clone(&settings), self.config.lua_pick.clone(), Arc::clone(&followed));
             let parts = Arc::clone(&parts);
             tasks.spawn(async move {
-                redis::lua_pick::run(&settings, &limits, &followed, &parts, requests).await;
+                redis::lua_pick::run(&settings, &limits, &followed, &parts, &mut requests).await;
             });
         }
         let (reporting, reported, drain) =
@@ -185,11 +200,10 @@ impl Control {
         tasks.spawn(async move {
             redis::applied::run(&reporting, &reported, &reported_to, drain.started()).await;
         });
-        let tables = Arc::clone(&self.observed.tables);
         tasks.spawn(async move {
             // Nobody waits any more once the start has gone on without Redis.
             let first_try_over = || first_try_over.send(()).unwrap_or_default();
-            redis::watch::run(&settings, &followed, &parts, &status, &tables, first_try_over).await;
+            redis::watch::run(&settings, &followed, &parts, &status, first_try_over).await;
         });
     }
 }

@@ -19,20 +19,18 @@ use tracing::{error, info};
 use self::control::Begun;
 use crate::admin::{self, AdminBindError};
 use crate::balance::Table;
-use crate::balance::lua_pick::{self as picking, LuaRequests};
+use crate::balance::lua_pick::{self as picking, LuaRequests, PoolId};
 use crate::balance::pool::{Pool, Sync};
 use crate::config::{Config, Shutdown};
 use crate::control::runtime;
 use crate::data_plane::worker::{BoundListener, Shared};
 use crate::drain::{self, DrainControl, Phase};
 use crate::listen::socket::{self, BindError, Options};
-use crate::metrics::Observed;
+use crate::metrics::{Observed, ObservedPool};
 use crate::net::descriptors;
 use crate::observe::counters::PerWorker;
 use crate::observe::log_sink::LogSink;
-use crate::redis::status::TableStatus;
 use crate::session::{Listener, Settings};
-use crate::state::{SaveStatus, keeper};
 
 /// The proxy cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -107,13 +105,14 @@ pub fn start(config: &Config, log: Option<LogSink>) -> Result<Running, StartErro
         }
         _ => (None, None),
     };
-    let make_pool = |(index, pool): (usize, &crate::config::Pool)| {
-        let sync =
-            config.redis.as_ref().map(|redis| Sync { max_stale: redis.max_stale, lua: picker.clone() });
+    let ids: Vec<PoolId> = config.pools.iter().map(|_| PoolId::unique()).collect();
+    let make_pool = |(id, pool): (&PoolId, &crate::config::Pool)| {
+        let lua = picker.as_ref().map(|picker| picker.for_pool(*id));
+        let sync = config.redis.as_ref().map(|redis| Sync { max_stale: redis.max_stale, lua });
         let table = Table::new(pool.backends.clone());
-        Arc::new(Pool::new(Arc::clone(&pool.name), index, pool.policy(), table, sync, workers))
+        Arc::new(Pool::new(Arc::clone(&pool.name), pool.policy(), table, sync, workers))
     };
-    let pools: Vec<Arc<Pool>> = config.pools.iter().enumerate().map(make_pool).collect();
+    let pools: Vec<Arc<Pool>> = ids.iter().zip(&config.pools).map(make_pool).collect();
 
     let mut doors: Vec<Vec<BoundListener>> = (0..workers).map(|_| Vec::new()).collect();
     let mut addresses = Vec::new();
@@ -145,23 +144,18 @@ pub fn start(config: &Config, log: Option<LogSink>) -> Result<Running, StartErro
     let admin_address = admin_socket.as_ref().map(TcpListener::local_addr).transpose()?;
 
     let sessions = Arc::new(PerWorker::new(workers));
-    let observed = Observed {
+    let redis = config.redis.as_ref().map(|_| Arc::default());
+    let saves = || config.redis.as_ref().and(config.state_dir.as_ref()).map(|_| Arc::default());
+    let observed = Observed::new(Arc::clone(&sessions), redis, log.clone());
+    observed.show(
         listeners,
-        pools,
-        sessions: Arc::clone(&sessions),
-        redis: config.redis.as_ref().map(|_| Arc::default()),
-        tables: config.pools.iter().map(|_| TableStatus::default()).collect(),
-        saves: config
-            .redis
-            .as_ref()
-            .and(config.state_dir.as_ref())
-            .map(|_| config.pools.iter().map(|_| SaveStatus::default()).collect()),
-        log: log.clone(),
-    };
+        pools.into_iter().map(|pool| ObservedPool { pool, table: Arc::default(), saves: saves() }),
+    );
     descriptors::keep_reserve(doors.iter().map(Vec::len).sum());
     let access_log = log.filter(|_| config.log.access).map(|sink| (config.log.format, sink));
     let control = Control {
         config: config.clone(),
+        ids,
         observed: observed.clone(),
         admin_socket,
         lua_requests,
@@ -243,6 +237,7 @@ impl Drop for Running {
 /// All that the control thread owns.
 struct Control {
     config: Config,
+    ids: Vec<PoolId>,
     observed: Observed,
     admin_socket: Option<TcpListener>,
     lua_requests: Option<LuaRequests>,
@@ -279,11 +274,13 @@ impl Control {
             drop(started.send(Err(error)));
             return Summary::default();
         }
-        let Begun { tasks, mut keepers, workers } = begun;
+        let Begun { tasks, mut keepers, state_dir, workers } = begun;
         self.drain.advance(Phase::Serving);
         drop(started.send(Ok(())));
         let summary = end(&self.drain, self.config.shutdown, tasks, &mut keepers, ends, &mut stops).await;
-        keepers.finish().await;
+        if let Some(state_dir) = state_dir {
+            state_dir.finish().await;
+        }
         for worker in workers {
             // It has said that it ends, and how.
             let _ = worker.join();
@@ -297,7 +294,7 @@ async fn end(
     drain: &DrainControl,
     shutdown: Shutdown,
     mut tasks: JoinSet<()>,
-    keepers: &mut keeper::Keepers,
+    keepers: &mut JoinSet<()>,
     mut ends: mpsc::UnboundedReceiver<Option<u64>>,
     stops: &mut watch::Receiver<Stop>,
 ) -> Summary {
@@ -323,7 +320,10 @@ async fn end(
             error!(?ended, "a task of the control plane died: draining");
             summary.failed = true;
         }
-        () = keepers.died() => summary.failed = true,
+        Some(ended) = keepers.join_next() => {
+            error!(?ended, "saving tables has died");
+            summary.failed = true;
+        }
     }
     drain.advance(Phase::Leaving);
     if !shutdown.delay.is_zero() {

@@ -78,7 +78,7 @@ impl Proxy {
 
     /// The weights of the newest snapshot, by backend.
     pub fn weights(&self) -> Vec<(String, f64)> {
-        let snapshot = self.running.observed.pools[0].cell.load();
+        let snapshot = self.running.observed.pools()[0].pool.cell.load();
         let mut weights: Vec<_> =
             snapshot.members().iter().map(|m| (m.backend.id().to_string(), m.weight.get())).collect();
         weights.sort_by(|a, b| a.0.cmp(&b.0));

@@ -28,7 +28,7 @@ pub enum Watched {
 
 impl From<&Proxy> for Watched {
     fn from(proxy: &Proxy) -> Self {
-        Self::Inside(Arc::clone(&proxy.running.observed.pools[0]))
+        Self::Inside(Arc::clone(&proxy.running.observed.pools()[0].pool))
     }
 }
 

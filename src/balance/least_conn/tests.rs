@@ -30,7 +30,7 @@ fn policy() -> Policy {
 }
 
 fn pool(policy: Policy, weights: &[f64]) -> Pool {
-    let pool = Pool::new("web".into(), 0, policy, table(weights), None, 1);
+    let pool = Pool::new("web".into(), policy, table(weights), None, 1);
     // A slow start begins with a table of the source that the one before came from.
     pool.cell.publish(table(weights));
     pool

@@ -27,7 +27,7 @@ fn table(backends: u32) -> Table {
 fn pool(balance: Balance, backends: u32, max_connections: u32) -> Arc<Pool> {
     let capacity = Capacity { max_connections, queue_size: 64, queue_timeout: PATIENCE };
     let policy = Policy { capacity, ..balance.into() };
-    Arc::new(Pool::new("web".into(), 0, policy, table(backends), None, 1))
+    Arc::new(Pool::new("web".into(), policy, table(backends), None, 1))
 }
 
 /// Without Redis a pick never waits.

@@ -12,7 +12,7 @@ fn table(members: &[&str]) -> Table {
 }
 
 fn checks(members: &[&str], interval: Duration, timeout: Duration) -> Checks {
-    let pool = Pool::new("web".into(), 0, Balance::WeightedRandom, table(members), None, 1);
+    let pool = Pool::new("web".into(), Balance::WeightedRandom, table(members), None, 1);
     let (rise, fall) = (NonZeroU32::MIN, NonZeroU32::MIN);
     let expect = Some(b"never sent"[..].into());
     let settings = HealthCheck { interval, timeout, rise, fall, port: None, send: None, expect };

@@ -22,7 +22,7 @@ fn ejections(backends: u32, percent: u32) -> Ejections {
     };
     let policy = Policy { outlier: Some(outlier), ..Balance::WeightedRandom.into() };
     let table = table(&(1..=backends).collect::<Vec<_>>());
-    Ejections::new(Arc::new(Pool::new("web".into(), 0, policy, table, None, 1)), outlier)
+    Ejections::new(Arc::new(Pool::new("web".into(), policy, table, None, 1)), outlier)
 }
 
 /// Backends of these numbers, of one weight.

@@ -1,15 +1,16 @@
 //! Hands each request to the one who answers for its pool, and none to a Redis that does not answer.
 
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::mpsc;
 
-use crate::balance::lua_pick::LuaRequest;
+use crate::balance::lua_pick::{LuaRequest, PoolId};
 
 /// Where a request goes, by pool. The near end of the channel knows only whether anybody answers at all.
 pub(super) struct Doors {
-    by_pool: Mutex<Vec<Option<Entrance>>>,
+    by_pool: Mutex<HashMap<PoolId, Entrance>>,
     open: AtomicUsize,
     answering: Arc<AtomicBool>,
 }
@@ -21,25 +22,24 @@ struct Entrance {
 }
 
 impl Doors {
-    pub(super) fn new(pools: usize, answering: Arc<AtomicBool>) -> Self {
-        Self { by_pool: Mutex::new(vec![None; pools]), open: AtomicUsize::new(0), answering }
+    pub(super) fn new(answering: Arc<AtomicBool>) -> Self {
+        Self { by_pool: Mutex::default(), open: AtomicUsize::new(0), answering }
     }
 
     /// A door for the pools of one part. No more wait behind it than may be asked at once.
-    pub(super) fn door(self: &Arc<Self>, places: &[usize], most: usize) -> Door {
+    pub(super) fn door(self: &Arc<Self>, pools: impl Iterator<Item = PoolId>, most: usize) -> Door {
         let (requests, queue) = mpsc::channel(most);
         let entrance = Entrance { requests, is_open: Arc::default() };
         let mut by_pool = self.by_pool.lock().unwrap_or_else(PoisonError::into_inner);
-        for place in places {
-            by_pool[*place] = Some(entrance.clone());
-        }
+        by_pool.extend(pools.map(|pool| (pool, entrance.clone())));
+        drop(by_pool);
         Door { queue, is_open: entrance.is_open, doors: Arc::clone(self) }
     }
 
     /// Dropped where the door is closed: its session is told so at once.
     pub(super) fn hand_on(&self, request: LuaRequest) {
         let by_pool = self.by_pool.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(entrance) = &by_pool[request.pool]
+        if let Some(entrance) = by_pool.get(&request.pool)
             && entrance.is_open.load(Relaxed)
         {
             let _ = entrance.requests.try_send(request);
