@@ -83,7 +83,7 @@ pub fn bind(admin: &Admin) -> Result<StdListener, AdminBindError> {
 }
 
 /// Serves until it is dropped.
-pub async fn serve(listener: TcpListener, state: Arc<AdminState>) {
+pub async fn serve(listener: Arc<TcpListener>, state: Arc<AdminState>) {
     let guarded = Router::new()
         .route("/metrics", get(metrics))
         .route_layer(middleware::from_fn_with_state(Arc::clone(&state), require_token));

@@ -15,6 +15,7 @@ use std::time::Duration;
 use socket2::Socket;
 use tokio::sync::mpsc::{self, error::TrySendError};
 
+use super::listeners::ListenerId;
 use crate::observe::counters::{PerWorker, WorkerId};
 use crate::session::SessionCounters;
 
@@ -28,8 +29,8 @@ const INBOX_CONNECTIONS: usize = 64;
 /// that was complete.
 #[derive(Debug)]
 pub struct Connection {
-    /// The index of the listener that accepted it: all workers have the same listeners in the same order.
-    pub listener: usize,
+    /// The listener that accepted it.
+    pub listener: ListenerId,
     /// Its other end.
     pub client: SocketAddr,
     /// Watched by no runtime.
@@ -37,9 +38,9 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// `socket` was accepted by the listener with this index.
+    /// `socket` was accepted by this listener.
     #[must_use]
-    pub fn new(listener: usize, socket: Socket, client: SocketAddr) -> Self {
+    pub fn new(listener: ListenerId, socket: Socket, client: SocketAddr) -> Self {
         Self { listener, client, socket: Some(socket) }
     }
 

@@ -5,14 +5,14 @@
 //! core it would have to wait as often.
 
 use std::io;
+use std::panic::resume_unwind;
 use std::sync::mpsc::sync_channel;
 use std::thread::{Builder, JoinHandle};
 
+use tokio::runtime::Handle;
 use tokio::sync::oneshot;
-use tokio::task::JoinSet;
-use tracing::error;
+use tokio::task::AbortHandle;
 
-use super::active::Checks;
 use crate::control::runtime;
 
 /// The running thread. Dropped, it has ended.
@@ -20,47 +20,69 @@ use crate::control::runtime;
 pub struct CheckThread {
     /// The thread ends when this is dropped.
     runs: Option<oneshot::Sender<()>>,
-    /// Nothing is ever sent: the thread's end of the channel goes with it.
-    died: oneshot::Receiver<()>,
+    runner: CheckRunner,
     thread: Option<JoinHandle<()>>,
 }
 
-/// Starts the thread, which runs `checks`.
+/// Runs checks on the thread.
+#[derive(Clone, Debug)]
+pub struct CheckRunner(Handle);
+
+/// Starts the thread, without checks.
 ///
 /// # Errors
 /// The system gives no thread or no descriptors.
-pub fn start(checks: Vec<Checks>) -> io::Result<CheckThread> {
+pub fn start() -> io::Result<CheckThread> {
     let (runs, dropped) = oneshot::channel::<()>();
-    let (alive, died) = oneshot::channel::<()>();
     let (tell, has_started) = sync_channel(1);
     let thread = Builder::new().name("statera-checks".to_owned()).spawn(move || {
-        let _alive = alive;
         let runtime = match runtime::new() {
             Ok(runtime) => runtime,
             Err(error) => return tell.send(Err(error)).unwrap_or_default(),
         };
         // The caller waits for it.
-        let _ = tell.send(Ok(()));
-        runtime.block_on(async {
-            let mut running: JoinSet<()> = checks.into_iter().map(Checks::run).collect();
-            tokio::select! {
-                _ = dropped => {}
-                Some(ended) = running.join_next() => error!(?ended, "health checks ended"),
-            }
-        });
+        let _ = tell.send(Ok(runtime.handle().clone()));
+        // An error, too, says that it was dropped.
+        let _ = runtime.block_on(dropped);
     })?;
-    let started = CheckThread { runs: Some(runs), died, thread: Some(thread) };
-    has_started.recv().unwrap_or_else(|_| Err(io::Error::other("the thread of the health checks died")))?;
-    Ok(started)
+    let handle = has_started
+        .recv()
+        .unwrap_or_else(|_| Err(io::Error::other("the thread of the health checks died")))?;
+    Ok(CheckThread { runs: Some(runs), runner: CheckRunner(handle), thread: Some(thread) })
 }
 
 impl CheckThread {
-    /// Waits until the thread ends by itself, which is a defect.
+    /// Runs checks on it.
+    #[must_use]
+    pub fn runner(&self) -> CheckRunner {
+        self.runner.clone()
+    }
+}
+
+impl CheckRunner {
+    /// Runs `checks` on the thread, and returns when they or the thread have ended.
+    ///
+    /// # Panics
+    /// As the checks do.
     ///
     /// # Cancel safety
-    /// Dropping the future ends the thread.
-    pub async fn ended(mut self) {
-        let _ = (&mut self.died).await;
+    /// Dropping the future ends the checks.
+    pub async fn run(self, checks: impl Future<Output = ()> + Send + 'static) {
+        let running = self.0.spawn(checks);
+        let _ends = AbortOnDrop(running.abort_handle());
+        if let Err(error) = running.await
+            && let Ok(panic) = error.try_into_panic()
+        {
+            resume_unwind(panic);
+        }
+    }
+}
+
+struct AbortOnDrop(AbortHandle);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
     }
 }
 
@@ -68,7 +90,7 @@ impl Drop for CheckThread {
     fn drop(&mut self) {
         drop(self.runs.take());
         if let Some(thread) = self.thread.take() {
-            // Takes as long as one look at one check. That it died was seen by `ended`.
+            // Takes as long as one look at one check. Its death ends the checks, of which their tasks hear.
             let _ = thread.join();
         }
     }

@@ -66,16 +66,20 @@ struct Shared {
 }
 
 impl StateDir {
-    /// Gives the pools what was saved of them. Whatever is wrong with the folder or with a file is said in the log; at most two
-    /// seconds go by.
+    /// Reads and writes nothing yet.
+    #[must_use]
+    pub fn new(folder: &Path) -> Self {
+        let shared = Shared { folder: folder.to_owned(), turn: Semaphore::new(1), health: Mutex::default() };
+        Self { shared: Arc::new(shared), ends: watch::Sender::default() }
+    }
+
+    /// Gives the pools what was saved of them, and prepares the folder for what is to be saved. Whatever is wrong with the folder or
+    /// with a file is said in the log; at most two seconds go by.
     ///
     /// To be called before Redis is followed, whose tables are newer.
-    pub async fn open(folder: &Path, on_empty: OnEmpty, kept: &[Kept]) -> Self {
-        let shared =
-            Arc::new(Shared { folder: folder.to_owned(), turn: Semaphore::new(1), health: Mutex::default() });
-        shared.restore(on_empty, kept).await;
-        shared.prepare().await;
-        Self { shared, ends: watch::Sender::default() }
+    pub async fn restore(&self, on_empty: OnEmpty, kept: &[Kept]) {
+        self.shared.restore(on_empty, kept).await;
+        self.shared.prepare().await;
     }
 
     /// The keeper of one pool. It saves what is published from now on: what was restored is saved already.
@@ -86,7 +90,7 @@ impl StateDir {
     }
 
     /// Lets the keepers write what is not written yet, for a second at most. To be called when nothing is published any more.
-    pub async fn finish(self) {
+    pub async fn finish(&self) {
         self.ends.send_replace(true);
         if timeout(LAST_WRITES, self.ends.closed()).await.is_err() {
             warn!("the disk of state_dir is too slow: ending without the newest tables in it");

@@ -1,36 +1,52 @@
-//! The composition root: makes the parts, hands each its end of what they share, starts the two planes and ends them.
+//! The supervisor: owns what runs, by name, and leads the proxy from its start to its end.
 //!
-//! The only place that knows all parts; `control.rs` below it starts those of the control plane. What they share is
-//! listed in ARCHITECTURE.md: the snapshot cells, the Lua-pick channel, the drain and the counters.
+//! It compares what runs with what is to run (`reconcile.rs`), prepares the change and applies it (`plan.rs`). A start and a
+//! shutdown are such changes. The only place that knows all parts; what they share is listed in ARCHITECTURE.md.
+//!
+//! - `pool_handle.rs`, `listener_handle.rs`: what runs. `workers.rs`: the threads of the data plane.
+//! - `tasks.rs`: spawns the control plane's tasks. `services.rs`: those that belong to no pool.
+//! - `first_look.rs`: what a new pool waits for. `phases.rs`: the waits between serving and the end.
 
-mod control;
+mod first_look;
+mod listener_handle;
+mod phases;
+mod plan;
+mod pool_handle;
+mod reconcile;
+mod services;
+mod tasks;
+mod workers;
 
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinSet;
-use tokio::time::sleep;
 use tracing::{error, info};
 
-use self::control::Begun;
-use crate::admin::{self, AdminBindError};
-use crate::balance::Table;
-use crate::balance::lua_pick::{self as picking, LuaRequests, PoolId};
-use crate::balance::pool::{Pool, Sync};
-use crate::config::{Config, Shutdown};
+use self::listener_handle::ListenerHandle;
+use self::phases::{Stop, Stops};
+use self::plan::Plan;
+use self::pool_handle::PoolHandle;
+use self::reconcile::{Desired, difference};
+use self::tasks::{Defect, Defects, Tasks};
+use self::workers::Workers;
+use crate::admin::AdminBindError;
+use crate::balance::lua_pick::{self, LuaPicker, LuaRequests};
+use crate::config::Config;
 use crate::control::runtime;
-use crate::data_plane::worker::{BoundListener, Shared};
+use crate::data_plane::worker::Shared;
 use crate::drain::{self, DrainControl, Phase};
-use crate::listen::socket::{self, BindError, Options};
-use crate::metrics::{Observed, ObservedPool};
-use crate::net::descriptors;
+use crate::health::thread::CheckThread;
+use crate::listen::socket::BindError;
+use crate::metrics::Observed;
 use crate::observe::counters::PerWorker;
 use crate::observe::log_sink::LogSink;
-use crate::session::{Listener, Settings};
+use crate::session::Settings;
+use crate::state::keeper::StateDir;
 
 /// The proxy cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -63,20 +79,20 @@ pub struct Summary {
     pub failed: bool,
 }
 
-/// How to stop.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Stop {
-    NotYet,
-    Drain,
-    Now,
+impl Summary {
+    /// A worker ended, after it cut so many sessions; `None`: it died.
+    fn worker_ended(&mut self, cut: Option<u64>) {
+        self.failed |= cut.is_none();
+        self.cut += cut.unwrap_or(0);
+    }
 }
 
 /// A proxy that runs. Dropped, it is stopped at once.
 #[derive(Debug)]
 pub struct Running {
-    /// Each listener's name and the addresses it really has (a port 0 is replaced).
+    /// Each listener's name and the addresses that it really has (a port 0 is replaced).
     pub addresses: Vec<(Arc<str>, Vec<SocketAddr>)>,
-    /// The admin server's.
+    /// The admin server's address.
     pub admin: Option<SocketAddr>,
     /// What is counted.
     pub observed: Observed,
@@ -94,95 +110,188 @@ pub struct Running {
 /// What was begun has ended, and its addresses can be bound again. Only a thread that waits for a disk or for the system's
 /// resolver may be left, for as long as that takes.
 pub fn start(config: &Config, log: Option<LogSink>) -> Result<Running, StartError> {
-    check_congestion(config)?;
-    let (drain_control, drain) = drain::channel();
-    let workers = config.workers.get();
-    let (picker, lua_requests) = match (&config.redis, config.lua_pick.enabled) {
-        (Some(_), true) => {
-            let (picker, requests) =
-                picking::channel(config.lua_pick.max_in_flight.get(), config.lua_pick.timeout);
-            (Some(picker), Some(requests))
-        }
-        _ => (None, None),
-    };
-    let ids: Vec<PoolId> = config.pools.iter().map(|_| PoolId::unique()).collect();
-    let make_pool = |(id, pool): (&PoolId, &crate::config::Pool)| {
-        let lua = picker.as_ref().map(|picker| picker.for_pool(*id));
-        let sync = config.redis.as_ref().map(|redis| Sync { max_stale: redis.max_stale, lua });
-        let table = Table::new(pool.backends.clone());
-        Arc::new(Pool::new(Arc::clone(&pool.name), pool.policy(), table, sync, workers))
-    };
-    let pools: Vec<Arc<Pool>> = ids.iter().zip(&config.pools).map(make_pool).collect();
-
-    let mut doors: Vec<Vec<BoundListener>> = (0..workers).map(|_| Vec::new()).collect();
-    let mut addresses = Vec::new();
-    let mut listeners = Vec::new();
-    for listener in &config.listeners {
-        let (pool, settings) = config
-            .pools
-            .iter()
-            .zip(&pools)
-            .find(|(settings, _)| settings.name == listener.pool)
-            .map(|(settings, pool)| (Arc::clone(pool), settings))
-            .expect("the config was checked: every listener's pool exists");
-        let shared =
-            Arc::new(Listener { name: Arc::clone(&listener.name), counters: PerWorker::new(workers) });
-        let options = Options { keepalive: settings.keepalive, congestion: listener.tcp_congestion.clone() };
-        let mut bound = Vec::new();
-        for address in &listener.bind {
-            let sockets = socket::bind(&listener.name, *address, &options, workers)?;
-            bound.extend(sockets.first().map(TcpListener::local_addr).transpose()?);
-            for (doors, socket) in doors.iter_mut().zip(sockets) {
-                let (listener, pool) = (Arc::clone(&shared), Arc::clone(&pool));
-                doors.push(BoundListener { socket, listener, pool, settings: Settings::from(settings) });
-            }
-        }
-        addresses.push((Arc::clone(&listener.name), bound));
-        listeners.push(shared);
-    }
-    let admin_socket = config.admin.as_ref().map(admin::bind).transpose()?;
-    let admin_address = admin_socket.as_ref().map(TcpListener::local_addr).transpose()?;
-
-    let sessions = Arc::new(PerWorker::new(workers));
-    let redis = config.redis.as_ref().map(|_| Arc::default());
-    let saves = || config.redis.as_ref().and(config.state_dir.as_ref()).map(|_| Arc::default());
-    let observed = Observed::new(Arc::clone(&sessions), redis, log.clone());
-    observed.show(
-        listeners,
-        pools.into_iter().map(|pool| ObservedPool { pool, table: Arc::default(), saves: saves() }),
-    );
-    descriptors::keep_reserve(doors.iter().map(Vec::len).sum());
-    let access_log = log.filter(|_| config.log.access).map(|sink| (config.log.format, sink));
-    let control = Control {
-        config: config.clone(),
-        ids,
-        observed: observed.clone(),
-        admin_socket,
-        lua_requests,
-        doors,
-        shared: Shared { access_log, sessions, starvation: Arc::default(), drain },
-        drain: drain_control,
-    };
-    let (stop, stops) = watch::channel(Stop::NotYet);
-    let (started, has_started) = sync_channel(1);
-    let thread =
-        thread::Builder::new().name("statera-control".into()).spawn(move || control.run(started, stops))?;
-    let running = Running { addresses, admin: admin_address, observed, stop, control: Some(thread) };
-    has_started.recv().unwrap_or_else(|_| Err(io::Error::other("the control thread died")))?;
+    let sessions = Arc::new(PerWorker::new(config.workers.get()));
+    let observed = Observed::new(sessions, config.redis.as_ref().map(|_| Arc::default()), log);
+    let (stop, stops) = phases::stops();
+    let (tell, has_started) = sync_channel(1);
+    let (settings, counted) = (Arc::new(config.clone()), observed.clone());
+    let thread = thread::Builder::new()
+        .name("statera-control".into())
+        .spawn(move || run(settings, counted, &tell, &stops))?;
+    let mut running = Running { addresses: Vec::new(), admin: None, observed, stop, control: Some(thread) };
+    // Dropped in the case of an error, `running` waits for the thread.
+    let started =
+        has_started.recv().unwrap_or_else(|_| Err(io::Error::other("the control thread died").into()))?;
+    (running.addresses, running.admin) = (started.addresses, started.admin);
     Ok(running)
 }
 
-/// Before anything listens: a session could do nothing about it.
-fn check_congestion(config: &Config) -> Result<(), StartError> {
-    let listeners = config.listeners.iter().map(|l| ("listeners", &l.name, &l.tcp_congestion));
-    let pools = config.pools.iter().map(|p| ("pools", &p.name, &p.tcp_congestion));
-    for (section, name, congestion) in listeners.chain(pools) {
-        if let Some(congestion) = congestion {
-            socket::check_congestion(congestion)
-                .map_err(|reason| StartError::Congestion { path: format!("{section}.{name}"), reason })?;
+/// What the control thread tells when the proxy accepts.
+struct Started {
+    addresses: Vec<(Arc<str>, Vec<SocketAddr>)>,
+    admin: Option<SocketAddr>,
+}
+
+type TellStarted = SyncSender<Result<Started, StartError>>;
+
+/// All of the control thread.
+fn run(config: Arc<Config>, observed: Observed, started: &TellStarted, stops: &Stops) -> Summary {
+    let runtime = match runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            drop(started.send(Err(error.into())));
+            return Summary::default();
         }
+    };
+    let life = async {
+        match Supervisor::new(config, observed) {
+            Ok((supervisor, defects)) => supervisor.live(defects, started, stops).await,
+            Err(error) => {
+                drop(started.send(Err(error.into())));
+                Summary::default()
+            }
+        }
+    };
+    let summary = runtime.block_on(life);
+    // A resolver that hangs in the system's library must not hold back the end.
+    runtime.shutdown_background();
+    summary
+}
+
+/// What runs, and what is needed to change it. The control thread owns it.
+struct Supervisor {
+    config: Arc<Config>,
+    observed: Observed,
+    drain: DrainControl,
+    /// What all workers share.
+    shared: Shared,
+    workers: Workers,
+    pools: Vec<PoolHandle>,
+    listeners: Vec<ListenerHandle>,
+    /// Listeners that accept nothing more, and whose sessions may go on.
+    closing: Vec<ListenerHandle>,
+    /// The tasks that belong to no pool.
+    tasks: Tasks,
+    defects: Defects,
+    /// The address of the admin server, which runs.
+    admin: Option<SocketAddr>,
+    /// Where a pool has health checks.
+    checks: Option<CheckThread>,
+    /// Where tables are saved.
+    state_dir: Option<Arc<StateDir>>,
+    /// Where Redis may be asked to pick.
+    picker: Option<LuaPicker>,
+    /// The far end of `picker`, until Redis is followed.
+    lua_requests: Option<LuaRequests>,
+}
+
+impl Supervisor {
+    /// With workers, and without pools and listeners.
+    fn new(config: Arc<Config>, observed: Observed) -> io::Result<(Self, mpsc::UnboundedReceiver<Defect>)> {
+        let (drain, heard) = drain::channel();
+        let (defects, reported) = mpsc::unbounded_channel();
+        let log = observed.log.clone().filter(|_| config.log.access);
+        let shared = Shared {
+            access_log: log.map(|sink| (config.log.format, sink)),
+            sessions: Arc::clone(&observed.sessions),
+            starvation: Arc::default(),
+            shortest_limit: shortest_limit(&config),
+            drain: heard,
+        };
+        let lua = (config.redis.is_some() && config.lua_pick.enabled)
+            .then(|| lua_pick::channel(config.lua_pick.max_in_flight.get(), config.lua_pick.timeout));
+        let (picker, lua_requests) = lua.unzip();
+        let saved_in = config.state_dir.as_ref().filter(|_| config.redis.is_some());
+        let supervisor = Self {
+            workers: Workers::start(config.workers.get(), &shared)?,
+            state_dir: saved_in.map(|folder| Arc::new(StateDir::new(folder))),
+            pools: Vec::new(),
+            listeners: Vec::new(),
+            closing: Vec::new(),
+            tasks: Tasks::new(None, defects.clone()),
+            admin: None,
+            checks: None,
+            config,
+            observed,
+            drain,
+            shared,
+            defects,
+            picker,
+            lua_requests,
+        };
+        Ok((supervisor, reported))
     }
-    Ok(())
+
+    /// The life of the proxy: start, serve, drain, end.
+    async fn live(
+        mut self,
+        mut defects: mpsc::UnboundedReceiver<Defect>,
+        started: &TellStarted,
+        stops: &Stops,
+    ) -> Summary {
+        let config = Arc::clone(&self.config);
+        let desired = Desired::of(&config);
+        let plan = match self.prepare(desired).await {
+            Ok(plan) => plan,
+            Err(error) => {
+                self.end().await;
+                // Only now: the caller may try again at once.
+                drop(started.send(Err(error)));
+                return Summary::default();
+            }
+        };
+        self.apply(plan).await;
+        self.drain.advance(Phase::Serving);
+        drop(started.send(Ok(self.started())));
+
+        let mut summary = phases::serve(stops, &mut self.workers, &mut defects).await;
+
+        self.drain.advance(Phase::Leaving);
+        phases::leave(config.shutdown.delay, stops).await;
+
+        let timeout = config.shutdown.timeout;
+        self.drain.advance(Phase::Draining);
+        info!(?timeout, "draining: not accepting, sessions may finish");
+        self.remove_all_but(desired.without_listeners()).await;
+        self.workers.dismiss();
+        phases::finish_sessions(timeout, stops, &self.drain, &mut self.workers, &mut summary).await;
+
+        self.end().await;
+        summary
+    }
+
+    /// Removes what runs and is not desired.
+    async fn remove_all_but(&mut self, desired: Desired<'_>) {
+        let gone = difference(&self.names(), desired).gone;
+        self.apply(Plan::removing(gone)).await;
+    }
+
+    /// Ends all that runs, and waits for it.
+    async fn end(mut self) {
+        self.drain.advance(Phase::Closing);
+        // First what publishes tables, so that the newest ones can be saved.
+        self.tasks.end().await;
+        if let Some(state_dir) = &self.state_dir {
+            state_dir.finish().await;
+        }
+        self.remove_all_but(Desired::nothing()).await;
+        self.workers.join();
+    }
+
+    fn started(&self) -> Started {
+        let addresses = self.listeners.iter().map(|l| (Arc::clone(l.name()), l.addresses.clone()));
+        Started { addresses: addresses.collect(), admin: self.admin }
+    }
+}
+
+/// The shortest silence that any session is allowed: how exact the workers' clocks must be.
+fn shortest_limit(config: &Config) -> Duration {
+    let has_listener = |name: &str| config.listeners.iter().any(|listener| &*listener.pool == name);
+    let pools = config.pools.iter().filter(|pool| has_listener(&pool.name));
+    let limits = pools.map(|pool| Settings::from(pool).limits);
+    let shortest = limits
+        .map(|limits| limits.half_closed.min(limits.peer_timeout).min(limits.idle.unwrap_or(Duration::MAX)));
+    shortest.min().unwrap_or(Duration::MAX)
 }
 
 impl Running {
@@ -232,123 +341,4 @@ impl Drop for Running {
         self.stop_now();
         self.join_control();
     }
-}
-
-/// All that the control thread owns.
-struct Control {
-    config: Config,
-    ids: Vec<PoolId>,
-    observed: Observed,
-    admin_socket: Option<TcpListener>,
-    lua_requests: Option<LuaRequests>,
-    doors: Vec<Vec<BoundListener>>,
-    shared: Shared,
-    drain: DrainControl,
-}
-
-impl Control {
-    fn run(self, started: SyncSender<io::Result<()>>, stops: watch::Receiver<Stop>) -> Summary {
-        let runtime = match runtime::new() {
-            Ok(runtime) => runtime,
-            Err(error) => {
-                drop(started.send(Err(error)));
-                return Summary::default();
-            }
-        };
-        let summary = runtime.block_on(self.serve(started, stops));
-        // A resolver that hangs in the system's library must not hold back the end.
-        runtime.shutdown_background();
-        summary
-    }
-
-    async fn serve(
-        mut self,
-        started: SyncSender<io::Result<()>>,
-        mut stops: watch::Receiver<Stop>,
-    ) -> Summary {
-        let mut begun = Begun::default();
-        let (tell, ends) = mpsc::unbounded_channel();
-        if let Err(error) = self.begin(&mut begun, tell).await {
-            self.give_up(begun).await;
-            // Only now: the caller may try again at once.
-            drop(started.send(Err(error)));
-            return Summary::default();
-        }
-        let Begun { tasks, mut keepers, state_dir, workers } = begun;
-        self.drain.advance(Phase::Serving);
-        drop(started.send(Ok(())));
-        let summary = end(&self.drain, self.config.shutdown, tasks, &mut keepers, ends, &mut stops).await;
-        if let Some(state_dir) = state_dir {
-            state_dir.finish().await;
-        }
-        for worker in workers {
-            // It has said that it ends, and how.
-            let _ = worker.join();
-        }
-        summary
-    }
-}
-
-/// Waits until the proxy is told to stop, or until a part of it dies, and leads it through the phases.
-async fn end(
-    drain: &DrainControl,
-    shutdown: Shutdown,
-    mut tasks: JoinSet<()>,
-    keepers: &mut JoinSet<()>,
-    mut ends: mpsc::UnboundedReceiver<Option<u64>>,
-    stops: &mut watch::Receiver<Stop>,
-) -> Summary {
-    let mut summary = Summary::default();
-    let now = stops.clone();
-    // A future for each wait: one that has ended must not be asked again.
-    let told_now = || {
-        let mut now = now.clone();
-        async move {
-            // The sender's end is the end of everything.
-            let _ = now.wait_for(|stop| *stop == Stop::Now).await;
-        }
-    };
-
-    tokio::select! {
-        _ = stops.wait_for(|stop| *stop >= Stop::Drain) => {}
-        // Neither ends by itself. What is left serves its sessions to the end, but nobody may take it for whole.
-        cut = ends.recv() => {
-            error!("a worker died: draining");
-            summary = Summary { cut: cut.flatten().unwrap_or(0), failed: true };
-        }
-        Some(ended) = tasks.join_next() => {
-            error!(?ended, "a task of the control plane died: draining");
-            summary.failed = true;
-        }
-        Some(ended) = keepers.join_next() => {
-            error!(?ended, "saving tables has died");
-            summary.failed = true;
-        }
-    }
-    drain.advance(Phase::Leaving);
-    if !shutdown.delay.is_zero() {
-        info!(delay = ?shutdown.delay, "leaving: not ready, still accepting");
-        tokio::select! {
-            () = sleep(shutdown.delay) => {}
-            () = told_now() => {}
-        }
-    }
-    drain.advance(Phase::Draining);
-    info!(timeout = ?shutdown.timeout, "draining: not accepting, sessions may finish");
-    let mut finished = std::pin::pin!(async {
-        // Ends when the last worker has dropped its end of the channel.
-        while let Some(cut) = ends.recv().await {
-            summary.failed |= cut.is_none();
-            summary.cut += cut.unwrap_or(0);
-        }
-        summary
-    });
-    tokio::select! {
-        biased;
-        summary = &mut finished => return summary,
-        () = sleep(shutdown.timeout) => {}
-        () = told_now() => {}
-    }
-    drain.advance(Phase::Closing);
-    finished.await
 }

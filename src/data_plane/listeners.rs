@@ -1,0 +1,237 @@
+//! The listeners of one worker, which the supervisor opens and closes by commands while the worker runs.
+//!
+//! A listener is watched first and opened later: to watch a socket can fail, to accept from it cannot. So the supervisor knows
+//! that all workers can have a listener before any of them accepts.
+//!
+//! A session that begins on the worker that accepted it has its context without a look-up. Only a connection that comes from
+//! another worker is told its listener by an id. Next: `listen/accept.rs` accepts, `worker.rs` runs this.
+
+use std::cell::RefCell;
+use std::future::poll_fn;
+use std::io;
+use std::net::TcpListener;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::task::{self, Poll};
+
+use tokio::sync::{mpsc, oneshot};
+use tracing::{error, warn};
+
+use super::handover::{Connection, Neighbours};
+use crate::balance::pool::Pool;
+use crate::drain::{self, Drain, DrainControl, Phase};
+use crate::listen::accept::{self, Listening};
+use crate::reactor::spawn as spawn_task;
+use crate::relay::Stream;
+use crate::session::{self, Context, Listener, Settings, Worker};
+
+/// Names a listener in commands and in connections that change workers. No other listener of the process ever has the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ListenerId(u64);
+
+impl ListenerId {
+    /// An id that no other listener has.
+    #[must_use]
+    pub fn unique() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Self(NEXT.fetch_add(1, Relaxed))
+    }
+}
+
+/// What one worker gets of a listener: sockets of its own, and what its sessions share.
+#[derive(Debug)]
+pub struct BoundListener {
+    /// The same for all workers.
+    pub id: ListenerId,
+    /// One for each address of the listener. They are bound and listen.
+    pub sockets: Vec<TcpListener>,
+    /// The listener's name and counters.
+    pub listener: Arc<Listener>,
+    /// The pool that its sessions go to.
+    pub pool: Arc<Pool>,
+    /// How its sessions are served.
+    pub settings: Settings,
+}
+
+/// What the supervisor tells a worker to do. A worker whose commands end closes all its listeners, and ends after its sessions.
+#[derive(Debug)]
+pub enum Command {
+    /// Watch the sockets, and answer whether the kernel allows it. Nothing is accepted yet.
+    Watch(BoundListener, oneshot::Sender<io::Result<()>>),
+    /// Accept connections.
+    Open(ListenerId),
+    /// Accept what the kernel took before this, and nothing more. Sessions go on.
+    Close(ListenerId),
+}
+
+/// The commands for one worker: few for each change of the configuration, so they need no bound.
+pub type Commands = mpsc::UnboundedReceiver<Command>;
+
+/// An accept loop died, which is a defect.
+#[derive(Debug)]
+pub(super) struct AcceptDied;
+
+/// All listeners that this worker has or had.
+#[derive(Debug)]
+pub(super) struct Listeners {
+    worker: Rc<Worker>,
+    known: RefCell<Vec<Known>>,
+}
+
+/// One listener. It stays known after its close: connections of it may still come from other workers.
+#[derive(Debug)]
+struct Known {
+    id: ListenerId,
+    context: Rc<Context>,
+    /// Sockets that are watched and not open yet.
+    watched: Vec<Listening>,
+    /// Tells the accept loops to close. Only [`Phase::Draining`] is ever reached.
+    closing: DrainControl,
+    closes: Drain,
+}
+
+/// The accept loops that run: each sends when it ends, and drops its sender when it panics.
+type AcceptLoops = Vec<oneshot::Receiver<()>>;
+
+impl Listeners {
+    pub(super) fn new(worker: Rc<Worker>) -> Self {
+        Self { worker, known: RefCell::default() }
+    }
+
+    /// Does what the commands say, until they end and every listener has closed. The accept loops alone hold `neighbours` in the
+    /// end: when those of all workers have ended, nothing is handed over any more.
+    pub(super) async fn obey(
+        &self,
+        mut commands: Commands,
+        neighbours: Neighbours,
+    ) -> Result<(), AcceptDied> {
+        let neighbours = Rc::new(neighbours);
+        let mut accept_loops = AcceptLoops::new();
+        while let Some(command) = next(&mut commands, &mut accept_loops).await? {
+            match command {
+                Command::Watch(bound, answer) => {
+                    // The supervisor waits for the answer, unless it has ended.
+                    let _ = answer.send(self.watch(bound));
+                }
+                Command::Open(id) => self.open(id, &neighbours, &mut accept_loops),
+                Command::Close(id) => self.close(|known| known == id),
+            }
+        }
+        self.close(|_| true);
+        drop(neighbours);
+        poll_fn(|cx| poll_ended(&mut accept_loops, cx)).await
+    }
+
+    /// Begins a session of a connection that another worker accepted.
+    pub(super) fn take_over(&self, connection: Connection) {
+        let known = self.known.borrow();
+        if let Some(known) = known.iter().find(|known| known.id == connection.listener) {
+            begin(connection, &known.context);
+        }
+    }
+
+    fn watch(&self, bound: BoundListener) -> io::Result<()> {
+        let BoundListener { id, sockets, listener, pool, settings } = bound;
+        let watched = sockets.into_iter().map(Listening::watch).collect::<io::Result<Vec<_>>>();
+        let watched = watched.map_err(|error| {
+            let text = format!("listeners.{}: a listening socket cannot be watched: {error}", listener.name);
+            io::Error::new(error.kind(), text)
+        })?;
+        self.close_sessions_of(&pool, &settings);
+        let context = Rc::new(Context { worker: Rc::clone(&self.worker), listener, pool, settings });
+        let (closing, closes) = drain::channel();
+        self.known.borrow_mut().push(Known { id, context, watched, closing, closes });
+        Ok(())
+    }
+
+    /// One task for each pool closes the sessions of its draining backends, however many listeners lead to the pool.
+    fn close_sessions_of(&self, pool: &Arc<Pool>, settings: &Settings) {
+        if !self.known.borrow().iter().any(|known| Arc::ptr_eq(&known.context.pool, pool)) {
+            let (worker, pool) = (Rc::clone(&self.worker), Arc::clone(pool));
+            spawn_task(session::leaving::close(worker, pool, settings.limits.settle_time));
+        }
+    }
+
+    fn open(&self, id: ListenerId, neighbours: &Rc<Neighbours>, accept_loops: &mut AcceptLoops) {
+        let mut known = self.known.borrow_mut();
+        let Some(known) = known.iter_mut().find(|known| known.id == id) else { return };
+        for socket in known.watched.drain(..) {
+            let (context, neighbours) = (Rc::clone(&known.context), Rc::clone(neighbours));
+            let accepts = accept_at(socket, id, context, neighbours, known.closes.clone());
+            let (tell, ended) = oneshot::channel();
+            accept_loops.push(ended);
+            spawn_task(async move {
+                accepts.await;
+                // Without a receiver the worker is about to end.
+                let _ = tell.send(());
+            });
+        }
+    }
+
+    fn close(&self, which: impl Fn(ListenerId) -> bool) {
+        for known in self.known.borrow_mut().iter_mut().filter(|known| which(known.id)) {
+            known.watched.clear();
+            known.closing.advance(Phase::Draining);
+        }
+    }
+}
+
+/// The next command; `None` when no more can come.
+async fn next(
+    commands: &mut Commands,
+    accept_loops: &mut AcceptLoops,
+) -> Result<Option<Command>, AcceptDied> {
+    poll_fn(|cx| match poll_ended(accept_loops, cx) {
+        Poll::Ready(Err(died)) => Poll::Ready(Err(died)),
+        Poll::Ready(Ok(())) | Poll::Pending => commands.poll_recv(cx).map(Ok),
+    })
+    .await
+}
+
+/// Ready once all have ended, or one has died.
+fn poll_ended(accept_loops: &mut AcceptLoops, cx: &mut task::Context<'_>) -> Poll<Result<(), AcceptDied>> {
+    let mut died = false;
+    accept_loops.retain_mut(|ended| match Pin::new(ended).poll(cx) {
+        Poll::Pending => true,
+        Poll::Ready(result) => {
+            died |= result.is_err();
+            false
+        }
+    });
+    if died {
+        error!("an accept loop died");
+        return Poll::Ready(Err(AcceptDied));
+    }
+    if accept_loops.is_empty() { Poll::Ready(Ok(())) } else { Poll::Pending }
+}
+
+async fn accept_at(
+    socket: Listening,
+    id: ListenerId,
+    context: Rc<Context>,
+    neighbours: Rc<Neighbours>,
+    closes: Drain,
+) {
+    let Context { worker, listener, .. } = &*context;
+    let on_connection = |socket, client| {
+        if let Some(connection) = neighbours.offer(Connection::new(id, socket, client)) {
+            begin(connection, &context);
+        }
+    };
+    let counters = listener.counters.of(worker.id);
+    accept::run(socket, &listener.name, counters, &closes, || worker.is_starved(), on_connection).await;
+}
+
+fn begin(connection: Connection, context: &Rc<Context>) {
+    let client = connection.client;
+    match Stream::accepted(connection.into_socket()) {
+        Ok(stream) => spawn_task(session::serve(stream, client, Rc::clone(context))),
+        Err(error) => {
+            let listener = &context.listener;
+            listener.counters.of(context.worker.id).accept_failed.add(1);
+            warn!(listener = %listener.name, %client, %error, "cannot watch a connection");
+        }
+    }
+}

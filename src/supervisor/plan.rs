@@ -1,0 +1,171 @@
+//! Changes what runs, in two steps: `prepare` does all that can fail and changes nothing that runs, `apply` cannot fail.
+//!
+//! `reconcile.rs` finds what is to be changed.
+
+use std::sync::Arc;
+
+use tokio::net::TcpListener;
+
+use super::listener_handle::ListenerHandle;
+use super::pool_handle::PoolHandle;
+use super::reconcile::{Desired, Difference, Names, difference};
+use super::services::{self, Following};
+use super::{StartError, Supervisor, first_look};
+use crate::admin::{self, AdminState};
+use crate::health::thread::{self, CheckThread};
+use crate::listen::socket;
+use crate::names::resolve;
+use crate::net::descriptors;
+
+/// A change that is prepared, so that nothing of it can fail any more.
+#[derive(Default)]
+pub(super) struct Plan {
+    /// New pools, without tasks.
+    pools: Vec<PoolHandle>,
+    /// New listeners, whose sockets the workers watch.
+    listeners: Vec<ListenerHandle>,
+    /// The admin server's socket, where it does not run yet.
+    admin: Option<TcpListener>,
+    /// The thread of the health checks, where the first pool that has some is new.
+    checks: Option<CheckThread>,
+    gone: Names,
+}
+
+impl Plan {
+    /// Nothing is added, so nothing has to be prepared.
+    pub(super) fn removing(gone: Names) -> Self {
+        Self { gone, ..Self::default() }
+    }
+}
+
+impl Supervisor {
+    /// Prepares the change from what runs to `desired`.
+    ///
+    /// # Errors
+    /// What was prepared is undone.
+    pub(super) async fn prepare(&self, desired: Desired<'_>) -> Result<Plan, StartError> {
+        // Before anything listens: a session could do nothing about it.
+        check_congestion(desired)?;
+        let Difference { new_pools, new_listeners, gone } = difference(&self.names(), desired);
+        let mut plan = Plan::removing(gone);
+        let new_pool =
+            |settings| PoolHandle::new(settings, &self.config, self.picker.as_ref(), self.defects.clone());
+        plan.pools = new_pools.into_iter().map(new_pool).collect();
+        let mut parts = Vec::new();
+        for settings in new_listeners {
+            let mut pools = self.pools.iter().chain(&plan.pools);
+            let pool = pools
+                .find(|pool| *pool.name() == settings.pool)
+                .expect("the config was checked: every listener's pool exists");
+            let (listener, of_workers) = ListenerHandle::bind(settings, pool, self.config.workers.get())?;
+            plan.listeners.push(listener);
+            parts.push(of_workers);
+        }
+        if let Some(admin) = self.config.admin.as_ref().filter(|_| self.admin.is_none()) {
+            plan.admin = Some(TcpListener::from_std(admin::bind(admin)?)?);
+        }
+        if self.checks.is_none() && plan.pools.iter().any(|pool| pool.settings.health_check.is_some()) {
+            plan.checks = Some(thread::start()?);
+        }
+        // Last, since it is the only step that has to be undone.
+        for of_workers in parts {
+            if let Err(error) = self.workers.watch(of_workers).await {
+                plan.listeners.iter().for_each(|listener| self.workers.close(listener.id));
+                return Err(error.into());
+            }
+        }
+        Ok(plan)
+    }
+
+    /// Changes what runs as `plan` says: first what is new, then what is gone. New listeners accept once the new pools have had
+    /// their first look.
+    pub(super) async fn apply(&mut self, plan: Plan) {
+        let Plan { pools, listeners, admin, checks, gone } = plan;
+        let new_listeners: Vec<_> = listeners.iter().map(|listener| listener.id).collect();
+        let new_pools = self.pools.len();
+        self.pools.extend(pools);
+        self.listeners.extend(listeners);
+        self.checks = self.checks.take().or(checks);
+        let addresses: usize = self.listeners.iter().map(|listener| listener.addresses.len()).sum();
+        descriptors::keep_reserve(addresses * self.config.workers.get());
+        self.show();
+        if let Some(socket) = admin {
+            self.serve_admin(socket);
+        }
+        self.run_pools(new_pools).await;
+        new_listeners.into_iter().for_each(|listener| self.workers.open(listener));
+
+        let is_gone = |listener: &mut ListenerHandle| gone.listeners.contains(listener.name());
+        for listener in self.listeners.extract_if(.., is_gone) {
+            self.workers.close(listener.id);
+            self.closing.push(listener);
+        }
+        self.pools.retain(|pool| !gone.pools.contains(pool.name()));
+        self.show();
+    }
+
+    /// The names of what runs.
+    pub(super) fn names(&self) -> Names {
+        Names {
+            pools: self.pools.iter().map(|pool| Arc::clone(pool.name())).collect(),
+            listeners: self.listeners.iter().map(|listener| Arc::clone(listener.name())).collect(),
+        }
+    }
+
+    /// Shows the counters of what runs, and of listeners whose sessions go on.
+    fn show(&self) {
+        let listeners = self.listeners.iter().chain(&self.closing);
+        let listeners = listeners.map(|listener| Arc::clone(&listener.listener));
+        self.observed.show(listeners, self.pools.iter().map(|pool| pool.observed.clone()));
+    }
+
+    fn serve_admin(&mut self, socket: TcpListener) {
+        self.admin = socket.local_addr().ok();
+        let token = self.config.admin.as_ref().and_then(|admin| admin.token.clone());
+        let state = AdminState::new(self.observed.clone(), self.shared.drain.clone(), token);
+        services::serve_admin(&mut self.tasks, socket, state);
+    }
+
+    /// Starts the tasks of the pools from index `first` on. Sessions may begin when this returns.
+    async fn run_pools(&mut self, first: usize) {
+        let new = &mut self.pools[first..];
+        if new.is_empty() {
+            return;
+        }
+        // What was saved comes before Redis is followed, whose answer is newer.
+        if let (Some(redis), Some(state_dir)) = (&self.config.redis, &self.state_dir) {
+            let kept: Vec<_> = new.iter().filter_map(PoolHandle::kept).collect();
+            state_dir.restore(redis.on_empty, &kept).await;
+            new.iter_mut().for_each(|pool| pool.save_tables(state_dir));
+        }
+        let redis = self.config.redis.clone().zip(self.observed.redis.clone());
+        let redis_read = redis.map(|(settings, status)| {
+            let following = Following {
+                settings: Arc::new(settings),
+                status,
+                followed: new.iter().map(PoolHandle::followed).collect(),
+                drain: self.shared.drain.clone(),
+            };
+            let lua = self.lua_requests.take().map(|requests| (self.config.lua_pick.clone(), requests));
+            services::follow_redis(&mut self.tasks, following, lua)
+        });
+        let mut names: Vec<_> = new.iter().map(|pool| resolve::Names::new(Arc::clone(pool.pool()))).collect();
+        first_look::wait(new, &mut names, redis_read).await;
+        for (pool, names) in new.iter_mut().zip(names) {
+            pool.resolve(names);
+            pool.watch_health(self.checks.as_ref().map(CheckThread::runner));
+        }
+    }
+}
+
+fn check_congestion(desired: Desired<'_>) -> Result<(), StartError> {
+    let listeners = desired.listeners.iter().map(|l| ("listeners", &l.name, &l.tcp_congestion));
+    let pools = desired.pools.iter().map(|p| ("pools", &p.name, &p.tcp_congestion));
+    for (section, name, congestion) in listeners.chain(pools) {
+        if let Some(congestion) = congestion {
+            socket::check_congestion(congestion)
+                .map_err(|reason| StartError::Congestion { path: format!("{section}.{name}"), reason })?;
+        }
+    }
+    Ok(())
+}
