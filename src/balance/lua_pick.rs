@@ -14,8 +14,8 @@ use super::backend::Backend;
 use super::{BackendId, Weight};
 use crate::reactor::timeout_at;
 
-/// Says which pool a request is for. Never given to another pool, so that a request which is still on its way when its pool is
-/// removed cannot reach a pool that was added since, even under the same name.
+/// Says which pool a request is for. Never given to another pool, so that a request which is still on its
+/// way when its pool is removed cannot reach a pool that was added since, even under the same name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PoolId(u64);
 
@@ -65,8 +65,8 @@ pub struct LuaRequests {
     pub answering: Arc<AtomicBool>,
 }
 
-/// Makes the channel. Every request is refused until the control plane sets `answering`. The picker is for a pool with an id of
-/// its own; [`LuaPicker::for_pool`] makes those of other pools.
+/// Makes the channel. Every request is refused until the control plane sets `answering`. The picker is for a
+/// pool with an id of its own; [`LuaPicker::for_pool`] makes those of other pools.
 #[must_use]
 pub fn channel(max_in_flight: usize, timeout: Duration) -> (LuaPicker, LuaRequests) {
     let (requests, queue) = mpsc::channel(max_in_flight);

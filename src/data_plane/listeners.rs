@@ -1,10 +1,11 @@
 //! The listeners of one worker, which the supervisor opens and closes by commands while the worker runs.
 //!
-//! A listener is watched first and opened later: to watch a socket can fail, to accept from it cannot. So the supervisor knows
-//! that all workers can have a listener before any of them accepts.
+//! A listener is watched first and opened later: to watch a socket can fail, to accept from it cannot. So
+//! the supervisor knows that all workers can have a listener before any of them accepts.
 //!
-//! A session that begins on the worker that accepted it has its context without a look-up. Only a connection that comes from
-//! another worker is told its listener by an id. Next: `listen/accept.rs` accepts, `worker.rs` runs this.
+//! A session that begins on the worker that accepted it has its context without a look-up. Only a connection
+//! that comes from another worker is told its listener by an id. Next: `listen/accept.rs` accepts,
+//! `worker.rs` runs this.
 
 use std::cell::RefCell;
 use std::future::poll_fn;
@@ -27,7 +28,8 @@ use crate::reactor::spawn as spawn_task;
 use crate::relay::Stream;
 use crate::session::{self, Context, Listener, Settings, Worker};
 
-/// Names a listener in commands and in connections that change workers. No other listener of the process ever has the same.
+/// Names a listener in commands and in connections that change workers. No other listener of the process
+/// ever has the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ListenerId(u64);
 
@@ -55,11 +57,12 @@ pub struct BoundListener {
     pub settings: Settings,
 }
 
-/// What the supervisor tells a worker to do. A worker whose commands end closes all its listeners, and ends after its sessions.
+/// What the supervisor tells a worker to do. A worker whose commands end closes all its listeners, and ends
+/// after its sessions.
 #[derive(Debug)]
 pub enum Command {
     /// Watch the sockets, and answer whether the kernel allows it. Nothing is accepted yet.
-    Watch(BoundListener, oneshot::Sender<io::Result<()>>),
+    Watch(Box<BoundListener>, oneshot::Sender<io::Result<()>>),
     /// Accept connections.
     Open(ListenerId),
     /// Accept what the kernel took before this, and nothing more. Sessions go on.
@@ -100,8 +103,8 @@ impl Listeners {
         Self { worker, known: RefCell::default() }
     }
 
-    /// Does what the commands say, until they end and every listener has closed. The accept loops alone hold `neighbours` in the
-    /// end: when those of all workers have ended, nothing is handed over any more.
+    /// Does what the commands say, until they end and every listener has closed. The accept loops alone hold
+    /// `neighbours` in the end: when those of all workers have ended, nothing is handed over any more.
     pub(super) async fn obey(
         &self,
         mut commands: Commands,
@@ -113,7 +116,7 @@ impl Listeners {
             match command {
                 Command::Watch(bound, answer) => {
                     // The supervisor waits for the answer, unless it has ended.
-                    let _ = answer.send(self.watch(bound));
+                    let _ = answer.send(self.watch(*bound));
                 }
                 Command::Open(id) => self.open(id, &neighbours, &mut accept_loops),
                 Command::Close(id) => self.close(|known| known == id),
@@ -146,7 +149,8 @@ impl Listeners {
         Ok(())
     }
 
-    /// One task for each pool closes the sessions of its draining backends, however many listeners lead to the pool.
+    /// One task for each pool closes the sessions of its draining backends, however many listeners lead to
+    /// the pool.
     fn close_sessions_of(&self, pool: &Arc<Pool>, settings: &Settings) {
         if !self.known.borrow().iter().any(|known| Arc::ptr_eq(&known.context.pool, pool)) {
             let (worker, pool) = (Rc::clone(&self.worker), Arc::clone(pool));

@@ -66,8 +66,8 @@ impl Drop for Ended {
     }
 }
 
-/// Starts the thread. It has no listeners before `commands` bring some. It ends once the commands have ended and no session is left,
-/// or when sessions are cut, and says so through `ended`.
+/// Starts the thread. It has no listeners before `commands` bring some. It ends once the commands have ended
+/// and no session is left, or when sessions are cut, and says so through `ended`.
 ///
 /// # Errors
 /// No thread, or no epoll descriptor. The thread has ended then.
@@ -219,7 +219,7 @@ mod tests {
         let thread = spawn(WorkerId(0), received, sharing, shared, Ended::new(tell)).expect("a thread");
         let (answer, answered) = oneshot::channel();
         let listener = bound(vec![any(), TcpListener::from(std::os::fd::OwnedFd::from(file))]);
-        commands.send(Command::Watch(listener, answer)).expect("it runs");
+        commands.send(Command::Watch(Box::new(listener), answer)).expect("it runs");
         let error = answered.blocking_recv().expect("it answers").expect_err("a file");
         assert!(error.to_string().starts_with("listeners.web: a listening socket"), "{error}");
         drop(commands);
@@ -242,7 +242,7 @@ mod tests {
         let (id, counted) = (listener.id, Arc::clone(&listener.listener));
         let accepted = || counted.counters.sum(|counters| &counters.connections);
 
-        commands.send(Command::Watch(listener, answer)).expect("it runs");
+        commands.send(Command::Watch(Box::new(listener), answer)).expect("it runs");
         answered.blocking_recv().expect("it answers").expect("it is watched");
         let mut client = TcpStream::connect(address).expect("the kernel takes it");
         assert_eq!(accepted(), 0, "it is watched and not open");
@@ -275,7 +275,7 @@ mod tests {
         hand.try_send(Connection::new(bound.id, accepted.into(), address)).expect("room");
         let listener = Arc::clone(&bound.listener);
         let (commands, received) = mpsc::unbounded_channel();
-        commands.send(Command::Watch(bound, oneshot::channel().0)).expect("it will run");
+        commands.send(Command::Watch(Box::new(bound), oneshot::channel().0)).expect("it will run");
         let runtime = Runtime::new().expect("descriptors");
         let cut = run(runtime, WorkerId(0), received, Sharing { neighbours, inbox }, &shared);
 

@@ -1,4 +1,5 @@
-//! What the metrics are read from: the counters of the process, and the listeners and pools that run just now.
+//! What the metrics are read from: the counters of the process, and the listeners and pools that run just
+//! now.
 
 use std::sync::Arc;
 

@@ -73,8 +73,8 @@ impl StateDir {
         Self { shared: Arc::new(shared), ends: watch::Sender::default() }
     }
 
-    /// Gives the pools what was saved of them, and prepares the folder for what is to be saved. Whatever is wrong with the folder or
-    /// with a file is said in the log; at most two seconds go by.
+    /// Gives the pools what was saved of them, and prepares the folder for what is to be saved. Whatever is
+    /// wrong with the folder or with a file is said in the log; at most two seconds go by.
     ///
     /// To be called before Redis is followed, whose tables are newer.
     pub async fn restore(&self, on_empty: OnEmpty, kept: &[Kept]) {
@@ -89,7 +89,8 @@ impl StateDir {
         Keeper { kept, published, ends, shared: Arc::clone(&self.shared) }
     }
 
-    /// Lets the keepers write what is not written yet, for a second at most. To be called when nothing is published any more.
+    /// Lets the keepers write what is not written yet, for a second at most. To be called when nothing is
+    /// published any more.
     pub async fn finish(&self) {
         self.ends.send_replace(true);
         if timeout(LAST_WRITES, self.ends.closed()).await.is_err() {

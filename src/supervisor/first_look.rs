@@ -1,4 +1,5 @@
-//! Waits, not for long, for what new pools need before sessions should begin: Redis's first answer, and the addresses of names.
+//! Waits, not for long, for what new pools need before sessions should begin: Redis's first answer, and the
+//! addresses of names.
 
 use std::time::Duration;
 

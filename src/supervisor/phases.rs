@@ -1,4 +1,5 @@
-//! The phases that lead from serving to the end, each a wait: for the stop, for the delay, for the last session.
+//! The phases that lead from serving to the end, each a wait: for the stop, for the delay, for the last
+//! session.
 //!
 //! `mod.rs` puts them in order and says between them what changes.
 
@@ -39,8 +40,8 @@ impl Stops {
     }
 }
 
-/// Waits until the proxy is told to stop, or until a part of it dies. What is left serves its sessions to the end then, and the summary
-/// says that the run failed.
+/// Waits until the proxy is told to stop, or until a part of it dies. What is left serves its sessions to
+/// the end then, and the summary says that the run failed.
 pub(super) async fn serve(
     stops: &Stops,
     workers: &mut Workers,

@@ -1,16 +1,19 @@
-//! Changes what runs, in two steps: `prepare` does all that can fail and changes nothing that runs, `apply` cannot fail.
+//! Changes what runs, in two steps: `prepare` does all that can fail and changes nothing that runs, `apply`
+//! cannot fail.
 //!
 //! `reconcile.rs` finds what is to be changed.
 
 use std::sync::Arc;
 
 use tokio::net::TcpListener;
+use tokio::sync::oneshot;
 
+use super::life::Supervisor;
 use super::listener_handle::ListenerHandle;
 use super::pool_handle::PoolHandle;
 use super::reconcile::{Desired, Difference, Names, difference};
 use super::services::{self, Following};
-use super::{StartError, Supervisor, first_look};
+use super::{StartError, first_look};
 use crate::admin::{self, AdminState};
 use crate::health::thread::{self, CheckThread};
 use crate::listen::socket;
@@ -77,8 +80,8 @@ impl Supervisor {
         Ok(plan)
     }
 
-    /// Changes what runs as `plan` says: first what is new, then what is gone. New listeners accept once the new pools have had
-    /// their first look.
+    /// Changes what runs as `plan` says: first what is new, then what is gone. New listeners accept once the
+    /// new pools have had their first look.
     pub(super) async fn apply(&mut self, plan: Plan) {
         let Plan { pools, listeners, admin, checks, gone } = plan;
         let new_listeners: Vec<_> = listeners.iter().map(|listener| listener.id).collect();
@@ -128,33 +131,41 @@ impl Supervisor {
 
     /// Starts the tasks of the pools from index `first` on. Sessions may begin when this returns.
     async fn run_pools(&mut self, first: usize) {
-        let new = &mut self.pools[first..];
-        if new.is_empty() {
+        if self.pools.len() == first {
             return;
         }
         // What was saved comes before Redis is followed, whose answer is newer.
-        if let (Some(redis), Some(state_dir)) = (&self.config.redis, &self.state_dir) {
-            let kept: Vec<_> = new.iter().filter_map(PoolHandle::kept).collect();
-            state_dir.restore(redis.on_empty, &kept).await;
-            new.iter_mut().for_each(|pool| pool.save_tables(state_dir));
-        }
-        let redis = self.config.redis.clone().zip(self.observed.redis.clone());
-        let redis_read = redis.map(|(settings, status)| {
-            let following = Following {
-                settings: Arc::new(settings),
-                status,
-                followed: new.iter().map(PoolHandle::followed).collect(),
-                drain: self.shared.drain.clone(),
-            };
-            let lua = self.lua_requests.take().map(|requests| (self.config.lua_pick.clone(), requests));
-            services::follow_redis(&mut self.tasks, following, lua)
-        });
-        let mut names: Vec<_> = new.iter().map(|pool| resolve::Names::new(Arc::clone(pool.pool()))).collect();
+        self.restore_tables(first).await;
+        let redis_read = self.follow_redis(first);
+        let new = &mut self.pools[first..];
+        let names_of = |pool: &PoolHandle| resolve::Names::new(Arc::clone(pool.pool()));
+        let mut names: Vec<_> = new.iter().map(names_of).collect();
         first_look::wait(new, &mut names, redis_read).await;
         for (pool, names) in new.iter_mut().zip(names) {
             pool.resolve(names);
             pool.watch_health(self.checks.as_ref().map(CheckThread::runner));
         }
+    }
+
+    async fn restore_tables(&mut self, first: usize) {
+        if let (Some(redis), Some(state_dir)) = (&self.config.redis, &self.state_dir) {
+            let new = &mut self.pools[first..];
+            let kept: Vec<_> = new.iter().filter_map(PoolHandle::kept).collect();
+            state_dir.restore(redis.on_empty, &kept).await;
+            new.iter_mut().for_each(|pool| pool.save_tables(state_dir));
+        }
+    }
+
+    /// The receiver hears when the first read of each table has ended. `None`: no Redis is configured.
+    fn follow_redis(&mut self, first: usize) -> Option<oneshot::Receiver<()>> {
+        let (settings, status) = (self.config.redis.as_ref()?, Arc::clone(self.observed.redis.as_ref()?));
+        let followed = self.pools[first..].iter().map(PoolHandle::followed).collect();
+        let following = Following::new(settings, status, followed, self.shared.drain.clone());
+        if let Some(requests) = self.lua_requests.take() {
+            following.pick(&mut self.tasks, &self.config.lua_pick, requests);
+        }
+        following.report(&mut self.tasks);
+        Some(following.watch(&mut self.tasks))
     }
 }
 

@@ -31,7 +31,8 @@ pub(super) struct PoolHandle {
 }
 
 impl PoolHandle {
-    /// A pool with its configured backends, and without tasks. `picker` asks Redis to pick, where that is wanted.
+    /// A pool with its configured backends, and without tasks. `picker` asks Redis to pick, where that is
+    /// wanted.
     pub(super) fn new(
         settings: &config::Pool,
         config: &Config,
@@ -94,7 +95,8 @@ impl PoolHandle {
         });
     }
 
-    /// Watches the health of its backends, and says what comes of it. `checks` is there where the pool has health checks.
+    /// Watches the health of its backends, and says what comes of it. `checks` is there where the pool has
+    /// health checks.
     pub(super) fn watch_health(&mut self, checks: Option<CheckRunner>) {
         self.spawn("watch_fail_open", standing::watch_fail_open);
         self.spawn("watch_usable", usable::watch);

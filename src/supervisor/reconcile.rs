@@ -1,7 +1,7 @@
 //! Compares what runs with what is to run, by name.
 //!
-//! Pure: it opens and ends nothing. A start is the difference to nothing that runs, a shutdown the difference to nothing that is
-//! wanted. Next: `plan.rs` prepares and applies what is found here.
+//! Pure: it opens and ends nothing. A start is the difference to nothing that runs, a shutdown the
+//! difference to nothing that is wanted. Next: `plan.rs` prepares and applies what is found here.
 
 use std::collections::HashSet;
 use std::sync::Arc;

@@ -1,5 +1,5 @@
-//! Starts the tasks of the control plane that belong to no pool: the admin server, and those that have connections to Redis,
-//! which all pools share.
+//! Starts the tasks of the control plane that belong to no pool: the admin server, and those that have
+//! connections to Redis, which all pools share.
 
 use std::sync::Arc;
 
@@ -21,54 +21,67 @@ pub(super) fn serve_admin(tasks: &mut Tasks, socket: TcpListener, state: AdminSt
 }
 
 /// What the tasks that follow Redis share.
+#[derive(Clone)]
 pub(super) struct Following {
-    pub(super) settings: Arc<Redis>,
-    pub(super) status: Arc<RedisStatus>,
-    pub(super) followed: Arc<[Followed]>,
-    pub(super) drain: Drain,
+    settings: Arc<Redis>,
+    status: Arc<RedisStatus>,
+    followed: Arc<[Followed]>,
+    parts: Arc<Parts>,
+    drain: Drain,
 }
 
-/// Follows the tables, reports which of them are applied, and lets Redis pick where `lua` has requests. The receiver hears when each
-/// pool's first read of its table has ended.
-pub(super) fn follow_redis(
-    tasks: &mut Tasks,
-    following: Following,
-    lua: Option<(LuaPick, LuaRequests)>,
-) -> oneshot::Receiver<()> {
-    let Following { settings, status, followed, drain } = following;
-    let parts = Arc::new(Parts::of(&settings, &followed));
-    if let Some((limits, requests)) = lua {
-        let (settings, followed, parts) = (Arc::clone(&settings), Arc::clone(&followed), Arc::clone(&parts));
-        // Held by the one task that runs; the next one would go on with the same requests.
-        let requests = Arc::new(Mutex::new(requests));
-        tasks.spawn("lua_pick", move || {
-            let (settings, limits, requests) = (Arc::clone(&settings), limits.clone(), Arc::clone(&requests));
-            let (followed, parts) = (Arc::clone(&followed), Arc::clone(&parts));
+impl Following {
+    /// Follows `followed`, and reports until `drain` begins.
+    pub(super) fn new(
+        settings: &Redis,
+        status: Arc<RedisStatus>,
+        followed: Arc<[Followed]>,
+        drain: Drain,
+    ) -> Self {
+        let settings = Arc::new(settings.clone());
+        let parts = Arc::new(Parts::of(&settings, &followed));
+        Self { settings, status, followed, parts, drain }
+    }
+
+    /// Reads the tables, again whenever they change. The receiver hears when the first read of each has ended.
+    pub(super) fn watch(&self, tasks: &mut Tasks) -> oneshot::Receiver<()> {
+        let (first_try, is_over) = oneshot::channel();
+        let (shared, mut first_try) = (self.clone(), Some(first_try));
+        tasks.spawn("watch_redis", move || {
+            let (shared, first_try) = (shared.clone(), first_try.take());
             async move {
-                let mut requests = requests.lock().await;
-                redis::lua_pick::run(&settings, &limits, &followed, &parts, &mut requests).await;
+                let Self { settings, status, followed, parts, .. } = &shared;
+                // The receiver hears that the sender is dropped.
+                redis::watch::run(settings, followed, parts, status, || drop(first_try)).await;
+            }
+        });
+        is_over
+    }
+
+    /// Reports to Redis which tables are applied.
+    pub(super) fn report(&self, tasks: &mut Tasks) {
+        let shared = self.clone();
+        tasks.spawn("report_applied", move || {
+            let shared = shared.clone();
+            async move {
+                let Self { settings, followed, parts, drain, .. } = &shared;
+                redis::applied::run(settings, followed, parts, drain.started()).await;
             }
         });
     }
-    tasks.spawn("report_applied", {
-        let (settings, followed, parts) = (Arc::clone(&settings), Arc::clone(&followed), Arc::clone(&parts));
-        move || {
-            let (settings, followed, parts) =
-                (Arc::clone(&settings), Arc::clone(&followed), Arc::clone(&parts));
-            let drain = drain.clone();
-            async move { redis::applied::run(&settings, &followed, &parts, drain.started()).await }
-        }
-    });
-    let (first_try, is_over) = oneshot::channel();
-    let mut first_try = Some(first_try);
-    tasks.spawn("watch_redis", move || {
-        let (settings, followed, parts) = (Arc::clone(&settings), Arc::clone(&followed), Arc::clone(&parts));
-        let (status, first_try) = (Arc::clone(&status), first_try.take());
-        async move {
-            // The receiver hears that the sender is dropped.
-            let over = || drop(first_try);
-            redis::watch::run(&settings, &followed, &parts, &status, over).await;
-        }
-    });
-    is_over
+
+    /// Lets Redis pick for sessions that ask by `requests`.
+    pub(super) fn pick(&self, tasks: &mut Tasks, limits: &LuaPick, requests: LuaRequests) {
+        // Held by the one task that runs. If it is made anew, it goes on with the same requests.
+        let requests = Arc::new(Mutex::new(requests));
+        let (shared, limits) = (self.clone(), limits.clone());
+        tasks.spawn("lua_pick", move || {
+            let (shared, limits, requests) = (shared.clone(), limits.clone(), Arc::clone(&requests));
+            async move {
+                let Self { settings, followed, parts, .. } = &shared;
+                let mut requests = requests.lock().await;
+                redis::lua_pick::run(settings, &limits, followed, parts, &mut requests).await;
+            }
+        });
+    }
 }

@@ -1,7 +1,7 @@
 //! Spawns the tasks of the control plane, each under a name, and tells the supervisor of one that ends.
 //!
-//! The only place that spawns them. None of them ends by itself: one that does, or that panics, is a [`Defect`]. A task is given as
-//! a function that makes its future, so that it can be made anew.
+//! The only place that spawns them. None of them ends by itself: one that does, or that panics, is a
+//! [`Defect`]. A task is given as a function that makes its future, so that it can be made anew.
 
 use std::any::Any;
 use std::future::poll_fn;

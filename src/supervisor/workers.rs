@@ -55,13 +55,14 @@ impl Workers {
     /// Lets each worker watch its part of a listener.
     ///
     /// # Errors
-    /// The kernel cannot watch a socket, or a worker has died. Some workers may have the listener then: close it.
+    /// The kernel cannot watch a socket, or a worker has died. Some workers may have the listener then:
+    /// close it.
     pub(super) async fn watch(&self, parts: Vec<BoundListener>) -> io::Result<()> {
         let mut answers = Vec::new();
         for (commands, part) in self.commands.iter().zip(parts) {
             let (answer, answered) = oneshot::channel();
             // The answer is dropped with the command where the worker has died.
-            let _ = commands.send(Command::Watch(part, answer));
+            let _ = commands.send(Command::Watch(Box::new(part), answer));
             answers.push(answered);
         }
         for answered in answers {
@@ -92,7 +93,8 @@ impl Workers {
         self.commands.clear();
     }
 
-    /// Waits for the end of a worker: how many sessions it cut, or `None` inside if it died. `None`: all have ended. Cancel safe.
+    /// Waits for the end of a worker: how many sessions it cut, or `None` inside if it died. `None`: all
+    /// have ended. Cancel safe.
     pub(super) async fn ended(&mut self) -> Option<Option<u64>> {
         self.ends.recv().await
     }

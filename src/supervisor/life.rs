@@ -1,0 +1,165 @@
+//! The life of a proxy: what the supervisor owns, and how it leads that through start, serving, drain and
+//! end.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tracing::info;
+
+use super::listener_handle::ListenerHandle;
+use super::phases::{self, Stops};
+use super::plan::Plan;
+use super::pool_handle::PoolHandle;
+use super::reconcile::{Desired, difference};
+use super::tasks::{Defect, Defects, Tasks};
+use super::workers::Workers;
+use super::{Started, Summary, TellStarted};
+use crate::balance::lua_pick::{self, LuaPicker, LuaRequests};
+use crate::config::Config;
+use crate::data_plane::worker::Shared;
+use crate::drain::{self, DrainControl, Phase};
+use crate::health::thread::CheckThread;
+use crate::metrics::Observed;
+use crate::session::Settings;
+use crate::state::keeper::StateDir;
+
+/// What runs, and what is needed to change it. The control thread owns it.
+pub(super) struct Supervisor {
+    pub(super) config: Arc<Config>,
+    pub(super) observed: Observed,
+    pub(super) drain: DrainControl,
+    /// What all workers share.
+    pub(super) shared: Shared,
+    pub(super) workers: Workers,
+    pub(super) pools: Vec<PoolHandle>,
+    pub(super) listeners: Vec<ListenerHandle>,
+    /// Listeners that accept nothing more, and whose sessions may go on.
+    pub(super) closing: Vec<ListenerHandle>,
+    /// The tasks that belong to no pool.
+    pub(super) tasks: Tasks,
+    pub(super) defects: Defects,
+    /// The address of the admin server; `None`: it does not run.
+    pub(super) admin: Option<std::net::SocketAddr>,
+    /// The thread of the health checks; `None`: no pool has any.
+    pub(super) checks: Option<CheckThread>,
+    /// `None`: tables are not saved.
+    pub(super) state_dir: Option<Arc<StateDir>>,
+    /// `None`: Redis is not asked to pick.
+    pub(super) picker: Option<LuaPicker>,
+    /// The far end of `picker`, until a task answers its requests.
+    pub(super) lua_requests: Option<LuaRequests>,
+}
+
+impl Supervisor {
+    /// With workers, and without pools and listeners.
+    pub(super) fn new(
+        config: Arc<Config>,
+        observed: Observed,
+    ) -> io::Result<(Self, mpsc::UnboundedReceiver<Defect>)> {
+        let (drain, heard) = drain::channel();
+        let (defects, reported) = mpsc::unbounded_channel();
+        let log = observed.log.clone().filter(|_| config.log.access);
+        let shared = Shared {
+            access_log: log.map(|sink| (config.log.format, sink)),
+            sessions: Arc::clone(&observed.sessions),
+            starvation: Arc::default(),
+            shortest_limit: shortest_limit(&config),
+            drain: heard,
+        };
+        let lua = (config.redis.is_some() && config.lua_pick.enabled)
+            .then(|| lua_pick::channel(config.lua_pick.max_in_flight.get(), config.lua_pick.timeout));
+        let (picker, lua_requests) = lua.unzip();
+        let saved_in = config.state_dir.as_ref().filter(|_| config.redis.is_some());
+        let supervisor = Self {
+            workers: Workers::start(config.workers.get(), &shared)?,
+            state_dir: saved_in.map(|folder| Arc::new(StateDir::new(folder))),
+            pools: Vec::new(),
+            listeners: Vec::new(),
+            closing: Vec::new(),
+            tasks: Tasks::new(None, defects.clone()),
+            admin: None,
+            checks: None,
+            config,
+            observed,
+            drain,
+            shared,
+            defects,
+            picker,
+            lua_requests,
+        };
+        Ok((supervisor, reported))
+    }
+
+    /// The life of the proxy: start, serve, drain, end.
+    pub(super) async fn live(
+        mut self,
+        mut defects: mpsc::UnboundedReceiver<Defect>,
+        started: &TellStarted,
+        stops: &Stops,
+    ) -> Summary {
+        let config = Arc::clone(&self.config);
+        let desired = Desired::of(&config);
+        let plan = match self.prepare(desired).await {
+            Ok(plan) => plan,
+            Err(error) => {
+                self.end().await;
+                // Only now: the caller may try again at once.
+                drop(started.send(Err(error)));
+                return Summary::default();
+            }
+        };
+        self.apply(plan).await;
+        self.drain.advance(Phase::Serving);
+        drop(started.send(Ok(self.started())));
+
+        let mut summary = phases::serve(stops, &mut self.workers, &mut defects).await;
+
+        self.drain.advance(Phase::Leaving);
+        phases::leave(config.shutdown.delay, stops).await;
+
+        let timeout = config.shutdown.timeout;
+        self.drain.advance(Phase::Draining);
+        info!(?timeout, "draining: not accepting, sessions may finish");
+        self.remove_all_but(desired.without_listeners()).await;
+        self.workers.dismiss();
+        phases::finish_sessions(timeout, stops, &self.drain, &mut self.workers, &mut summary).await;
+
+        self.end().await;
+        summary
+    }
+
+    /// Removes what runs and is not desired.
+    async fn remove_all_but(&mut self, desired: Desired<'_>) {
+        let gone = difference(&self.names(), desired).gone;
+        self.apply(Plan::removing(gone)).await;
+    }
+
+    /// Ends all that runs, and waits for it.
+    async fn end(mut self) {
+        self.drain.advance(Phase::Closing);
+        // First what publishes tables, so that the newest ones can be saved.
+        self.tasks.end().await;
+        if let Some(state_dir) = &self.state_dir {
+            state_dir.finish().await;
+        }
+        self.remove_all_but(Desired::nothing()).await;
+        self.workers.join();
+    }
+
+    fn started(&self) -> Started {
+        let addresses = self.listeners.iter().map(|l| (Arc::clone(l.name()), l.addresses.clone()));
+        Started { addresses: addresses.collect(), admin: self.admin }
+    }
+}
+
+/// The shortest silence that any session is allowed: how exact the workers' clocks must be.
+fn shortest_limit(config: &Config) -> Duration {
+    let has_listener = |name: &str| config.listeners.iter().any(|listener| &*listener.pool == name);
+    let pools = config.pools.iter().filter(|pool| has_listener(&pool.name));
+    let limits = pools.map(|pool| Settings::from(pool).limits);
+    let shortest = limits
+        .map(|limits| limits.half_closed.min(limits.peer_timeout).min(limits.idle.unwrap_or(Duration::MAX)));
+    shortest.min().unwrap_or(Duration::MAX)
+}
