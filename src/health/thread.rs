@@ -1,8 +1,9 @@
 //! The thread of the health checks.
 //!
-//! Thousands of checks a second are some tens of µs of work each, and whoever has to wait for a core while many are done in a row
-//! is a session. So the thread gives way after each (`active.rs`), which is why it is no other task's: on a machine without a free
-//! core it would have to wait as often.
+//! Thousands of checks a second are some tens of µs of work each. A session that has to wait for a core
+//! while many of them are done in a row is slow. So the thread gives way to other threads after each
+//! check (`active.rs`), and no other task runs on it: on a machine without a free core that task would
+//! have to wait as often.
 
 use std::io;
 use std::panic::resume_unwind;
@@ -90,7 +91,8 @@ impl Drop for CheckThread {
     fn drop(&mut self) {
         drop(self.runs.take());
         if let Some(thread) = self.thread.take() {
-            // Takes as long as one look at one check. Its death ends the checks, of which their tasks hear.
+            // Takes as long as one look at one check. If the thread died, the tasks that ran checks on it
+            // have heard of that.
             let _ = thread.join();
         }
     }
