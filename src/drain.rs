@@ -1,31 +1,31 @@
-//! How everything hears that the process is to end, and how far that has come.
+//! The phases of the process, from the start to the end, and how all parts hear of them.
 
 use tokio::sync::watch;
 
-/// The phases of a life, in order; none is ever gone back to.
+/// The phases of the process. They follow each other in this order; the process never goes back to an earlier one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Phase {
     /// Not accepting yet; clients wait in the kernel's queue.
     Starting,
-    /// Ready.
+    /// Accepting and ready.
     Serving,
-    /// Not ready, but still accepting: whoever steers traffic here has time to see it.
+    /// Not ready, but still accepting: load balancers and orchestrators in front have time to notice.
     Leaving,
     /// Not accepting; sessions may finish.
     Draining,
-    /// Sessions that are left are cut.
+    /// The remaining sessions are closed by force.
     Closing,
 }
 
-/// Hears the phases. Cheap to clone.
+/// Reads the phase and waits for later ones. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Drain(watch::Receiver<Phase>);
 
-/// Sets the phases.
+/// Sets the phase.
 #[derive(Debug)]
 pub struct DrainControl(watch::Sender<Phase>);
 
-/// Begins with [`Phase::Starting`].
+/// Makes both ends, in [`Phase::Starting`].
 #[must_use]
 pub fn channel() -> (DrainControl, Drain) {
     let (sender, receiver) = watch::channel(Phase::Starting);
@@ -33,7 +33,7 @@ pub fn channel() -> (DrainControl, Drain) {
 }
 
 impl DrainControl {
-    /// Moves on to `phase`; an earlier one than the present is ignored.
+    /// Moves on to `phase`. A phase earlier than the current one is ignored.
     pub fn advance(&self, phase: Phase) {
         self.0.send_if_modified(|current| {
             let forward = phase > *current;
@@ -46,24 +46,24 @@ impl DrainControl {
 }
 
 impl Drain {
-    /// The present phase.
+    /// The current phase.
     #[must_use]
     pub fn phase(&self) -> Phase {
         *self.0.borrow()
     }
 
-    /// Waits until accepting ends. Cancel safe.
+    /// Waits for [`Phase::Draining`], in which listeners stop accepting. Cancel safe.
     pub async fn started(&self) {
         self.reached(Phase::Draining).await;
     }
 
-    /// Waits until sessions are cut. Cancel safe.
+    /// Waits for [`Phase::Closing`], in which sessions are closed by force. Cancel safe.
     pub async fn closing(&self) {
         self.reached(Phase::Closing).await;
     }
 
     async fn reached(&self, phase: Phase) {
-        // An error means that the sender is gone, and with it the process's control: the same as the last phase.
+        // An error means that the control plane has dropped its end, which counts as the last phase.
         let _ = self.0.clone().wait_for(|current| *current >= phase).await;
     }
 }
@@ -73,7 +73,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn phases_only_move_on() {
+    async fn phases_only_move_forward() {
         let (control, drain) = channel();
         control.advance(Phase::Draining);
         control.advance(Phase::Leaving);

@@ -1,11 +1,11 @@
-//! How long to wait before the next try, or the next turn: bounded, and by chance, so that a fleet does nothing in step.
+//! Random, bounded pauses between tries, and between rounds of periodic work.
 //!
-//! Fifty proxies lose one server at the same moment. Whatever they wait for from then on they would do at the same moment
-//! too, for ever, if each waited the same time.
+//! Fifty proxies lose one server at the same moment. If each waited the same time, all of them would ask the next server at
+//! the same moment too, again and again. Random pauses spread them.
 
 use std::time::Duration;
 
-/// The pauses between tries at one thing.
+/// Pauses between tries: the bound doubles with each failure.
 #[derive(Clone, Debug)]
 pub struct Backoff {
     first: Duration,
@@ -14,20 +14,22 @@ pub struct Backoff {
 }
 
 impl Backoff {
-    /// The first pause is at most `first`, none is longer than `longest`.
+    /// Starts with a bound of `first`, which doubles up to `longest`.
     #[must_use]
     pub fn new(first: Duration, longest: Duration) -> Self {
         Self { first, longest, next: first }
     }
 
-    /// The next pause: anything between nothing and a bound that doubles each time. So those who lost the same server at
-    /// the same moment come back evenly over the whole bound, the first time too; a part of it alone (half of the bound
-    /// and some chance) would put them into half the time.
+    /// The next pause: uniformly random between zero and the bound, which then doubles.
+    ///
+    /// Proxies that lost the same server at the same moment come back evenly over the whole bound, the first time too. With
+    /// pauses of at least half the bound they would come back within half the time.
     pub fn pause(&mut self) -> Duration {
         spread(self.bound())
     }
 
-    /// The same where a try too early costs more than a fleet in step: at least half of the bound.
+    /// Like [`Backoff::pause`], but at least half of the bound: for tries that cost more when they come too early than when
+    /// many proxies make them at once.
     pub fn patient_pause(&mut self) -> Duration {
         let half = self.bound() / 2;
         half + spread(half)
@@ -39,20 +41,21 @@ impl Backoff {
         bound
     }
 
-    /// It worked: the next pause is short again.
+    /// After a success: sets the bound back to `first`.
     pub fn reset(&mut self) {
         self.next = self.first;
     }
 }
 
-/// Anything between nothing and `bound`: for what a whole fleet is told to do at one moment.
+/// A uniformly random time between zero and `bound`: delays what a whole fleet is told to do at the same moment.
 #[must_use]
 pub fn spread(bound: Duration) -> Duration {
     bound.mul_f64(fastrand::f64())
 }
 
-/// `interval`, or up to a fifth less, never more: for what is done again and again, so that those who once began together
-/// drift apart, and what is promised of `interval` holds.
+/// A random time between 0.8 and 1.0 times `interval`, for periodic work.
+///
+/// Tasks that began together drift apart, and the promise "every `interval`" holds, because no round comes later.
 #[must_use]
 pub fn jittered(interval: Duration) -> Duration {
     interval.mul_f64(0.8 + 0.2 * fastrand::f64())
@@ -76,7 +79,7 @@ mod tests {
     }
 
     #[test]
-    fn pauses_double_up_to_the_longest_and_begin_again() {
+    fn the_bound_doubles_up_to_the_longest_and_can_be_reset() {
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_millis(300));
         for bound in [100, 200, 300, 300] {
             let pause = backoff.pause();
@@ -88,9 +91,9 @@ mod tests {
         assert!((100..=200).contains(&patient), "{patient} ms");
     }
 
-    /// 2,000 of them stray ten standard deviations less often than once in 10²⁰.
+    /// The limits are ten standard deviations from the mean of 200: chance exceeds them less than once in 10²⁰ runs.
     #[test]
-    fn those_who_begin_together_come_back_evenly_over_the_whole_bound_from_the_first_time_on() {
+    fn pauses_spread_evenly_over_the_whole_bound_from_the_first_one_on() {
         let (first, longest) = (Duration::from_millis(100), Duration::from_millis(400));
         let fresh = tenths(first, || Backoff::new(first, longest).pause());
         let mut used = Backoff::new(first, longest);
@@ -104,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_done_again_and_again_is_never_late_and_never_much_too_early() {
+    fn a_jittered_interval_is_never_longer_and_at_most_a_fifth_shorter() {
         let interval = Duration::from_secs(15);
         let counts = tenths(interval, || jittered(interval));
         assert_eq!(counts[..8], [0; 8]);

@@ -1,6 +1,6 @@
-//! Asks the system's resolver for the addresses of a host.
+//! One lookup: asks the system's resolver for the addresses of a host.
 //!
-//! Which names are asked for, and when, is for `resolve.rs` (backends) and `redis/connection.rs`.
+//! `resolve.rs` (names of backends) and `redis` (names of servers) decide which names are looked up, and when.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs as _};
@@ -10,19 +10,20 @@ use tokio::sync::Semaphore;
 
 use crate::control::blocking::{self, Job};
 
-/// A lookup that a thread is busy with.
+/// A lookup that runs on a thread. Ready with its result.
 pub type Lookup = Job<io::Result<Vec<SocketAddr>>>;
 
-/// Starts a lookup of `host`, which has one of `places` until the system's library returns: that may be long after the
-/// caller has given up. Waits without limit for a place and a thread.
+/// Starts a lookup of `host`. Waits without limit for one of `permits` and for a thread.
+///
+/// The lookup keeps its permit until the system's library returns, which may be long after the caller has given up.
 ///
 /// # Cancel safety
 /// As [`blocking::start`].
-pub async fn start(places: &'static Semaphore, host: Arc<str>, port: u16) -> Lookup {
-    blocking::start(places, move || (&*host, port).to_socket_addrs().map(Iterator::collect)).await
+pub async fn start(permits: &'static Semaphore, host: Arc<str>, port: u16) -> Lookup {
+    blocking::start(permits, move || (&*host, port).to_socket_addrs().map(Iterator::collect)).await
 }
 
-/// The address that `host` stands for without any lookup.
+/// The address that `host` is, if it is written as an IP address and needs no lookup.
 #[must_use]
 pub fn literal(host: &str, port: u16) -> Option<SocketAddr> {
     host.parse::<IpAddr>().ok().map(|address| SocketAddr::new(address, port))
