@@ -1,6 +1,6 @@
-//! Accepts connections from one listening socket until the drain begins, and then loses none that the kernel took.
+//! Accepts connections from one listening socket until the drain begins, and then all that the kernel has accepted already.
 //!
-//! It hands each connection on and knows nothing of what becomes of it.
+//! It hands each connection to its caller and knows nothing of sessions.
 
 use std::cell::Cell;
 use std::fmt::Display;
@@ -25,22 +25,22 @@ use crate::net::errors::exhausted;
 use crate::observe::counters::ListenerCounters;
 use crate::reactor::{self, Ready, Watched, sleep, timeout_at};
 
-/// Without a descriptor the next accept fails too, and the connection stays queued, so the socket stays readable: a
-/// loop without a pause would eat the core that could free descriptors.
+/// The pause after an accept that failed for want of descriptors or memory. The connection stays queued and the socket readable,
+/// so a loop without a pause would use up the CPU time that sessions need to free descriptors.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(50);
-/// Sessions that were accepted wait for descriptors, which this socket's clients can do as well in the kernel's queue.
+/// The pause while accepted sessions lack descriptors. More clients can wait in the kernel's queue as well.
 const STARVED_PAUSE: Duration = Duration::from_millis(10);
-/// One line an outage, not one a pause.
+/// The shortest time between two log lines about failing accepts.
 const EXHAUSTED_LOG_INTERVAL: Duration = Duration::from_secs(10);
-/// A listening socket that only ever fails is broken, and asking it again at once would eat the core. Single failures
-/// are a client's, and anyone may cause as many as he likes: they must not slow down the others.
+/// Failed accepts in a row after which the loop pauses, because the socket may be broken and would use up the CPU. A client can
+/// cause single failures at will, so those must not slow down the others.
 const FAILURES_BEFORE_PAUSE: u32 = 100;
-/// After so many connections the sessions of this worker get their turn, however long the queue: few are under way at once then,
-/// and what they touch is still in the processor's caches. The others wait in the kernel's queue.
+/// Accepts after which the sessions of this worker run, however long the queue. With a small batch few sessions are under way at
+/// once, and their data is still in the CPU's caches. The other clients wait in the kernel's queue.
 const BATCH: u32 = 8;
-/// So many without an empty queue in between, and whoever comes has waited there for some turns, so that his first bytes are
-/// likely to be there already.
-const CROWD: u32 = 64;
+/// After this many accepts without EAGAIN the worker counts as busy. A client then has waited in the kernel's queue for some
+/// iterations of the reactor, so that its first bytes have probably arrived.
+const BUSY_ACCEPTS: u32 = 64;
 /// How long a handshake that was under way when the drain began may take: a round trip around the world.
 const HANDSHAKE_TIME: Duration = Duration::from_millis(300);
 
@@ -48,21 +48,21 @@ const HANDSHAKE_TIME: Duration = Duration::from_millis(300);
 #[derive(Debug)]
 pub struct Listening {
     socket: Watched<TcpListener>,
-    /// Connections since its queue was empty.
-    in_a_row: Cell<u32>,
+    /// Accepts since the kernel's queue was empty.
+    accepts_in_a_row: Cell<u32>,
 }
 
 impl Listening {
-    /// Begins to watch `socket`, which must not block.
+    /// Registers `socket`, which must be non-blocking, with this thread's reactor.
     ///
     /// # Errors
     /// The kernel can watch no more sockets.
     pub fn watch(socket: TcpListener) -> io::Result<Self> {
         let socket = Watched::new(socket, EventFlags::IN).map_err(|(_, error)| error)?;
-        Ok(Self { socket, in_a_row: Cell::default() })
+        Ok(Self { socket, accepts_in_a_row: Cell::default() })
     }
 
-    /// The next connection, which nobody watches yet: whoever is to serve it does. Cancel safe.
+    /// The next connection. No reactor watches it yet; the worker that serves it registers it. Cancel safe.
     async fn accept(&self) -> io::Result<(Socket, SocketAddr)> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         loop {
@@ -70,26 +70,26 @@ impl Listening {
             let (socket, client) = match acceptfrom_with(self.socket.socket(), flags) {
                 Err(Errno::AGAIN) => {
                     self.socket.clear(Ready::READ);
-                    self.in_a_row.set(0);
+                    self.accepts_in_a_row.set(0);
                     reactor::set_busy(false);
                     continue;
                 }
                 result => result?,
             };
-            self.in_a_row.set(self.in_a_row.get().saturating_add(1));
-            reactor::set_busy(self.in_a_row.get() > CROWD);
+            self.accepts_in_a_row.set(self.accepts_in_a_row.get().saturating_add(1));
+            reactor::set_busy(self.accepts_in_a_row.get() > BUSY_ACCEPTS);
             let client = client.and_then(|client| SocketAddr::try_from(client).ok());
-            // Only where the connection is gone already.
+            // The client's address is missing only if the connection is gone already.
             return Ok((socket.into(), client.ok_or(io::ErrorKind::ConnectionAborted)?));
         }
     }
 }
 
-/// Accepts until `drain` begins, pausing while `is_starved`; then until all that the kernel took is accepted, and closes
-/// the socket.
+/// Accepts until `drain` begins, with pauses while `is_starved`. Then accepts what the kernel has accepted already, and closes the
+/// socket.
 ///
 /// # Cancel safety
-/// Dropping the future closes the socket; connections that it had not accepted are reset by the kernel.
+/// Dropping the future closes the socket; the kernel resets connections that were still in its queue.
 pub async fn run(
     listener: Listening,
     name: &str,
@@ -99,7 +99,7 @@ pub async fn run(
     on_connection: impl Fn(Socket, SocketAddr),
 ) {
     let mut exhausted_since: Option<Instant> = None;
-    // Kept through short recoveries: with one descriptor coming and going, each accept ends an outage and begins one.
+    // Kept through short recoveries: while a single descriptor comes and goes, each accept ends one outage and begins the next.
     let mut warned: Option<Instant> = None;
     let mut draining = std::pin::pin!(drain.started());
     let mut batch = Batch(BATCH);
@@ -143,7 +143,7 @@ pub async fn run(
                 }
             }
             Err(error) => {
-                // The client went away before we came (ECONNABORTED), or a signal: the next one is as good as any.
+                // The client has gone already (ECONNABORTED), or a signal came (EINTR). The next accept may work.
                 counters.accept_failed.add(1);
                 debug!(listener = name, %error, "a connection was gone before it was accepted");
                 failures += 1;
@@ -172,7 +172,7 @@ async fn accept_the_rest(
     on_connection: &impl Fn(Socket, SocketAddr),
 ) {
     if let Err(error) = ignore_new_handshakes(listener.socket.socket()) {
-        warn!(listener = name, %error, "handshakes that complete while the listener closes will be reset");
+        warn!(listener = name, %error, "connections that complete their handshake while the listener closes will be reset");
     }
     let end = Instant::now() + HANDSHAKE_TIME;
     let mut batch = Batch(BATCH);
@@ -185,7 +185,7 @@ async fn accept_the_rest(
                     stream
                 };
                 on_connection(stream, client);
-                // Where new handshakes could not be ignored, the queue may never be empty.
+                // If the filter for new handshakes failed, the queue may never become empty.
                 if batch.accepted().await && Instant::now() >= end {
                     break;
                 }
@@ -198,18 +198,18 @@ async fn accept_the_rest(
     }
 }
 
-/// How many are left until the sessions get their turn.
+/// The number of accepts left until the sessions run.
 struct Batch(u32);
 
 impl Batch {
-    /// One more. True after the last one, once the sessions had their turn.
+    /// Counts one accept. After the last one of the batch it lets the sessions run and returns true.
     async fn accepted(&mut self) -> bool {
         self.0 -= 1;
         if self.0 > 0 {
             return false;
         }
-        // This task runs again after the next look at the sockets. The sessions that it has just begun run after that look, too: a
-        // client that was reset in the listener's queue is known by then, and costs no backend a connection.
+        // This task, and the sessions that it has just begun, run after the reactor's next poll. By then the reactor knows which of
+        // the clients were reset in the kernel's queue, and those cost no backend a connection.
         reactor::look_first();
         yield_now().await;
         self.0 = BATCH;
@@ -228,14 +228,14 @@ mod tests {
     use crate::reactor::beside_tokio;
     use std::net::TcpStream;
 
-    /// A session that wants to run every time sees no more than a batch accepted in between, and is told whether others wait.
+    /// A session that always wants to run sees at most one batch of accepts between two of its polls.
     #[tokio::test]
     async fn a_flood_of_connections_starves_no_session() {
-        // As many as the standard library's queue surely has places.
+        // The standard library asks for a queue of 128.
         const FLOOD: u32 = 120;
         let socket = TcpListener::bind("127.0.0.1:0").expect("a free port");
         let address = socket.local_addr().expect("bound");
-        let _clients: Vec<_> = (0..FLOOD).map(|_| TcpStream::connect(address).expect("a place")).collect();
+        let _clients: Vec<_> = (0..FLOOD).map(|_| TcpStream::connect(address).expect("room")).collect();
         socket.set_nonblocking(true).expect("a socket");
 
         let (control, drain) = drain::channel();
@@ -245,7 +245,7 @@ mod tests {
         let listening = Listening::watch(socket).expect("a reactor");
         let on_connection = |_, _| {
             accepted.set(accepted.get() + 1);
-            assert_eq!(reactor::is_busy(), accepted.get() > CROWD);
+            assert_eq!(reactor::is_busy(), accepted.get() > BUSY_ACCEPTS);
         };
         let accepting = run(listening, "web", &counters, &drain, || false, on_connection);
         let session = async {
@@ -260,7 +260,7 @@ mod tests {
             }
             most
         };
-        // In turn, so that what is accepted between two looks of the session is one poll's work, never two.
+        // Polled in this order, so that between two polls of the session the accept loop is polled exactly once.
         let most = tokio::select! {
             biased;
             () = accepting => unreachable!("it accepts until the drain"),

@@ -1,5 +1,6 @@
-//! Holds a connection that was accepted on one of the last descriptors, which are kept for the control plane, until another
-//! descriptor is free. Meanwhile its socket accepts nothing, and clients wait in the kernel's queue.
+//! Holds a connection whose descriptor is in the control plane's reserve (`net/descriptors.rs`) until another descriptor is free.
+//!
+//! Meanwhile the listening socket accepts nothing, and clients wait in the kernel's queue.
 
 use std::time::Duration;
 
@@ -9,16 +10,16 @@ use crate::net::descriptors::{User, is_reserved};
 use crate::observe::counters::ListenerCounters;
 use crate::reactor::sleep;
 
-/// Between two looks at whether a descriptor is free.
+/// The time between two tries to get another descriptor.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// Why a connection is held.
+/// The reason why a connection is held, for the log.
 #[derive(Debug, thiserror::Error)]
 #[error("too many open files: the last descriptors are kept for the admin server, Redis and health checks")]
 pub(super) struct Reserved;
 
-/// Gives `socket` a number outside of the reserve as soon as there is one that no session which was accepted before lacks
-/// (`is_starved`). Gives it back as it is once it need not wait any more (`goes_on`). Each pause counts as a failed accept.
+/// Returns `socket` with a descriptor outside of the reserve, as soon as one is free and no earlier session lacks one
+/// (`is_starved`). Returns it unchanged once `goes_on` is false. Each pause counts as a failed accept.
 ///
 /// # Cancel safety
 /// Dropping the future closes the connection.
@@ -34,7 +35,7 @@ pub(super) async fn until_not_reserved(
         if is_starved() {
             continue;
         }
-        // A copy has the lowest number that is free, and the number of the one before is free then.
+        // The copy has the lowest free number. Dropping the original frees its number.
         if let Ok(copy) = socket.try_clone()
             && !is_reserved(&copy, User::Sessions)
         {

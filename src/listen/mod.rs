@@ -1,4 +1,4 @@
-//! Listening sockets and the accept loop. What becomes of a connection is `session`'s business.
+//! Listening sockets ([`socket`]) and the accept loop ([`accept`]). It hands each connection to its caller and knows no session.
 
 pub mod accept;
 mod held;

@@ -1,7 +1,7 @@
-//! Listening sockets: one for each worker and address, sharing the address by SO_REUSEPORT.
+//! Binds listening sockets: one for each worker and address. The sockets of an address share it by SO_REUSEPORT.
 //!
-//! The kernel spreads connections over them by a hash of the addresses, evenly; a single socket watched by all workers
-//! was measured to give nearly everything to one of them.
+//! The kernel spreads connections evenly over them, by a hash of the addresses. With a single socket that all workers watch, one
+//! worker got nearly all connections when this was measured.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -12,7 +12,7 @@ use crate::config::{Congestion, Keepalive};
 use crate::net::errors::explain;
 use crate::net::options::tcp_keepalive;
 
-/// Asks for the longest queue: the kernel cuts it to `net.core.somaxconn`.
+/// The longest queue of connections that wait to be accepted; the kernel limits it to `net.core.somaxconn`.
 const BACKLOG: i32 = 65_535;
 
 /// An address that cannot be listened on.
@@ -21,25 +21,25 @@ const BACKLOG: i32 = 65_535;
 pub struct BindError {
     /// The listener's name.
     pub listener: String,
-    /// Where it was to listen.
+    /// The address to bind.
     pub address: SocketAddr,
-    /// What the kernel said, and what to do about it.
+    /// The kernel's error, and what to do about it.
     reason: String,
 }
 
-/// What accepted connections inherit from the socket that they come in by, which saves up to six system calls a session.
+/// Options that accepted connections inherit from the listening socket, which saves up to six system calls a session.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// How a silent peer is found dead.
+    /// When a silent peer is probed.
     pub keepalive: Keepalive,
-    /// `None`: the system's.
+    /// The congestion control; `None`: the system's.
     pub congestion: Option<Congestion>,
 }
 
-/// Binds `count` sockets to `address`. Port 0 takes a free port, the same for all.
+/// Binds `count` sockets to `address`. With port 0, all of them get the same free port.
 ///
 /// # Errors
-/// Says why and what to do.
+/// The address is taken, forbidden or not this machine's; the message says what to do.
 pub fn bind(
     listener: &str,
     address: SocketAddr,
@@ -57,7 +57,8 @@ fn bind_all(address: SocketAddr, options: &Options, count: usize) -> io::Result<
     let mut sockets = Vec::with_capacity(count);
     let mut bound = address;
     if address.port() != 0 {
-        // SO_REUSEPORT would let a second Statera share the port in silence: a socket without it finds that out.
+        // SO_REUSEPORT would let a second Statera of the same user share the port without an error. Binding a socket without
+        // it fails then.
         let probe = open(address, options)?;
         probe.bind(&SockAddr::from(address))?;
     }
@@ -70,7 +71,7 @@ fn bind_all(address: SocketAddr, options: &Options, count: usize) -> io::Result<
         }
         sockets.push(socket);
     }
-    // Only now, when nothing can fail for want of the address any more, does the kernel take connections.
+    // The kernel accepts connections from here on. All sockets are bound by now, so none has to be closed for an address.
     sockets
         .into_iter()
         .map(|socket| {
@@ -84,7 +85,7 @@ fn open(address: SocketAddr, options: &Options) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
     socket.set_reuse_address(true)?;
     if address.is_ipv6() {
-        // `[::]:80` and `0.0.0.0:80` are two listeners, whatever net.ipv6.bindv6only says.
+        // `[::]:80` never includes `0.0.0.0:80`, whatever net.ipv6.bindv6only says.
         socket.set_only_v6(true)?;
     }
     socket.set_tcp_nodelay(true)?;
@@ -96,10 +97,10 @@ fn open(address: SocketAddr, options: &Options) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Whether this kernel lets us use `congestion`.
+/// Checks that this process may use `congestion`.
 ///
 /// # Errors
-/// Says why not and what to do.
+/// The kernel does not have it, or forbids it; the message says what to do.
 pub fn check_congestion(congestion: &Congestion) -> Result<(), String> {
     let set = || {
         let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
@@ -128,13 +129,13 @@ pub fn check_congestion(congestion: &Congestion) -> Result<(), String> {
     })
 }
 
-/// Makes the kernel ignore new handshakes on this socket, as if their packets were lost, while those under way
-/// complete. Whoever was ignored asks again after a second, and then finds the port closed or another server there.
+/// Makes the kernel drop SYN packets to this socket, while handshakes under way complete. A client whose SYN was dropped sends it
+/// again after a second, and then finds the port closed or another server there.
 ///
-/// Without it, closing would reset every connection that completes its handshake between the last accept and the close.
+/// Without this, closing the socket would reset every connection whose handshake completes between the last accept and the close.
 ///
 /// # Errors
-/// What the kernel says; the socket then goes on as before.
+/// The kernel refuses the filter; the socket is unchanged then.
 pub fn ignore_new_handshakes(listener: &impl std::os::fd::AsFd) -> io::Result<()> {
     const LOAD_BYTE_ABSOLUTE: u16 = 0x30;
     const JUMP_IF_ANY_BIT: u16 = 0x45;
@@ -175,7 +176,7 @@ mod tests {
         assert!(sockets.iter().all(|socket| socket.local_addr().expect("bound") == address));
         drop(sockets);
 
-        // The one that every kernel has.
+        // Every kernel has "reno".
         let options = Options { congestion: "reno".parse().ok(), ..OPTIONS };
         let sockets = bind("web", address, &options, 1).expect("the port is free again");
         let _client = TcpStream::connect(address).expect("it listens");
@@ -190,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn a_port_in_use_is_refused_even_if_its_owner_would_share_it() {
+    fn a_port_in_use_is_refused_even_if_its_socket_has_so_reuseport() {
         let first = bind("web", any_port(), &OPTIONS, 1).expect("a free port");
         let address = first[0].local_addr().expect("bound");
         let error = bind("web", address, &OPTIONS, 1).expect_err("the port is taken").to_string();
@@ -199,14 +200,14 @@ mod tests {
     }
 
     #[test]
-    fn an_address_of_another_machine_is_refused_with_its_reason() {
+    fn the_error_for_an_address_of_another_machine_says_so() {
         let address = "192.0.2.1:8080".parse().expect("an address");
         let error = bind("web", address, &OPTIONS, 1).expect_err("not ours").to_string();
         assert!(error.contains("no interface of this machine has that address"), "{error}");
     }
 
     #[test]
-    fn handshakes_under_way_complete_and_new_ones_are_ignored() {
+    fn handshakes_under_way_complete_and_new_ones_are_dropped() {
         let sockets = bind("web", any_port(), &OPTIONS, 1).expect("a free port");
         let address = sockets[0].local_addr().expect("bound");
         let mut before = TcpStream::connect(address).expect("it listens");

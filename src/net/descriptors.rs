@@ -1,11 +1,10 @@
-//! Keeps the last descriptors of the process for the control plane.
+//! Reserves the last descriptors of the process for the control plane.
 //!
-//! Clients decide how many descriptors the data plane wants. Where they want all, the control plane would have none: no probe would
-//! be answered, no connection to Redis be opened, no table saved, no name resolved. So the data plane may use all but a reserve.
+//! Clients decide how many descriptors the data plane wants. If it took all of them, the control plane could answer no probe,
+//! connect to no Redis, save no table and resolve no name. So the data plane may use all but a reserve.
 //!
-//! The kernel gives out the lowest free number. A new descriptor with a number in the reserve therefore means that all numbers
-//! below are in use, and its owner closes it and treats that as if the kernel had given none (EMFILE). To look at a number costs
-//! no system call.
+//! The kernel gives out the lowest free number. A new descriptor with a number in the reserve therefore means that all lower
+//! numbers are in use. The data plane closes such a descriptor and treats it like EMFILE. Reading the number costs no system call.
 //!
 //! | numbers, of `limit` | data plane | health checks | admin server | Redis, saved tables, lookups |
 //! |---|---|---|---|---|
@@ -13,7 +12,7 @@
 //! | the lower half of the reserve | no | yes | few connections | few lookups of backends |
 //! | the upper half | no | no | few connections | few lookups of backends |
 //!
-//! The state is the process's, as its limit is: a static.
+//! The limit is the process's, so the state is static.
 
 use std::os::fd::{AsFd, AsRawFd as _};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -21,21 +20,21 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::process::{Resource, getrlimit};
 
-/// The reserve, where a quarter of the limit is not less.
+/// The size of the reserve. With a small limit it is a quarter of the limit.
 const RESERVE: u64 = 128;
 
-/// The first number that the data plane may not use, and the first that health checks may not. Nothing is reserved before
-/// [`keep_reserve`].
+/// The first number that the data plane may not use, and the first that health checks may not use. Nothing is reserved before
+/// [`keep_reserve`] is called.
 static END_OF_SESSIONS: AtomicU64 = AtomicU64::new(u64::MAX);
 static END_OF_CHECKS: AtomicU64 = AtomicU64::new(u64::MAX);
 static LISTENING_SOCKETS: AtomicU64 = AtomicU64::new(0);
 
-/// Who asks whether a descriptor is its own to use.
+/// A part of the process that may use only a part of the descriptors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum User {
-    /// Clients' connections, backends' connections and pipes.
+    /// The data plane: connections of clients, connections to backends, and pipes.
     Sessions,
-    /// Health checks: they may use half of the reserve.
+    /// Health checks, which may use half of the reserve.
     Checks,
 }
 
@@ -49,21 +48,21 @@ impl User {
     }
 }
 
-/// Keeps a reserve from now on. Each of the `listening_sockets` may hold one descriptor of it for a connection that it has
-/// accepted and that waits for a lower number.
+/// Keeps a reserve from now on. It has one more descriptor for each of the `listening_sockets`, which may hold one accepted
+/// connection that waits for a lower number.
 pub fn keep_reserve(listening_sockets: usize) {
     LISTENING_SOCKETS.fetch_max(listening_sockets as u64, Relaxed);
     read_limit();
 }
 
-/// True if `descriptor`, which was just opened, is in a part of the reserve that `user` must leave alone.
+/// True if `descriptor`, which was just opened, is in a part of the reserve that `user` may not use.
 #[must_use]
 pub fn is_reserved(descriptor: &impl AsFd, user: User) -> bool {
     let number = u64::try_from(descriptor.as_fd().as_raw_fd()).unwrap_or(u64::MAX);
     number >= user.end() && is_still_reserved(number, user)
 }
 
-/// The limit may have been raised meanwhile (`prlimit`).
+/// Reads the limit again, which may have been raised meanwhile (`prlimit`).
 #[cold]
 fn is_still_reserved(number: u64, user: User) -> bool {
     read_limit();
@@ -77,23 +76,24 @@ fn read_limit() {
     END_OF_CHECKS.store(checks, Relaxed);
 }
 
-/// Where the parts end of sessions and of checks.
+/// The first numbers that sessions and checks may not use.
 fn ends(limit: u64, listening_sockets: u64) -> (u64, u64) {
     let reserve = RESERVE.min(limit / 4);
     (limit - reserve - listening_sockets.min(limit / 4), limit - reserve / 2)
 }
 
-/// True while the data plane has used up what it may, at the cost of two system calls.
+/// True while the data plane has used all descriptors that it may use. Costs two system calls.
 #[must_use]
 pub fn are_short() -> bool {
     if END_OF_SESSIONS.load(Relaxed) == u64::MAX {
         return false;
     }
-    // Its number is the lowest that is free.
+    // The new descriptor has the lowest free number.
     eventfd(0, EventfdFlags::CLOEXEC).map_or(true, |probe| is_reserved(&probe, User::Sessions))
 }
 
-/// How many the data plane could open now. For a warning at the start: it counts numbers, of which a few may be in use.
+/// About how many descriptors the data plane could open now, for a warning at the start. It takes all numbers above the lowest free
+/// one for free, of which a few may be in use.
 #[must_use]
 pub fn left_for_sessions() -> u64 {
     let lowest =
@@ -122,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn a_descriptor_in_the_reserve_is_told_by_its_number() {
+    fn a_descriptor_in_the_reserve_is_recognized_by_its_number() {
         let low = eventfd(0, EventfdFlags::CLOEXEC).expect("a descriptor");
         assert!(!is_reserved(&low, User::Sessions), "nothing is reserved yet");
         keep_reserve(0);
@@ -139,7 +139,7 @@ mod tests {
         assert!(is_reserved(&high(checks), User::Checks));
         drop(reserved);
 
-        // A limit that is raised while the process runs is noticed.
+        // A limit that is raised while the process runs takes effect.
         let usual = getrlimit(Resource::Nofile);
         let limit_to =
             |current| setrlimit(Resource::Nofile, Rlimit { current, ..usual }).expect("a soft limit");

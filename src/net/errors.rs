@@ -1,8 +1,8 @@
-//! Reads the errors of socket calls.
+//! What the errors of socket calls mean, and what a person can do about them.
 
 use std::io;
 
-/// What the kernel said to a bind, and what to do about it.
+/// The error of a `bind`, with what to do about it.
 #[must_use]
 pub fn explain(error: &io::Error) -> String {
     let cure = match error.kind() {
@@ -21,7 +21,7 @@ pub fn explain(error: &io::Error) -> String {
     format!("{error}: {cure}")
 }
 
-/// True for errors that say "no descriptor, no memory": ours, and they may pass.
+/// True for errors that mean "no descriptor" or "no memory". They are a local shortage that may pass, not the peer's fault.
 #[must_use]
 pub fn exhausted(error: &io::Error) -> bool {
     use rustix::io::Errno;

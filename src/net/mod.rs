@@ -1,5 +1,5 @@
-//! What the kernel gives to a process that uses the network: its descriptors ([`descriptors`]), socket options ([`options`]) and
-//! the meaning of errors ([`errors`]).
+//! The kernel's side of networking: the process's descriptors ([`descriptors`]), socket options ([`options`]) and the meaning of
+//! errors ([`errors`]). A leaf: it knows no other folder.
 
 pub mod descriptors;
 pub mod errors;
