@@ -1,22 +1,22 @@
-//! Counters that cost a data-plane thread one plain add.
+//! Counters and histograms. An increment costs a worker one plain add.
 //!
-//! Every counter has one writer, the worker that owns it, so an increment is a load and a store without a lock prefix.
-//! A scrape sums over the workers (`metrics`). What may go down is kept as two counters that only go up.
+//! Each counter has one writer, the worker that owns it, so an increment is a load and a store without a lock prefix. `metrics`
+//! sums over the workers. A number that can go down is kept as two counters that only go up.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
-/// A data-plane thread: 0 to `workers` − 1.
+/// The number of a worker: 0 to `workers` − 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WorkerId(pub usize);
 
-/// Counts up. One thread writes, any thread reads.
+/// A counter that only goes up. One thread writes it, any thread reads it.
 #[derive(Debug, Default)]
 pub struct Counter(AtomicU64);
 
 impl Counter {
-    /// Adds `n`; only ever from the thread that owns the counter.
+    /// Adds `n`. Only the thread that owns the counter may call this: with two writers, increments get lost.
     pub fn add(&self, n: u64) {
         self.0.store(self.0.load(Relaxed).wrapping_add(n), Relaxed);
     }
@@ -28,14 +28,14 @@ impl Counter {
     }
 }
 
-/// Upper bounds of [`Histogram`]'s buckets, in seconds. From a connect on loopback to a session of an hour, three buckets
-/// a decade, so that a quantile read off them is within a factor of about two.
+/// Upper bounds of [`Histogram`]'s buckets, in seconds: from a connect on loopback to a session of an hour. Up to a second there are
+/// three buckets a decade, so that a quantile read from them is exact to a factor of about two.
 pub const BUCKET_BOUNDS_SECONDS: [f64; 18] = [
     0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0, 30.0, 120.0,
     600.0, 3600.0,
 ];
 
-/// Durations by bucket. One thread writes, any thread reads.
+/// Counts durations by bucket. One thread writes it, any thread reads it.
 #[derive(Debug, Default)]
 pub struct Histogram {
     buckets: [Counter; BUCKET_BOUNDS_SECONDS.len() + 1],
@@ -43,7 +43,7 @@ pub struct Histogram {
 }
 
 impl Histogram {
-    /// Counts one duration; only ever from the thread that owns the histogram.
+    /// Counts one duration. Only the thread that owns the histogram may call this.
     pub fn observe(&self, duration: Duration) {
         let seconds = duration.as_secs_f64();
         let bucket = BUCKET_BOUNDS_SECONDS.iter().position(|&bound| seconds <= bound);
@@ -51,7 +51,7 @@ impl Histogram {
         self.sum_micros.add(u64::try_from(duration.as_micros()).unwrap_or(u64::MAX));
     }
 
-    /// Adds what was observed to `total`.
+    /// Adds the counts to `total`.
     pub fn add_to(&self, total: &mut HistogramTotal) {
         for (sum, bucket) in total.buckets.iter_mut().zip(&self.buckets) {
             *sum += bucket.get();
@@ -60,35 +60,35 @@ impl Histogram {
     }
 }
 
-/// A histogram summed over the workers; the last bucket has no upper bound.
+/// A histogram summed over the workers. The last bucket has no upper bound.
 #[derive(Clone, Debug, Default)]
 pub struct HistogramTotal {
-    /// Counts by bucket, not accumulated.
+    /// The count of each bucket alone, without those below it.
     pub buckets: [u64; BUCKET_BOUNDS_SECONDS.len() + 1],
     /// The sum of all durations.
     pub sum_seconds: f64,
 }
 
-/// One `T` for each worker, made when that worker first asks, so that 10,000 idle backends cost no counters.
+/// One `T` for each worker. A worker's is made when it is first used, so that 10,000 idle backends cost no memory for counters.
 #[derive(Debug)]
 pub struct PerWorker<T> {
     slots: Box<[OnceLock<Box<T>>]>,
 }
 
 impl<T: Default> PerWorker<T> {
-    /// Room for `workers` slots.
+    /// For `workers` workers.
     #[must_use]
     pub fn new(workers: usize) -> Self {
         Self { slots: (0..workers).map(|_| OnceLock::new()).collect() }
     }
 
-    /// `worker`'s own. Look it up once, before a loop.
+    /// The `T` of `worker`. Look it up once, before a loop.
     #[must_use]
     pub fn of(&self, worker: WorkerId) -> &T {
         self.slots[worker.0].get_or_init(Box::default)
     }
 
-    /// Those made so far.
+    /// The `T`s of all workers that have used theirs.
     pub fn iter(&self) -> impl Iterator<Item = &T> {
         self.slots.iter().filter_map(OnceLock::get).map(Box::as_ref)
     }
@@ -99,53 +99,53 @@ impl<T: Default> PerWorker<T> {
     }
 }
 
-/// What one worker counts of one backend.
+/// What one worker counts for one backend.
 #[derive(Debug, Default)]
 pub struct BackendCounters {
-    /// Sessions that reached it.
+    /// Sessions that connected to it.
     pub connections: Counter,
-    /// Of those, the ones that ended.
+    /// Of those sessions, the ones that ended.
     pub closed: Counter,
-    /// Of which it sent a byte, or which ended without its fault.
+    /// Sessions in which the backend sent a byte, or which ended without a fault of the backend.
     pub answered: Counter,
-    /// Attempts that failed.
+    /// Attempts to connect that failed.
     pub connect_failures: Counter,
-    /// Sessions that went on to another backend after this one failed.
+    /// Sessions that tried another backend after this one failed.
     pub retries: Counter,
-    /// From the backend.
+    /// Bytes from the backend.
     pub bytes_received: Counter,
-    /// To the backend.
+    /// Bytes to the backend.
     pub bytes_sent: Counter,
-    /// Successful attempts.
+    /// How long successful attempts to connect took.
     pub connect_duration: Histogram,
-    /// From accept to close.
+    /// How long sessions took from accept to close.
     pub session_duration: Histogram,
 }
 
 impl BackendCounters {
-    /// What tells them from those of other backends and workers, as long as they live.
+    /// A number that no other counters have while these exist: their address.
     #[must_use]
     pub fn mark(&self) -> usize {
         std::ptr::from_ref(self).addr()
     }
 }
 
-/// What one worker counts of one listener.
+/// What one worker counts for one listener.
 #[derive(Debug, Default)]
 pub struct ListenerCounters {
-    /// Accepted.
+    /// Connections accepted.
     pub connections: Counter,
-    /// Of those, the ones that ended.
+    /// Of those connections, the ones that ended.
     pub closed: Counter,
-    /// `accept` failed for want of descriptors or memory.
+    /// Accepts that failed for want of descriptors or memory.
     pub accept_exhausted: Counter,
-    /// `accept` failed otherwise.
+    /// Accepts that failed for another reason.
     pub accept_failed: Counter,
-    /// Sessions that found no backend to try.
+    /// Sessions that ended because there was no backend to try.
     pub no_backend: Counter,
-    /// Sessions that found all backends and the queue full.
+    /// Sessions that ended because all backends and the queue were full.
     pub queue_full: Counter,
-    /// Sessions that waited in the queue for as long as they might.
+    /// Sessions that ended because `queue.timeout` passed while they waited.
     pub queue_timeout: Counter,
 }
 
@@ -154,7 +154,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_histogram_puts_each_duration_under_the_first_bound_that_holds_it() {
+    fn a_duration_is_counted_in_the_first_bucket_whose_bound_is_not_below_it() {
         let histogram = Histogram::default();
         for micros in [0, 100, 101, 3_600_000_000, 3_600_000_001] {
             histogram.observe(Duration::from_micros(micros));
@@ -166,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn workers_count_apart_and_are_read_together() {
+    fn each_worker_has_its_own_counters_and_a_sum_reads_them_all() {
         let counters = PerWorker::<BackendCounters>::new(3);
         counters.of(WorkerId(0)).connections.add(2);
         counters.of(WorkerId(2)).connections.add(3);

@@ -1,6 +1,6 @@
 //! Writes log lines on a thread of its own, so that a full pipe or a slow disk never holds back a session.
 //!
-//! The queue is bounded. Lines that find no room, or that the output refuses, are dropped and counted.
+//! The queue is bounded. Lines that find the queue full, or that the output refuses, are dropped and counted.
 
 use std::io::{self, ErrorKind, Write};
 use std::sync::Arc;
@@ -9,9 +9,9 @@ use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread::{Builder, sleep};
 use std::time::Duration;
 
-/// Chunks that may wait. An access log's chunk is up to 64 KiB, so this bounds the queue at 64 MiB.
+/// The capacity of the queue, in chunks. A chunk of the access log has up to 64 KiB, so the queue takes at most 64 MiB.
 const QUEUE_CHUNKS: usize = 1024;
-/// Between two tries to put something into a full queue, for callers that may wait.
+/// The pause between two tries to put a chunk into a full queue, for callers that may wait.
 const FULL_PAUSE: Duration = Duration::from_millis(1);
 
 enum Message {
@@ -19,7 +19,7 @@ enum Message {
     Flush(SyncSender<()>),
 }
 
-/// Takes whole lines. Cheap to clone.
+/// The queue of the log's thread. It takes whole lines. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct LogSink {
     queue: SyncSender<Message>,
@@ -30,7 +30,7 @@ pub struct LogSink {
 #[derive(Debug, Default)]
 struct Counts {
     dropped: AtomicU64,
-    /// In the queue, or being written.
+    /// Lines in the queue and lines being written.
     waiting: AtomicU64,
 }
 
@@ -38,7 +38,7 @@ impl LogSink {
     /// Starts the thread that writes to `output`.
     ///
     /// # Errors
-    /// No thread could be started.
+    /// The system gives no thread.
     pub fn start(output: Box<dyn Write + Send>) -> io::Result<Self> {
         let (queue, messages) = sync_channel(QUEUE_CHUNKS);
         let counts = Arc::new(Counts::default());
@@ -52,7 +52,7 @@ impl LogSink {
         self.write_within(bytes, count, Duration::ZERO);
     }
 
-    /// Hands over `count` whole lines. Waits for room in the queue, at most `limit`: not for the data plane while it serves.
+    /// Hands over `count` whole lines. Waits at most `limit` for room in the queue, so a worker may use it only at its end.
     pub fn write_within(&self, bytes: Vec<u8>, count: u64, limit: Duration) {
         self.counts.waiting.fetch_add(count, Relaxed);
         if self.send(Message::Lines { bytes, count }, limit).is_none() {
@@ -61,16 +61,15 @@ impl LogSink {
         }
     }
 
-    /// Waits until what was handed over before is written, at most `limit`, whether or not the queue has room. Returns false
-    /// if it was not.
+    /// Waits at most `limit` until the lines handed over before are written. Returns false if they are not.
     pub fn flush(&self, limit: Duration) -> bool {
         let (done, written) = sync_channel(1);
         let left = self.send(Message::Flush(done), limit);
         left.is_some_and(|left| written.recv_timeout(left).is_ok())
     }
 
-    /// Like [`LogSink::flush`], for the end of the process: counts what could not be written as lost. Returns how many lines
-    /// were lost since the start.
+    /// Like [`LogSink::flush`], for the end of the process: counts the lines that could not be written as lost. Returns how many
+    /// lines were lost since the start.
     pub fn end(&self, limit: Duration) -> u64 {
         if !self.flush(limit) {
             self.counts.lose(self.counts.waiting.load(Relaxed));
@@ -78,13 +77,13 @@ impl LogSink {
         self.dropped()
     }
 
-    /// Lines that were lost: the queue was full or the output failed.
+    /// The number of lines lost because the queue was full or the output failed.
     #[must_use]
     pub fn dropped(&self) -> u64 {
         self.counts.dropped.load(Relaxed)
     }
 
-    /// Returns what is left of `limit`; `None`: there was no room within it.
+    /// Returns what is left of `limit`, or `None` if the queue had no room within it.
     fn send(&self, mut message: Message, limit: Duration) -> Option<Duration> {
         let mut left = limit;
         loop {
@@ -93,7 +92,7 @@ impl LogSink {
                 Err(TrySendError::Full(message)) if !left.is_zero() => message,
                 Err(_) => return None,
             };
-            // Counted by its pauses, each of which takes a little longer than it should.
+            // Counting the pauses instead of reading the clock makes the limit a little longer, which does no harm.
             sleep(FULL_PAUSE);
             left = left.saturating_sub(FULL_PAUSE);
         }
@@ -106,7 +105,7 @@ impl Counts {
     }
 }
 
-/// The thread's side.
+/// The state of the log's thread.
 struct Writer {
     output: Box<dyn Write + Send>,
     counts: Arc<Counts>,
@@ -128,7 +127,7 @@ impl Writer {
         }
     }
 
-    /// Writes what the output takes of `bytes`: a disk may be full, a file at its limit (EFBIG), a pipe's reader gone.
+    /// Writes as much of `bytes` as the output takes: a disk may be full, a file at its limit (EFBIG), a pipe's reader gone.
     fn write(&mut self, bytes: &[u8]) {
         if self.is_torn && self.write_part(b"\n") == 0 {
             return self.counts.lose(lines_in(bytes));
@@ -149,7 +148,7 @@ impl Writer {
                 Err(_) => break,
             }
         }
-        // Outputs have no buffer of their own: `cli/run.rs` opens them so.
+        // `cli/run.rs` opens outputs without a buffer, so what was written has reached the system.
         if self.output.flush().is_err() { 0 } else { written }
     }
 }
@@ -158,7 +157,7 @@ fn lines_in(bytes: &[u8]) -> u64 {
     bytes.iter().filter(|byte| **byte == b'\n').count() as u64
 }
 
-/// One event of the log on its way to the sink.
+/// Collects the line of one log event and hands it over when dropped.
 #[derive(Debug)]
 pub struct EventWriter {
     sink: LogSink,
@@ -214,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stuck_output_loses_lines_and_counts_them_but_holds_nobody_back() {
+    fn a_stuck_output_loses_lines_and_counts_them_but_blocks_no_caller() {
         let (go, wait) = channel();
         let (seen, written) = channel();
         let sink = LogSink::start(Box::new(Stuck(wait, seen))).expect("a thread");
@@ -222,7 +221,7 @@ mod tests {
             sink.write(b"line\n".to_vec(), 1);
         }
         assert!(sink.dropped() >= 9, "one is being written, the queue holds the rest");
-        assert!(!sink.flush(Duration::from_millis(1)), "there is no room to wait in");
+        assert!(!sink.flush(Duration::from_millis(1)), "the queue is full");
         for _ in 0..QUEUE_CHUNKS {
             go.send(()).expect("the thread runs");
         }
@@ -239,7 +238,7 @@ mod tests {
             sink.write(b"line\n".to_vec(), 1);
             handed_over += 1;
         }
-        // From now on the output takes what comes. The queue is still full when the end begins.
+        // From now on the output takes lines. The queue is still full when `end` is called.
         let ending = std::thread::spawn(move || (sink.end(PATIENCE), sink));
         for _ in 0..=handed_over {
             go.send(()).expect("the thread runs");
@@ -250,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_stuck_output_does_not_take_at_the_end_is_counted() {
+    fn lines_that_a_stuck_output_does_not_take_at_the_end_are_counted() {
         let (_go, wait) = channel();
         let (seen, _written) = channel();
         let sink = LogSink::start(Box::new(Stuck(wait, seen))).expect("a thread");
@@ -259,7 +258,7 @@ mod tests {
         assert_eq!(sink.end(Duration::from_millis(10)), 3);
     }
 
-    /// A file with a limit, which is raised later.
+    /// A file with a size limit that the test raises later.
     #[derive(Clone, Default)]
     struct Limited(Arc<Mutex<(Vec<u8>, usize)>>);
 
@@ -280,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_that_did_not_fit_whole_spoils_no_line_after_it() {
+    fn a_line_that_was_cut_off_does_not_run_into_the_next_one() {
         let file = Limited::default();
         let set_limit = |limit| file.0.lock().expect("it does not panic").1 = limit;
         let sink = LogSink::start(Box::new(file.clone())).expect("a thread");

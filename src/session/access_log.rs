@@ -1,7 +1,7 @@
-//! One line per session, written when it has ended.
+//! The access log: one line per session, written when the session has ended.
 //!
-//! A worker gathers its lines in a buffer of its own and hands them to the sink a few times a second, so that a line
-//! costs a session no system call and no lock.
+//! Each worker collects its lines in a buffer of its own and hands them to the log's thread a few times a
+//! second. So a line costs a session no system call and no lock.
 
 use std::cell::{Cell, RefCell};
 use std::fmt::Write as _;
@@ -18,19 +18,20 @@ use crate::config::LogFormat;
 use crate::observe::log_sink::LogSink;
 use crate::reactor::sleep;
 
-/// How long a line may wait for others.
+/// How long a line may wait in the worker's buffer.
 const GATHER_TIME: Duration = Duration::from_millis(50);
-/// How long the last lines of a worker wait for room in the sink's queue.
+/// How long a worker that ends waits for room in the sink's queue.
 const LAST_LINES: Duration = Duration::from_secs(1);
-/// A buffer this full does not wait.
+/// A buffer with this many bytes is handed over at once.
 const CHUNK_BYTES: usize = 60 * 1024;
-/// Room for that, and for the line that fills it: a buffer that grew step by step would be copied each time.
+/// The capacity of a buffer: [`CHUNK_BYTES`] and one more line. A buffer that grew step by step would be
+/// copied each time.
 const BUFFER_BYTES: usize = 64 * 1024;
 
-/// What is written of a session. The names are the contract's.
+/// The fields of a line. Their names and order are the contract's.
 #[derive(Debug)]
 pub struct AccessLine<'a> {
-    /// When it was accepted: UTC, RFC 3339 with milliseconds.
+    /// When the connection was accepted: UTC, RFC 3339 with milliseconds.
     pub time: SystemTime,
     /// The listener's name.
     pub listener: &'a str,
@@ -38,59 +39,61 @@ pub struct AccessLine<'a> {
     pub client: SocketAddr,
     /// The pool's name.
     pub pool: &'a str,
-    /// The backend that took the session, or the last one tried.
+    /// The backend that served the session, or the last one tried.
     pub backend: Option<&'a str>,
-    /// Who named the backend.
+    /// What the pick was made from, as in [`Source::name`](crate::balance::pool::Source::name).
     pub source: Option<&'static str>,
-    /// The weight it was picked by.
+    /// The weight that the backend was picked by.
     pub weight: Option<f64>,
-    /// Backends tried before the last one.
+    /// The number of backends tried before the last one.
     pub retries: u32,
-    /// Waiting for a backend to be named; in whole microseconds.
+    /// The time until a backend was picked, with waits in the queue and for Redis. In whole microseconds.
     pub queue_ms: f64,
-    /// In whole microseconds, from the first attempt's begin to the connection; of a session that found none, to the end of the last attempt.
+    /// The time from the first attempt to connect until one succeeded or the last one failed. In whole
+    /// microseconds.
     pub connect_ms: f64,
-    /// From accept to close.
+    /// The time from accept to close.
     pub duration_ms: f64,
-    /// From the client.
+    /// Bytes from the client.
     pub bytes_in: u64,
-    /// To the client.
+    /// Bytes to the client.
     pub bytes_out: u64,
-    /// Why it ended.
+    /// Why the session ended.
     pub close_reason: &'static str,
-    /// The same in HAProxy's two letters.
+    /// Why the session ended, in HAProxy's two letters.
     pub term: &'static str,
-    /// Of a session that found no backend: why the last attempt failed. Of one that a side reset: what broke the connection.
+    /// Why the last attempt failed, if no backend was reached; what broke the connection, if a side reset
+    /// it.
     pub error: Option<Cause>,
-    /// Backends that were tried before `backend`, and why each failed: `[{"backend": …, "error": …}]`.
+    /// The backends tried before `backend`, and why each failed: `[{"backend": …, "error": …}]`.
     pub failed: &'a [(BackendId, Cause)],
 }
 
-/// To a tenth of a microsecond: enough to read, and free of binary fractions.
+/// Milliseconds, rounded to a tenth of a microsecond so that the text has few digits.
 #[must_use]
 pub fn millis(duration: Duration) -> f64 {
     (duration.as_secs_f64() * 1e7).round() / 1e4
 }
 
-/// Gathers one worker's lines.
+/// The access log of one worker.
 #[derive(Debug)]
 pub struct AccessLog {
     format: LogFormat,
     sink: LogSink,
     lines: RefCell<Vec<u8>>,
-    /// How many these are.
+    /// The number of lines in `lines`.
     count: Cell<u64>,
     waiting: Notify,
 }
 
 impl AccessLog {
-    /// Lines go to `sink`.
+    /// Writes lines in `format` to `sink`.
     #[must_use]
     pub fn new(format: LogFormat, sink: LogSink) -> Self {
         Self { format, sink, lines: RefCell::default(), count: Cell::default(), waiting: Notify::new() }
     }
 
-    /// Takes a line.
+    /// Adds a line to the buffer.
     pub fn write(&self, line: &AccessLine<'_>) {
         let mut lines = self.lines.borrow_mut();
         if lines.is_empty() {
@@ -110,12 +113,12 @@ impl AccessLog {
         }
     }
 
-    /// Hands over what was gathered, now.
+    /// Hands the buffered lines to the sink. Never waits.
     pub fn hand_over(&self) {
         self.hand_over_within(Duration::ZERO);
     }
 
-    /// The same at the worker's end, when it may wait for room in the sink's queue.
+    /// Hands over the buffered lines at the worker's end. Waits up to a second for room in the sink's queue.
     pub fn hand_over_last(&self) {
         self.hand_over_within(LAST_LINES);
     }
@@ -127,7 +130,7 @@ impl AccessLog {
         }
     }
 
-    /// Hands over what was gathered, again and again. Never ends.
+    /// Hands over the buffered lines a few times a second. Never ends.
     pub async fn run(&self) {
         loop {
             self.waiting.notified().await;
@@ -139,8 +142,8 @@ impl AccessLog {
 
 /// Appends `line` to `out` as a JSON object.
 ///
-/// The keys, and the values that are words of ours, have nothing to escape. They are copied as they are: a serializer that looks
-/// at each of their bytes took more instructions than a short session's relay.
+/// Keys and constant values need no escaping and are copied. A serializer that looks at each of their bytes
+/// took more instructions than a short session's relay.
 fn write_json(out: &mut Vec<u8>, line: &AccessLine<'_>) {
     // Writing to memory cannot fail.
     let _ = write!(out, "{{\"time\":\"{}\"", humantime::format_rfc3339_millis(line.time));
@@ -176,27 +179,27 @@ fn write_json(out: &mut Vec<u8>, line: &AccessLine<'_>) {
     out.push(b'}');
 }
 
-/// `key` with its comma and colon, and `value` as the serializer writes it.
+/// Appends `key`, which includes its comma and colon, and the serialized `value`.
 fn write_value(out: &mut Vec<u8>, key: &str, value: impl Serialize) {
     out.extend_from_slice(key.as_bytes());
     serde_json::to_writer(out, &value).expect("plain values are written to memory without failure");
 }
 
-/// `key` with its comma, colon and opening quote, and `word`, which has nothing to escape.
+/// Appends `key`, which includes its comma, colon and opening quote, and `word`, which needs no escaping.
 fn write_word(out: &mut Vec<u8>, key: &str, word: &str) {
     out.extend_from_slice(key.as_bytes());
     out.extend_from_slice(word.as_bytes());
     out.push(b'"');
 }
 
-/// `key=value`, in the order of the JSON line.
+/// The line as `key=value` pairs, in the order of the JSON line.
 fn text(line: &AccessLine<'_>) -> String {
     let mut text = humantime::format_rfc3339_millis(line.time).to_string();
     // Writing to a String cannot fail.
     let _ = write!(
         text,
-        " session listener={} client={} pool={} backend={} source={} weight={} retries={} queue_ms={} connect_ms={} \
-         duration_ms={} bytes_in={} bytes_out={} close_reason={} term={}",
+        " session listener={} client={} pool={} backend={} source={} weight={} retries={} queue_ms={} \
+         connect_ms={} duration_ms={} bytes_in={} bytes_out={} close_reason={} term={}",
         line.listener,
         line.client,
         line.pool,
@@ -215,8 +218,8 @@ fn text(line: &AccessLine<'_>) -> String {
     if let Some(error) = line.error {
         let _ = write!(text, " error=\"{error}\"");
     }
-    for (place, (backend, error)) in line.failed.iter().enumerate() {
-        let _ = write!(text, "{}{backend}: {error}", if place == 0 { " failed=\"" } else { ", " });
+    for (index, (backend, error)) in line.failed.iter().enumerate() {
+        let _ = write!(text, "{}{backend}: {error}", if index == 0 { " failed=\"" } else { ", " });
     }
     if !line.failed.is_empty() {
         text.push('"');
@@ -257,14 +260,21 @@ mod tests {
     }
 
     #[test]
-    fn what_failed_stands_at_the_end_and_only_there_where_something_did() {
+    fn error_and_failed_attempts_are_the_last_fields_and_left_out_when_empty() {
         let id = |text: &str| text.parse::<BackendId>().expect("an address");
         let failed = [(id("10.0.0.2:80"), Cause::TIMED_OUT), (id("10.0.0.3:80"), Cause::UNRESOLVED)];
         let line = AccessLine { error: Some(Cause::RESET), failed: &failed, ..line() };
         let json = json(&line);
-        let end = r#""term":"--","error":"connection reset by peer","failed":[{"backend":"10.0.0.2:80","error":"timed out"},{"backend":"10.0.0.3:80","error":"name not resolved"}]}"#;
+        let end = concat!(
+            r#""term":"--","error":"connection reset by peer","failed":["#,
+            r#"{"backend":"10.0.0.2:80","error":"timed out"},"#,
+            r#"{"backend":"10.0.0.3:80","error":"name not resolved"}]}"#,
+        );
         assert!(json.ends_with(end), "{json}");
-        let end = r#"term=-- error="connection reset by peer" failed="10.0.0.2:80: timed out, 10.0.0.3:80: name not resolved""#;
+        let end = concat!(
+            r#"term=-- error="connection reset by peer" "#,
+            r#"failed="10.0.0.2:80: timed out, 10.0.0.3:80: name not resolved""#,
+        );
         assert!(text(&line).ends_with(end), "{}", text(&line));
     }
 
@@ -272,11 +282,18 @@ mod tests {
     fn the_line_has_the_contracts_fields_in_its_order() {
         assert_eq!(
             json(&line()),
-            r#"{"time":"2026-01-02T03:04:05.678Z","listener":"web","client":"127.0.0.1:5000","pool":"web","backend":"10.0.0.1:80","source":"snapshot","weight":2.5,"retries":1,"queue_ms":0.0,"connect_ms":1.2346,"duration_ms":1500.0,"bytes_in":3,"bytes_out":4,"close_reason":"finished","term":"--"}"#
+            concat!(
+                r#"{"time":"2026-01-02T03:04:05.678Z","listener":"web","client":"127.0.0.1:5000","pool":"web","#,
+                r#""backend":"10.0.0.1:80","source":"snapshot","weight":2.5,"retries":1,"queue_ms":0.0,"#,
+                r#""connect_ms":1.2346,"duration_ms":1500.0,"bytes_in":3,"bytes_out":4,"#,
+                r#""close_reason":"finished","term":"--"}"#,
+            )
         );
         assert_eq!(
             text(&line()),
-            "2026-01-02T03:04:05.678Z session listener=web client=127.0.0.1:5000 pool=web backend=10.0.0.1:80 source=snapshot weight=2.5 retries=1 queue_ms=0 connect_ms=1.2346 duration_ms=1500 bytes_in=3 bytes_out=4 close_reason=finished term=--"
+            "2026-01-02T03:04:05.678Z session listener=web client=127.0.0.1:5000 pool=web \
+             backend=10.0.0.1:80 source=snapshot weight=2.5 retries=1 queue_ms=0 connect_ms=1.2346 \
+             duration_ms=1500 bytes_in=3 bytes_out=4 close_reason=finished term=--"
         );
     }
 
