@@ -1,8 +1,8 @@
-//! The admin server: probes and metrics over HTTP, for people and for the programs that watch over a proxy.
+//! The admin server: liveness, readiness and metrics over HTTP, for monitoring systems and orchestrators.
 //!
-//! It runs on the control plane and is bounded: so many connections, so long for a request. Where there are too many, the
-//! oldest idle one makes room: a prober that comes now is worth more than a connection that was left open. `/livez` and `/readyz`
-//! ask for no token, since a prober has none.
+//! It runs on the control plane. The number of connections and the time for a request are bounded. When there are too many
+//! connections, the server closes the oldest idle one: a new probe matters more than a connection left open. `/livez` and `/readyz`
+//! require no token, since orchestrators have none. Next: `scrapes.rs` shares one text among concurrent scrapes.
 
 mod scrapes;
 
@@ -36,25 +36,25 @@ use crate::net::descriptors::{self, User};
 use crate::net::errors::{exhausted, explain};
 
 const MOST_CONNECTIONS: usize = 256;
-/// While clients hold all descriptors that they may have.
+/// The limit on connections while clients use all descriptors that they may have.
 const MOST_IN_SHORTAGE: usize = 8;
 const HEADER_TIME: Duration = Duration::from_secs(5);
-/// A scraper that keeps its connection open reconnects after this.
+/// How long a connection may stay open. A scraper with a longer one has to reconnect.
 const CONNECTION_TIME: Duration = Duration::from_secs(300);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// What the answers are made from.
+/// What the server's answers are made from.
 #[derive(Debug)]
 pub struct AdminState {
     scrapes: Arc<Scrapes>,
-    /// Whether traffic is still wanted.
+    /// The phase decides whether the proxy is ready.
     drain: Drain,
-    /// Asked for where it is set.
+    /// The token that `/metrics` requires; `None` if it is open.
     token: Option<Secret>,
 }
 
 impl AdminState {
-    /// Tells what is counted in `observed`, and the phase of `drain`; metrics only to those that send `token`, where there is one.
+    /// Serves the metrics of `observed` and the readiness of `drain`. `/metrics` requires `token` if there is one.
     #[must_use]
     pub fn new(observed: Observed, drain: Drain, token: Option<Secret>) -> Self {
         let scrapes = Scrapes::new(move |format, size| metrics::encode(&observed, format, size));
@@ -62,7 +62,7 @@ impl AdminState {
     }
 }
 
-/// The address cannot be listened on.
+/// The admin address cannot be bound.
 #[derive(Debug, thiserror::Error)]
 #[error("admin.bind: {address}: {reason}")]
 pub struct AdminBindError {
@@ -73,7 +73,7 @@ pub struct AdminBindError {
 /// Binds the admin address.
 ///
 /// # Errors
-/// The address is taken or not ours.
+/// The address is taken, forbidden or not this machine's; the message says what to do.
 pub fn bind(admin: &Admin) -> Result<StdListener, AdminBindError> {
     let bound = StdListener::bind(admin.bind).and_then(|listener| {
         listener.set_nonblocking(true)?;
@@ -82,7 +82,7 @@ pub fn bind(admin: &Admin) -> Result<StdListener, AdminBindError> {
     bound.map_err(|error| AdminBindError { address: admin.bind, reason: explain(&error) })
 }
 
-/// Serves until it is dropped.
+/// Serves on `listener`. Never ends.
 pub async fn serve(listener: Arc<TcpListener>, state: Arc<AdminState>) {
     let guarded = Router::new()
         .route("/metrics", get(metrics))
@@ -102,16 +102,16 @@ pub async fn serve(listener: Arc<TcpListener>, state: Arc<AdminState>) {
                 continue;
             }
         };
-        // One of the last descriptors of the process: other parts of the control plane need them, too.
+        // The descriptor is in the control plane's reserve, which Redis, names and saved tables need as well.
         let is_short = descriptors::is_reserved(&stream, User::Sessions);
         make_room(&mut connections, if is_short { MOST_IN_SHORTAGE } else { MOST_CONNECTIONS });
         connections.push_back(Connection::serve(stream, service.clone()));
-        // It may have sent its request already.
+        // Let the connection read its request, so that it does not count as idle when the next one needs room.
         yield_now().await;
     }
 }
 
-/// Cuts the oldest connections that have no request under way, or the oldest, until there are fewer than `most`.
+/// Closes connections until there are fewer than `most`: the oldest without a request under way, else the oldest of all.
 fn make_room(connections: &mut VecDeque<Connection>, most: usize) {
     connections.retain(|connection| !connection.task.is_finished());
     while connections.len() >= most {
@@ -122,10 +122,10 @@ fn make_room(connections: &mut VecDeque<Connection>, most: usize) {
     }
 }
 
-/// A connection that is served by a task of its own.
+/// A connection, served by a task of its own.
 struct Connection {
     task: AbortHandle,
-    /// A request is under way.
+    /// True while a request is under way.
     answering: Arc<AtomicBool>,
 }
 
@@ -155,8 +155,7 @@ impl Connection {
     }
 }
 
-/// Ready from the first accept to the drain: until then the admin server runs, but every pool's first read of Redis
-/// has not ended yet.
+/// Ready from the first accept to the drain. The admin server answers earlier, while the first reads of Redis are under way.
 async fn readyz(State(state): State<Arc<AdminState>>) -> Response {
     match state.drain.phase() {
         Phase::Serving => (StatusCode::OK, "ready\n"),
@@ -168,7 +167,7 @@ async fn readyz(State(state): State<Arc<AdminState>>) -> Response {
 
 async fn metrics(State(state): State<Arc<AdminState>>, headers: HeaderMap) -> Response {
     let accepted = headers.get_all(header::ACCEPT).iter();
-    // What is not ASCII is no media type, and makes the header malformed.
+    // A value that is not ASCII is no media type; "?" makes the header malformed.
     let accepted: Vec<&str> = accepted.map(|value| value.to_str().unwrap_or("?")).collect();
     let format = Format::wanted(&accepted.join(","));
     match state.scrapes.text(format).await {
@@ -196,7 +195,7 @@ async fn require_token(State(state): State<Arc<AdminState>>, request: Request, n
         .into_response()
 }
 
-/// Takes as long for a near miss as for a far one, so that a token cannot be guessed letter by letter.
+/// Compares tokens. The time does not depend on how many characters match, so a token cannot be guessed one by one.
 fn same(given: &str, token: &str) -> bool {
     let differs = given.bytes().zip(token.bytes()).fold(0, |differs, (a, b)| differs | (a ^ b));
     given.len() == token.len() && std::hint::black_box(differs) == 0
@@ -207,7 +206,7 @@ mod tests {
     use super::same;
 
     #[test]
-    fn only_the_whole_token_is_the_token() {
+    fn only_the_whole_token_is_accepted() {
         assert!(same("secret", "secret"));
         for wrong in ["", "secre", "secrets", "Secret", "secreu"] {
             assert!(!same(wrong, "secret"), "{wrong}");

@@ -1,10 +1,10 @@
-//! Answers scrapes of the metrics, however many come at once, at a bounded cost.
+//! Answers scrapes of the metrics at a bounded cost, however many come at once.
 //!
-//! Each format is encoded once at a time, so at most two texts are being made. Scrapes that come meanwhile wait for the text and
-//! share it. A large text is shared with all that ask within the next second, too; a small one is made anew each time, which takes
-//! some milliseconds at most and shows what has just happened.
+//! At most one text of each format is encoded at a time. Scrapes that come meanwhile wait for that text and share it. Scrapes
+//! within the next second share it too if it is large. A small text is encoded for each scrape, which takes a few milliseconds at
+//! most and shows the newest numbers.
 //!
-//! A text is made by a thread of its own, or by the control plane's where the system gives no thread.
+//! A thread of its own encodes a text. Where the system gives no thread, the control plane's does.
 
 use std::fmt;
 use std::sync::Arc;
@@ -18,19 +18,19 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::control::blocking;
 use crate::metrics::format::Format;
 
-/// As long as Prometheus waits for a scrape if it is not told otherwise.
+/// How long a scrape waits for its text: Prometheus's default timeout.
 const WAIT: Duration = Duration::from_secs(10);
 const SHARED_FOR: Duration = Duration::from_secs(1);
-/// Some 250 backends with traffic: a text of this size takes 2 to 3 ms.
+/// The size from which a text is shared: about 250 backends with traffic, which take 2 to 3 ms to encode.
 const SHARED_FROM_BYTES: usize = 256 * 1024;
 
-/// Threads that encode at the same time: one for each format.
+/// Permits for threads that encode: one for each format.
 static ENCODERS: Semaphore = Semaphore::const_new(2);
 
 /// Why a scrape has no text.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ScrapeError {
-    /// Others wait too.
+    /// The text was not ready within [`WAIT`].
     #[error("the metrics were not encoded within {} s", WAIT.as_secs())]
     TooSlow,
     /// The encoder panicked.
@@ -38,15 +38,15 @@ pub(super) enum ScrapeError {
     Failed,
 }
 
-/// Makes a text of about so many bytes.
+/// Encodes the metrics in a format. The number is a guess of the text's length in bytes.
 type Encode = dyn Fn(Format, usize) -> String + Send + Sync;
 
-/// All scrapes of one proxy.
+/// The scrapes of one proxy, and the texts that they share.
 pub(super) struct Scrapes {
     encode: Box<Encode>,
-    /// In the order of [`Format::ALL`].
+    /// The newest text of each format, in the order of [`Format::ALL`].
     newest: [Arc<Mutex<Option<Text>>>; Format::ALL.len()],
-    /// Of the last text, in bytes.
+    /// The length of the last text in bytes, as a guess for the next one.
     size: AtomicUsize,
     shared_for: Duration,
 }
@@ -85,7 +85,7 @@ impl Scrapes {
     /// There is no text within 10 s, or the encoder panicked.
     ///
     /// # Cancel safety
-    /// A text that is being made is finished, for the others.
+    /// A text that is being encoded is finished for the other scrapes.
     pub(super) async fn text(self: &Arc<Self>, format: Format) -> Result<Bytes, ScrapeError> {
         timeout(WAIT, self.text_in_time(format)).await.unwrap_or(Err(ScrapeError::TooSlow))
     }
@@ -99,7 +99,7 @@ impl Scrapes {
         }
         *slot = None;
         let scrapes = Arc::clone(self);
-        // The thread keeps the lock until it has the text, whatever becomes of this scrape.
+        // The thread holds the lock until it has the text, even if this scrape is cancelled.
         let encoding = blocking::compute(&ENCODERS, move || {
             let text = (scrapes.encode)(format, scrapes.size.load(Relaxed));
             scrapes.size.store(text.len(), Relaxed);
@@ -120,7 +120,7 @@ impl Scrapes {
     }
 }
 
-/// Gives back the memory of a text once it is not shared any more.
+/// Frees a text once it is not shared any more.
 async fn forget(newest: Arc<Mutex<Option<Text>>>, ended: Instant, after: Duration) {
     sleep(after).await;
     newest.lock().await.take_if(|text| text.ended == ended);
@@ -134,7 +134,7 @@ mod tests {
 
     use super::*;
 
-    /// Counts its texts, and makes each of them once it is told to go on.
+    /// Encodes one text for each message on `go_on`, and counts the texts.
     struct Encoder {
         scrapes: Arc<Scrapes>,
         made: Arc<AtomicUsize>,
@@ -172,18 +172,18 @@ mod tests {
         [(); 30].iter().for_each(|()| go_on.send(()).expect("the encoder lives"));
         let texts = waiting.join_all().await;
         for format in Format::ALL {
-            let mut places: Vec<_> =
+            let mut addresses: Vec<_> =
                 texts.iter().filter(|text| text.0 == format).map(|text| text.1.as_ptr()).collect();
-            assert_eq!(places.len(), 15);
-            places.dedup();
-            assert_eq!(places.len(), 1, "one text in memory");
+            assert_eq!(addresses.len(), 15);
+            addresses.dedup();
+            assert_eq!(addresses.len(), 1, "one text in memory");
         }
         assert_eq!(made.load(Relaxed), 2);
         assert!(at_once.load(Relaxed) <= 2);
     }
 
     #[tokio::test]
-    async fn a_large_text_is_shared_for_a_while_and_a_small_one_is_made_anew() {
+    async fn a_large_text_is_shared_for_a_while_and_a_small_one_is_encoded_each_time() {
         for (bytes, shared_for, expected) in
             [(SHARED_FROM_BYTES, HOUR, 1), (SHARED_FROM_BYTES, Duration::ZERO, 3), (1_000, HOUR, 3)]
         {
@@ -197,7 +197,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn scrapers_that_go_away_do_not_begin_more_than_one_text() {
+    async fn scrapes_that_are_cancelled_start_only_one_encoding() {
         let Encoder { scrapes, made, at_once, go_on } = encoder(SHARED_FROM_BYTES, HOUR);
         for _ in 0..20 {
             let asking = timeout(Duration::from_millis(1), scrapes.text(Format::Classic));
@@ -209,21 +209,21 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_text_that_is_not_shared_any_more_takes_no_memory() {
+    async fn a_text_that_is_not_shared_any_more_is_freed() {
         let Encoder { scrapes, go_on, .. } = encoder(SHARED_FROM_BYTES, Duration::ZERO);
         go_on.send(()).expect("the encoder lives");
         let text = scrapes.text(Format::Classic).await.expect("a text");
-        // The test has one of two; the other goes.
+        // The test holds one reference. The other one is dropped by `forget`.
         let is_alone = async {
             while !text.is_unique() {
                 sleep(Duration::from_millis(1)).await;
             }
         };
-        timeout(WAIT, is_alone).await.expect("it is forgotten");
+        timeout(WAIT, is_alone).await.expect("the other reference is dropped");
     }
 
     #[tokio::test]
-    async fn an_encoder_that_panics_fails_its_scrape_and_not_the_next_one() {
+    async fn a_panic_while_encoding_fails_only_its_own_scrape() {
         let tries = AtomicUsize::new(0);
         let scrapes = Scrapes::new(move |_, _| {
             assert!(tries.fetch_add(1, Relaxed) > 0, "the first one fails");

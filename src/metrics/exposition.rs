@@ -1,35 +1,35 @@
-//! Takes the metrics as OpenMetrics text, which is all that `prometheus_client` writes, and keeps them in the format that was
-//! asked for.
+//! Converts the OpenMetrics text that `prometheus_client` writes into the format that the scraper asked for.
 //!
-//! The classic format differs in its comments alone: a counter is declared by its samples' name (with `_total`), and neither units
-//! nor the end are told. So samples pass as they are, and a comment is held until the line behind it says what it is about.
+//! The classic format differs only in the comments: it declares a counter with `_total` at the end of its name, and has neither
+//! `# UNIT` nor `# EOF`. So samples pass unchanged. A `# HELP` is held until the `# TYPE` after it says whether it is a counter's.
 //!
-//! A large text takes long: after every [`SLICE_BYTES`] the thread gives way to those that serve sessions.
+//! A large text takes long, so the thread yields to the workers after every [`SLICE_BYTES`].
 
 use std::fmt::{self, Write};
 use std::thread;
 
 use super::format::Format;
 
-/// Some 0.2 ms of work.
+/// The length of text between two yields: about 0.2 ms of work.
 const SLICE_BYTES: usize = 16 * 1024;
 
-/// A text that grows.
+/// The text so far, in one format.
 #[derive(Debug)]
 pub(super) struct Exposition {
     format: Format,
     text: String,
-    /// The comment that is being written, without its line end; empty within a sample.
+    /// The comment that is being written, without its line end. Empty while a sample is written.
     comment: String,
+    /// The line that is being written is a sample.
     is_in_sample: bool,
     /// The name and the text of the last `# HELP`, until its `# TYPE` comes.
     help: Option<String>,
-    /// The length of the text at which the thread gives way next.
+    /// The length of the text at which the thread yields next.
     next_slice: usize,
 }
 
 impl Exposition {
-    /// `size` is a guess of how many bytes it will have.
+    /// An empty text. `size` is a guess of its final length in bytes.
     pub(super) fn new(format: Format, size: usize) -> Self {
         Self {
             format,
@@ -46,7 +46,7 @@ impl Exposition {
         self.text
     }
 
-    /// Takes a whole comment.
+    /// Handles a comment line that is complete.
     fn end_comment(&mut self) {
         let comment = std::mem::take(&mut self.comment);
         if let Some(help) = comment.strip_prefix("# HELP ") {
@@ -107,13 +107,13 @@ mod tests {
     }
 
     #[test]
-    fn the_classic_format_names_a_counter_by_its_samples_and_tells_neither_units_nor_the_end() {
+    fn the_classic_format_declares_counters_with_total_and_has_no_units_and_no_end() {
         assert_eq!(written(Format::Classic, &[OPEN_METRICS]), CLASSIC);
         assert_eq!(written(Format::OpenMetrics, &[OPEN_METRICS]), OPEN_METRICS);
     }
 
     #[test]
-    fn it_does_not_matter_in_which_pieces_the_text_comes() {
+    fn the_pieces_in_which_the_text_comes_do_not_matter() {
         for length in 1..60 {
             let pieces: Vec<&str> = OPEN_METRICS
                 .as_bytes()

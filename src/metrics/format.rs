@@ -1,21 +1,21 @@
-//! Reads an `Accept` header: which text format of the metrics a scraper asks for.
+//! The text formats of the metrics, and which of them a scraper's `Accept` header asks for (RFC 9110, section 12.5.1).
 //!
-//! RFC 9110, section 12.5.1. The formats themselves are written in `mod.rs` and `exposition.rs`.
+//! `exposition.rs` writes the formats.
 
 /// A text format of the metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
-    /// Prometheus's own, which every scraper and `promtool` reads.
+    /// Prometheus's own format, which every scraper and `promtool` reads.
     Classic,
     /// OpenMetrics 1.0.0.
     OpenMetrics,
 }
 
 impl Format {
-    /// In the order of their declaration.
+    /// All formats, in the order of their declaration.
     pub const ALL: [Self; 2] = [Self::Classic, Self::OpenMetrics];
 
-    /// For the answer's header.
+    /// The value of the answer's `Content-Type` header.
     #[must_use]
     pub fn content_type(self) -> &'static str {
         match self {
@@ -24,9 +24,10 @@ impl Format {
         }
     }
 
-    /// What to answer to `accept`, the values of all `Accept` headers joined by commas. The classic format, unless OpenMetrics is
-    /// preferred, or named and not less welcome. The classic one too where the header is malformed, or where it accepts neither: a
-    /// scraper that asks for too much is better served than refused.
+    /// The format to answer `accept` with, which is the values of all `Accept` headers joined by commas.
+    ///
+    /// OpenMetrics if the header prefers it, or names it with the same quality as the classic format. The classic format in all
+    /// other cases. Also if the header is malformed or accepts neither format: a text is more use to a scraper than an error.
     #[must_use]
     pub fn wanted(accept: &str) -> Self {
         let Some(ranges) = ranges(accept) else { return Self::Classic };
@@ -38,23 +39,23 @@ impl Format {
     }
 }
 
-/// One part of the header: `text/plain;version=0.0.4;q=0.5`.
+/// One media range of the header: `text/plain;version=0.0.4;q=0.5`.
 struct Range {
     kind: String,
     subtype: String,
     version: Option<String>,
-    /// `q`, 0 to 1,000.
+    /// The range's `q`, as 0 to 1,000.
     thousandths: u16,
 }
 
 #[derive(Clone, Copy, Default)]
 struct Quality {
     thousandths: u16,
-    /// The format itself is named, not only `*/*` or its like.
+    /// The header names the format itself, not only `*/*` or `text/*`.
     is_named: bool,
 }
 
-/// That of the most specific range which covers the format.
+/// The quality of a format: that of the most specific range which covers it.
 fn quality(ranges: &[Range], kind: &str, subtype: &str, version: &str) -> Quality {
     let specificity = |range: &Range| {
         let is_version = range.version.as_deref().is_none_or(|wanted| wanted == version);
@@ -73,7 +74,7 @@ fn quality(ranges: &[Range], kind: &str, subtype: &str, version: &str) -> Qualit
     })
 }
 
-/// `None`: malformed.
+/// The media ranges of the header; `None` if it is malformed.
 fn ranges(accept: &str) -> Option<Vec<Range>> {
     let parts = split(accept, ',')?;
     parts.into_iter().filter(|part| !part.is_empty()).map(range).collect()
@@ -104,7 +105,7 @@ fn range(text: &str) -> Option<Range> {
     Some(range)
 }
 
-/// At `separator`, not within quotes; without the blanks around. `None`: a quote is not closed.
+/// Splits `text` at each `separator` outside of quotes and trims the parts. `None` if a quote is not closed.
 fn split(text: &str, separator: char) -> Option<Vec<&str>> {
     let (mut is_quoted, mut is_escaped) = (false, false);
     let parts = text.split(|character: char| {
@@ -125,7 +126,7 @@ fn is_token(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(is_sign)
 }
 
-/// `0`, `1`, `0.5`, `1.000`: at most three digits behind the point, and at most 1.
+/// Reads a `q` like `0`, `1`, `0.5` or `1.000`: at most 1, with at most three digits after the point.
 fn thousandths(text: &str) -> Option<u16> {
     let (whole, part) = text.split_once('.').unwrap_or((text, ""));
     if !part.bytes().all(|byte| byte.is_ascii_digit()) || part.len() > 3 {
@@ -174,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn prometheus_of_every_age_gets_openmetrics() {
+    fn every_version_of_prometheus_gets_openmetrics() {
         for accept in [
             "application/openmetrics-text; version=0.0.1,text/plain;version=0.0.4;q=0.5,*/*;q=0.1, \
              application/openmetrics-text;version=1.0.0",
@@ -189,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_malformed_is_answered_in_the_classic_format() {
+    fn a_malformed_header_is_answered_in_the_classic_format() {
         for accept in [
             "application/openmetrics-text;q=1.5",
             "application/openmetrics-text;q=0.1234",
