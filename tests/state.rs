@@ -428,7 +428,12 @@ async fn a_folder_that_cannot_be_made_or_written_is_told_once_and_the_start_goes
     redis.set_weights([(&backend, 1.0)]).await;
     let readonly = with_mount("ro", state.path());
     for (launcher, state_dir, reason, cure) in [
-        (Command::new(Program::path()), Path::new("/proc/statera"), "cannot make the folder", "look after"),
+        (
+            Command::new(Program::path()),
+            Path::new("/proc/statera"),
+            "cannot make the folder",
+            "check the folder",
+        ),
         (readonly, state.path(), "Read-only file system", "mount it writable, or name another folder"),
     ] {
         let yaml = yaml(&top(&redis.url(), "keep_last", state_dir), "weights_key: servers");

@@ -1,8 +1,9 @@
-//! The files of `state_dir`: written so that a kill at any moment leaves a whole one, read with suspicion.
+//! Reads and writes the files of `state_dir`. A process that is killed at any moment leaves a complete file.
 //!
-//! Blocking: for threads that may wait for a disk. A write goes to a file of its own name in the same folder, is made to
-//! last (fsync), takes the place of the old file (rename, which is all or nothing), and that is made to last, too. While
-//! it is written, the temporary file is locked: whoever starts beside us removes only those whose writer is gone.
+//! The functions block, so they run on threads that may wait for a disk. A write creates a temporary file in the same folder,
+//! syncs it (fsync), renames it over the old file, which is atomic, and syncs the folder. The writer holds a lock on the temporary
+//! file, so that other processes remove only the temporary files of writers that are gone. A file is read only if no other user can
+//! have written it.
 
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, ErrorKind, Read as _, Write as _};
@@ -14,18 +15,18 @@ use rustix::io::Errno;
 
 use super::Unusable;
 
-/// A table of 100,000 members with the longest names has half of this.
+/// The largest file that is read. A table of 100,000 members with the longest names has half of this.
 pub(super) const MAX_BYTES: u64 = 64 * 1024 * 1024;
 const SUFFIX: &str = ".table";
 const TEMPORARY_SUFFIX: &str = ".tmp";
 const RANDOM_DIGITS: usize = 16;
 /// A file name may have 255 bytes; the temporary one has 22 more than this and `SUFFIX`.
 const NAME_MAX_BYTES: usize = 200;
-/// Of a name that is taken, or removed at once by one who sweeps.
+/// Tries to create a temporary file, which fail if the name is taken or another process removes the file at once.
 const CREATE_ATTEMPTS: usize = 10;
 const GROUP_AND_OTHERS_WRITE: u32 = 0o022;
 
-/// A step of a write failed.
+/// The step of a write that failed.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot {step}: {error}")]
 pub(super) struct WriteError {
@@ -38,7 +39,7 @@ impl WriteError {
         move |error| Self { step, error }
     }
 
-    /// What a person can do.
+    /// What the operator can do.
     pub(super) fn cure(&self) -> &'static str {
         match self.error.kind() {
             ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "make room on its disk",
@@ -47,12 +48,12 @@ impl WriteError {
             ErrorKind::NotADirectory | ErrorKind::AlreadyExists | ErrorKind::IsADirectory => {
                 "something else has this name: remove it, or name another folder"
             }
-            _ => "look after the folder and its disk",
+            _ => "check the folder and its disk",
         }
     }
 }
 
-/// The file of a pool. What could mean something to a file system is written as `%` and two digits.
+/// The name of a pool's file. Characters with a meaning for file systems are written as `%` and two digits.
 pub(super) fn name_of(pool: &str) -> String {
     let mut name = String::new();
     for (at, byte) in pool.bytes().enumerate() {
@@ -63,7 +64,8 @@ pub(super) fn name_of(pool: &str) -> String {
             name.push_str(&format!("%{byte:02x}"));
         }
     }
-    // config.yaml allows 1 to 64 bytes. A longer one must not meet another that begins like it, and none must not hide.
+    // config.yaml allows 1 to 64 bytes. The checksum keeps two longer names apart that begin alike, and an empty name must not
+    // give a hidden file.
     if name.is_empty() || name.len() > NAME_MAX_BYTES {
         name.truncate(NAME_MAX_BYTES - 9);
         name.push_str(&format!("%{:08x}", crc32fast::hash(pool.as_bytes())));
@@ -71,13 +73,13 @@ pub(super) fn name_of(pool: &str) -> String {
     name + SUFFIX
 }
 
-/// The content of a file; `None` where there is none.
+/// The content of a file; `None` if it does not exist.
 pub(super) fn read(path: &Path) -> Result<Option<Vec<u8>>, Unusable> {
-    // Without NONBLOCK, opening a pipe that somebody left there would wait for ever.
+    // Without NONBLOCK, opening a named pipe would wait for ever.
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let file = match rustix::fs::open(path, flags, Mode::empty()) {
         Ok(descriptor) => File::from(descriptor),
-        // A folder that is none is told of by whoever tries to write.
+        // If the folder is not a folder, the first write reports it.
         Err(Errno::NOENT | Errno::NOTDIR) => return Ok(None),
         Err(Errno::LOOP) => return Err(Unusable::NotPlain("a symbolic link")),
         Err(error) => return Err(Unusable::Unreadable(error.into())),
@@ -86,7 +88,7 @@ pub(super) fn read(path: &Path) -> Result<Option<Vec<u8>>, Unusable> {
     if !about.is_file() {
         return Err(Unusable::NotPlain(if about.is_dir() { "a folder" } else { "a pipe or a device" }));
     }
-    // A checksum proves that a file is whole, not who wrote it, and whoever wrote it says where sessions go.
+    // The content decides where sessions go, and its checksum does not prove which user wrote it.
     if ![0, rustix::process::geteuid().as_raw()].contains(&about.uid()) {
         return Err(Unusable::OtherOwner(about.uid()));
     }
@@ -101,24 +103,24 @@ pub(super) fn read(path: &Path) -> Result<Option<Vec<u8>>, Unusable> {
     Ok(Some(bytes))
 }
 
-/// Makes `bytes` the content of `name`, or leaves what was there.
+/// Replaces the content of `name` by `bytes`. If that fails, the old file stays as it was.
 pub(super) fn write(folder: &Path, name: &str, bytes: &[u8]) -> Result<(), WriteError> {
     let mut temporary = Temporary::create(folder, name)?;
     temporary.fill(bytes)?;
     fs::rename(&temporary.path, folder.join(name)).map_err(WriteError::at("rename the new file"))?;
-    // The name lasts only now. Some file systems cannot be asked for that.
+    // Only this makes the rename durable. Some file systems cannot sync a folder and answer EINVAL.
     match File::open(folder).and_then(|folder| folder.sync_all()) {
         Err(error) if error.kind() != ErrorKind::InvalidInput => {
-            Err(WriteError { step: "make the folder last", error })
+            Err(WriteError { step: "sync the folder", error })
         }
         _ => Ok(()),
     }
 }
 
-/// Makes the folder where it is missing, removes what killed writers left behind, and tries whether it can be written.
+/// Creates the folder if it is missing, removes the temporary files of killed writers, and checks that a file can be written.
 pub(super) fn prepare(folder: &Path) -> Result<(), WriteError> {
     make(folder)?;
-    // What cannot be removed does no harm.
+    // Temporary files that cannot be removed do no harm.
     let _ = sweep(folder);
     Temporary::create(folder, &name_of("probe"))?.fill(b"Can this folder be written?\n")
 }
@@ -131,7 +133,7 @@ fn sweep(folder: &Path) -> io::Result<()> {
     for entry in fs::read_dir(folder)? {
         let entry = entry?;
         let is_ours = entry.file_name().to_str().is_some_and(is_temporary) && entry.file_type()?.is_file();
-        // The lock is held until it is gone, so that a writer that has just made it sees that.
+        // The lock is held until the file is removed, so that a writer that has just created it notices.
         if is_ours
             && let Ok(file) = File::open(entry.path())
             && !matches!(file.try_lock(), Err(TryLockError::WouldBlock))
@@ -151,7 +153,7 @@ fn is_temporary(name: &str) -> bool {
     })
 }
 
-/// A file that is being written. Removed when dropped, unless it was given another name.
+/// A file that is being written. It is removed when dropped, unless it was renamed.
 struct Temporary {
     file: File,
     path: PathBuf,
@@ -173,7 +175,7 @@ impl Temporary {
                 Err(error) => {
                     last = error;
                     match last.kind() {
-                        // Someone has removed the folder, or put something else there.
+                        // Another process has removed the folder, or replaced it by something else.
                         ErrorKind::NotFound | ErrorKind::NotADirectory => make(folder)?,
                         ErrorKind::AlreadyExists => {}
                         _ => break,
@@ -184,7 +186,7 @@ impl Temporary {
         Err(WriteError { step: "create a file", error: last })
     }
 
-    /// False if one who sweeps was faster than the lock. Where the file system knows no locks, nobody can tell.
+    /// False if a process that removes temporary files was faster than our lock. True on file systems without locks.
     fn is_ours(&self) -> bool {
         !matches!(self.file.try_lock(), Err(TryLockError::WouldBlock))
             && self.file.metadata().is_ok_and(|about| about.nlink() > 0)
@@ -192,13 +194,13 @@ impl Temporary {
 
     fn fill(&mut self, bytes: &[u8]) -> Result<(), WriteError> {
         self.file.write_all(bytes).map_err(WriteError::at("write a file"))?;
-        self.file.sync_all().map_err(WriteError::at("make a file last"))
+        self.file.sync_all().map_err(WriteError::at("sync a file"))
     }
 }
 
 impl Drop for Temporary {
     fn drop(&mut self) {
-        // Gone already where it was renamed; no other file ever has this name.
+        // After a rename there is no file of this name. The name is random, so it is no other writer's either.
         let _ = fs::remove_file(&self.path);
     }
 }

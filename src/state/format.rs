@@ -1,4 +1,4 @@
-//! What a saved table looks like: a few lines of text, and a checksum over all of them.
+//! The format of a saved table: lines of text, and a checksum over all of them.
 //!
 //! ```text
 //! statera table 1
@@ -13,8 +13,8 @@
 //!
 //! A member in drain or maint has that word before its weight: `drain 100.0 10.0.0.1:80`.
 //!
-//! Text, so that a person can look at it. A file was perhaps cut, damaged, or written by someone else, so reading believes
-//! nothing: what is not whole, known and possible is refused as a whole. Pure: no file, no clock.
+//! It is text, so that an operator can read it. A file may be cut off, damaged or written by another program, so everything in it
+//! is checked, and a file with any mistake is refused as a whole. Pure: no file, no clock.
 
 use std::fmt::Write as _;
 use std::str::SplitTerminator;
@@ -25,25 +25,25 @@ use crate::balance::snapshot::Member;
 use crate::balance::{AdminState, BackendId, Table, Weight};
 
 const MAGIC: &str = "statera table ";
-/// A change of what follows needs another one: it is looked at before everything else, the checksum too.
+/// The version of the format. It is read first, even before the checksum is checked, so any change of the format needs a new one.
 pub(super) const VERSION: &str = "1";
 const CHECKSUM: &str = "crc32 ";
-/// The name, eight digits, the end of the line.
+/// The length of the last line: the name, eight digits and the end of the line.
 const CHECKSUM_LINE_BYTES: usize = CHECKSUM.len() + 8 + 1;
-/// Of a text that is not ours, in a log line.
+/// How many characters of a file's content a log line shows.
 const SHOWN_CHARS: usize = 80;
 
-/// What a file says.
+/// The content of a file.
 #[derive(Debug, PartialEq)]
 pub(super) struct Saved {
     pub(super) table: Table,
-    /// When the table came from Redis.
+    /// When the table was read from Redis.
     pub(super) time: SystemTime,
 }
 
 /// The text of a file.
 pub(super) fn encode(pool: &str, key: &str, time: SystemTime, members: &[Member]) -> String {
-    // The formatter panics on earlier times; a clock that is this wrong tells nothing anyway.
+    // The formatter panics on times before 1970, which only a wrong clock gives.
     let time = humantime::format_rfc3339_millis(time.max(UNIX_EPOCH));
     let (pool, key, count) = (pool.escape_debug(), key.escape_debug(), members.len());
     let mut text =
@@ -52,7 +52,7 @@ pub(super) fn encode(pool: &str, key: &str, time: SystemTime, members: &[Member]
         if member.state != AdminState::Ready {
             write!(text, "{} ", member.state).expect("memory takes all");
         }
-        // `{:?}` writes the shortest number that reads as the same one, and very large ones with an exponent.
+        // `{:?}` writes the shortest text that is read as the same number, with an exponent if the number is very large.
         writeln!(text, "{:?} {}", member.weight.get(), member.backend.id()).expect("memory takes all");
     }
     let checksum = crc32fast::hash(text.as_bytes());
@@ -60,7 +60,7 @@ pub(super) fn encode(pool: &str, key: &str, time: SystemTime, members: &[Member]
     text
 }
 
-/// Reads the file of `pool`, whose weights stand under `key`.
+/// Reads the text of a file of `pool`, whose weights are in the Redis key `key`.
 pub(super) fn decode(bytes: &[u8], pool: &str, key: &str) -> Result<Saved, Unusable> {
     let Some(rest) = bytes.strip_prefix(MAGIC.as_bytes()) else {
         return Err(if MAGIC.as_bytes().starts_with(bytes) { Unusable::CutShort } else { Unusable::Foreign });
@@ -82,9 +82,9 @@ pub(super) fn decode(bytes: &[u8], pool: &str, key: &str) -> Result<Saved, Unusa
         return Err(Unusable::OtherKey(shown(of_key)));
     }
     let time = lines.field("time ")?;
-    let time = humantime::parse_rfc3339(time).map_err(|_| lines.impossible("it is no time"))?;
+    let time = humantime::parse_rfc3339(time).map_err(|_| lines.impossible("this is not a time"))?;
     let count = lines.field("members ")?;
-    let count: usize = count.parse().map_err(|_| lines.impossible("it is no number"))?;
+    let count: usize = count.parse().map_err(|_| lines.impossible("this is not a number"))?;
     let (mut members, mut states) = (Vec::new(), Vec::new());
     while let Some(line) = lines.next() {
         let (state, member) = member(line).map_err(|reason| lines.impossible(&reason))?;
@@ -93,18 +93,18 @@ pub(super) fn decode(bytes: &[u8], pool: &str, key: &str) -> Result<Saved, Unusa
     }
     let table = Table::new(members).with_states(states);
     if table.members().len() != count {
-        return Err(lines.impossible(&format!("{count} different members were promised")));
+        return Err(lines.impossible(&format!("the file should have {count} different members")));
     }
     Ok(Saved { table, time })
 }
 
-/// The text that the checksum is of, if it is.
+/// The content without the line of the checksum, if the checksum is right.
 fn checked(bytes: &[u8]) -> Result<&[u8], Unusable> {
     let at = bytes.len().checked_sub(CHECKSUM_LINE_BYTES).ok_or(Unusable::CutShort)?;
     let (content, last) = bytes.split_at(at);
     let digits = last.strip_prefix(CHECKSUM.as_bytes()).and_then(|last| last.strip_suffix(b"\n"));
     let digits = digits.filter(|_| content.ends_with(b"\n")).ok_or(Unusable::CutShort)?;
-    // Compared as text: a parser would take other spellings of the same number.
+    // Compared as text, because a parser would accept other spellings of the same number.
     if format!("{:08x}", crc32fast::hash(content)).as_bytes() != digits {
         return Err(Unusable::Damaged);
     }
@@ -135,14 +135,14 @@ impl<'a> Lines<'a> {
 fn member(line: &str) -> Result<(AdminState, (BackendId, Weight)), String> {
     let first = line.split_once(' ').and_then(|(word, rest)| Some((AdminState::named(word)?, rest)));
     let (state, line) = first.unwrap_or((AdminState::Ready, line));
-    let (weight, name) = line.split_once(' ').ok_or("it is no weight and member")?;
-    let number: f64 = weight.parse().map_err(|_| "its weight is no number")?;
+    let (weight, name) = line.split_once(' ').ok_or("a weight and a member are needed")?;
+    let number: f64 = weight.parse().map_err(|_| "the weight is not a number")?;
     let weight = Weight::new(number).map_err(|error| error.to_string())?;
     let id = name.parse().map_err(|error| format!("{error}"))?;
     Ok((state, (id, weight)))
 }
 
-/// Fit for a line of a log. What stands in a file of ours is escaped once already, so backslashes stay as they are.
+/// The beginning of `text`, with control characters escaped for the log. Backslashes stay, because the file has escaped text.
 fn shown(text: &str) -> String {
     let mut shown = String::new();
     for character in text.chars().take(SHOWN_CHARS) {

@@ -1,4 +1,4 @@
-//! Writers that fail, that are killed and that meet; readers that find what nobody wrote.
+//! Writers that fail, are killed or write at the same time; files that Statera did not write.
 
 use std::collections::BTreeSet;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
@@ -11,19 +11,19 @@ use tempfile::TempDir;
 use super::*;
 
 const NAME: &str = "web.table";
-/// As many bytes as a write of several system calls and pages has.
+/// Enough lines for a write of several system calls and pages.
 const LINES: usize = 40_000;
 
 fn folder() -> TempDir {
     TempDir::new().expect("a folder")
 }
 
-/// What writer `number` writes: whole if every line is the same, and all are there.
+/// The content that writer `number` writes. It is complete if all lines are there and equal.
 fn content(number: u64) -> Vec<u8> {
     format!("{number:09}\n").repeat(LINES).into_bytes()
 }
 
-/// The number of a whole content.
+/// The number of a complete content.
 fn number(bytes: &[u8]) -> u64 {
     let number = std::str::from_utf8(&bytes[..9]).expect("a text").parse().expect("a number");
     assert!(bytes == content(number), "a file that is not whole: {} bytes", bytes.len());
@@ -40,11 +40,11 @@ fn only(name: &str) -> BTreeSet<String> {
 }
 
 #[test]
-fn what_is_written_can_be_read_by_its_owner_alone() {
+fn a_written_file_can_be_read_by_its_owner_only() {
     let parent = folder();
     let folder = parent.path().join("not/there/yet");
     assert!(read(&folder.join(NAME)).expect("no folder is no file").is_none());
-    write(&folder, NAME, b"one").expect("it is made");
+    write(&folder, NAME, b"one").expect("it is created");
     write(&folder, NAME, b"two").expect("it is replaced");
     assert_eq!(read(&folder.join(NAME)).expect("it is plain").expect("it is there"), b"two");
     assert_eq!(names(&folder), only(NAME));
@@ -53,7 +53,7 @@ fn what_is_written_can_be_read_by_its_owner_alone() {
 }
 
 #[test]
-fn a_write_that_fails_leaves_what_was_there_and_nothing_else() {
+fn a_write_that_fails_changes_nothing() {
     let folder = folder();
     fs::create_dir_all(folder.path().join("taken.table/by_a_folder")).expect("a folder");
     let error = write(folder.path(), "taken.table", b"x").expect_err("a folder was replaced");
@@ -70,7 +70,7 @@ fn a_write_that_fails_leaves_what_was_there_and_nothing_else() {
 }
 
 #[test]
-fn the_names_of_pools_cannot_leave_the_folder_and_do_not_meet() {
+fn file_names_of_pools_are_different_and_stay_in_the_folder() {
     let long = "x".repeat(1_000);
     let pools = ["web", "Web", "..", ".", ".web", "a/b", "a%2fb", "", "\0", "é", "a.b-c_d", &long];
     let longer = format!("{long}y");
@@ -85,7 +85,7 @@ fn the_names_of_pools_cannot_leave_the_folder_and_do_not_meet() {
 }
 
 #[test]
-fn what_a_killed_writer_left_is_removed_and_what_others_write_is_not() {
+fn temporary_files_of_killed_writers_are_removed_and_no_others() {
     let folder = folder();
     let left = folder.path().join(".web.table.0123456789abcdef.tmp");
     fs::write(&left, "half").expect("a file");
@@ -103,11 +103,11 @@ fn what_a_killed_writer_left_is_removed_and_what_others_write_is_not() {
 }
 
 #[test]
-fn what_is_no_plain_file_of_ours_is_not_read() {
+fn only_a_plain_file_that_no_other_user_can_write_is_read() {
     let folder = folder();
     let path = folder.path().join(NAME);
     let refusal = || {
-        let refusal = read(&path).expect_err("it was read").to_string();
+        let refusal = read(&path).expect_err("a refusal").to_string();
         let remove = if path.is_dir() && !path.is_symlink() { fs::remove_dir } else { fs::remove_file };
         remove(&path).expect("it is there");
         refusal
@@ -124,7 +124,7 @@ fn what_is_no_plain_file_of_ours_is_not_read() {
     fs::write(&path, "x").expect("a file");
     fs::set_permissions(&path, fs::Permissions::from_mode(0o660)).expect("it is ours");
     assert_eq!(refusal(), "others may write to it: chmod go-w");
-    // Only root can give a file away; a user who is not root has root's files to be trusted, and no others.
+    // Only root can change a file's owner.
     if rustix::process::geteuid().is_root() {
         fs::write(&path, "x").expect("a file");
         std::os::unix::fs::chown(&path, Some(65_534), None).expect("root may");
@@ -133,7 +133,7 @@ fn what_is_no_plain_file_of_ours_is_not_read() {
 }
 
 #[test]
-fn writers_that_meet_and_those_who_sweep_leave_a_whole_file() {
+fn concurrent_writers_and_removers_leave_a_complete_file() {
     let folder = folder();
     write(folder.path(), NAME, &content(0)).expect("it is written");
     thread::scope(|scope| {
@@ -142,7 +142,7 @@ fn writers_that_meet_and_those_who_sweep_leave_a_whole_file() {
                 let path = folder.path();
                 scope.spawn(move || {
                     for _ in 0..40 {
-                        write(path, NAME, &content(writer)).expect("nobody takes it away");
+                        write(path, NAME, &content(writer)).expect("it is written");
                     }
                 })
             })
@@ -153,17 +153,17 @@ fn writers_that_meet_and_those_who_sweep_leave_a_whole_file() {
             }
         });
         while writers.iter().any(|writer| !writer.is_finished()) {
-            number(&read(&folder.path().join(NAME)).expect("it is plain").expect("it is always there"));
+            number(&read(&folder.path().join(NAME)).expect("it is plain").expect("it is there"));
         }
     });
     assert_eq!(names(folder.path()), only(NAME));
 }
 
-/// The folder that the killed process writes to.
+/// The variable that names the folder to write to in the child process.
 const INSIDE: &str = "STATERA_TEST_KILLED_WRITER";
-const THIS: &str = "state::file::tests::a_writer_that_is_killed_at_any_moment_leaves_a_whole_file";
+const THIS: &str = "state::file::tests::a_writer_that_is_killed_at_any_moment_leaves_a_complete_file";
 
-/// Writes on and on. Ends when its parent kills it, or after a minute.
+/// Writes until the parent process kills this one, or for a minute.
 fn write_until_killed(folder: &Path) {
     let last = read(&folder.join(NAME)).expect("it is plain").map_or(0, |bytes| number(&bytes));
     for next in 1..100_000 {
@@ -171,7 +171,7 @@ fn write_until_killed(folder: &Path) {
     }
 }
 
-/// Killed when dropped.
+/// The child process that writes. It is killed when this is dropped.
 struct Writer(Child);
 
 impl Drop for Writer {
@@ -182,7 +182,7 @@ impl Drop for Writer {
 }
 
 #[test]
-fn a_writer_that_is_killed_at_any_moment_leaves_a_whole_file() {
+fn a_writer_that_is_killed_at_any_moment_leaves_a_complete_file() {
     if let Some(folder) = std::env::var_os(INSIDE) {
         return write_until_killed(Path::new(&folder));
     }
@@ -214,5 +214,5 @@ fn a_writer_that_is_killed_at_any_moment_leaves_a_whole_file() {
         prepare(folder.path()).expect("it can be written");
         assert_eq!(names(folder.path()), only(NAME), "seed {seed}, round {round}");
     }
-    assert!(left_behind > 0, "seed {seed}: no writer was killed in the middle");
+    assert!(left_behind > 0, "seed {seed}: no writer was killed during a write");
 }

@@ -1,4 +1,4 @@
-//! What is written reads as the same, and nothing else reads as anything.
+//! A table is read as it was written, and any other text is refused.
 
 use std::time::Duration;
 
@@ -32,17 +32,17 @@ fn some() -> Table {
     table(&[("10.0.0.1:80", 100.0), ("db.internal:5432", 0.0), ("unix:/run/web.sock", 0.5)])
 }
 
-/// A file of this content, with a checksum that fits.
+/// A file with this content and the right checksum.
 fn sealed(content: &str) -> Vec<u8> {
     format!("{content}crc32 {:08x}\n", crc32fast::hash(content.as_bytes())).into_bytes()
 }
 
 fn refusal(bytes: &[u8]) -> String {
-    decode(bytes, POOL, KEY).expect_err("this was taken").to_string()
+    decode(bytes, POOL, KEY).expect_err("a refusal").to_string()
 }
 
 #[test]
-fn the_format_is_the_one_that_older_files_have() {
+fn the_format_has_not_changed() {
     let text = encoded(POOL, KEY, &some());
     assert_eq!(
         text,
@@ -54,7 +54,7 @@ fn the_format_is_the_one_that_older_files_have() {
 }
 
 #[test]
-fn who_is_in_drain_or_maint_is_so_after_a_restart() {
+fn a_member_in_drain_or_maint_is_still_so_after_a_restart() {
     let states = [("10.0.0.1:80", AdminState::Drain), ("db.internal:5432", AdminState::Maint)];
     let states = states.map(|(id, state)| (id.parse().expect("an address"), state));
     let table = some().with_states(states.into());
@@ -67,7 +67,7 @@ fn who_is_in_drain_or_maint_is_so_after_a_restart() {
 }
 
 #[test]
-fn an_empty_table_is_a_table() {
+fn an_empty_table_is_valid() {
     let empty = Table::default();
     let text = encoded(POOL, KEY, &empty);
     assert_eq!(decode(text.as_bytes(), POOL, KEY).expect("it is whole").table, empty);
@@ -93,7 +93,7 @@ fn a_file_with_any_byte_changed_or_added_is_refused() {
         }
     }
     for more in ["\n", "x", "crc32 00000000\n"] {
-        assert!(decode(&[text.as_slice(), more.as_bytes()].concat(), POOL, KEY).is_err(), "{more:?} behind");
+        assert!(decode(&[text.as_slice(), more.as_bytes()].concat(), POOL, KEY).is_err(), "{more:?} added");
     }
     let zeroes = vec![0; text.len()];
     assert!(matches!(decode(&zeroes, POOL, KEY), Err(Unusable::Foreign)), "a file system's hole");
@@ -105,33 +105,33 @@ fn the_file_of_another_pool_key_or_version_is_refused_by_name() {
     assert_eq!(refusal(text.as_bytes()), "it is of the pool api");
     let text = encoded(POOL, "a key\u{202e} of\nothers", &some());
     assert_eq!(refusal(text.as_bytes()), r"it is of the weights_key a key\u{202e} of\nothers");
-    assert!(decode(text.as_bytes(), POOL, "a key\u{202e} of\nothers").is_ok(), "it is its own");
+    assert!(decode(text.as_bytes(), POOL, "a key\u{202e} of\nothers").is_ok(), "the right key");
     let text = encoded(POOL, KEY, &some()).replace("statera table 1\n", "statera table 2\n");
     assert_eq!(refusal(text.as_bytes()), "its format has version 2, and this Statera knows 1");
     assert_eq!(refusal(b"#!/bin/sh\n"), "it is not a table that Statera saved");
 }
 
 #[test]
-fn what_cannot_be_is_refused_even_with_a_checksum_that_fits() {
+fn impossible_content_is_refused_even_with_the_right_checksum() {
     let head = "statera table 1\npool web\nweights_key servers\ntime 2026-01-02T03:04:05.678Z\n";
     for (members, reason) in [
         ("members 1\n-1.0 10.0.0.1:80\n", "line 6: -1 is not a weight"),
         ("members 1\ninf 10.0.0.1:80\n", "line 6: inf is not a weight"),
         ("members 1\n1.0 10.0.0.1\n", "line 6: it has no port"),
-        ("members 1\n10.0.0.1:80\n", "line 6: it is no weight and member"),
-        ("members 1\n\n", "line 6: it is no weight and member"),
-        ("members 2\n1.0 10.0.0.1:80\n", "2 different members were promised"),
-        ("members 2\n1.0 10.0.0.1:80\n2.0 10.0.0.1:80\n", "2 different members were promised"),
-        ("members 0\n1.0 10.0.0.1:80\n", "0 different members were promised"),
+        ("members 1\n10.0.0.1:80\n", "line 6: a weight and a member are needed"),
+        ("members 1\n\n", "line 6: a weight and a member are needed"),
+        ("members 2\n1.0 10.0.0.1:80\n", "the file should have 2 different members"),
+        ("members 2\n1.0 10.0.0.1:80\n2.0 10.0.0.1:80\n", "the file should have 2 different members"),
+        ("members 0\n1.0 10.0.0.1:80\n", "the file should have 0 different members"),
         ("members 18446744073709551615\n", "18446744073709551615 different members"),
-        ("members all\n", "line 5: it is no number"),
+        ("members all\n", "line 5: this is not a number"),
         ("", "line 5: \"members\" is missing"),
     ] {
         let refused = refusal(&sealed(&format!("{head}{members}")));
         assert!(refused.contains(reason), "{members:?}: {refused}");
     }
     let timeless = format!("{}members 0\n", head.replace("2026", "never"));
-    assert_eq!(refusal(&sealed(&timeless)), "line 4: it is no time");
+    assert_eq!(refusal(&sealed(&timeless)), "line 4: this is not a time");
     assert!(refusal(&sealed("statera table 1\n\u{ff}\n")).contains("\"pool\" is missing"));
 }
 
@@ -150,7 +150,7 @@ proptest! {
     }
 
     #[test]
-    fn nothing_that_lies_there_makes_the_reader_panic(
+    fn no_content_makes_the_reader_panic(
         bytes in prop::collection::vec(any::<u8>(), 0..300), sealing in any::<bool>()
     ) {
         let text = format!("statera table 1\n{}", String::from_utf8_lossy(&bytes));
