@@ -1,11 +1,11 @@
-//! Hands a connection to a worker that has far fewer sessions than the one that accepted it.
+//! Hands a new connection to a worker that has far fewer sessions than the one that accepted it.
 //!
-//! The kernel chooses a listening socket by a hash of the client's address. That spreads many sessions evenly and costs
-//! nothing, but of two long ones it puts both on one worker every other time, and half of the machine idles. So each worker
-//! compares itself with others at every accept (a look at two counters each), and hands over what would widen a gap that
-//! chance alone does not make among many.
+//! The kernel chooses a listening socket by a hash of the client's address. That spreads many sessions evenly at no cost. But of two
+//! long sessions, both get the same worker every other time, and half of the machine idles. So each worker compares its number of
+//! sessions with those of others at every accept, which reads two counters for each. It hands the connection over if the gap is
+//! larger than chance makes it among many sessions.
 //!
-//! Only what was just accepted changes hands: a session never moves. Next: `worker.rs` offers and takes over.
+//! Only a connection that was just accepted is handed over. A session never changes its worker.
 
 use std::cell::Cell;
 use std::net::SocketAddr;
@@ -19,21 +19,21 @@ use super::listeners::ListenerId;
 use crate::observe::counters::{PerWorker, WorkerId};
 use crate::session::SessionCounters;
 
-/// Up to so many sessions of its own a worker compares itself with all others: they are few, and each place counts. Above it
-/// with one of them at a time, since a look at another core's counters costs some 50 ns.
+/// Up to this many sessions, a worker compares itself with all others, since each session matters. With more, it compares itself
+/// with one other worker at a time, since reading another core's counters costs about 50 ns.
 const FEW_SESSIONS: u64 = 16;
-/// Connections that wait for a worker to take them; above this the one that accepted them keeps them.
+/// The capacity of a worker's inbox. If it is full, the worker that accepted the connection keeps it.
 const INBOX_CONNECTIONS: usize = 64;
 
-/// A connection that was accepted, and that any worker may serve. Dropped, it is reset: nobody may take it for a session
-/// that was complete.
+/// An accepted connection that any worker may serve. When it is dropped it is reset, so that the client does not take it for a
+/// complete session.
 #[derive(Debug)]
 pub struct Connection {
     /// The listener that accepted it.
     pub listener: ListenerId,
-    /// Its other end.
+    /// The client's address.
     pub client: SocketAddr,
-    /// Watched by no runtime.
+    /// Registered with no reactor yet. `None` once a worker has taken it.
     socket: Option<Socket>,
 }
 
@@ -44,26 +44,26 @@ impl Connection {
         Self { listener, client, socket: Some(socket) }
     }
 
-    /// For the worker that serves it.
+    /// Takes the socket out, for the worker that serves it.
     #[must_use]
     pub fn into_socket(mut self) -> Socket {
-        self.socket.take().expect("it is there until now")
+        self.socket.take().expect("only this takes it, and consumes the connection")
     }
 }
 
 impl Drop for Connection {
     fn drop(&mut self) {
         if let Some(socket) = &self.socket {
-            // A failure means that it is gone already.
+            // A failure means that the connection is gone already.
             let _ = socket.set_linger(Some(Duration::ZERO));
         }
     }
 }
 
-/// What is handed to a worker. Ends when no other worker accepts any more.
+/// The connections handed to a worker. It ends when no other worker accepts any more.
 pub type Inbox = mpsc::Receiver<Connection>;
 
-/// The other workers, as one of them sees them.
+/// The other workers, from the view of one of them.
 #[derive(Debug)]
 pub struct Neighbours {
     own: WorkerId,
@@ -72,7 +72,7 @@ pub struct Neighbours {
     next: Cell<usize>,
 }
 
-/// For each of `workers`: the others, and what they hand to it.
+/// For each of `workers` workers: the other workers, and its own inbox.
 #[must_use]
 pub fn between(workers: usize, sessions: &Arc<PerWorker<SessionCounters>>) -> Vec<(Neighbours, Inbox)> {
     let (senders, inboxes): (Vec<_>, Vec<_>) = (0..workers).map(|_| mpsc::channel(INBOX_CONNECTIONS)).unzip();
@@ -89,17 +89,17 @@ pub fn between(workers: usize, sessions: &Arc<PerWorker<SessionCounters>>) -> Ve
 }
 
 impl Neighbours {
-    /// Hands a connection over if another worker is to have it; else gives it back.
+    /// Hands the connection to a worker with far fewer sessions. Gives it back if there is none.
     pub fn offer(&self, connection: Connection) -> Option<Connection> {
         let Some(inbox) = self.less_loaded() else { return Some(connection) };
-        // Full, or its worker has died.
+        // An error means that the inbox is full or its worker has died.
         inbox.try_send(connection).err().map(TrySendError::into_inner)
     }
 
-    /// A worker that has so much less to do.
+    /// The inbox of a worker with far fewer sessions.
     fn less_loaded(&self) -> Option<&mpsc::Sender<Connection>> {
         let own = self.sessions.of(self.own).open();
-        // Without a session of its own it cannot have too many.
+        // A worker without sessions cannot have too many.
         if own == 0 || self.inboxes.is_empty() {
             return None;
         }
@@ -110,16 +110,16 @@ impl Neighbours {
         let (other, inbox) = if own <= FEW_SESSIONS {
             self.inboxes.iter().map(|other| (load(other), &other.1)).min_by_key(|(load, _)| *load)?
         } else {
-            let turn = self.next.replace(self.next.get().wrapping_add(1));
-            let other = &self.inboxes[turn % self.inboxes.len()];
+            let next = self.next.replace(self.next.get().wrapping_add(1));
+            let other = &self.inboxes[next % self.inboxes.len()];
             (load(other), &other.1)
         };
         is_lopsided(own, other).then_some(inbox)
     }
 }
 
-/// More than half as many again: with few sessions the workers differ by two at most; with many, chance alone hardly ever
-/// makes such a gap, and nothing is handed over.
+/// True if `own` is more than 1.5 times `other`. With few sessions, this keeps the workers within two of each other. With many,
+/// chance hardly ever makes such a gap, so nothing is handed over.
 fn is_lopsided(own: u64, other: u64) -> bool {
     own > other + other / 2
 }
@@ -129,7 +129,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn few_sessions_are_kept_even_and_chance_among_many_is_left_alone() {
+    fn few_sessions_are_kept_even_and_chance_among_many_hands_nothing_over() {
         for (own, other, expected) in [
             (1, 0, true),
             (1, 1, false),
