@@ -2,7 +2,8 @@
 
 use tokio::sync::watch;
 
-/// The phases of the process. They follow each other in this order; the process never goes back to an earlier one.
+/// The phases of the process. They follow each other in this order; the process never goes back to an
+/// earlier one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Phase {
     /// Not accepting yet; clients wait in the kernel's queue.

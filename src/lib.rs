@@ -1,12 +1,15 @@
 //! Statera: a layer-4 TCP load balancer whose weights are kept live in Redis.
 //!
-//! Two planes that meet in few places, as ARCHITECTURE.md tells:
-//! - The data plane accepts ([`listen`]), finds a backend ([`session`], [`balance`]) and copies bytes ([`relay`]), on
-//!   threads that share nothing and wait for nothing but their sockets ([`data_plane::worker`], [`reactor`]).
-//! - The control plane follows [`redis`], keeps its tables for the next start ([`state`]), resolves names
-//!   ([`names::resolve`]), asks backends whether they live ([`health`]), and shows what happens ([`metrics`], [`admin`]).
+//! It has two planes, which meet in the few places that ARCHITECTURE.md lists:
+//! - The data plane accepts connections ([`listen`]), finds a backend ([`session`], [`balance`]) and copies
+//!   bytes ([`relay`]). Its threads ([`data_plane::worker`]) wait only for their sockets ([`reactor`]).
+//! - The control plane follows [`redis`], saves its tables for the next start ([`state`]), resolves names
+//!   ([`names`]), checks backends ([`health`]) and serves [`metrics`] over HTTP ([`admin`]). Its tasks are
+//!   built on [`control`].
 //!
-//! [`supervisor`] puts them together, [`config`] says how, [`cli`] is what a person types.
+//! Leaves that both use: counters and the log's thread ([`observe`]), the phases of the process ([`drain`]),
+//! descriptors and socket options ([`net`]). [`supervisor`] puts the parts together, as [`config`] says. [`cli`]
+//! has the commands.
 
 pub mod admin;
 pub mod balance;

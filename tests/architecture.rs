@@ -1,19 +1,22 @@
-//! Which folder of `src/` may name which: the arrows between the folders, held against the paths in the code.
+//! Which folder of `src/` may name which: the arrows between the folders, held against the paths in the
+//! code.
 //!
-//! A small reader of Rust's tokens, not a compiler: it sees `crate::…`, `super::…` and the names of crates outside of comments,
-//! string literals and `#[cfg(test)]`.
+//! A small reader of Rust's tokens, not a compiler: it sees `crate::…`, `super::…` and the names of crates
+//! outside of comments, string literals and `#[cfg(test)]`.
 
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// What each top folder of `src/` may name of this crate besides itself: a whole folder (`config`), one file of it
-/// (`observe::counters`) or one type.
+/// What each top folder of `src/` may name of this crate besides itself: a whole folder (`config`), one file
+/// of it (`observe::counters`) or one type.
 ///
-/// The rows stand from the leaves to the top. Each arrow points to a row above its own, so the graph has no circle.
+/// The rows stand from the leaves to the top. Each arrow points to a row above its own, so the graph has no
+/// circle.
 ///
-/// The data plane knows nothing of Redis. What Redis says reaches it as snapshots, which `redis` publishes through `balance`'s
-/// plain types; where both need an answer at once (the Lua pick), `balance` owns the channel.
+/// The data plane knows nothing of Redis. What Redis says reaches it as snapshots, which `redis` publishes
+/// through `balance`'s plain types; where both need an answer at once (the Lua pick), `balance` owns the
+/// channel.
 const ARROWS: [(&str, &[&str]); 19] = [
     ("control", &[]),
     ("drain", &[]),
@@ -274,7 +277,8 @@ fn violations(folder: &str, depth: usize, text: &str) -> Vec<(usize, String)> {
     wrong
 }
 
-/// The paths below the crate's root that a file names, each with its line. `depth` is how deep the file's module lies.
+/// The paths below the crate's root that a file names, each with its line. `depth` is how deep the file's
+/// module lies.
 fn crate_paths(tokens: &[(usize, String)], depth: usize) -> Vec<(usize, String)> {
     let mut paths = Vec::new();
     for (at, (_, word)) in tokens.iter().enumerate() {
@@ -299,7 +303,8 @@ fn is_within(path: &str, whole: &str) -> bool {
     path.strip_prefix(whole).is_some_and(|rest| rest.is_empty() || rest.starts_with("::"))
 }
 
-/// Reads `a::{b, c::d as e, f::*}` from `at` on into `paths`, and returns the index behind it. `self` adds nothing to the path.
+/// Reads `a::{b, c::d as e, f::*}` from `at` on into `paths`, and returns the index behind it. `self` adds
+/// nothing to the path.
 fn read_tree(
     tokens: &[(usize, String)],
     mut at: usize,
@@ -364,8 +369,8 @@ fn without_tests(tokens: Vec<(usize, String)>) -> Vec<(usize, String)> {
     kept
 }
 
-/// Words, `::` and single signs, each with its line. Comments, string and character literals are left out; of a lifetime, the
-/// quote is.
+/// Words, `::` and single signs, each with its line. Comments, string and character literals are left out;
+/// of a lifetime, the quote is.
 fn tokens(text: &str) -> Vec<(usize, String)> {
     let mut tokens = Vec::new();
     let mut line = 1;

@@ -1,8 +1,9 @@
 //! The admin server: liveness, readiness and metrics over HTTP, for monitoring systems and orchestrators.
 //!
-//! It runs on the control plane. The number of connections and the time for a request are bounded. When there are too many
-//! connections, the server closes the oldest idle one: a new probe matters more than a connection left open. `/livez` and `/readyz`
-//! require no token, since orchestrators have none. Next: `scrapes.rs` shares one text among concurrent scrapes.
+//! It runs on the control plane. The number of connections and the time for a request are bounded. When
+//! there are too many connections, the server closes the oldest idle one: a new probe matters more than a
+//! connection left open. `/livez` and `/readyz` require no token, since orchestrators have none. Next:
+//! `scrapes.rs` shares one text among concurrent scrapes.
 
 mod scrapes;
 
@@ -54,7 +55,8 @@ pub struct AdminState {
 }
 
 impl AdminState {
-    /// Serves the metrics of `observed` and the readiness of `drain`. `/metrics` requires `token` if there is one.
+    /// Serves the metrics of `observed` and the readiness of `drain`. `/metrics` requires `token` if there
+    /// is one.
     #[must_use]
     pub fn new(observed: Observed, drain: Drain, token: Option<Secret>) -> Self {
         let scrapes = Scrapes::new(move |format, size| metrics::encode(&observed, format, size));
@@ -102,16 +104,19 @@ pub async fn serve(listener: Arc<TcpListener>, state: Arc<AdminState>) {
                 continue;
             }
         };
-        // The descriptor is in the control plane's reserve, which Redis, names and saved tables need as well.
+        // The descriptor is in the control plane's reserve, which Redis, names and saved tables need as
+        // well.
         let is_short = descriptors::is_reserved(&stream, User::Sessions);
         make_room(&mut connections, if is_short { MOST_IN_SHORTAGE } else { MOST_CONNECTIONS });
         connections.push_back(Connection::serve(stream, service.clone()));
-        // Let the connection read its request, so that it does not count as idle when the next one needs room.
+        // Let the connection read its request, so that it does not count as idle when the next one needs
+        // room.
         yield_now().await;
     }
 }
 
-/// Closes connections until there are fewer than `most`: the oldest without a request under way, else the oldest of all.
+/// Closes connections until there are fewer than `most`: the oldest without a request under way, else the
+/// oldest of all.
 fn make_room(connections: &mut VecDeque<Connection>, most: usize) {
     connections.retain(|connection| !connection.task.is_finished());
     while connections.len() >= most {
@@ -155,7 +160,8 @@ impl Connection {
     }
 }
 
-/// Ready from the first accept to the drain. The admin server answers earlier, while the first reads of Redis are under way.
+/// Ready from the first accept to the drain. The admin server answers earlier, while the first reads of
+/// Redis are under way.
 async fn readyz(State(state): State<Arc<AdminState>>) -> Response {
     match state.drain.phase() {
         Phase::Serving => (StatusCode::OK, "ready\n"),
@@ -191,11 +197,12 @@ async fn require_token(State(state): State<Arc<AdminState>>, request: Request, n
         return next.run(request).await;
     }
     let challenge = [(header::WWW_AUTHENTICATE, "Bearer")];
-    (StatusCode::UNAUTHORIZED, challenge, "send the token of admin.token_file as `Authorization: Bearer …`\n")
-        .into_response()
+    let cure = "send the token of admin.token_file as `Authorization: Bearer …`\n";
+    (StatusCode::UNAUTHORIZED, challenge, cure).into_response()
 }
 
-/// Compares tokens. The time does not depend on how many characters match, so a token cannot be guessed one by one.
+/// Compares tokens. The time does not depend on how many characters match, so a token cannot be guessed one
+/// by one.
 fn same(given: &str, token: &str) -> bool {
     let differs = given.bytes().zip(token.bytes()).fold(0, |differs, (a, b)| differs | (a ^ b));
     given.len() == token.len() && std::hint::black_box(differs) == 0

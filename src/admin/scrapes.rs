@@ -1,8 +1,8 @@
 //! Answers scrapes of the metrics at a bounded cost, however many come at once.
 //!
-//! At most one text of each format is encoded at a time. Scrapes that come meanwhile wait for that text and share it. Scrapes
-//! within the next second share it too if it is large. A small text is encoded for each scrape, which takes a few milliseconds at
-//! most and shows the newest numbers.
+//! At most one text of each format is encoded at a time. Scrapes that come meanwhile wait for that text and
+//! share it. Scrapes within the next second share it too if it is large. A small text is encoded for each
+//! scrape, which takes a few milliseconds at most and shows the newest numbers.
 //!
 //! A thread of its own encodes a text. Where the system gives no thread, the control plane's does.
 

@@ -1,7 +1,7 @@
 //! Random, bounded pauses between tries, and between rounds of periodic work.
 //!
-//! Fifty proxies lose one server at the same moment. If each waited the same time, all of them would ask the next server at
-//! the same moment too, again and again. Random pauses spread them.
+//! Fifty proxies lose one server at the same moment. If each waited the same time, all of them would ask the
+//! next server at the same moment too, again and again. Random pauses spread them.
 
 use std::time::Duration;
 
@@ -22,14 +22,14 @@ impl Backoff {
 
     /// The next pause: uniformly random between zero and the bound, which then doubles.
     ///
-    /// Proxies that lost the same server at the same moment come back evenly over the whole bound, the first time too. With
-    /// pauses of at least half the bound they would come back within half the time.
+    /// Proxies that lost the same server at the same moment come back evenly over the whole bound, the first
+    /// time too. With pauses of at least half the bound they would come back within half the time.
     pub fn pause(&mut self) -> Duration {
         spread(self.bound())
     }
 
-    /// Like [`Backoff::pause`], but at least half of the bound: for tries that cost more when they come too early than when
-    /// many proxies make them at once.
+    /// Like [`Backoff::pause`], but at least half of the bound: for tries that cost more when they come too
+    /// early than when many proxies make them at once.
     pub fn patient_pause(&mut self) -> Duration {
         let half = self.bound() / 2;
         half + spread(half)
@@ -47,7 +47,8 @@ impl Backoff {
     }
 }
 
-/// A uniformly random time between zero and `bound`: delays what a whole fleet is told to do at the same moment.
+/// A uniformly random time between zero and `bound`: delays what a whole fleet is told to do at the same
+/// moment.
 #[must_use]
 pub fn spread(bound: Duration) -> Duration {
     bound.mul_f64(fastrand::f64())
@@ -55,7 +56,8 @@ pub fn spread(bound: Duration) -> Duration {
 
 /// A random time between 0.8 and 1.0 times `interval`, for periodic work.
 ///
-/// Tasks that began together drift apart, and the promise "every `interval`" holds, because no round comes later.
+/// Tasks that began together drift apart, and the promise "every `interval`" holds, because no round comes
+/// later.
 #[must_use]
 pub fn jittered(interval: Duration) -> Duration {
     interval.mul_f64(0.8 + 0.2 * fastrand::f64())
@@ -91,7 +93,8 @@ mod tests {
         assert!((100..=200).contains(&patient), "{patient} ms");
     }
 
-    /// The limits are ten standard deviations from the mean of 200: chance exceeds them less than once in 10²⁰ runs.
+    /// The limits are ten standard deviations from the mean of 200: chance exceeds them less than once in
+    /// 10²⁰ runs.
     #[test]
     fn pauses_spread_evenly_over_the_whole_bound_from_the_first_one_on() {
         let (first, longest) = (Duration::from_millis(100), Duration::from_millis(400));

@@ -1,8 +1,8 @@
 //! Runs work that may block (files, the system's resolver, encoding of long texts) on a thread of its own.
 //!
-//! tokio's `spawn_blocking`, and what is built on it (`lookup_host`, connecting by name, `fs`), panics where the system gives no
-//! thread (TasksMax, RLIMIT_NPROC, memory). Such a shortage passes, so [`start`] asks again until it gets a thread. All blocking
-//! work of the control plane goes through this module.
+//! tokio's `spawn_blocking`, and what is built on it (`lookup_host`, connecting by name, `fs`), panics where
+//! the system gives no thread (TasksMax, RLIMIT_NPROC, memory). Such a shortage passes, so [`start`] asks
+//! again until it gets a thread. All blocking work of the control plane goes through this module.
 
 use std::future::Future;
 use std::io;
@@ -26,7 +26,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// Log lines about shortages in each window of a [`LogLimiter`].
 const MOST_LINES: u32 = 2;
 
-/// Work that runs on a thread. Ready with the work's result. When this is dropped, the work goes on and its result is lost.
+/// Work that runs on a thread. Ready with the work's result. When this is dropped, the work goes on and its
+/// result is lost.
 #[derive(Debug)]
 pub struct Job<T>(oneshot::Receiver<T>);
 
@@ -44,8 +45,8 @@ impl<T> Future for Job<T> {
     }
 }
 
-/// Starts `work` on a thread of its own. Waits without limit for one of `permits` and for a thread: callers that have a limit put
-/// a timeout around the call. The thread keeps its permit until the work has ended.
+/// Starts `work` on a thread of its own. Waits without limit for one of `permits` and for a thread: callers
+/// that have a limit put a timeout around the call. The thread keeps its permit until the work has ended.
 ///
 /// # Cancel safety
 /// If the future is dropped, `work` never begins.
@@ -62,8 +63,8 @@ where
     job
 }
 
-/// Does `work`, which only computes, on a thread once one of `permits` is free. Where the system gives no thread, the work runs on
-/// the caller's.
+/// Does `work`, which only computes, on a thread once one of `permits` is free. Where the system gives no
+/// thread, the work runs on the caller's.
 ///
 /// # Errors
 /// The work panicked on its thread. If it runs on the caller's thread, its panic reaches the caller.
@@ -82,8 +83,8 @@ where
     job.await
 }
 
-/// Work that holds its permit and sends its result. `Builder::spawn` drops its closure when it gets no thread, so the work stays
-/// here until it begins.
+/// Work that holds its permit and sends its result. `Builder::spawn` drops its closure when it gets no
+/// thread, so the work stays here until it begins.
 struct Work<F>(Arc<Mutex<Option<F>>>);
 
 async fn prepare<T, F>(permits: &'static Semaphore, work: F) -> (Work<impl FnOnce() + Send + 'static>, Job<T>)
@@ -154,8 +155,8 @@ impl Shortage {
                 self.is_logged = true;
                 warn!(
                     %error, held_back,
-                    "the system gives no thread for lookups, saved tables and metrics: retrying; raise TasksMax \
-                     (systemd), pids.max (containers) or `ulimit -u`"
+                    "the system gives no thread for lookups, saved tables and metrics: retrying; \
+                     raise TasksMax (systemd), pids.max (containers) or `ulimit -u`"
                 );
             }
         }

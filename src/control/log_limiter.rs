@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// The time for which a limiter counts. A client of Redis that writes a good and a bad table in turns causes thousands of changes
-/// a second, each of which would be a line.
+/// The time for which a limiter counts. A client of Redis that writes a good and a bad table in turns causes
+/// thousands of changes a second, each of which would be a line.
 pub const LOG_WINDOW: Duration = Duration::from_secs(10);
 
 /// Permits a number of lines in each [`LOG_WINDOW`] and counts the lines that it holds back.
@@ -27,7 +27,8 @@ impl LogLimiter {
         Self { most, permitted: 0, window_ends: None, held_back: 0 }
     }
 
-    /// Asks to log one line. `None`: it is held back. `Some`: log it, with the number of lines held back since the last one.
+    /// Asks to log one line. `None`: it is held back. `Some`: log it, with the number of lines held back
+    /// since the last one.
     pub fn permit(&mut self, now: Instant) -> Option<HeldBack> {
         if self.window_ends.is_none_or(|ends| ends <= now) {
             (self.window_ends, self.permitted) = (Some(now + LOG_WINDOW), 0);

@@ -10,8 +10,8 @@ use tokio::runtime::{Builder, Runtime};
 /// # Errors
 /// The process has no descriptors left.
 pub fn new() -> io::Result<Runtime> {
-    // With its first runtime tokio opens two sockets for signals besides an epoll and an eventfd descriptor, and panics where it
-    // gets none. Opening eight descriptors first turns that panic into an error.
+    // With its first runtime tokio opens two sockets for signals besides an epoll and an eventfd descriptor,
+    // and panics where it gets none. Opening eight descriptors first turns that panic into an error.
     let probe: io::Result<Vec<_>> = (0..4).map(|_| UnixStream::pair()).collect();
     drop(probe?);
     Builder::new_current_thread().enable_all().build()

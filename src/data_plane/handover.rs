@@ -1,9 +1,10 @@
 //! Hands a new connection to a worker that has far fewer sessions than the one that accepted it.
 //!
-//! The kernel chooses a listening socket by a hash of the client's address. That spreads many sessions evenly at no cost. But of two
-//! long sessions, both get the same worker every other time, and half of the machine idles. So each worker compares its number of
-//! sessions with those of others at every accept, which reads two counters for each. It hands the connection over if the gap is
-//! larger than chance makes it among many sessions.
+//! The kernel chooses a listening socket by a hash of the client's address. That spreads many sessions
+//! evenly at no cost. But of two long sessions, both get the same worker every other time, and half of the
+//! machine idles. So each worker compares its number of sessions with those of others at every accept, which
+//! reads two counters for each. It hands the connection over if the gap is larger than chance makes it among
+//! many sessions.
 //!
 //! Only a connection that was just accepted is handed over. A session never changes its worker.
 
@@ -19,14 +20,15 @@ use super::listeners::ListenerId;
 use crate::observe::counters::{PerWorker, WorkerId};
 use crate::session::SessionCounters;
 
-/// Up to this many sessions, a worker compares itself with all others, since each session matters. With more, it compares itself
-/// with one other worker at a time, since reading another core's counters costs about 50 ns.
+/// Up to this many sessions, a worker compares itself with all others, since each session matters. With
+/// more, it compares itself with one other worker at a time, since reading another core's counters costs
+/// about 50 ns.
 const FEW_SESSIONS: u64 = 16;
 /// The capacity of a worker's inbox. If it is full, the worker that accepted the connection keeps it.
 const INBOX_CONNECTIONS: usize = 64;
 
-/// An accepted connection that any worker may serve. When it is dropped it is reset, so that the client does not take it for a
-/// complete session.
+/// An accepted connection that any worker may serve. When it is dropped it is reset, so that the client does
+/// not take it for a complete session.
 #[derive(Debug)]
 pub struct Connection {
     /// The listener that accepted it.
@@ -118,8 +120,8 @@ impl Neighbours {
     }
 }
 
-/// True if `own` is more than 1.5 times `other`. With few sessions, this keeps the workers within two of each other. With many,
-/// chance hardly ever makes such a gap, so nothing is handed over.
+/// True if `own` is more than 1.5 times `other`. With few sessions, this keeps the workers within two of
+/// each other. With many, chance hardly ever makes such a gap, so nothing is handed over.
 fn is_lopsided(own: u64, other: u64) -> bool {
     own > other + other / 2
 }

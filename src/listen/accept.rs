@@ -1,4 +1,5 @@
-//! Accepts connections from one listening socket until the drain begins, and then all that the kernel has accepted already.
+//! Accepts connections from one listening socket until the drain begins, and then all that the kernel has
+//! accepted already.
 //!
 //! It hands each connection to its caller and knows nothing of sessions.
 
@@ -25,21 +26,23 @@ use crate::net::errors::exhausted;
 use crate::observe::counters::ListenerCounters;
 use crate::reactor::{self, Ready, Watched, sleep, timeout_at};
 
-/// The pause after an accept that failed for want of descriptors or memory. The connection stays queued and the socket readable,
-/// so a loop without a pause would use up the CPU time that sessions need to free descriptors.
+/// The pause after an accept that failed for want of descriptors or memory. The connection stays queued and
+/// the socket readable, so a loop without a pause would use up the CPU time that sessions need to free
+/// descriptors.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(50);
 /// The pause while accepted sessions lack descriptors. More clients can wait in the kernel's queue as well.
 const STARVED_PAUSE: Duration = Duration::from_millis(10);
 /// The shortest time between two log lines about failing accepts.
 const EXHAUSTED_LOG_INTERVAL: Duration = Duration::from_secs(10);
-/// Failed accepts in a row after which the loop pauses, because the socket may be broken and would use up the CPU. A client can
-/// cause single failures at will, so those must not slow down the others.
+/// Failed accepts in a row after which the loop pauses, because the socket may be broken and would use up
+/// the CPU. A client can cause single failures at will, so those must not slow down the others.
 const FAILURES_BEFORE_PAUSE: u32 = 100;
-/// Accepts after which the sessions of this worker run, however long the queue. With a small batch few sessions are under way at
-/// once, and their data is still in the CPU's caches. The other clients wait in the kernel's queue.
+/// Accepts after which the sessions of this worker run, however long the queue. With a small batch few
+/// sessions are under way at once, and their data is still in the CPU's caches. The other clients wait in
+/// the kernel's queue.
 const BATCH: u32 = 8;
-/// After this many accepts without EAGAIN the worker counts as busy. A client then has waited in the kernel's queue for some
-/// iterations of the reactor, so that its first bytes have probably arrived.
+/// After this many accepts without EAGAIN the worker counts as busy. A client then has waited in the
+/// kernel's queue for some iterations of the reactor, so that its first bytes have probably arrived.
 const BUSY_ACCEPTS: u32 = 64;
 /// How long a handshake that was under way when the drain began may take: a round trip around the world.
 const HANDSHAKE_TIME: Duration = Duration::from_millis(300);
@@ -85,8 +88,8 @@ impl Listening {
     }
 }
 
-/// Accepts until `drain` begins, with pauses while `is_starved`. Then accepts what the kernel has accepted already, and closes the
-/// socket.
+/// Accepts until `drain` begins, with pauses while `is_starved`. Then accepts what the kernel has accepted
+/// already, and closes the socket.
 ///
 /// # Cancel safety
 /// Dropping the future closes the socket; the kernel resets connections that were still in its queue.
@@ -99,7 +102,8 @@ pub async fn run(
     on_connection: impl Fn(Socket, SocketAddr),
 ) {
     let mut exhausted_since: Option<Instant> = None;
-    // Kept through short recoveries: while a single descriptor comes and goes, each accept ends one outage and begins the next.
+    // Kept through short recoveries: while a single descriptor comes and goes, each accept ends one outage
+    // and begins the next.
     let mut warned: Option<Instant> = None;
     let mut draining = std::pin::pin!(drain.started());
     let mut batch = Batch(BATCH);
@@ -143,7 +147,8 @@ pub async fn run(
                 }
             }
             Err(error) => {
-                // The client has gone already (ECONNABORTED), or a signal came (EINTR). The next accept may work.
+                // The client has gone already (ECONNABORTED), or a signal came (EINTR). The next accept may
+                // work.
                 counters.accept_failed.add(1);
                 debug!(listener = name, %error, "a connection was gone before it was accepted");
                 failures += 1;
@@ -172,7 +177,10 @@ async fn accept_the_rest(
     on_connection: &impl Fn(Socket, SocketAddr),
 ) {
     if let Err(error) = ignore_new_handshakes(listener.socket.socket()) {
-        warn!(listener = name, %error, "connections that complete their handshake while the listener closes will be reset");
+        warn!(
+            listener = name, %error,
+            "connections that complete their handshake while the listener closes will be reset"
+        );
     }
     let end = Instant::now() + HANDSHAKE_TIME;
     let mut batch = Batch(BATCH);
@@ -208,8 +216,9 @@ impl Batch {
         if self.0 > 0 {
             return false;
         }
-        // This task, and the sessions that it has just begun, run after the reactor's next poll. By then the reactor knows which of
-        // the clients were reset in the kernel's queue, and those cost no backend a connection.
+        // This task, and the sessions that it has just begun, run after the reactor's next poll. By then the
+        // reactor knows which of the clients were reset in the kernel's queue, and those cost no backend a
+        // connection.
         reactor::look_first();
         yield_now().await;
         self.0 = BATCH;
@@ -260,7 +269,8 @@ mod tests {
             }
             most
         };
-        // Polled in this order, so that between two polls of the session the accept loop is polled exactly once.
+        // Polled in this order, so that between two polls of the session the accept loop is polled exactly
+        // once.
         let most = tokio::select! {
             biased;
             () = accepting => unreachable!("it accepts until the drain"),

@@ -1,4 +1,5 @@
-//! Holds a connection whose descriptor is in the control plane's reserve (`net/descriptors.rs`) until another descriptor is free.
+//! Holds a connection whose descriptor is in the control plane's reserve (`net/descriptors.rs`) until
+//! another descriptor is free.
 //!
 //! Meanwhile the listening socket accepts nothing, and clients wait in the kernel's queue.
 
@@ -18,8 +19,9 @@ const PAUSE: Duration = Duration::from_millis(50);
 #[error("too many open files: the last descriptors are kept for the admin server, Redis and health checks")]
 pub(super) struct Reserved;
 
-/// Returns `socket` with a descriptor outside of the reserve, as soon as one is free and no earlier session lacks one
-/// (`is_starved`). Returns it unchanged once `goes_on` is false. Each pause counts as a failed accept.
+/// Returns `socket` with a descriptor outside of the reserve, as soon as one is free and no earlier session
+/// lacks one (`is_starved`). Returns it unchanged once `goes_on` is false. Each pause counts as a failed
+/// accept.
 ///
 /// # Cancel safety
 /// Dropping the future closes the connection.

@@ -1,7 +1,8 @@
-//! Binds listening sockets: one for each worker and address. The sockets of an address share it by SO_REUSEPORT.
+//! Binds listening sockets: one for each worker and address. The sockets of an address share it by
+//! SO_REUSEPORT.
 //!
-//! The kernel spreads connections evenly over them, by a hash of the addresses. With a single socket that all workers watch, one
-//! worker got nearly all connections when this was measured.
+//! The kernel spreads connections evenly over them, by a hash of the addresses. With a single socket that
+//! all workers watch, one worker got nearly all connections when this was measured.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -27,7 +28,8 @@ pub struct BindError {
     reason: String,
 }
 
-/// Options that accepted connections inherit from the listening socket, which saves up to six system calls a session.
+/// Options that accepted connections inherit from the listening socket, which saves up to six system calls a
+/// session.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// When a silent peer is probed.
@@ -57,8 +59,8 @@ fn bind_all(address: SocketAddr, options: &Options, count: usize) -> io::Result<
     let mut sockets = Vec::with_capacity(count);
     let mut bound = address;
     if address.port() != 0 {
-        // SO_REUSEPORT would let a second Statera of the same user share the port without an error. Binding a socket without
-        // it fails then.
+        // SO_REUSEPORT would let a second Statera of the same user share the port without an error. Binding
+        // a socket without it fails then.
         let probe = open(address, options)?;
         probe.bind(&SockAddr::from(address))?;
     }
@@ -71,7 +73,8 @@ fn bind_all(address: SocketAddr, options: &Options, count: usize) -> io::Result<
         }
         sockets.push(socket);
     }
-    // The kernel accepts connections from here on. All sockets are bound by now, so none has to be closed for an address.
+    // The kernel accepts connections from here on. All sockets are bound by now, so none has to be closed
+    // for an address.
     sockets
         .into_iter()
         .map(|socket| {
@@ -129,10 +132,11 @@ pub fn check_congestion(congestion: &Congestion) -> Result<(), String> {
     })
 }
 
-/// Makes the kernel drop SYN packets to this socket, while handshakes under way complete. A client whose SYN was dropped sends it
-/// again after a second, and then finds the port closed or another server there.
+/// Makes the kernel drop SYN packets to this socket, while handshakes under way complete. A client whose SYN
+/// was dropped sends it again after a second, and then finds the port closed or another server there.
 ///
-/// Without this, closing the socket would reset every connection whose handshake completes between the last accept and the close.
+/// Without this, closing the socket would reset every connection whose handshake completes between the last
+/// accept and the close.
 ///
 /// # Errors
 /// The kernel refuses the filter; the socket is unchanged then.

@@ -1,7 +1,8 @@
 //! Converts the OpenMetrics text that `prometheus_client` writes into the format that the scraper asked for.
 //!
-//! The classic format differs only in the comments: it declares a counter with `_total` at the end of its name, and has neither
-//! `# UNIT` nor `# EOF`. So samples pass unchanged. A `# HELP` is held until the `# TYPE` after it says whether it is a counter's.
+//! The classic format differs only in the comments: it declares a counter with `_total` at the end of its
+//! name, and has neither `# UNIT` nor `# EOF`. So samples pass unchanged. A `# HELP` is held until the `#
+//! TYPE` after it says whether it is a counter's.
 //!
 //! A large text takes long, so the thread yields to the workers after every [`SLICE_BYTES`].
 
@@ -94,11 +95,16 @@ mod tests {
     use super::*;
 
     const OPEN_METRICS: &str = "# HELP a_connections Connections # accepted.\n# TYPE a_connections counter\n\
-        a_connections_total{l=\"# TYPE x counter\"} 1\n# HELP b_seconds How long.\n# TYPE b_seconds histogram\n\
-        # UNIT b_seconds seconds\nb_seconds_bucket{le=\"+Inf\"} 2\nb_seconds_count 2\n# HELP c No samples.\n# TYPE c gauge\n# EOF\n";
-    const CLASSIC: &str = "# HELP a_connections_total Connections # accepted.\n# TYPE a_connections_total counter\n\
-        a_connections_total{l=\"# TYPE x counter\"} 1\n# HELP b_seconds How long.\n# TYPE b_seconds histogram\n\
-        b_seconds_bucket{le=\"+Inf\"} 2\nb_seconds_count 2\n# HELP c No samples.\n# TYPE c gauge\n";
+        a_connections_total{l=\"# TYPE x counter\"} 1\n\
+        # HELP b_seconds How long.\n# TYPE b_seconds histogram\n# UNIT b_seconds seconds\n\
+        b_seconds_bucket{le=\"+Inf\"} 2\nb_seconds_count 2\n\
+        # HELP c No samples.\n# TYPE c gauge\n# EOF\n";
+    const CLASSIC: &str = "# HELP a_connections_total Connections # accepted.\n\
+        # TYPE a_connections_total counter\n\
+        a_connections_total{l=\"# TYPE x counter\"} 1\n\
+        # HELP b_seconds How long.\n# TYPE b_seconds histogram\n\
+        b_seconds_bucket{le=\"+Inf\"} 2\nb_seconds_count 2\n\
+        # HELP c No samples.\n# TYPE c gauge\n";
 
     fn written(format: Format, pieces: &[&str]) -> String {
         let mut exposition = Exposition::new(format, 0);

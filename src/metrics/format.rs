@@ -1,4 +1,5 @@
-//! The text formats of the metrics, and which of them a scraper's `Accept` header asks for (RFC 9110, section 12.5.1).
+//! The text formats of the metrics, and which of them a scraper's `Accept` header asks for (RFC 9110,
+//! section 12.5.1).
 //!
 //! `exposition.rs` writes the formats.
 
@@ -26,8 +27,9 @@ impl Format {
 
     /// The format to answer `accept` with, which is the values of all `Accept` headers joined by commas.
     ///
-    /// OpenMetrics if the header prefers it, or names it with the same quality as the classic format. The classic format in all
-    /// other cases. Also if the header is malformed or accepts neither format: a text is more use to a scraper than an error.
+    /// OpenMetrics if the header prefers it, or names it with the same quality as the classic format. The
+    /// classic format in all other cases. Also if the header is malformed or accepts neither format: a text
+    /// is more use to a scraper than an error.
     #[must_use]
     pub fn wanted(accept: &str) -> Self {
         let Some(ranges) = ranges(accept) else { return Self::Classic };
@@ -182,7 +184,8 @@ mod tests {
             "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,\
              text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
             "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,\
-             application/openmetrics-text;version=0.0.1;q=0.5,text/plain;version=1.0.0;escaping=allow-utf-8;q=0.4,\
+             application/openmetrics-text;version=0.0.1;q=0.5,\
+             text/plain;version=1.0.0;escaping=allow-utf-8;q=0.4,\
              text/plain;version=0.0.4;q=0.3,*/*;q=0.2",
         ] {
             assert_eq!(Format::wanted(accept), Format::OpenMetrics, "{accept}");

@@ -1,6 +1,7 @@
 //! One lookup: asks the system's resolver for the addresses of a host.
 //!
-//! `resolve.rs` (names of backends) and `redis` (names of servers) decide which names are looked up, and when.
+//! `resolve.rs` (names of backends) and `redis` (names of servers) decide which names are looked up, and
+//! when.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs as _};
@@ -15,7 +16,8 @@ pub type Lookup = Job<io::Result<Vec<SocketAddr>>>;
 
 /// Starts a lookup of `host`. Waits without limit for one of `permits` and for a thread.
 ///
-/// The lookup keeps its permit until the system's library returns, which may be long after the caller has given up.
+/// The lookup keeps its permit until the system's library returns, which may be long after the caller has
+/// given up.
 ///
 /// # Cancel safety
 /// As [`blocking::start`].

@@ -1,9 +1,11 @@
-//! Keeps the addresses of backends that are DNS names up to date, so that no session ever waits for a resolver.
+//! Keeps the addresses of backends that are DNS names up to date, so that no session ever waits for a
+//! resolver.
 //!
-//! A name that fails to resolve keeps its last addresses. A name that never resolved has no share of its pool; while a table
-//! has nothing but such names, the backends of the table before serve (`balance/snapshot.rs`). The system's resolver does not
-//! report a time to live, so names are looked up again at a fixed interval. Each name has its own schedule and is used as soon
-//! as it resolves: a dead name holds back no other.
+//! A name that fails to resolve keeps its last addresses. A name that never resolved has no share of its
+//! pool; while a table has nothing but such names, the backends of the table before serve
+//! (`balance/snapshot.rs`). The system's resolver does not report a time to live, so names are looked up
+//! again at a fixed interval. Each name has its own schedule and is used as soon as it resolves: a dead name
+//! holds back no other.
 
 use std::collections::HashMap;
 use std::future::{Future, poll_fn};
@@ -26,21 +28,23 @@ use crate::net::descriptors;
 
 /// The time between two lookups of a name. Container platforms move a name within seconds of a restart.
 const INTERVAL: Duration = Duration::from_secs(5);
-/// The longest pause after the first failure; it doubles up to `INTERVAL`. New tables do not shorten the pause: a table that
-/// changes a thousand times a second must not cause a thousand lookups of an unknown name.
+/// The longest pause after the first failure; it doubles up to `INTERVAL`. New tables do not shorten the
+/// pause: a table that changes a thousand times a second must not cause a thousand lookups of an unknown
+/// name.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// How long a lookup may take. The system's resolver gives up after 5 s a server by default.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(6);
-/// The shortest time between two searches for due names, and between two snapshots made for names that resolved: each takes up
-/// to half a millisecond in a table of 10,000.
+/// The shortest time between two searches for due names, and between two snapshots made for names that
+/// resolved: each takes up to half a millisecond in a table of 10,000.
 const PACE: Duration = Duration::from_millis(50);
 
-/// Permits for lookups, for the whole process. Each lookup occupies a thread until the system's library returns, which may be
-/// after [`LOOKUP_TIMEOUT`].
+/// Permits for lookups, for the whole process. Each lookup occupies a thread until the system's library
+/// returns, which may be after [`LOOKUP_TIMEOUT`].
 static PERMITS: Semaphore = Semaphore::const_new(96);
 /// Permits for names whose last lookup failed. They have their own, because their lookups take longest.
 static PERMITS_OF_FAILING: Semaphore = Semaphore::const_new(32);
-/// Permits while clients use all descriptors that they may have: a lookup takes up to three from the reserve.
+/// Permits while clients use all descriptors that they may have: a lookup takes up to three from the
+/// reserve.
 static PERMITS_IN_SHORTAGE: Semaphore = Semaphore::const_new(4);
 
 /// Resolves the names of one pool.
@@ -148,7 +152,8 @@ impl Names {
                 error: None,
                 backoff: Backoff::new(FIRST_PAUSE, INTERVAL),
             });
-            // A backend that returns to the table has its old addresses or none, and its name may have moved meanwhile.
+            // A backend that returns to the table has its old addresses or none, and its name may have moved
+            // meanwhile.
             let is_back = std::mem::take(&mut state.is_absent);
             let is_new = state.error.is_none() && (is_back || !backend.is_reachable());
             if state.lookup.is_none() && (is_new || state.due <= now) {
@@ -159,7 +164,8 @@ impl Names {
         }
         let waiting = self.states.values().filter(|state| state.lookup.is_none());
         self.next_due = waiting.map(|state| state.due.max(now + PACE)).min();
-        // Absent names are remembered for a while, so that a name that comes and goes with every other table keeps its pauses.
+        // Absent names are remembered for a while, so that a name that comes and goes with every other table
+        // keeps its pauses.
         absent.retain(|_, state| state.lookup.is_some() || state.due + INTERVAL > now);
         absent.values_mut().for_each(|state| state.is_absent = true);
         self.states.extend(absent);
@@ -201,7 +207,8 @@ impl Names {
         self.next_due = Some(self.next_due.map_or(due, |other| other.min(due)));
     }
 
-    /// Schedules the next lookup of a name whose lookup's task panicked, which is a defect, with the pause after a failure.
+    /// Schedules the next lookup of a name whose lookup's task panicked, which is a defect, with the pause
+    /// after a failure.
     fn schedule_after_panic(&mut self, lookup: task::Id) {
         let Some((name, state)) = self.states.iter_mut().find(|(_, state)| state.lookup == Some(lookup))
         else {

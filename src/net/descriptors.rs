@@ -1,10 +1,12 @@
 //! Reserves the last descriptors of the process for the control plane.
 //!
-//! Clients decide how many descriptors the data plane wants. If it took all of them, the control plane could answer no probe,
-//! connect to no Redis, save no table and resolve no name. So the data plane may use all but a reserve.
+//! Clients decide how many descriptors the data plane wants. If it took all of them, the control plane could
+//! answer no probe, connect to no Redis, save no table and resolve no name. So the data plane may use all
+//! but a reserve.
 //!
-//! The kernel gives out the lowest free number. A new descriptor with a number in the reserve therefore means that all lower
-//! numbers are in use. The data plane closes such a descriptor and treats it like EMFILE. Reading the number costs no system call.
+//! The kernel gives out the lowest free number. A new descriptor with a number in the reserve therefore
+//! means that all lower numbers are in use. The data plane closes such a descriptor and treats it like
+//! EMFILE. Reading the number costs no system call.
 //!
 //! | numbers, of `limit` | data plane | health checks | admin server | Redis, saved tables, lookups |
 //! |---|---|---|---|---|
@@ -23,8 +25,8 @@ use rustix::process::{Resource, getrlimit};
 /// The size of the reserve. With a small limit it is a quarter of the limit.
 const RESERVE: u64 = 128;
 
-/// The first number that the data plane may not use, and the first that health checks may not use. Nothing is reserved before
-/// [`keep_reserve`] is called.
+/// The first number that the data plane may not use, and the first that health checks may not use. Nothing
+/// is reserved before [`keep_reserve`] is called.
 static END_OF_SESSIONS: AtomicU64 = AtomicU64::new(u64::MAX);
 static END_OF_CHECKS: AtomicU64 = AtomicU64::new(u64::MAX);
 static LISTENING_SOCKETS: AtomicU64 = AtomicU64::new(0);
@@ -48,8 +50,8 @@ impl User {
     }
 }
 
-/// Keeps a reserve from now on. It has one more descriptor for each of the `listening_sockets`, which may hold one accepted
-/// connection that waits for a lower number.
+/// Keeps a reserve from now on. It has one more descriptor for each of the `listening_sockets`, which may
+/// hold one accepted connection that waits for a lower number.
 pub fn keep_reserve(listening_sockets: usize) {
     LISTENING_SOCKETS.fetch_max(listening_sockets as u64, Relaxed);
     read_limit();
@@ -92,8 +94,8 @@ pub fn are_short() -> bool {
     eventfd(0, EventfdFlags::CLOEXEC).map_or(true, |probe| is_reserved(&probe, User::Sessions))
 }
 
-/// About how many descriptors the data plane could open now, for a warning at the start. It takes all numbers above the lowest free
-/// one for free, of which a few may be in use.
+/// About how many descriptors the data plane could open now, for a warning at the start. It takes all
+/// numbers above the lowest free one for free, of which a few may be in use.
 #[must_use]
 pub fn left_for_sessions() -> u64 {
     let lowest =

@@ -21,7 +21,8 @@ pub fn explain(error: &io::Error) -> String {
     format!("{error}: {cure}")
 }
 
-/// True for errors that mean "no descriptor" or "no memory". They are a local shortage that may pass, not the peer's fault.
+/// True for errors that mean "no descriptor" or "no memory". They are a local shortage that may pass, not
+/// the peer's fault.
 #[must_use]
 pub fn exhausted(error: &io::Error) -> bool {
     use rustix::io::Errno;

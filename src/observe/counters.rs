@@ -1,7 +1,8 @@
 //! Counters and histograms. An increment costs a worker one plain add.
 //!
-//! Each counter has one writer, the worker that owns it, so an increment is a load and a store without a lock prefix. `metrics`
-//! sums over the workers. A number that can go down is kept as two counters that only go up.
+//! Each counter has one writer, the worker that owns it, so an increment is a load and a store without a
+//! lock prefix. `metrics` sums over the workers. A number that can go down is kept as two counters that only
+//! go up.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -28,8 +29,9 @@ impl Counter {
     }
 }
 
-/// Upper bounds of [`Histogram`]'s buckets, in seconds: from a connect on loopback to a session of an hour. Up to a second there are
-/// three buckets a decade, so that a quantile read from them is exact to a factor of about two.
+/// Upper bounds of [`Histogram`]'s buckets, in seconds: from a connect on loopback to a session of an hour.
+/// Up to a second there are three buckets a decade, so that a quantile read from them is exact to a factor
+/// of about two.
 pub const BUCKET_BOUNDS_SECONDS: [f64; 18] = [
     0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0, 30.0, 120.0,
     600.0, 3600.0,
@@ -69,7 +71,8 @@ pub struct HistogramTotal {
     pub sum_seconds: f64,
 }
 
-/// One `T` for each worker. A worker's is made when it is first used, so that 10,000 idle backends cost no memory for counters.
+/// One `T` for each worker. A worker's is made when it is first used, so that 10,000 idle backends cost no
+/// memory for counters.
 #[derive(Debug)]
 pub struct PerWorker<T> {
     slots: Box<[OnceLock<Box<T>>]>,

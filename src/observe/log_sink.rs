@@ -1,6 +1,7 @@
 //! Writes log lines on a thread of its own, so that a full pipe or a slow disk never holds back a session.
 //!
-//! The queue is bounded. Lines that find the queue full, or that the output refuses, are dropped and counted.
+//! The queue is bounded. Lines that find the queue full, or that the output refuses, are dropped and
+//! counted.
 
 use std::io::{self, ErrorKind, Write};
 use std::sync::Arc;
@@ -9,7 +10,8 @@ use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread::{Builder, sleep};
 use std::time::Duration;
 
-/// The capacity of the queue, in chunks. A chunk of the access log has up to 64 KiB, so the queue takes at most 64 MiB.
+/// The capacity of the queue, in chunks. A chunk of the access log has up to 64 KiB, so the queue takes at
+/// most 64 MiB.
 const QUEUE_CHUNKS: usize = 1024;
 /// The pause between two tries to put a chunk into a full queue, for callers that may wait.
 const FULL_PAUSE: Duration = Duration::from_millis(1);
@@ -52,7 +54,8 @@ impl LogSink {
         self.write_within(bytes, count, Duration::ZERO);
     }
 
-    /// Hands over `count` whole lines. Waits at most `limit` for room in the queue, so a worker may use it only at its end.
+    /// Hands over `count` whole lines. Waits at most `limit` for room in the queue, so a worker may use it
+    /// only at its end.
     pub fn write_within(&self, bytes: Vec<u8>, count: u64, limit: Duration) {
         self.counts.waiting.fetch_add(count, Relaxed);
         if self.send(Message::Lines { bytes, count }, limit).is_none() {
@@ -68,8 +71,8 @@ impl LogSink {
         left.is_some_and(|left| written.recv_timeout(left).is_ok())
     }
 
-    /// Like [`LogSink::flush`], for the end of the process: counts the lines that could not be written as lost. Returns how many
-    /// lines were lost since the start.
+    /// Like [`LogSink::flush`], for the end of the process: counts the lines that could not be written as
+    /// lost. Returns how many lines were lost since the start.
     pub fn end(&self, limit: Duration) -> u64 {
         if !self.flush(limit) {
             self.counts.lose(self.counts.waiting.load(Relaxed));
@@ -92,7 +95,8 @@ impl LogSink {
                 Err(TrySendError::Full(message)) if !left.is_zero() => message,
                 Err(_) => return None,
             };
-            // Counting the pauses instead of reading the clock makes the limit a little longer, which does no harm.
+            // Counting the pauses instead of reading the clock makes the limit a little longer, which does
+            // no harm.
             sleep(FULL_PAUSE);
             left = left.saturating_sub(FULL_PAUSE);
         }
@@ -127,7 +131,8 @@ impl Writer {
         }
     }
 
-    /// Writes as much of `bytes` as the output takes: a disk may be full, a file at its limit (EFBIG), a pipe's reader gone.
+    /// Writes as much of `bytes` as the output takes: a disk may be full, a file at its limit (EFBIG), a
+    /// pipe's reader gone.
     fn write(&mut self, bytes: &[u8]) {
         if self.is_torn && self.write_part(b"\n") == 0 {
             return self.counts.lose(lines_in(bytes));

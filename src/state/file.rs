@@ -1,9 +1,9 @@
 //! Reads and writes the files of `state_dir`. A process that is killed at any moment leaves a complete file.
 //!
-//! The functions block, so they run on threads that may wait for a disk. A write creates a temporary file in the same folder,
-//! syncs it (fsync), renames it over the old file, which is atomic, and syncs the folder. The writer holds a lock on the temporary
-//! file, so that other processes remove only the temporary files of writers that are gone. A file is read only if no other user can
-//! have written it.
+//! The functions block, so they run on threads that may wait for a disk. A write creates a temporary file in
+//! the same folder, syncs it (fsync), renames it over the old file, which is atomic, and syncs the folder.
+//! The writer holds a lock on the temporary file, so that other processes remove only the temporary files of
+//! writers that are gone. A file is read only if no other user can have written it.
 
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, ErrorKind, Read as _, Write as _};
@@ -22,7 +22,8 @@ const TEMPORARY_SUFFIX: &str = ".tmp";
 const RANDOM_DIGITS: usize = 16;
 /// A file name may have 255 bytes; the temporary one has 22 more than this and `SUFFIX`.
 const NAME_MAX_BYTES: usize = 200;
-/// Tries to create a temporary file, which fail if the name is taken or another process removes the file at once.
+/// Tries to create a temporary file, which fail if the name is taken or another process removes the file at
+/// once.
 const CREATE_ATTEMPTS: usize = 10;
 const GROUP_AND_OTHERS_WRITE: u32 = 0o022;
 
@@ -64,8 +65,8 @@ pub(super) fn name_of(pool: &str) -> String {
             name.push_str(&format!("%{byte:02x}"));
         }
     }
-    // config.yaml allows 1 to 64 bytes. The checksum keeps two longer names apart that begin alike, and an empty name must not
-    // give a hidden file.
+    // config.yaml allows 1 to 64 bytes. The checksum keeps two longer names apart that begin alike, and an
+    // empty name must not give a hidden file.
     if name.is_empty() || name.len() > NAME_MAX_BYTES {
         name.truncate(NAME_MAX_BYTES - 9);
         name.push_str(&format!("%{:08x}", crc32fast::hash(pool.as_bytes())));
@@ -117,7 +118,8 @@ pub(super) fn write(folder: &Path, name: &str, bytes: &[u8]) -> Result<(), Write
     }
 }
 
-/// Creates the folder if it is missing, removes the temporary files of killed writers, and checks that a file can be written.
+/// Creates the folder if it is missing, removes the temporary files of killed writers, and checks that a
+/// file can be written.
 pub(super) fn prepare(folder: &Path) -> Result<(), WriteError> {
     make(folder)?;
     // Temporary files that cannot be removed do no harm.
@@ -186,7 +188,8 @@ impl Temporary {
         Err(WriteError { step: "create a file", error: last })
     }
 
-    /// False if a process that removes temporary files was faster than our lock. True on file systems without locks.
+    /// False if a process that removes temporary files was faster than our lock. True on file systems
+    /// without locks.
     fn is_ours(&self) -> bool {
         !matches!(self.file.try_lock(), Err(TryLockError::WouldBlock))
             && self.file.metadata().is_ok_and(|about| about.nlink() > 0)
@@ -200,7 +203,8 @@ impl Temporary {
 
 impl Drop for Temporary {
     fn drop(&mut self) {
-        // After a rename there is no file of this name. The name is random, so it is no other writer's either.
+        // After a rename there is no file of this name. The name is random, so it is no other writer's
+        // either.
         let _ = fs::remove_file(&self.path);
     }
 }

@@ -13,8 +13,9 @@
 //!
 //! A member in drain or maint has that word before its weight: `drain 100.0 10.0.0.1:80`.
 //!
-//! It is text, so that an operator can read it. A file may be cut off, damaged or written by another program, so everything in it
-//! is checked, and a file with any mistake is refused as a whole. Pure: no file, no clock.
+//! It is text, so that an operator can read it. A file may be cut off, damaged or written by another
+//! program, so everything in it is checked, and a file with any mistake is refused as a whole. Pure: no
+//! file, no clock.
 
 use std::fmt::Write as _;
 use std::str::SplitTerminator;
@@ -25,7 +26,8 @@ use crate::balance::snapshot::Member;
 use crate::balance::{AdminState, BackendId, Table, Weight};
 
 const MAGIC: &str = "statera table ";
-/// The version of the format. It is read first, even before the checksum is checked, so any change of the format needs a new one.
+/// The version of the format. It is read first, even before the checksum is checked, so any change of the
+/// format needs a new one.
 pub(super) const VERSION: &str = "1";
 const CHECKSUM: &str = "crc32 ";
 /// The length of the last line: the name, eight digits and the end of the line.
@@ -52,7 +54,8 @@ pub(super) fn encode(pool: &str, key: &str, time: SystemTime, members: &[Member]
         if member.state != AdminState::Ready {
             write!(text, "{} ", member.state).expect("memory takes all");
         }
-        // `{:?}` writes the shortest text that is read as the same number, with an exponent if the number is very large.
+        // `{:?}` writes the shortest text that is read as the same number, with an exponent if the number is
+        // very large.
         writeln!(text, "{:?} {}", member.weight.get(), member.backend.id()).expect("memory takes all");
     }
     let checksum = crc32fast::hash(text.as_bytes());
@@ -142,7 +145,8 @@ fn member(line: &str) -> Result<(AdminState, (BackendId, Weight)), String> {
     Ok((state, (id, weight)))
 }
 
-/// The beginning of `text`, with control characters escaped for the log. Backslashes stay, because the file has escaped text.
+/// The beginning of `text`, with control characters escaped for the log. Backslashes stay, because the file
+/// has escaped text.
 fn shown(text: &str) -> String {
     let mut shown = String::new();
     for character in text.chars().take(SHOWN_CHARS) {
