@@ -1,8 +1,8 @@
 //! Converts the OpenMetrics text that `prometheus_client` writes into the format that the scraper asked for.
 //!
 //! The classic format differs only in the comments: it declares a counter with `_total` at the end of its
-//! name, and has neither `# UNIT` nor `# EOF`. So samples pass unchanged. A `# HELP` is held until the `#
-//! TYPE` after it says whether it is a counter's.
+//! name, and has neither `# UNIT` nor `# EOF`. So samples pass unchanged. A `# HELP` is held until the
+//! `# TYPE` after it says whether it is a counter's.
 //!
 //! A large text takes long, so the thread yields to the workers after every [`SLICE_BYTES`].
 
