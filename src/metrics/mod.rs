@@ -1,6 +1,6 @@
 //! The metrics, in the names of the contract, written when a scraper asks for them.
 //!
-//! Each file encodes one subject: [`listeners`], [`backends`], [`pools`], [`redis`]. They sum over the workers, so that the workers
+//! Each file encodes one subject: `listeners`, `backends`, `pools`, `redis`. They sum over the workers, so that the workers
 //! need not. Labels come from the config and from backends' names, never from clients.
 
 mod backends;
