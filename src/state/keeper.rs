@@ -1,9 +1,9 @@
-//! Reads the saved tables at the start, and saves new ones, one task a pool.
+//! Restores the saved tables at the start and saves new ones, with one task for each pool.
 //!
-//! Runs on the control plane, and leaves everything that touches the disk to a thread that may wait for it: a disk that
-//! hangs holds back neither a start nor Redis. Writes take turns, and a pool rests after each; of the tables that come
-//! meanwhile the newest counts. A write that failed is tried again for as long as the process lives, and what is newest when
-//! it ends is written before.
+//! The tasks run on the control plane. Threads that may wait do all work on the disk, so a disk that hangs
+//! delays neither the start nor Redis. One write runs at a time, and each pool pauses after a write; of the
+//! tables that come meanwhile, only the newest is saved. A failed write is retried until it works. At the
+//! end of the process the newest tables are written once more.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,34 +13,37 @@ use tokio::sync::{Semaphore, watch};
 use tokio::time::{Instant, timeout};
 use tracing::{error, info, warn};
 
+use super::failures::WriteFailures;
 use super::file::{self, WriteError};
 use super::format::{self, Saved};
-use super::health::Health;
-use super::{Kept, Unusable};
+use super::{SavedPool, Unusable};
 use crate::balance::snapshot::Snapshot;
 use crate::config::OnEmpty;
 use crate::control::backoff::Backoff;
 use crate::control::blocking::{self, Panicked};
 
-/// How long a start waits for the saved tables: a disk that is slower has failed.
+/// How long the start waits for the saved tables.
 const READ_TIME: Duration = Duration::from_secs(1);
-/// A write that takes longer is told of, and waited for.
+/// A write that takes longer is logged and counted as failed, but still awaited.
 const WRITE_TIME: Duration = Duration::from_secs(10);
-/// Between two writes of one pool's file.
+/// The pause between two writes of one pool's file.
 const REST: Duration = Duration::from_millis(100);
-/// After a failed write.
+/// The pauses after failed writes.
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
-/// Without a failure for this long, the next one is a first one. A disk that is full every other moment is not.
+/// After this long without a failure, the pauses begin with the first one again. So a disk that is full
+/// every other moment keeps its long pauses.
 const CALM: Duration = Duration::from_secs(60);
 
-/// Threads that touch the disk, of the whole process. One that hangs keeps its place, so there are some to spare.
+/// Permits for threads that touch the disk, for the whole process. A thread that hangs keeps its permit, so
+/// there are some to spare.
 static THREADS: Semaphore = Semaphore::const_new(8);
 
 /// How long the end waits for the newest tables to be written.
 const LAST_WRITES: Duration = Duration::from_secs(1);
 
-/// Saves the tables of pools in one folder. Dropped, its keepers stop, and what is newest may not be saved.
+/// Saves the tables of pools in one folder. When this is dropped, its keepers stop, and the newest tables
+/// may not be saved.
 #[derive(Debug)]
 pub struct StateDir {
     shared: Arc<Shared>,
@@ -51,7 +54,7 @@ pub struct StateDir {
 /// Saves the tables of one pool.
 #[derive(Debug)]
 pub struct Keeper {
-    kept: Kept,
+    kept: SavedPool,
     published: watch::Receiver<SystemTime>,
     ends: watch::Receiver<bool>,
     shared: Arc<Shared>,
@@ -60,36 +63,37 @@ pub struct Keeper {
 #[derive(Debug)]
 struct Shared {
     folder: PathBuf,
-    /// One disk, one write at a time.
-    turn: Semaphore,
-    health: Mutex<Health>,
+    /// One permit: the folder is on one disk, which gets one write at a time.
+    write_permit: Semaphore,
+    failures: Mutex<WriteFailures>,
 }
 
 impl StateDir {
-    /// Reads and writes nothing yet.
+    /// For the files in `folder`. Reads and writes nothing yet.
     #[must_use]
     pub fn new(folder: &Path) -> Self {
-        let shared = Shared { folder: folder.to_owned(), turn: Semaphore::new(1), health: Mutex::default() };
+        let (write_permit, failures) = (Semaphore::new(1), Mutex::default());
+        let shared = Shared { folder: folder.to_owned(), write_permit, failures };
         Self { shared: Arc::new(shared), ends: watch::Sender::default() }
     }
 
-    /// Gives the pools what was saved of them, and prepares the folder for what is to be saved. Whatever is
-    /// wrong with the folder or with a file is said in the log; at most two seconds go by.
+    /// Restores the saved tables of the pools and prepares the folder for writes. Problems with the folder
+    /// or a file are logged. Takes at most about two seconds.
     ///
-    /// To be called before Redis is followed, whose tables are newer.
-    pub async fn restore(&self, on_empty: OnEmpty, kept: &[Kept]) {
+    /// Call this before Redis is followed, whose tables are newer.
+    pub async fn restore(&self, on_empty: OnEmpty, kept: &[SavedPool]) {
         self.shared.restore(on_empty, kept).await;
         self.shared.prepare().await;
     }
 
-    /// The keeper of one pool. It saves what is published from now on: what was restored is saved already.
+    /// The keeper of one pool. It saves the tables published from now on; a restored table is saved already.
     #[must_use]
-    pub fn keeper(&self, kept: Kept) -> Keeper {
+    pub fn keeper(&self, kept: SavedPool) -> Keeper {
         let (published, ends) = (kept.cell.published(), self.ends.subscribe());
         Keeper { kept, published, ends, shared: Arc::clone(&self.shared) }
     }
 
-    /// Lets the keepers write what is not written yet, for a second at most. To be called when nothing is
+    /// Waits at most a second until the keepers have written the newest tables. Call this when nothing is
     /// published any more.
     pub async fn finish(&self) {
         self.ends.send_replace(true);
@@ -100,7 +104,7 @@ impl StateDir {
 }
 
 impl Shared {
-    async fn restore(&self, on_empty: OnEmpty, kept: &[Kept]) {
+    async fn restore(&self, on_empty: OnEmpty, kept: &[SavedPool]) {
         let (folder, wanted) = (self.folder.clone(), kept.to_vec());
         let read = move || -> Vec<_> { wanted.iter().map(|kept| read(&folder, kept)).collect() };
         let state_dir = self.folder.display();
@@ -122,7 +126,7 @@ impl Shared {
             match result {
                 Ok(None) => {}
                 Ok(Some(saved)) if saved.table.is_empty() && on_empty == OnEmpty::KeepLast => {
-                    // Left there by an `on_empty: refuse` that no longer holds.
+                    // It was saved under `on_empty: refuse`, and the config has changed since.
                     info!(pool, %file, "the saved table has no members: starting with the configured backends");
                 }
                 Ok(Some(Saved { table, time })) => {
@@ -145,21 +149,21 @@ impl Shared {
     }
 
     fn fails(&self, pool: Option<&Arc<str>>, reason: &str, cure: &str) {
-        if self.health.lock().unwrap_or_else(PoisonError::into_inner).fails(pool, reason) {
+        if self.failures.lock().unwrap_or_else(PoisonError::into_inner).record_failure(pool, reason) {
             let state_dir = self.folder.display();
-            warn!(%state_dir, reason, cure, "cannot save tables: it is tried again until it works");
+            warn!(%state_dir, reason, cure, "cannot save tables: retrying until it works");
         }
     }
 
     fn works(&self, pool: &Arc<str>) {
-        if self.health.lock().unwrap_or_else(PoisonError::into_inner).works(pool) {
+        if self.failures.lock().unwrap_or_else(PoisonError::into_inner).record_success(pool) {
             let state_dir = self.folder.display();
             info!(%state_dir, "tables are saved again");
         }
     }
 }
 
-/// Why work that touches the disk gave no result.
+/// Why work on the disk gave no result.
 #[derive(Debug, thiserror::Error)]
 enum NoResult {
     #[error("the system gives no thread")]
@@ -174,13 +178,13 @@ impl NoResult {
     fn cure(&self) -> &'static str {
         match self {
             Self::NoThread => "raise TasksMax (systemd), pids.max (containers) or `ulimit -u`",
-            Self::Silent => "look after its disk",
+            Self::Silent => "check its disk",
             Self::Panicked(_) => "report this: it is a bug",
         }
     }
 }
 
-/// Runs `work` on a thread. Gives it `limit` to get one, and as long to end.
+/// Runs `work` on a thread. Waits at most `limit` for the thread, and at most `limit` again for the work.
 async fn within<T: Send + 'static>(
     limit: Duration,
     work: impl FnOnce() -> T + Send + 'static,
@@ -189,30 +193,32 @@ async fn within<T: Send + 'static>(
     timeout(limit, job).await.map_err(|_| NoResult::Silent)?.map_err(NoResult::Panicked)
 }
 
-fn read(folder: &Path, kept: &Kept) -> Result<Option<Saved>, Unusable> {
+fn read(folder: &Path, kept: &SavedPool) -> Result<Option<Saved>, Unusable> {
     let bytes = file::read(&folder.join(file::name_of(&kept.pool)))?;
     bytes.map(|bytes| format::decode(&bytes, &kept.pool, &kept.key)).transpose()
 }
 
-fn write(folder: &Path, kept: &Kept, time: SystemTime, snapshot: &Snapshot) -> Result<(), WriteError> {
+fn write(folder: &Path, kept: &SavedPool, time: SystemTime, snapshot: &Snapshot) -> Result<(), WriteError> {
     let text = format::encode(&kept.pool, &kept.key, time, snapshot.members());
     file::write(folder, &file::name_of(&kept.pool), text.as_bytes())
 }
 
 impl Keeper {
-    /// Saves each new table from Redis, or the newest of those that came during the last write, until the process ends.
+    /// Saves each new table from Redis, or the newest of those that came during the last write, until the
+    /// process ends.
     ///
     /// # Cancel safety
-    /// Dropping the future lets a write that is under way go on; whether or not it ends, the file is whole.
+    /// If the future is dropped, a write that is under way goes on. Whether or not it ends, the file is
+    /// complete.
     pub async fn run(mut self) {
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
         let mut failed: Option<Instant> = None;
         let mut ends = self.ends.clone();
         loop {
             tokio::select! {
-                // First what is to be written, also at the end.
+                // A new table comes first, so that it is saved at the end too.
                 biased;
-                // The cell is held here, so it is not gone.
+                // Never an error: `self.kept` keeps the cell alive.
                 published = self.published.changed() => if published.is_err() { return },
                 _ = ends.wait_for(|ends| *ends) => return,
             }
@@ -229,33 +235,33 @@ impl Keeper {
         }
     }
 
-    /// Not longer than the process lives.
+    /// Sleeps for `pause`, or until the process ends.
     async fn rest(&mut self, pause: Duration) {
-        // An error means that it has ended.
+        // An error means that the `StateDir` was dropped, which ends the pause too.
         let _ = timeout(pause, self.ends.wait_for(|ends| *ends)).await;
     }
 
     /// Returns true if the newest table was saved.
     async fn save(&mut self) -> bool {
-        // Never closed; held until the write has ended, however long that takes.
-        let _turn = self.shared.turn.acquire().await;
+        // Held until the write has ended, however long that takes. The semaphore is never closed.
+        let _permit = self.shared.write_permit.acquire().await;
         let time = *self.published.borrow_and_update();
         let snapshot = Arc::clone(&self.kept.cell.load());
         let (shared, kept) = (Arc::clone(&self.shared), self.kept.clone());
-        // Where the system gives no thread, the table is saved once it does.
+        // Waits for a thread as long as the system gives none.
         let mut write =
             blocking::start(&THREADS, move || write(&shared.folder, &kept, time, &snapshot)).await;
         let ended = match timeout(WRITE_TIME, &mut write).await {
             Ok(ended) => ended,
             Err(_) => {
-                self.fails("the disk takes longer than 10 s for a write", "look after it");
+                self.fails("the disk takes longer than 10 s for a write", "check it");
                 write.await
             }
         };
         match &ended {
             Ok(Ok(())) => self.shared.works(&self.kept.pool),
             Ok(Err(error)) => self.fails(&error.to_string(), error.cure()),
-            Err(panicked) => self.fails(&panicked.to_string(), "it is a defect"),
+            Err(panicked) => self.fails(&panicked.to_string(), "report this: it is a bug"),
         }
         matches!(ended, Ok(Ok(())))
     }

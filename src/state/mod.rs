@@ -1,13 +1,13 @@
-//! Keeps each pool's last table from Redis in a file of `state_dir`, for a start while Redis is away.
+//! Saves each pool's last table from Redis in a file of `state_dir`, for a start while Redis does not
+//! answer.
 //!
-//! `format` says what a file looks like and believes nothing that it reads; `file` writes it so that a kill at any moment
-//! leaves the old one or the new one, whole; [`keeper`] does both at its own pace, on threads that may wait for a disk, and
-//! tells of trouble once. Nothing here can keep a proxy from starting or from serving. The data plane knows nothing of it:
-//! a table that was found is one more snapshot, of an origin of its own.
+//! `format` is the text of a file, `file` reads and writes it safely, and [`keeper`] decides when to save.
+//! They work on threads that may wait for a disk, and nothing here can prevent a proxy from starting or
+//! serving. The data plane sees a restored table as a snapshot with an origin of its own.
 
+mod failures;
 mod file;
 mod format;
-mod health;
 pub mod keeper;
 
 use std::io;
@@ -16,27 +16,27 @@ use std::sync::Arc;
 use crate::balance::cell::Cell;
 use crate::observe::counters::Counter;
 
-/// A pool whose tables are kept.
+/// A pool whose tables are saved.
 #[derive(Clone, Debug)]
-pub struct Kept {
+pub struct SavedPool {
     /// The pool's name.
     pub pool: Arc<str>,
-    /// The key in Redis that its tables come from: the tables of another key are another thing's.
+    /// The key in Redis that its tables come from. A file that was saved from another key is ignored.
     pub key: String,
     /// Where its tables are published.
     pub cell: Arc<Cell>,
-    /// What is counted of its file.
+    /// The counters of its file.
     pub status: Arc<SaveStatus>,
 }
 
-/// What is counted of one pool's file.
+/// The counters of one pool's file.
 #[derive(Debug, Default)]
 pub struct SaveStatus {
-    /// Tries to write it that failed.
+    /// Writes that failed.
     pub failed_writes: Counter,
 }
 
-/// Why what lies there is not used. Each ends in a line of the log, and in a start without it.
+/// Why a file is not used. Each is logged, and the pool starts without a saved table.
 #[derive(Debug, thiserror::Error)]
 enum Unusable {
     #[error("it cannot be read: {0}")]

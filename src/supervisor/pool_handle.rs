@@ -16,7 +16,7 @@ use crate::health::{standing, usable};
 use crate::metrics::ObservedPool;
 use crate::names::resolve::Names;
 use crate::redis::Followed;
-use crate::state::Kept;
+use crate::state::SavedPool;
 use crate::state::keeper::StateDir;
 
 /// One entry of `pools` that runs.
@@ -71,8 +71,8 @@ impl PoolHandle {
     }
 
     /// What is saved of it, if anything is.
-    pub(super) fn kept(&self) -> Option<Kept> {
-        self.observed.saves.as_ref().map(|status| Kept {
+    pub(super) fn kept(&self) -> Option<SavedPool> {
+        self.observed.saves.as_ref().map(|status| SavedPool {
             pool: Arc::clone(self.name()),
             key: self.settings.weights_key.clone(),
             cell: Arc::clone(&self.pool().cell),
