@@ -1,4 +1,4 @@
-//! Metrics of the backends. A backend's series go when nobody holds the backend any more.
+//! Metrics of the backends. A backend has metrics as long as any part of the process refers to it.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -12,7 +12,7 @@ use crate::balance::AdminState;
 use crate::balance::backend::Backend;
 use crate::observe::counters::{BackendCounters, Counter, Histogram, HistogramTotal};
 
-/// One backend of one pool, with what the newest snapshot says of it.
+/// One backend of one pool, with its weight and state in the newest snapshot.
 struct Row {
     pool: Arc<str>,
     backend: Arc<Backend>,
@@ -38,13 +38,15 @@ impl Observed {
         let mut count = |name: &str, help: &str, value: fn(&BackendCounters) -> &Counter| {
             counters(encoder, name, help, rows.iter().map(|row| (row.labels(), row.sum(value))))
         };
-        count("statera_backend_connections", "Sessions that reached the backend", |c| &c.connections)?;
+        count("statera_backend_connections", "Sessions that connected to the backend", |c| &c.connections)?;
         count("statera_backend_connect_failures", "Attempts to connect that failed", |c| {
             &c.connect_failures
         })?;
-        count("statera_backend_retries", "Sessions that went on to another backend", |c| &c.retries)?;
-        count("statera_backend_bytes_received", "Bytes that came from the backend", |c| &c.bytes_received)?;
-        count("statera_backend_bytes_sent", "Bytes that went to the backend", |c| &c.bytes_sent)?;
+        count("statera_backend_retries", "Sessions that tried another backend after this one failed", |c| {
+            &c.retries
+        })?;
+        count("statera_backend_bytes_received", "Bytes received from the backend", |c| &c.bytes_received)?;
+        count("statera_backend_bytes_sent", "Bytes sent to the backend", |c| &c.bytes_sent)?;
 
         let mut gauge = |name: &str, help: &str, value: fn(&Row) -> f64| {
             gauges(encoder, name, help, rows.iter().map(|row| (row.labels(), value(row))))
@@ -55,17 +57,17 @@ impl Observed {
         })?;
         gauge(
             "statera_backend_up",
-            "1 if sessions can be sent there, 0 if its name does not resolve, its checks fail or it is ejected, at all addresses of its name",
+            "1 if sessions can be sent to the backend, 0 if its name does not resolve, its checks fail or it \
+             is ejected, at all addresses of its name",
             |row| f64::from(u8::from(row.backend.is_reachable() && row.backend.is_usable())),
         )?;
-        gauge("statera_backend_weight", "What is written in Redis or in the config", |row| row.weight)?;
-        gauge("statera_backend_effective_weight", "What picks use", |row| row.effective_weight)?;
+        gauge("statera_backend_weight", "The weight in Redis or in the config", |row| row.weight)?;
+        gauge("statera_backend_effective_weight", "The weight that picks use", |row| row.effective_weight)?;
         let not_ready = rows.iter().filter(|row| row.state != AdminState::Ready).map(|row| {
             let [pool, backend] = row.labels();
             ([pool, backend, ("state", row.state.name())], 1.0)
         });
-        let help =
-            "1 for the state that somebody has put the backend in: drain or maint; none where it is ready";
+        let help = "1 for the admin state of the backend, drain or maint; no sample while it is ready";
         gauges(encoder, "statera_backend_admin_state", help, not_ready)?;
 
         let mut histogram = |name: &str, help: &str, value: fn(&BackendCounters) -> &Histogram| {
@@ -107,7 +109,7 @@ fn encode_health(rows: &[Row], encoder: &mut DescriptorEncoder<'_>) -> fmt::Resu
     let checks = rows.iter().flat_map(|row| {
         let [pool, backend] = row.labels();
         let counted = ["passed", "failed"].into_iter().zip(&row.backend.condition.checks);
-        // Most pools check none.
+        // Backends without health checks get no sample.
         let counted = counted.filter(|(_, count)| count.get() > 0);
         counted.map(move |(result, count)| ([pool, backend, ("result", result)], count.get()))
     });

@@ -25,7 +25,8 @@ impl Observed {
             "statera_listener_connections_active",
             "Sessions that have not ended",
             by_listener(|l| {
-                // Closed first: a session that opens in between may be missed, but none is counted below zero.
+                // `closed` is read first. A session that begins in between is missed, but the result is
+                // never negative.
                 let closed = l.counters.sum(|c| &c.closed);
                 l.counters.sum(|c| &c.connections).saturating_sub(closed)
             })
@@ -45,7 +46,8 @@ impl Observed {
         counters(
             encoder,
             "statera_listener_rejected",
-            "Connections that could not be accepted, or found no backend or no place; exhausted: tries to accept without a free descriptor",
+            "Connections that could not be accepted, or found no backend or no slot; exhausted: accepts that \
+             failed for want of descriptors or memory",
             rejected,
         )
     }

@@ -1,7 +1,8 @@
-//! The metrics, in the names of the contract, written when a scraper asks for them.
+//! The metrics, by the names of the contract, encoded when a scraper asks for them.
 //!
-//! Each file encodes one subject: `listeners`, `backends`, `pools`, `redis`. They sum over the workers, so that the workers
-//! need not. Labels come from the config and from backends' names, never from clients.
+//! Each file encodes one subject: `listeners`, `backends`, `pools`, `redis`. They read the counters in
+//! [`Observed`] and sum over the workers. Labels come from the config and from the names of backends, never
+//! from clients.
 
 mod backends;
 mod exposition;
@@ -24,8 +25,8 @@ pub use self::observed::{Observed, ObservedPool};
 use self::samples::{counters, gauges};
 use crate::session::CloseReason;
 
-/// All metrics as text, of about `size` bytes: a guess is enough. Costs some 10 µs a backend: not for the thread that watches
-/// Redis.
+/// All metrics as text. `size` is a guess of its length in bytes. Costs about 10 µs a backend, so it must
+/// not run on the thread that watches Redis.
 #[must_use]
 pub fn encode(observed: &Observed, format: Format, size: usize) -> String {
     let mut registry = Registry::default();
@@ -45,13 +46,13 @@ impl Collector for Observed {
         let closed = CloseReason::ALL.map(|reason| {
             ([("reason", reason.name())], self.sessions.sum(|sessions| sessions.closed(reason)))
         });
-        counters(&mut encoder, "statera_sessions_closed", "Sessions that ended, by why", closed)?;
+        counters(&mut encoder, "statera_sessions_closed", "Sessions that ended, by reason", closed)?;
         if let Some(log) = &self.log {
             let none: [(&str, &str); 0] = [];
-            let help = "Log lines that were lost because the output failed or did not keep up";
+            let help = "Log lines lost because the output failed or did not keep up";
             counters(&mut encoder, "statera_log_dropped", help, [(none, log.dropped())])?;
         }
         let build = [("version", env!("CARGO_PKG_VERSION"))];
-        gauges(&mut encoder, "statera_build_info", "What runs", [(build, 1.0)])
+        gauges(&mut encoder, "statera_build_info", "The version that runs, as a label", [(build, 1.0)])
     }
 }

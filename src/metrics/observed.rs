@@ -1,5 +1,4 @@
-//! What the metrics are read from: the counters of the process, and the listeners and pools that run just
-//! now.
+//! The sources of the metrics: the counters of the process, and of the listeners and pools that run now.
 
 use std::sync::Arc;
 
@@ -12,38 +11,38 @@ use crate::redis::status::{RedisStatus, TableStatus};
 use crate::session::{Listener, SessionCounters};
 use crate::state::SaveStatus;
 
-/// Everything that is counted. Clones share what [`Observed::show`] is told.
+/// The sources of all metrics. Clones share the listeners and pools given to [`Observed::show`].
 #[derive(Clone, Debug)]
 pub struct Observed {
     shown: Arc<ArcSwap<Shown>>,
-    /// How sessions ended.
+    /// Counts how sessions ended.
     pub sessions: Arc<PerWorker<SessionCounters>>,
-    /// `None`: no Redis is configured.
+    /// The status of the connections to Redis; `None` if no Redis is configured.
     pub redis: Option<Arc<RedisStatus>>,
-    /// Where log lines go.
+    /// Counts lost log lines; `None` if there is no log.
     pub log: Option<LogSink>,
 }
 
-/// The listeners and pools whose counters are shown.
+/// The listeners and pools that have metrics.
 #[derive(Debug)]
 struct Shown {
     listeners: Arc<[Arc<Listener>]>,
     pools: Arc<[ObservedPool]>,
 }
 
-/// A pool, with what is counted of it beside its own counters.
+/// A pool, with its counters that other parts keep.
 #[derive(Clone, Debug)]
 pub struct ObservedPool {
-    /// The pool.
+    /// The pool itself.
     pub pool: Arc<Pool>,
-    /// Its table in Redis.
+    /// The status of its table in Redis.
     pub table: Arc<TableStatus>,
-    /// Its file; `None`: no tables are saved.
+    /// The counters of its saved table; `None` if tables are not saved.
     pub saves: Option<Arc<SaveStatus>>,
 }
 
 impl Observed {
-    /// Without listeners and pools.
+    /// Without listeners and pools, which [`Observed::show`] sets.
     #[must_use]
     pub fn new(
         sessions: Arc<PerWorker<SessionCounters>>,
@@ -54,7 +53,7 @@ impl Observed {
         Self { shown: Arc::new(ArcSwap::from_pointee(nothing)), sessions, redis, log }
     }
 
-    /// Shows these listeners and pools from now on, in this order.
+    /// Sets the listeners and pools that have metrics from now on, in this order.
     pub fn show(
         &self,
         listeners: impl IntoIterator<Item = Arc<Listener>>,
@@ -64,13 +63,13 @@ impl Observed {
         self.shown.store(Arc::new(Shown { listeners, pools }));
     }
 
-    /// The listeners that are shown.
+    /// The listeners that have metrics.
     #[must_use]
     pub fn listeners(&self) -> Arc<[Arc<Listener>]> {
         Arc::clone(&self.shown.load().listeners)
     }
 
-    /// The pools that are shown.
+    /// The pools that have metrics.
     #[must_use]
     pub fn pools(&self) -> Arc<[ObservedPool]> {
         Arc::clone(&self.shown.load().pools)

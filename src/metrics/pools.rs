@@ -18,7 +18,7 @@ impl Observed {
                 (labels, pool.counters.sum(|c| &c.picks[source as usize]))
             })
         });
-        counters(encoder, "statera_picks", "Backends named, by who named them", picks)?;
+        counters(encoder, "statera_picks", "Backends picked, by what the pick was made from", picks)?;
         let by_pool = |value: fn(&Pool) -> Option<f64>| {
             pools.iter().filter_map(move |ObservedPool { pool, .. }| {
                 Some(([("pool", pool.name.to_string())], value(pool)?))
@@ -31,33 +31,35 @@ impl Observed {
         gauges(
             encoder,
             "statera_pool_queue",
-            "Sessions that wait because all backends have as many as they may have",
+            "Sessions that wait because all backends have max_connections sessions",
             limited().map(|(labels, pool)| (labels, f64::from(pool.queue().waiting()))),
         )?;
         counters(
             encoder,
             "statera_pool_queued",
-            "Sessions that waited, or wait, for a place at a backend",
+            "Sessions that waited, or wait, for a slot at a backend",
             limited().map(|(labels, pool)| (labels, pool.counters.sum(|c| &c.queued))),
         )?;
         gauges(
             encoder,
             "statera_pool_fail_open",
-            "1 while too little of the pool's weight is on healthy backends, so that health is ignored",
+            "1 while health is ignored, because too little of the pool's weight is on healthy backends",
             by_pool(|pool| Some(f64::from(u8::from(pool.cell.load().fails_open)))),
         )?;
         gauges(
             encoder,
             "statera_snapshot_version",
-            "Counts the snapshots since the start",
+            "The number of snapshots since the start",
             by_pool(|pool| Some(pool.cell.load().version as f64)),
         )?;
         gauges(
             encoder,
             "statera_snapshot_age_seconds",
-            "Since the question whose answer last said that the snapshot equals Redis; none before it came from there",
+            "Time since the begin of the last read that confirmed the snapshot; no sample before the first \
+             table from Redis",
             by_pool(|pool| {
-                // An emptied Redis may let a table stand that came from elsewhere; that makes it no equal.
+                // When Redis is empty, a table from the config or state_dir may be kept. It does not equal
+                // Redis.
                 let is_of_redis = pool.cell.load().origin == Origin::Redis;
                 pool.cell.age().filter(|_| is_of_redis).map(|age| age.as_secs_f64())
             }),

@@ -18,14 +18,14 @@ impl Observed {
         gauges(
             encoder,
             "statera_redis_connected",
-            "1 while all watching connections are up",
+            "1 while all watching connections are established",
             [(none, connected)],
         )?;
         let modes =
             WatchMode::ALL.map(|mode| ([("mode", mode.name())], f64::from(u8::from(redis.mode() == mode))));
-        gauges(encoder, "statera_redis_watch_mode", "1 for the way in which changes are noticed now", modes)?;
+        gauges(encoder, "statera_redis_watch_mode", "1 for the watch mode in use", modes)?;
         for (name, help, counter) in [
-            ("statera_redis_notifications", "Keyspace events received", &redis.notifications),
+            ("statera_redis_notifications", "Messages that a key may have changed", &redis.notifications),
             ("statera_redis_resyncs", "Whole tables read", &redis.resyncs),
             ("statera_redis_reconnects", "Watching connections made after the first", &redis.reconnects),
         ] {
@@ -37,19 +37,19 @@ impl Observed {
         gauges(
             encoder,
             "statera_table_rejected_members",
-            "Members of the table that are left out",
+            "Members of the table that were ignored because they are invalid",
             tables().map(|(labels, table)| (labels, table.rejected_members.load(Relaxed) as f64)),
         )?;
         gauges(
             encoder,
             "statera_pool_table_kept",
-            "1 while Redis holds no weights and the last table serves all the same (redis.on_empty)",
+            "1 while Redis has no weights and the last table is kept (redis.on_empty)",
             tables().map(|(labels, table)| (labels, f64::from(u8::from(table.is_kept.load(Relaxed))))),
         )?;
         counters(
             encoder,
             "statera_table_failed_reads",
-            "Reads of the table that Redis refused, or that gave no table",
+            "Reads of the table that Redis refused or that gave no valid table",
             tables().map(|(labels, table)| (labels, table.failed_reads.get())),
         )?;
         let saved =
@@ -58,7 +58,7 @@ impl Observed {
             counters(
                 encoder,
                 "statera_state_writes_failed",
-                "Tries to save the table in state_dir that failed",
+                "Writes of the table to state_dir that failed",
                 saved().map(|(pool, saves)| ([("pool", pool.name.to_string())], saves.failed_writes.get())),
             )?;
         }
@@ -67,7 +67,7 @@ impl Observed {
         histograms(
             encoder,
             "statera_weight_propagation_seconds",
-            "From the arrival of a notification to the swap that all workers see",
+            "From the arrival of a notification to the new snapshot, which all workers use at once",
             [(none, propagation)],
         )
     }
