@@ -1,4 +1,5 @@
-//! A data-plane thread: its own runtime, its own listening sockets (`listeners.rs`), its own sessions.
+//! One thread of the data plane: a worker with its own reactor, listening sockets (`listeners.rs`) and
+//! sessions.
 
 use std::io;
 use std::rc::Rc;
@@ -20,31 +21,31 @@ use crate::reactor::{Runtime, spawn as spawn_task};
 use crate::session::access_log::AccessLog;
 use crate::session::{SessionCounters, Starvation, Worker};
 
-/// What a worker needs beside its sockets.
+/// What all workers share.
 #[derive(Clone, Debug)]
 pub struct Shared {
-    /// Where sessions are logged; `None`: nowhere.
+    /// The format and the sink of the access log; `None` if it is off.
     pub access_log: Option<(LogFormat, LogSink)>,
-    /// How sessions ended.
+    /// Counts how sessions ended.
     pub sessions: Arc<PerWorker<SessionCounters>>,
     /// Whether sessions lack descriptors.
     pub starvation: Arc<Starvation>,
     /// The shortest silence that any session is allowed.
     pub shortest_limit: Duration,
-    /// When to end.
+    /// The phase of the process. In the last one, sessions are closed by force.
     pub drain: Drain,
 }
 
-/// How a worker shares the work with the others.
+/// A worker's ends of the handover of connections.
 #[derive(Debug)]
 pub struct Sharing {
-    /// Those it may hand connections to.
+    /// The other workers, to which it may hand connections.
     pub neighbours: Neighbours,
-    /// What they hand to it.
+    /// The connections that the other workers hand to it.
     pub inbox: Inbox,
 }
 
-/// A worker's end, sent however it ends.
+/// Reports the end of a worker when it is dropped, so also after a panic.
 #[derive(Debug)]
 pub struct Ended {
     tell: mpsc::UnboundedSender<Option<u64>>,
@@ -52,7 +53,7 @@ pub struct Ended {
 }
 
 impl Ended {
-    /// Tells `tell` how many sessions were cut, or `None` if the worker died.
+    /// Sends to `tell` how many sessions were closed by force, or `None` if the worker panicked.
     #[must_use]
     pub fn new(tell: mpsc::UnboundedSender<Option<u64>>) -> Self {
         Self { tell, cut: None }
@@ -61,16 +62,18 @@ impl Ended {
 
 impl Drop for Ended {
     fn drop(&mut self) {
-        // Nobody listens once the control plane has died.
+        // An error means that the control plane has ended already.
         let _ = self.tell.send(self.cut);
     }
 }
 
-/// Starts the thread. It has no listeners before `commands` bring some. It ends once the commands have ended
-/// and no session is left, or when sessions are cut, and says so through `ended`.
+/// Starts the thread of a worker. It has no listeners until `commands` bring some.
+///
+/// It ends once the commands have ended and no session is left, or when sessions are closed by force, and
+/// reports its end through `ended`.
 ///
 /// # Errors
-/// No thread, or no epoll descriptor. The thread has ended then.
+/// The system gives no thread or no epoll descriptor. No thread is left then.
 pub fn spawn(
     id: WorkerId,
     commands: Commands,
@@ -81,7 +84,7 @@ pub fn spawn(
     let (started, has_started) = sync_channel(1);
     let thread = thread::Builder::new().name(format!("statera-{}", id.0)).spawn(move || {
         let mut ended = ended;
-        // Made on the thread that drives it: it cannot be sent there.
+        // Made on its own thread, because it cannot be sent to another one.
         match Runtime::new() {
             Ok(runtime) => {
                 // `spawn` waits for this.
@@ -95,7 +98,7 @@ pub fn spawn(
     })?;
     let started = has_started.recv().unwrap_or_else(|_| Err(io::Error::other("the worker died")));
     if let Err(error) = started {
-        // It was told why, or has died: nothing more is to be heard from it.
+        // The error says why it ended, so its result has nothing to add.
         let _ = thread.join();
         return Err(error);
     }
@@ -112,7 +115,7 @@ fn run(mut runtime: Runtime, id: WorkerId, commands: Commands, sharing: Sharing,
         Arc::clone(&shared.starvation),
     ));
     let cut = runtime.block_on(serve(&worker, commands, sharing, &shared.drain));
-    // Sessions that are left end here: their futures are dropped, which resets and reports them.
+    // This drops the futures of the remaining sessions, which resets and reports them.
     drop(runtime);
     if let Some(log) = &worker.access_log {
         log.hand_over_last();
@@ -120,7 +123,8 @@ fn run(mut runtime: Runtime, id: WorkerId, commands: Commands, sharing: Sharing,
     cut
 }
 
-/// Returns the number of sessions that are left.
+/// Serves until the commands and all sessions have ended, or until sessions are closed by force. Returns the
+/// number of sessions that remain.
 async fn serve(worker: &Rc<Worker>, commands: Commands, sharing: Sharing, drain: &Drain) -> u64 {
     if worker.access_log.is_some() {
         let worker = Rc::clone(worker);
@@ -142,7 +146,7 @@ async fn serve(worker: &Rc<Worker>, commands: Commands, sharing: Sharing, drain:
             }
             Ok(())
         };
-        // Where an accept loop died, the control plane sees this worker end before it was told to, and begins the drain.
+        // If an accept loop panics, this worker ends early. The control plane notices and begins the drain.
         if tokio::try_join!(listeners.obey(commands, neighbours), taken_over).is_ok() {
             worker.idle().await;
         }
@@ -152,7 +156,8 @@ async fn serve(worker: &Rc<Worker>, commands: Commands, sharing: Sharing, drain:
         () = finished => {}
         () = drain.closing() => {}
     }
-    // Connections whose sessions have not begun are cut like the sessions that are left, and counted and logged like them.
+    // Connections in the inbox become sessions too, so that they are closed, counted and logged like the
+    // others.
     inbox.close();
     while let Ok(connection) = inbox.try_recv() {
         listeners.take_over(connection);
@@ -258,7 +263,7 @@ mod tests {
         thread.join().expect("it has not died");
     }
 
-    /// It was accepted, so it is cut like a session, not lost: counted, logged and reset.
+    /// It is closed like a session: counted, logged and reset.
     #[test]
     fn a_connection_that_is_handed_over_at_the_very_end_is_cut() {
         let socket = any();
