@@ -326,7 +326,7 @@ fn the_shipped_example_and_the_examples_of_the_docs_give_no_warning() {
     let example = example.replace("/var/lib/statera", folder_of_tables.path().to_str().unwrap());
     let example = Config::from_yaml_with(&example, &|_| Some("value".to_owned())).unwrap();
     assert_eq!(warnings(&example), "", "README.md");
-    let health = fs::read_to_string(root.join("HEALTH.md")).unwrap();
+    let health = fs::read_to_string(root.join("docs/health.md")).unwrap();
     let checks: Vec<&str> = health
         .lines()
         .flat_map(|line| line.split('`'))
