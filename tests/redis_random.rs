@@ -3,7 +3,7 @@
 //! again without its data.
 //!
 //! After each spell of them every proxy holds what Redis holds; and at every moment a proxy that calls its snapshot fresh has
-//! a table that Redis held no longer ago than is promised: ARCHITECTURE.md, "What a snapshot promises". Failovers have a
+//! a table that Redis held no longer ago than is promised: docs/decisions/0007-freshness.md. Failovers have a
 //! module of their own, `redis_random_sentinel.rs`.
 //!
 //! STATERA_SEED replays what was done, though not when; STATERA_LONG=1 takes 20 seeds and half an hour.

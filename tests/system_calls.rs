@@ -1,6 +1,6 @@
 //! What a short session asks of the kernel, counted by strace: a call that comes back fails here.
 //!
-//! The table is ARCHITECTURE.md's. `epoll_wait` is counted apart, since how many events share one is up to the kernel.
+//! docs/decisions/0016-system-calls.md has the table. `epoll_wait` is counted apart, since how many events share one is up to the kernel.
 
 use std::collections::BTreeMap;
 use std::fs;

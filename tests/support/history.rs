@@ -1,5 +1,5 @@
-//! What Redis held and when, and whether what a proxy was seen to hold keeps the promise: ARCHITECTURE.md, "What a snapshot
-//! promises".
+//! What Redis held and when, and whether what a proxy was seen to hold keeps the promise of
+//! docs/decisions/0007-freshness.md.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt::Write as _;
