@@ -380,7 +380,7 @@ async fn redis_picks_for_a_user_who_may_not_write() {
     };
     assert!(stats.contains(used) && !stats.contains(other), "{stats}");
 
-    // It may not read who is in drain either, and picks by the weights; with the rights of config.yaml it goes by both.
+    // It may not read who is in drain either, and picks by the weights; with the rights of docs/questions/redis-rights.md it goes by both.
     let drained = Backend::named("drained").await;
     redis.run(&format!("HSET {{servers}}:states {} drain", drained.address)).await;
     redis.run(&format!("ZADD servers 1000000 {}", drained.address)).await;

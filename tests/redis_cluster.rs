@@ -266,7 +266,7 @@ async fn a_node_that_is_frozen_keeps_only_its_own_pools_from_the_lua_pick() {
     eventually("it picks again", || async { says(second, "picked").await }).await;
 }
 
-/// What config.yaml tells people to grant.
+/// What docs/questions/redis-rights.md tells people to grant.
 const LEAST_RIGHTS: &str = "on >secret resetkeys %R~servers* %R~{servers}:states resetchannels &__keyspace@0__:servers* \
                             &__keyspace@0__:{servers}:states nocommands +hello +auth +ping +hlen +hgetall +hget +hstrlen \
                             +select +client|setname +client|id +client|tracking +subscribe +unsubscribe +zrange +zcard +eval_ro \

@@ -198,7 +198,7 @@ async fn sentinels_that_know_no_such_primary_or_are_none_are_told_with_their_cur
     assert!(line["cure"].as_str().is_some_and(|cure| cure.contains("redis.sentinel.nodes")), "{line}");
 }
 
-/// What the README tells people to grant on their sentinels.
+/// What docs/questions/redis-rights.md tells people to grant on their sentinels.
 const LEAST_RIGHTS: &str = "resetkeys resetchannels &+switch-master &+promoted-slave nocommands +hello +auth \
                             +sentinel|master +sentinel|get-master-addr-by-name +subscribe";
 

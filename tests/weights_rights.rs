@@ -1,5 +1,5 @@
-//! The rights that config.yaml tells people to grant: commands that a shell takes as they stand, enough for what they are for, and none too
-//! many.
+//! The rights that docs/questions/redis-rights.md tells people to grant: commands that a shell takes as they stand, enough
+//! for what they are for, and none too many.
 
 use std::fs;
 use std::path::Path;
@@ -14,28 +14,17 @@ use crate::support::{
 
 const A: &str = "10.0.0.1:80";
 
-fn example() -> String {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("config.yaml");
-    fs::read_to_string(path).expect("the example")
+/// What config.yaml and the README lead to.
+fn page() -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/questions/redis-rights.md");
+    fs::read_to_string(path).expect("the page")
 }
 
-/// The lines of config.yaml's comment after `heading`, up to the next one that has no deeper margin, as one.
-fn comment(heading: &str) -> String {
-    let text = example();
-    let lines: Vec<&str> = text.lines().filter_map(|line| line.trim_start().strip_prefix('#')).collect();
-    let at = lines.iter().position(|line| line.contains(heading)).unwrap_or_else(|| panic!("no {heading:?}"));
-    let (_, first) = lines[at].split_once(heading).expect("it is there");
-    let rest = lines[at + 1..].iter().take_while(|line| line.starts_with("   "));
-    let all: Vec<&str> =
-        std::iter::once(first).chain(rest.copied()).flat_map(str::split_whitespace).collect();
-    all.join(" ")
-}
-
-/// The commands of the example that grant something, as they stand there.
+/// The commands of the page, as they stand there: over several lines where a line ends in a backslash.
 fn commands() -> Vec<String> {
-    let text = example();
-    let lines = text.lines().filter_map(|line| line.trim_start().strip_prefix("# "));
-    lines.filter(|line| line.starts_with("redis-cli ")).map(str::to_owned).collect()
+    let text = page();
+    let blocks = text.split("```sh\n").skip(1).filter_map(|block| block.split("\n```").next());
+    blocks.map(str::to_owned).collect()
 }
 
 /// The only one that begins so.
@@ -70,11 +59,12 @@ async fn type_in(shell: &str, port: u16, command: &str) {
     assert!(made.is_empty(), "{shell}: {command} makes {made:?}");
 }
 
-/// What stands after `ACL SETUSER name` in the example, without a shell's quotes.
+/// What stands after `ACL SETUSER name` on the page, without a shell's quotes and line ends.
 fn rights_of(user: &str) -> String {
     let command = command(&format!("redis-cli ACL SETUSER {user} on "));
     let (_, rights) = command.split_once(&format!("{user} ")).expect("it is there");
-    rights.replace('\'', "").replace("PASSWORD", "geheim")
+    let words: Vec<&str> = rights.split_whitespace().filter(|word| *word != "\\").collect();
+    words.join(" ").replace('\'', "").replace("PASSWORD", "geheim")
 }
 
 /// Commands that users were not allowed, by the server's own log.
@@ -268,8 +258,9 @@ async fn a_proxy_is_seen_by_the_rights_of_the_example() {
     let desk = Desk::start().await;
     desk.redis.run(&format!("ZADD servers 1 {A}")).await;
     let rights = rights_of("statera").replace("geheim", "secret");
-    let seen = comment("A proxy. Without");
-    let (seen, _) = seen.split_once(" it follows").expect("what may be left out");
+    let page = page();
+    let (_, seen) = page.split_once("Without `").expect("what may be left out");
+    let (seen, _) = seen.split_once("` the proxy follows all the same").expect("its end");
     let seen = seen.replace('\'', "");
     let may_go = |right: &&str| !seen.split(' ').any(|seen| seen == *right);
     let least = rights.split(' ').filter(may_go).collect::<Vec<_>>().join(" ");
@@ -289,7 +280,8 @@ async fn a_proxy_is_seen_by_the_rights_of_the_example() {
 
 #[test]
 fn the_keys_beside_a_table_are_named() {
-    let keys = comment("Keys beside `servers`,");
+    let page = page();
+    let (_, keys) = page.split_once("## The keys beside the weights key").expect("a part of the page");
     for key in ["{servers}:version", "{servers}:history", "{servers}:known", "{servers}:applied"] {
         assert!(keys.contains(key), "{key}: {keys}");
     }
