@@ -47,7 +47,7 @@ test-long: ## All tests and those that take minutes to hours (STATERA_LONG=1)
 	@STATERA_LONG=1 $(MAKE) scenarios PROFILE=long
 
 .PHONY: test-under-load
-test-under-load: ## All tests five times beside busy loops, as on a machine half as fast (ARGS="1 faults::": one run of some)
+test-under-load: ## All tests five times beside busy loops (ARGS="1 faults::": one run of some)
 	@tests/install.sh test
 	tests/under_load.sh $(ARGS)
 
@@ -83,7 +83,7 @@ fmt-check:
 clippy:
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 
-# Private items too: most of this crate's documentation is for whoever changes it.
+# Private items too: most of this crate's documentation is for its developers.
 .PHONY: doc
 doc: ## Build the docs; warnings fail
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
@@ -93,8 +93,8 @@ shellcheck:
 	@tests/install.sh lint
 	shellcheck $(SCRIPTS)
 
-# Advisories are left out: they need a database fetched from outside the package registry, and a new advisory would turn a
-# commit red that did not change. Run `cargo deny check advisories` by hand where there is a network.
+# Advisories are left out: they need a database from outside the package registry, and a new advisory would
+# fail a commit that did not change. Run `cargo deny check advisories` by hand where there is a network.
 .PHONY: deny
 deny: ## Check licences, duplicates and sources of dependencies (installs cargo-deny)
 	@tests/install.sh build
@@ -102,7 +102,7 @@ deny: ## Check licences, duplicates and sources of dependencies (installs cargo-
 	$(CARGO) deny --locked check licenses bans sources
 
 .PHONY: bench
-bench: ## Statera beside HAProxy, nginx and Envoy, half an hour (ARGS="--only bulk --peers nginx"; benches/README.md)
+bench: ## Statera beside HAProxy, nginx and Envoy, half an hour (ARGS="--only bulk"; benches/README.md)
 	@tests/install.sh bench
 	$(CARGO) bench --locked --bench peers -- $(ARGS)
 
@@ -118,7 +118,7 @@ bench-micro: ## What a pick and a weight change cost (ARGS=snapshot for some)
 	$(CARGO) bench --locked --bench propagation
 
 .PHONY: bench-herd
-bench-herd: ## What 50 proxies cost one Redis: at rest, for a weight, when it restarts (ARGS="--at-rest --proxies 10")
+bench-herd: ## What 50 proxies cost one Redis: at rest, for a weight, at its restart (ARGS="--at-rest")
 	@tests/install.sh test
 	$(CARGO) bench --locked --bench herd -- $(ARGS)
 
@@ -133,7 +133,7 @@ bench-balance: ## What least_conn is worth: beside a slow backend, and with 5,00
 	$(CARGO) bench --locked --bench balance
 
 .PHONY: bench-instructions
-bench-instructions: ## Count the instructions of a pick, a session and a request, and compare (STATERA_ACCEPT=1 accepts)
+bench-instructions: ## Count instructions of picks, sessions, requests and compare (STATERA_ACCEPT=1 accepts)
 	@tests/install.sh instructions
 	$(CARGO) bench --locked --bench instructions -- $(ARGS)
 

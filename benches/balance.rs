@@ -1,9 +1,10 @@
-//! What `least_conn` is worth beside `weighted_random`: one slow backend, and how evenly sessions that stay are spread.
+//! What `least_conn` is worth beside `weighted_random`: one slow backend, and how evenly sessions that stay
+//! are spread.
 //!
-//! `make bench-balance` (or `cargo bench --bench balance`) runs the program as it ships, once with each balance, and asks
-//! them in turn. The backends are this process's: in the first case threads that serve one session at a time, one of them
-//! ten times slower than the others and with less room than its share of the load takes; in the second, tasks that keep
-//! their sessions and count them.
+//! `make bench-balance` (or `cargo bench --bench balance`) runs the program as it ships, once with each
+//! balance, and asks them in turn. The backends are this process's: in the first case threads that serve one
+//! session at a time, one of them ten times slower than the others and with less room than its share of the
+//! load takes; in the second, tasks that keep their sessions and count them.
 
 mod shipped;
 
@@ -31,7 +32,8 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 const BALANCES: [&str; 2] = ["weighted_random", "least_conn"];
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// Of the first case. The fast ones have room for 900 sessions a second each, the slow one for 95 of the 150 of its share.
+/// Sessions per second in the first case. A fast backend can serve 900 of them, the slow one 95 of the 150
+/// that are its share.
 const SERVICE: [Duration; 4] =
     [Duration::from_millis(1), Duration::from_millis(1), Duration::from_millis(1), Duration::from_millis(10)];
 const ROUNDS: usize = 5;
@@ -40,7 +42,7 @@ const PACE: Duration = Duration::from_micros(1_667);
 /// Sessions that wait for the slow backend wait in its accept queue.
 const BACKLOG: i32 = 4_096;
 
-/// Of the second case.
+/// Backends in the second case.
 const BACKENDS: usize = 100;
 const SESSIONS_EACH: usize = 50;
 /// In each, as many sessions end and begin as there are.
@@ -95,7 +97,7 @@ async fn start(statera: &Path, balance: &str, backends: &[SocketAddr]) -> Result
     Ok(running)
 }
 
-/// Begins one that goes on as long as the stream lives: its backend has said a byte.
+/// Begins a session that lasts as long as the stream; its backend has sent a byte.
 async fn session(proxy: SocketAddr) -> Result<TcpStream> {
     let greeted = async {
         let mut stream = TcpStream::connect(proxy).await?;
@@ -122,7 +124,8 @@ fn serve_slowly(service: Duration) -> Result<SocketAddr> {
     Ok(address)
 }
 
-/// The times of sessions that begin at a fixed pace whatever becomes of the earlier ones, each from when it was due.
+/// The durations of sessions that begin at a fixed pace, whether or not earlier ones have ended. Each is
+/// timed from the moment when it was due.
 async fn open_loop(proxy: SocketAddr) -> Result<Vec<Duration>> {
     let begun = Instant::now();
     let mut sessions = JoinSet::new();
@@ -200,7 +203,7 @@ async fn keep(listeners: Vec<TcpListener>, counts: Arc<[AtomicU32]>) -> Result<(
                 counts[place].fetch_add(1, Relaxed);
                 tokio::spawn(async move {
                     if stream.write_u8(b'x').await.is_ok() {
-                        // Until the client goes, in whatever way.
+                        // Until the client's connection ends.
                         let _ = stream.read_u8().await;
                     }
                     counts[place].fetch_sub(1, Relaxed);
@@ -241,7 +244,7 @@ async fn sessions_stay(statera: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Sorts.
+/// The median of `values`, which it sorts.
 fn median(values: &mut [f64]) -> f64 {
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]

@@ -1,13 +1,15 @@
-//! What health checks cost: 10,000 backends checked every two seconds, and what becomes of the sessions beside them.
+//! What health checks cost: 10,000 backends checked every two seconds, and what becomes of the sessions
+//! beside them.
 //!
-//! `make bench-health` (or `cargo bench --bench health`) runs the program as it ships with 10,000 backends, once with checks and
-//! once without, in turn. CPU time is that of the proxy's process, from /proc; sessions come at a fixed pace (open loop: each is
-//! timed from when it should have begun).
+//! `make bench-health` (or `cargo bench --bench health`) runs the program as it ships with 10,000 backends,
+//! once with checks and once without, in turn. CPU time is that of the proxy's process, from /proc; sessions
+//! come at a fixed pace (open loop: each is timed from when it should have begun).
 //!
-//! Ten of the backends have weight, so the sessions are theirs. The others are at weight 0, and checked alike: all of them are one
-//! thread that listens (127.0.0.0/8 is this machine's), and what it does for 5,000 checks a second is done by 10,000 other machines
-//! in the field. So it runs as SCHED_IDLE, where it takes no time from the proxy. What the kernel does for both ends of a
-//! connection on loopback stays, though, and stands in the proxy's account.
+//! Ten of the backends have weight, so the sessions are theirs. The others are at weight 0, and checked
+//! alike: all of them are one thread that listens (127.0.0.0/8 is this machine's), and what it does for 5,000
+//! checks a second is done by 10,000 other machines in the field. So it runs as SCHED_IDLE, where it takes no
+//! time from the proxy. What the kernel does for both ends of a connection on loopback stays, though, and
+//! stands in the proxy's account.
 
 mod shipped;
 
@@ -47,15 +49,15 @@ impl Drop for Running {
     }
 }
 
-/// Says one byte and closes.
+/// A backend that sends one byte and closes.
 fn serve(listener: TcpListener) {
     while let Ok((mut stream, _)) = listener.accept() {
-        // A check has gone by then.
+        // A check has closed its connection by then.
         let _ = stream.write_all(b"x");
     }
 }
 
-/// Counts what it accepts, in time that nobody else wants.
+/// Counts what it accepts, in time that no other thread wants.
 fn count(listener: TcpListener, accepted: &AtomicU64) -> Result<()> {
     let thread = gettid().as_raw_nonzero().to_string();
     let status = Command::new("chrt").args(["--idle", "--pid", "0", &thread]).status().context("chrt")?;
@@ -113,7 +115,7 @@ fn session(proxy: SocketAddr) -> Result<()> {
     Ok(())
 }
 
-/// Of the process's threads so far.
+/// CPU time of all threads of the process so far.
 fn cpu_seconds(pid: u32) -> Result<f64> {
     let mut nanoseconds = 0;
     for thread in fs::read_dir(format!("/proc/{pid}/task"))? {

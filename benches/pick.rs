@@ -1,5 +1,6 @@
-//! What a pick and a snapshot cost, at the table sizes that the targets name: a pick ≤ 30 ns at 10 backends and ≤ 80 ns
-//! at 10,000, a snapshot of 10,000 ≤ 1 ms; any algorithm ≤ 100 ns at 1,000, `least_conn` ≤ 150 ns at 64, and ≤ 20 ms to build for `source_hash`.
+//! What a pick and a snapshot cost, at the table sizes that the targets name: a pick ≤ 30 ns at 10 backends
+//! and ≤ 80 ns at 10,000, a snapshot of 10,000 ≤ 1 ms; any algorithm ≤ 100 ns at 1,000, `least_conn` ≤ 150 ns
+//! at 64, and ≤ 20 ms to build for `source_hash`.
 //!
 //! `cargo bench --bench pick`
 
@@ -22,7 +23,7 @@ fn client(rng: &mut fastrand::Rng) -> SocketAddr {
     SocketAddr::from((rng.u32(..).to_be_bytes(), 1))
 }
 
-/// Weights from 1 to 100, so that neighbours differ and no cell of the guide table is like another.
+/// Weights from 1 to 100, so that neighbours differ and no bucket of the lookup table is like another.
 fn table(backends: usize) -> Table {
     let member = |i: usize| {
         let id = format!("10.{}.{}.{}:80", i / 65_536, i / 256 % 256, i % 256).parse().expect("an address");
@@ -44,7 +45,8 @@ fn picks(criterion: &mut Criterion) {
     let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
     for (name, balance) in Balance::NAMES {
         for size in SIZES {
-            // The whole of it: the cell, the pick, and the backend's reference count, as a session pays for it.
+            // The whole of it: the cell, the pick, and the backend's reference count, as a session pays for
+            // it.
             let sync = Sync { max_stale: Duration::from_secs(3600), lua: None };
             let pool = Arc::new(Pool::new("web".into(), balance, Table::default(), Some(sync), 1));
             pool.cell.publish(table(size));
@@ -63,7 +65,7 @@ fn picks(criterion: &mut Criterion) {
         }
     }
     for size in [10, 64, 100, 1_000] {
-        // With sessions that stay, as in a pool that is in use: no two counts are foreseen, and ties are rare.
+        // With sessions that stay, as in a pool in use: counts cannot be foreseen, and ties are rare.
         let pool = Pool::new("web".into(), Balance::LeastConn, table(size), None, 1);
         let (mut rng, now) = (fastrand::Rng::with_seed(7), tokio::time::Instant::now());
         let mut pick = || runtime.block_on(pool.pick(CLIENT, &[], rng.u64(..), now)).expect("a backend");

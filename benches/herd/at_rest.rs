@@ -1,9 +1,9 @@
-//! What a fleet of four pools each costs one Redis at rest: in each watch mode, for each state of the keys, and under
-//! limits of the server that make it tell of what was only read.
+//! What a fleet of four pools each costs one Redis at rest: in each watch mode, for each state of the keys,
+//! and under limits of the server that make it tell of what was only read.
 //!
-//! Expected are the heartbeats, the leases of what is applied, and the full reads: the fleet may cost no more than half as
-//! much again. Where changes can be noticed by polling alone, or by a tracking table that forgets what it is told, it is
-//! one read each second.
+//! Expected are the heartbeats, the leases of what is applied, and the full reads: the fleet may cost no more
+//! than half as much again. Where changes can be noticed by polling alone, or by a tracking table that
+//! forgets what it is told, it is one read each second.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -22,10 +22,11 @@ const MODES: [&str; 4] = ["notifications", "tracking", "auto", "poll"];
 /// After the keys were written, until rests have grown.
 const SETTLING: Duration = Duration::from_millis(2_500);
 const WINDOW: Duration = Duration::from_secs(12);
-/// Of what is expected. Full reads come in waves here, since the whole fleet is started at once.
+/// How much of what is expected a fleet may cost. Full reads come in waves here, since the whole fleet is
+/// started at once.
 const MOST: f64 = 1.5;
 
-/// Of an interval of the configuration, by chance up to a fifth less.
+/// The mean of an interval of the config, which is at random up to a fifth shorter.
 const fn a_second(interval: f64) -> f64 {
     1.0 / (0.9 * interval)
 }
@@ -35,7 +36,7 @@ struct Server {
     name: &'static str,
     arguments: &'static [&'static str],
     members: u32,
-    /// Tracking forgets what it is told.
+    /// The tracking table holds one key, so each read makes it forget another.
     forgets: bool,
     /// No table can be read whole.
     cuts: bool,
@@ -82,7 +83,7 @@ enum Keys {
 }
 
 impl Keys {
-    /// In an order in which each can be made of the one before.
+    /// In an order in which each state can be made from the one before.
     const ALL: [Self; 4] = [Self::Missing, Self::There, Self::Empty, Self::WrongType];
 
     fn name(self) -> &'static str {
@@ -131,13 +132,13 @@ impl Keys {
 
 /// Commands a second that one proxy should cost.
 fn expected(server: &Server, mode: &str, keys: Keys) -> f64 {
-    // Of the connection that watches, and of the one for Lua picks.
+    // One on the connection that watches, one on that for Lua picks.
     let heartbeats = 2.0 * a_second(1.0);
     // EVAL, and TIME, HSET and PEXPIRE within it.
     let leases = f64::from(POOLS) * 4.0 * a_second(5.0);
     let polls = mode == "poll" || mode == "tracking" && server.forgets;
     let reads = if polls { a_second(1.0) } else { a_second(15.0) };
-    // CONFIG GET proves the mode again.
+    // CONFIG GET tests the watch mode again.
     heartbeats + leases + f64::from(POOLS) * keys.a_read() * reads + a_second(15.0)
 }
 

@@ -1,9 +1,9 @@
 //! What a fleet costs one Redis: at rest, for one weight, and when Redis restarts under all of it at once.
 //!
-//! `make bench-herd` starts a redis-server and 50 proxies of one worker each, with the config's defaults, for tables of 10,
-//! 1,000 and 10,000 members. Everything is counted by Redis itself (`INFO`); `--proxies N` makes it another fleet. Then
-//! `at_rest.rs` shows that a fleet at rest costs its heartbeats, leases and full reads, whatever Redis tells it; with
-//! `--at-rest` this comes alone. `--statera PATH` takes another build.
+//! `make bench-herd` starts a redis-server and 50 proxies of one worker each, with the config's defaults, for
+//! tables of 10, 1,000 and 10,000 members. Everything is counted by Redis itself (`INFO`); `--proxies N`
+//! makes it another fleet. Then `at_rest.rs` shows that a fleet at rest costs its heartbeats, leases and full
+//! reads, whatever Redis tells it; with `--at-rest` this comes alone. `--statera PATH` takes another build.
 
 mod at_rest;
 mod server;
@@ -22,7 +22,7 @@ use tempfile::TempDir;
 use tokio::time::Instant;
 
 const SIZES: [u32; 4] = [10, 1_000, 10_000, 1_000_000];
-/// A whole table has no more.
+/// Larger tables are not read whole, so only the pick is measured.
 const LARGEST_TABLE: u32 = 100_000;
 const REST: Duration = Duration::from_secs(10);
 const CHANGES: u32 = 10;
@@ -76,7 +76,7 @@ fn fleet(program: &Path, redis: &Redis, folder: &Path, proxies: u32) -> Result<V
     Ok(started)
 }
 
-/// What a second of nothing takes.
+/// What one second without any change costs.
 fn rest_of(connection: &mut Connection) -> Result<Counted> {
     sleep(Duration::from_secs(2));
     let (before, begun) = (counted(connection)?, Instant::now());
@@ -89,7 +89,7 @@ fn rest_of(connection: &mut Connection) -> Result<Counted> {
     })
 }
 
-/// CPU seconds that a weight takes, over a second each.
+/// CPU seconds that one change of a weight takes; each is measured over a second.
 fn changes(connection: &mut Connection, rest: &Counted) -> Result<f64> {
     let (before, begun) = (counted(connection)?, Instant::now());
     for change in 0..CHANGES {
@@ -100,8 +100,8 @@ fn changes(connection: &mut Connection, rest: &Counted) -> Result<f64> {
     Ok((spent - rest.cpu_seconds * begun.elapsed().as_secs_f64()) / f64::from(CHANGES))
 }
 
-/// What a restart took: counted, the largest part of the connections within [`WINDOW`], until the last of the first two
-/// thirds (who watches, and who picks) was back.
+/// What a restart took: counted, the largest part of the connections within [`WINDOW`], until the last of the
+/// first two thirds (who watches, and who picks) was back.
 fn restart(redis: &mut Redis, proxies: u32, rest: &Counted) -> Result<(Counted, f64, Duration)> {
     cmd("SAVE").exec(&mut redis.connect()?)?;
     redis.server = None;
@@ -110,7 +110,7 @@ fn restart(redis: &mut Redis, proxies: u32, rest: &Counted) -> Result<(Counted, 
     let (before, begun) = (counted(&mut connection)?, Instant::now());
     let mut seen = vec![(Duration::ZERO, 0.0)];
     let wanted = f64::from(3 * proxies);
-    // The last to come back are those who report: within 5 s.
+    // The connections that report come back last, within 5 s.
     while begun.elapsed() < BACK {
         seen.push((begun.elapsed(), connections(&mut connection)? - before.connections));
         sleep(Duration::from_millis(20));

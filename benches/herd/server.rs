@@ -46,7 +46,7 @@ pub struct Redis {
 }
 
 impl Redis {
-    /// With more arguments.
+    /// Starts it with more arguments.
     pub fn start(arguments: &[&str]) -> Result<Self> {
         let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
         let arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
@@ -121,10 +121,10 @@ pub fn start_fleet(program: &Path, folder: &Path, yaml: &str, proxies: u32) -> R
     (0..proxies).map(start).collect()
 }
 
-/// Waits until all watch and report.
+/// Waits until all proxies watch and report.
 pub fn all_report(connection: &mut Connection, applied: &str, proxies: u32) -> Result<()> {
     let begun = Instant::now();
-    // One field is no proxy's.
+    // One field of the hash belongs to no proxy.
     while cmd("HLEN").arg(applied).query::<u32>(connection)? <= proxies {
         ensure!(begun.elapsed() < LIMIT, "not all proxies report");
         sleep(Duration::from_millis(50));

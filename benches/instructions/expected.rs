@@ -1,9 +1,10 @@
-//! The figures that are expected, kept in `expected.yaml`: compares, and rewrites the file where that is asked for.
+//! The figures that are expected, kept in `expected.yaml`: compares, and rewrites the file where that is
+//! asked for.
 //!
 //! Another compiler or valgrind counts differently, so figures are compared only where both are the same.
 //!
-//! Fewer instructions than expected fail as well. What was gained would else be lost again without anybody noticing, and
-//! a figure that fell by itself is a case that does not do its work any more.
+//! Fewer instructions than expected fail as well. Otherwise a gain could be lost again unnoticed, and a
+//! figure that fell by itself means that the case does not do its work any more.
 
 use std::collections::BTreeMap;
 use std::env::consts::ARCH;
@@ -17,18 +18,19 @@ use serde::Deserialize;
 use super::valgrind::Valgrind;
 
 const ACCEPT: &str = "STATERA_ACCEPT=1 make bench-instructions";
-/// Of a case that the file does not have yet.
+/// The tolerance of a case that the file does not have yet.
 const NEW_TOLERANCE_PERCENT: f64 = 5.0;
 const HEAD: &str = "\
-# What one unit of each case may take, and how far a figure may be from that, up or down. `make bench-instructions`
-# compares; to accept new figures on purpose: STATERA_ACCEPT=1 make bench-instructions, then read the diff and say in the
-# commit why. Tolerances are written by hand and stay. benches/README.md says what is counted.
+# What one unit of each case may take, and how far a figure may be from that, up or down.
+# `make bench-instructions` compares. To accept new figures on purpose: STATERA_ACCEPT=1 make bench-instructions,
+# then read the diff and say in the commit why. Tolerances are written by hand and stay. benches/README.md says
+# what is counted.
 ";
 
 /// One measured case.
 pub struct Figure {
     pub name: String,
-    /// For one unit.
+    /// The figure for one unit.
     pub count: f64,
 }
 
@@ -53,7 +55,8 @@ struct Case {
     tolerance_percent: f64,
 }
 
-/// What is counted over a thousand units and should be none may be this many, for each unit: a growing table, a log line.
+/// What is counted over a thousand units and should be none may be this many, for each unit: a growing table,
+/// a log line.
 const NEARLY_NONE: f64 = 0.05;
 
 impl Expected {

@@ -1,15 +1,16 @@
 //! How many instructions the hot paths take: a pick, a short session, a request on an open connection.
 //!
-//! Time tells little on a machine that others share; what valgrind counts hardly depends on who else runs. Each case runs
-//! twice under callgrind, once with few units and once with many, and the difference divided by the difference in units
-//! is its figure: start and end cancel out. The figures are compared with `expected.yaml`, and the run fails where one
-//! is off by more than its tolerance.
+//! Time says little on a shared machine; what valgrind counts hardly depends on other programs.
+//! Each case runs twice under callgrind, once with few units and once with many, and the difference divided
+//! by the difference in units is its figure: start and end cancel out. The figures are compared with
+//! `expected.yaml`, and the run fails where one is off by more than its tolerance.
 //!
 //! - [`valgrind`] runs a program and reads what was counted; [`picks`] is the program for the picks.
-//! - [`proxy`] is Statera under valgrind, between a client and a backend that are not.
+//! - [`proxy`] is Statera under valgrind; its client and its backend run outside of valgrind.
 //! - [`expected`] compares, and accepts.
 //!
-//! It counts what happens in user space. What the kernel does for a session is far more, and `peers` measures that.
+//! It counts what happens in user space. What the kernel does for a session is far more, and `peers` measures
+//! that.
 
 mod expected;
 mod picks;
@@ -87,8 +88,8 @@ impl Case {
         }
     }
 
-    /// How many units the two runs have. So many that what differs between two starts of the same program (the seeds of
-    /// hash tables, for one) is less than a thousandth of the difference.
+    /// How many units the two runs have. So many that what differs between two starts of the same program
+    /// (the seeds of hash tables, for one) is less than a thousandth of the difference.
     fn units(self) -> (u64, u64) {
         match self {
             Self::Pick(..) => (1_000, 501_000),

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use super::valgrind::{Counts, Valgrind};
 
-/// What a process takes that picks so many times.
+/// The instructions of a process that picks so many times.
 pub fn count(valgrind: &Valgrind, algorithm: &str, backends: usize, picks: u64) -> Result<Counts> {
     let program = std::env::current_exe()?;
     let (backends, picks) = (backends.to_string(), picks.to_string());
@@ -31,8 +31,8 @@ pub fn run(arguments: &[String]) -> Result<()> {
         let sync = Sync { max_stale: Duration::from_secs(3600), lua: None };
         let pool = Pool::new("web".into(), balance, Table::default(), Some(sync), 1);
         pool.cell.publish(table(backends)?);
-        // The seed makes the random picks the same in each run. Those of the even spread begin at a random point, which
-        // so many picks average out.
+        // The seed makes the random picks the same in each run. Those of the even spread begin at a random
+        // point, which so many picks average out.
         let (mut rng, now) = (fastrand::Rng::with_seed(7), Instant::now());
         for _ in 0..picks {
             let client = SocketAddr::from((rng.u32(..).to_be_bytes(), 1));

@@ -1,4 +1,5 @@
-//! Statera under valgrind, between a client and a backend that are not: both are this thread, one step after the other.
+//! Statera under valgrind. Client and backend are this thread, outside of valgrind, one step after the
+//! other.
 //!
 //! Nothing happens at the same time, so that the proxy sees the same events in the same order in each run.
 
@@ -19,7 +20,7 @@ const SMALL_BYTES: usize = 64;
 const STEP_LIMIT: Duration = Duration::from_secs(10);
 const START_LIMIT: Duration = Duration::from_secs(30);
 
-/// The proxy that runs, and its two neighbours.
+/// The running proxy, with its client and its backend.
 pub struct Proxy {
     counted: Counted,
     address: SocketAddr,
@@ -42,7 +43,8 @@ impl Proxy {
 
         let begun = Instant::now();
         let client = loop {
-            // While nobody listens there, the kernel may choose that very port for our end and connect us to ourselves.
+            // While no socket listens there, the kernel may choose that very port for our end and connect us
+            // to ourselves.
             if let Ok(client) = TcpStream::connect_timeout(&address, STEP_LIMIT)
                 && client.local_addr()? != address
             {

@@ -1,7 +1,7 @@
 //! Runs a program under callgrind and reads how many instructions it took.
 //!
-//! What callgrind wrote of the last run of each case stays in `target/instructions`: `callgrind_annotate` shows where the
-//! instructions went.
+//! What callgrind wrote of the last run of each case stays in `target/instructions`: `callgrind_annotate`
+//! shows where the instructions went.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -19,12 +19,12 @@ const SETTLE_LIMIT: Duration = Duration::from_secs(10);
 /// glibc chooses its memcpy by the processor; without these, they all choose the same.
 const SAME_EVERYWHERE: &str =
     "glibc.cpu.hwcaps=-AVX,-AVX2,-AVX512F,-AVX512VL,-AVX_Fast_Unaligned_Load,-ERMS,-FSRM";
-/// In a row, each some 30 µs.
+/// So many looks in a row must find it asleep; each takes some 30 µs.
 const LOOKS: u32 = 3;
 
 /// Valgrind, as it is on this machine.
 pub struct Valgrind {
-    /// Of what the figures depend on.
+    /// The versions that the figures depend on.
     pub versions: String,
     folder: PathBuf,
 }
@@ -46,7 +46,7 @@ impl Valgrind {
     pub fn start(&self, name: &str, program: &Path, arguments: &[&str]) -> Result<Counted> {
         let counts = self.folder.join(format!("{}.callgrind", name.replace(' ', "-")));
         let log = counts.with_extension("log");
-        // Of an earlier run: must not be taken for this one's.
+        // Counts of an earlier run must not be taken for this one's.
         if counts.exists() {
             fs::remove_file(&counts)?;
         }
@@ -82,8 +82,8 @@ pub struct Counts {
     pub allocations: u64,
 }
 
-/// Calls of `malloc` and its like in a file of callgrind's. There, `cfn=(7) malloc` names the function that is called, the
-/// second time as `cfn=(7)`; the line after it says how often.
+/// Calls of `malloc` and its like in a file of callgrind's. There, `cfn=(7) malloc` names the function that
+/// is called, the second time as `cfn=(7)`; the line after it says how often.
 fn allocations(text: &str) -> u64 {
     const ALLOCATING: [&str; 5] = ["malloc", "calloc", "realloc", "aligned_alloc", "posix_memalign"];
     let mut numbers = Vec::new();
@@ -129,8 +129,8 @@ impl Counted {
 
     /// Waits until all threads of the program sleep: it has done everything that there was to do.
     ///
-    /// Under valgrind one thread runs at a time, and between two of them all may seem asleep for a moment. So it takes
-    /// several looks.
+    /// Under valgrind one thread runs at a time, and between two of them all may seem asleep for a moment. So
+    /// it takes several looks.
     pub fn settle(&mut self) -> Result<()> {
         let (begun, mut asleep) = (Instant::now(), 0);
         while asleep < LOOKS {

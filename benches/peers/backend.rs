@@ -1,4 +1,5 @@
-//! The one backend behind every peer: a thread with epoll. The first byte of a connection says what it does with it.
+//! The one backend behind every peer: a thread with epoll. The first byte of a connection says what it does
+//! with it.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -21,7 +22,7 @@ pub const ECHO: u8 = b'e';
 pub const SOURCE: u8 = b's';
 /// Takes everything, and counts it.
 pub const SINK: u8 = b'k';
-/// Both of the two above.
+/// Sends without end, and takes everything.
 pub const BOTH: u8 = b'b';
 
 const LISTENER: u64 = u64::MAX;
@@ -73,7 +74,8 @@ impl Backend {
         self.shared.sunk.load(Relaxed)
     }
 
-    /// Waits until no connection is open, so that the end of one measurement does not burden the next; gives up in time.
+    /// Waits until no connection is open, so that the end of one measurement does not burden the next; gives
+    /// up in time.
     pub fn wait_until_idle(&self, limit: Duration) {
         let begun = Instant::now();
         while self.shared.open.load(Relaxed) > 0 && begun.elapsed() < limit {

@@ -1,7 +1,8 @@
-//! A flood of clients that connect and reset at once, beside steady sessions that the proxy must go on serving.
+//! A flood of clients that connect and reset at once, beside steady sessions that the proxy must go on
+//! serving.
 //!
-//! The flood is a thread of its own, as fast as one can be. The sessions are an open loop, as in `load.rs`: each counts from
-//! the moment when it was due.
+//! The flood is a thread of its own, as fast as one can be. The sessions are an open loop, as in `load.rs`:
+//! each counts from the moment when it was due.
 
 use std::net::SocketAddrV4;
 use std::os::fd::OwnedFd;
@@ -30,7 +31,8 @@ const STEP: Duration = Duration::from_millis(20);
 /// What became of the load.
 #[derive(Debug)]
 pub struct Flooded {
-    /// How long each session took from the moment it was due. One that was not answered counts with the time it has waited.
+    /// How long each session took from the moment it was due. One that was not answered counts with the time
+    /// it has waited.
     pub latencies: Vec<Duration>,
     /// Sessions that were served while it was measured.
     pub sessions: u64,
@@ -71,7 +73,8 @@ impl Flood {
     }
 }
 
-/// Begins `rate` sessions a second (connect, 64 bytes there and back, close) beside a flood, until the meter is over.
+/// Begins `rate` sessions a second (connect, 64 bytes there and back, close) beside a flood, until the meter
+/// is over.
 pub fn beside_a_flood(to: SocketAddrV4, rate: u32, meter: &mut Meter) -> Result<Flooded> {
     let flood = Flood::default();
     thread::scope(|scope| {

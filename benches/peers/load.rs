@@ -1,7 +1,7 @@
 //! The clients: each load is one thread with one epoll, until its meter is over.
 //!
-//! All sockets are TCP_NODELAY. A load fails on the first connection that is lost: a peer that loses sessions has no
-//! result. Next: `measure.rs` says which loads there are, `backend.rs` is the other end.
+//! All sockets are TCP_NODELAY. A load fails on the first connection that is lost: a peer that loses sessions
+//! has no result. Next: `measure.rs` says which loads there are, `backend.rs` is the other end.
 
 use std::collections::VecDeque;
 use std::net::SocketAddrV4;
@@ -21,9 +21,10 @@ pub const SMALL_BYTES: usize = 64;
 const STEP: Duration = Duration::from_millis(20);
 /// For whatever is not measured: connecting, draining.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// 10 GB, half of it each way, at least; nginx took more than 20 s where other programs had half of the machine.
+/// For 10 GB, half of it in each direction; nginx took more than 20 s where other programs had half of the
+/// machine.
 const ECHO_LIMIT: Duration = Duration::from_secs(120);
-/// How many sessions may be on their way at once while many are opened: below every peer's backlog.
+/// How many sessions may be opening at once while many are opened: below every peer's backlog.
 const OPENING_MAX: usize = 128;
 
 /// Connect, 64 bytes there and back, close; `at_once` of these at all times.
@@ -121,8 +122,8 @@ impl Connections {
         Ok(())
     }
 
-    /// Every connection sends `bytes`, waits until they are back, and begins again: all of them at all times. Stops after
-    /// `rounds` each, or when the meter is over.
+    /// Every connection sends `bytes`, waits until they are back, and begins again: all of them at all times.
+    /// Stops after `rounds` each, or when the meter is over.
     fn echo(&mut self, bytes: usize, rounds: u64, mut over: impl FnMut(u64) -> bool) -> Result<()> {
         let message = vec![ECHO; bytes.min(CHUNK_BYTES)];
         let mut scratch = vec![0; CHUNK_BYTES];
@@ -187,12 +188,12 @@ impl Connections {
         Ok(())
     }
 
-    /// As much as goes through; units are bytes, of both ways together.
-    pub fn bulk(&mut self, way: Way, backend: &Backend, meter: &mut Meter) -> Result<()> {
-        let (command, interest) = match way {
-            Way::ToClient => (SOURCE, READ),
-            Way::ToBackend => (SINK, READ | WRITE),
-            Way::Both => (BOTH, READ | WRITE),
+    /// As much as goes through; units are bytes, of both directions together.
+    pub fn bulk(&mut self, direction: Direction, backend: &Backend, meter: &mut Meter) -> Result<()> {
+        let (command, interest) = match direction {
+            Direction::ToClient => (SOURCE, READ),
+            Direction::ToBackend => (SINK, READ | WRITE),
+            Direction::Both => (BOTH, READ | WRITE),
         };
         let chunk = vec![command; CHUNK_BYTES];
         let mut scratch = vec![0; CHUNK_BYTES];
@@ -221,9 +222,10 @@ impl Connections {
         Ok(())
     }
 
-    /// Sends a request of 64 bytes `rate` times a second, whether or not earlier ones were answered, on one connection
-    /// after the other. The result is how long each took *from the moment it was due*, so a proxy (or a client) that
-    /// stalls is charged for all that should have been sent meanwhile: nothing is coordinated, so nothing is omitted.
+    /// Sends a request of 64 bytes `rate` times a second, whether or not earlier ones were answered, on one
+    /// connection after the other. The result is how long each took *from the moment it was due*, so a proxy
+    /// (or a client) that stalls is charged for all that should have been sent meanwhile: nothing is
+    /// coordinated, so nothing is omitted.
     pub fn open_loop(&mut self, rate: u32, meter: &mut Meter) -> Result<Vec<Duration>> {
         // The kernel would let this thread sleep 50 µs longer than asked.
         std::fs::write("/proc/thread-self/timerslack_ns", "1").ok();
@@ -288,9 +290,9 @@ impl Connections {
     }
 }
 
-/// Where bulk goes.
+/// The direction of bulk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Way {
+pub enum Direction {
     ToClient,
     ToBackend,
     Both,

@@ -35,8 +35,8 @@ impl Processes {
         Self(found)
     }
 
-    /// CPU time, user and kernel, of all threads. The scheduler's own nanoseconds where it shows them (the sum that utime
-    /// and stime are cut from), else those two, in ticks of 10 ms.
+    /// CPU time, user and kernel, of all threads. The scheduler's own nanoseconds where it shows them (the
+    /// sum that utime and stime are cut from), else those two, in ticks of 10 ms.
     pub fn cpu(&self) -> Duration {
         self.0.iter().map(|&pid| scheduled(pid).unwrap_or_else(|| ticked(pid))).sum()
     }
@@ -134,8 +134,9 @@ impl Reading {
         }
     }
 
-    /// What the busiest of the proxy's two workers did since `before`, in units of what both did on average: 1 is an even
-    /// share, 2 is all. The workers are its two busiest threads or processes; the others hardly work.
+    /// What the busiest of the proxy's two workers did since `before`, in units of what both did on average:
+    /// 1 is an even share, 2 is all. The workers are its two busiest threads or processes; the others hardly
+    /// work.
     pub fn evenness_since(&self, before: &Self) -> Option<f64> {
         let mut spent: Vec<f64> = self
             .of_threads
@@ -151,8 +152,8 @@ impl Reading {
         }
     }
 
-    /// The shares of the machine, since `before`, that the hypervisor took and that other programs took. The latter in
-    /// user mode only: whose kernel time is whose cannot be told.
+    /// The shares of the machine, since `before`, that the hypervisor took and that other programs took. The
+    /// latter in user mode only: the kernel's time cannot be assigned to programs.
     pub fn disturbance_since(&self, before: &Self) -> Disturbance {
         let all = (self.all - before.all).max(1.0);
         let others = (self.in_programs - before.in_programs) - (self.ours - before.ours);

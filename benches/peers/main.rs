@@ -1,9 +1,11 @@
 //! Statera beside HAProxy, nginx stream and Envoy: the same load through each of them, in turn, in one run.
 //!
-//! `make bench` and `make bench-quick` run it; `README.md` one folder up says what is measured and why it is fair.
+//! `make bench` and `make bench-quick` run it; `README.md` one folder up says what is measured and why it is
+//! fair.
 //!
 //! - [`peers`] starts and stops the programs, with the configs beside this file.
-//! - [`measure`] says what one sample is; [`load`] and [`flood`] are the clients, [`backend`] the server, both on [`poll`].
+//! - [`measure`] says what one sample is; [`load`] and [`flood`] are the clients, [`backend`] the server,
+//!   both on [`poll`].
 //! - [`meter`] and [`machine`] read clocks, CPU time and what disturbed the machine.
 //! - [`report`] and [`chart`] show what came out; [`namespace`] keeps the run to itself.
 
@@ -41,7 +43,8 @@ use report::{Cell, Row};
 const DESCRIPTORS: u64 = 20_000;
 const REPEATS_MAX: u32 = 3;
 static INTERRUPTS: AtomicU32 = AtomicU32::new(0);
-/// The quick run stays below three minutes also on a disturbed machine; the full one may take twice as long there.
+/// The quick run stays below three minutes also on a disturbed machine; the full one may take twice as long
+/// there.
 const QUICK_REPEATS: Duration = Duration::from_secs(8);
 
 /// Measures Statera and its peers side by side.
@@ -51,7 +54,8 @@ struct Arguments {
     /// Fewer cells, shorter samples, fewer rounds: under three minutes
     #[arg(long)]
     quick: bool,
-    /// Only this measure: sessions, ping-pong, bulk, latency, flood, memory, syscalls, or how a cell's name begins; repeatable
+    /// Only this measure: sessions, ping-pong, bulk, latency, flood, memory, syscalls, or how a cell's name
+    /// begins; repeatable
     #[arg(long, value_name = "MEASURE")]
     only: Vec<String>,
     /// Only these peers, and Statera
@@ -194,11 +198,11 @@ fn end_on_interrupt() -> Result<()> {
     Ok(())
 }
 
-/// Those that were asked for; fails with everything that is missing, at once.
+/// The peers that were asked for; fails with everything that is missing, at once.
 fn find_programs(arguments: &Arguments) -> Result<Vec<Program>> {
     let asked = |kind: &Kind| match kind {
         Kind::Baseline => arguments.baseline.is_some(),
-        // Ratios are ratios to it.
+        // All ratios are relative to it.
         Kind::Statera => true,
         _ => arguments.peers.is_empty() || arguments.peers.contains(kind),
     };
@@ -226,8 +230,8 @@ struct Run {
 }
 
 impl Run {
-    /// Round for round, cell for cell, each peer right after the other; who is first changes, so that nobody always
-    /// follows the same one.
+    /// Round for round, cell for cell, each peer right after the other; the first peer changes, so that no
+    /// peer always follows the same one.
     fn all(&mut self, measures: &[Measure], rounds: u32) -> Vec<Cell> {
         let row = |kind| Row { peer: kind, samples: Vec::new(), failure: None };
         let rows = |m: &Measure| {

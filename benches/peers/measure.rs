@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use super::backend::Backend;
 use super::flood::beside_a_flood;
-use super::load::{Connections, SMALL_BYTES, Way, sessions};
+use super::load::{Connections, Direction, SMALL_BYTES, sessions};
 use super::machine::Disturbance;
 use super::meter::{Meter, Window};
 use super::peers::{Kind, Peer, Program, on_path};
@@ -19,7 +19,7 @@ use super::peers::{Kind, Peer, Program, on_path};
 const LARGE_BYTES: usize = 16 * 1024;
 /// An answer that fills buffers, and is no bulk yet.
 const BURST_BYTES: usize = 64 * 1024;
-/// More than the sockets on the way hold: a proxy has to wait for both sides of every session at once.
+/// More than the sockets on the path hold: a proxy has to wait for both sides of every session at once.
 const BULK_BYTES: usize = 1024 * 1024;
 /// Allocators and kernels settle after a burst.
 const SETTLE: Duration = Duration::from_millis(300);
@@ -28,8 +28,8 @@ const IDLE_LIMIT: Duration = Duration::from_secs(3);
 const SESSIONS_BESIDE_FLOOD: u32 = 1_000;
 const TRACED_SESSIONS: u64 = 640;
 const TRACED_REQUESTS: u64 = 500;
-/// Many sessions share a wake-up, as they do under load; the requests follow each other, or a tracer that slows the proxy
-/// down would make them share more of them.
+/// Many sessions share a wake-up, as they do under load; the requests follow each other, or a tracer that
+/// slows the proxy down would make them share more of them.
 const TRACED_AT_ONCE: usize = 64;
 /// A tracer makes each of them slow.
 const TRACED_ONE_BY_ONE: u64 = 200;
@@ -38,7 +38,7 @@ const TRACED_ONE_BY_ONE: u64 = 200;
 pub enum Measure {
     Sessions { at_once: usize },
     PingPong { bytes: usize, connections: usize },
-    Bulk { way: Way, connections: usize },
+    Bulk { direction: Direction, connections: usize },
     Latency { rate: u32, connections: usize },
     Flood { rate: u32 },
     Memory { sessions: usize },
@@ -56,9 +56,11 @@ impl Measure {
             all.extend(connections.map(|connections| Self::PingPong { bytes, connections }));
         }
         all.push(Self::PingPong { bytes: BURST_BYTES, connections: 64 });
-        for (way, few) in [(Way::ToClient, &[1, 8][..]), (Way::ToBackend, &[8]), (Way::Both, &[8])] {
+        for (direction, few) in
+            [(Direction::ToClient, &[1, 8][..]), (Direction::ToBackend, &[8]), (Direction::Both, &[8])]
+        {
             let connections = counts(few, &[1, 8, 64]).into_iter();
-            all.extend(connections.map(|connections| Self::Bulk { way, connections }));
+            all.extend(connections.map(|connections| Self::Bulk { direction, connections }));
         }
         all.push(Self::Latency { rate, connections: 64 });
         all.push(Self::Flood { rate: SESSIONS_BESIDE_FLOOD });
@@ -89,13 +91,13 @@ impl Measure {
                 let size = if bytes < 1024 { format!("{bytes} B") } else { format!("{} KiB", bytes / 1024) };
                 format!("ping-pong of {size}, {}", counted(connections))
             }
-            Self::Bulk { way, connections } => {
-                let way = match way {
-                    Way::ToClient => "down",
-                    Way::ToBackend => "up",
-                    Way::Both => "both ways",
+            Self::Bulk { direction, connections } => {
+                let direction = match direction {
+                    Direction::ToClient => "down",
+                    Direction::ToBackend => "up",
+                    Direction::Both => "both directions",
                 };
-                format!("bulk {way}, {}", counted(connections))
+                format!("bulk {direction}, {}", counted(connections))
             }
             Self::Latency { rate, connections } => {
                 format!("latency at {rate} requests/s, {}", counted(connections))
@@ -184,9 +186,9 @@ pub fn take(
             connections.cut();
             rated(peer, meter.window()?, more("requests/s"), 1.0, less("CPU µs/request"), 1e6)
         }
-        Measure::Bulk { way, connections } => {
+        Measure::Bulk { direction, connections } => {
             let mut connections = open(connections)?;
-            connections.bulk(way, backend, &mut meter)?;
+            connections.bulk(direction, backend, &mut meter)?;
             connections.cut();
             let window = meter.window()?;
             shared(rated(peer, window, more("GB/s"), 1e-9, less("CPU s/GB"), 1e9), window)
@@ -213,7 +215,7 @@ fn rated(peer: &Peer, window: Window, rate: Metric, rate_scale: f64, cpu: Metric
     Sample { figures, disturbance: window.disturbance, ..Sample::default() }
 }
 
-/// And how evenly the workers shared it.
+/// The CPU figures, and how evenly the workers shared the work.
 fn shared(mut sample: Sample, window: Window) -> Sample {
     // Without a CPU figure there is no proxy.
     if let (true, Some(busiest)) = (sample.figures.len() > 1, window.busiest_worker) {
@@ -234,7 +236,7 @@ fn open_loop(peer: &Peer, window: Window, mut latencies: Vec<Duration>) -> Resul
     Ok(Sample { figures, disturbance: window.disturbance, ..Sample::default() })
 }
 
-/// Of what is sorted, and not empty.
+/// The quantile of sorted values; they are not empty.
 fn quantile(sorted: &[Duration], share: f64) -> Duration {
     let index = ((sorted.len() as f64 * share).ceil() as usize).clamp(1, sorted.len()) - 1;
     sorted[index]

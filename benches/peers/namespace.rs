@@ -1,4 +1,5 @@
-//! A network of its own for the whole run: other programs cannot take its ports, and the system's settings stay as they are.
+//! A network of its own for the whole run: other programs cannot take its ports, and the system's settings
+//! stay as they are.
 //!
 //! Where that is not allowed the run goes on in the network that is there, and says so.
 
@@ -8,8 +9,8 @@ use std::process::{Command, Stdio};
 
 const MARK: &str = "STATERA_BENCH_NAMESPACE";
 
-/// In here, closed connections must not use up the ports: 55,000 of them, and beyond 4,096 waiting ones (TIME_WAIT) the
-/// kernel forgets the next at once. The same for all peers.
+/// In here, closed connections must not use up the ports: 55,000 of them, and beyond 4,096 waiting ones
+/// (TIME_WAIT) the kernel forgets the next at once. The same for all peers.
 const SETTINGS: [(&str, &str); 2] =
     [("net/ipv4/ip_local_port_range", "10000 65535"), ("net/ipv4/tcp_max_tw_buckets", "4096")];
 

@@ -1,4 +1,5 @@
-//! Starts and stops what is compared: each in a folder and on a port of its own, stopped by its own process id.
+//! Starts and stops what is compared: each in a folder and on a port of its own, stopped by its own process
+//! id.
 //!
 //! The configs are the files beside this one; `README.md` says how they are kept fair.
 
@@ -250,7 +251,7 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // INT is the quick way for all of them; nginx's master takes its workers along.
+        // INT ends each of them quickly; nginx's master takes its workers along.
         if let Some(pid) = Pid::from_raw(self.child.id() as i32) {
             let _ = kill_process(pid, Signal::INT);
         }
@@ -266,7 +267,8 @@ impl Drop for Running {
     }
 }
 
-/// Where a program is; fails with the cure. Debian keeps nginx and haproxy in sbin, which the PATH of a plain user lacks.
+/// Where a program is; fails with the cure. Debian keeps nginx and haproxy in sbin, which the PATH of a plain
+/// user lacks.
 pub fn on_path(program: &str, cure: &str) -> Result<PathBuf> {
     let sbin = ["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from);
     let path = std::env::var_os("PATH").unwrap_or_default();

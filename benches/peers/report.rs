@@ -30,8 +30,9 @@ impl Cell {
         longest.map(|sample| sample.figures.iter().map(|(metric, _)| *metric).collect()).unwrap_or_default()
     }
 
-    /// Statera's figure divided by that of `row` in the same round: the median of all rounds. Two samples of a round were
-    /// taken within seconds, so that what changes from minute to minute on a shared machine is in both.
+    /// Statera's figure divided by that of `row` in the same round: the median of all rounds. Two samples of
+    /// a round were taken within seconds, so that what changes from minute to minute on a shared machine is
+    /// in both.
     pub fn ratio(&self, row: &Row, metric: Metric) -> Option<f64> {
         let statera = self.rows.iter().find(|row| row.peer == Kind::Statera)?;
         if row.peer == Kind::Statera {
@@ -43,7 +44,7 @@ impl Cell {
     }
 }
 
-/// Of all rounds.
+/// The median of all rounds.
 #[derive(Debug, Clone, Copy)]
 pub struct Spread {
     pub median: f64,
@@ -63,7 +64,7 @@ impl Row {
 }
 
 impl Spread {
-    /// `None` of nothing.
+    /// `None` where there are no values.
     fn of(mut values: Vec<f64>) -> Option<Self> {
         values.sort_by(f64::total_cmp);
         let (min, max) = (*values.first()?, *values.last()?);
@@ -92,8 +93,8 @@ pub fn short(value: f64) -> String {
     }
 }
 
-/// A table a cell: for each metric the median, the least and the most of the rounds, and the ratio of Statera's
-/// median to it.
+/// A table a cell: for each metric the median, the least and the most of the rounds, and the ratio of
+/// Statera's median to it.
 pub fn table(cell: &Cell) -> String {
     let mut text = format!("\n{}\n{:16}", cell.measure.name(), "");
     let metrics = cell.metrics();

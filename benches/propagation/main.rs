@@ -1,10 +1,10 @@
 //! How long a weight takes from `ZADD`'s reply to the swap that every worker sees.
 //!
-//! `cargo bench --bench propagation` does it for one redis-server by TCP, by a unix socket and by TLS, behind a sentinel, and in a
-//! Redis Cluster of three, one after the other, or for those that are named after `--`. It starts the servers itself, changes
-//! one weight 1,000 times, and watches the snapshot cell that all workers read: first each change some time after the one
-//! before, then each as soon as the one before is there, which finds the reader at rest (`src/redis/rest.rs`).
-//! Targets: median < 2 ms, p99 < 10 ms.
+//! `cargo bench --bench propagation` does it for one redis-server by TCP, by a unix socket and by TLS, behind
+//! a sentinel, and in a Redis Cluster of three, one after the other, or for those that are named after `--`.
+//! It starts the servers itself, changes one weight 1,000 times, and watches the snapshot cell that all
+//! workers read: first each change some time after the one before, then each as soon as the one before is
+//! there, which finds the reader at rest (`src/redis/rest.rs`). Targets: median < 2 ms, p99 < 10 ms.
 
 mod servers;
 
@@ -36,7 +36,8 @@ fn wait_for(running: &Running, member: &str, expected: f64) {
     }
 }
 
-/// How long each change took, of those that come [`PAUSE`] after another and of those that come at once: sorted.
+/// How long each change took, of those that come [`PAUSE`] after another and of those that come at once:
+/// sorted.
 fn measure(servers: &mut Servers) -> [(&'static str, Vec<Duration>); 2] {
     let members: Vec<String> = (0..BACKENDS).map(|i| format!("10.0.0.{}:80", i + 1)).collect();
     let Servers { connection, section, .. } = servers;

@@ -14,9 +14,9 @@ use super::LIMIT;
 /// What runs, until it is dropped.
 pub struct Servers {
     _processes: Vec<Redis>,
-    /// To the one that has the key `servers`.
+    /// A connection to the server that has the key `servers`.
     pub connection: redis::Connection,
-    /// Of a config's `redis`.
+    /// The `redis` section of a config.
     pub section: String,
 }
 
@@ -131,7 +131,8 @@ fn sentinel(folder: &Path) -> Servers {
     Servers { _processes: vec![server, sentinel], connection, section }
 }
 
-/// Three primaries that know each other; the first has the upper slots, that of `servers` (11,335) among them.
+/// Three primaries that know each other; the first has the upper slots, that of `servers` (11,335) among
+/// them.
 fn cluster(folder: &Path) -> Servers {
     const BOUNDS: [u16; 4] = [16_384, 10_923, 5_461, 0];
     let mut nodes: Vec<_> = (0..3)
