@@ -1,4 +1,5 @@
-//! The pages of `docs/reference` against what the program really has: a row too many or too few on either side fails.
+//! The pages of `docs/reference` against what the program really has: a row too many or too few on either
+//! side fails.
 //!
 //! A table of a page is read by the heading above it. The first column of a row is the name, in backticks.
 
@@ -25,7 +26,7 @@ struct Row {
     is_code: Vec<bool>,
 }
 
-/// The rows of all tables of `docs/reference/NAME`.
+/// The rows of all tables of the reference page `name`.
 fn rows(name: &str) -> Vec<Row> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/reference").join(name);
     let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
@@ -109,8 +110,8 @@ fn problems(config: &Value) -> String {
     Config::from_yaml(&config.to_string()).err().map(|error| error.to_string()).unwrap_or_default()
 }
 
-/// The keys that the section at `path` may have, by the message about one that it may not have; `None`: it is no
-/// section.
+/// The keys that the section at `path` may have, by the message about one that it may not have; `None`: it is
+/// no section.
 fn known_keys(path: &[&str]) -> Option<Vec<String>> {
     let asked: Vec<&str> = path.iter().copied().chain([UNKNOWN]).collect();
     let problems = problems(&with(whole_config(), &asked, json!(1)));
