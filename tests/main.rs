@@ -12,6 +12,7 @@ mod causes;
 mod cli;
 mod client_leaves;
 mod config;
+mod docs_log_events;
 mod docs_reference;
 mod drain;
 mod failover;
