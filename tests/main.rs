@@ -19,6 +19,7 @@ mod failover;
 mod faults;
 mod fleet;
 mod health;
+mod house;
 mod listen;
 mod lua_pick;
 mod names;
