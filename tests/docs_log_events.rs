@@ -1,8 +1,8 @@
-//! `docs/reference/log-events.md` against the log lines in `src/`: each line of level error, warn and info is on the page, and
-//! no other.
+//! `docs/reference/log-events.md` against the log lines in `src/`: each line of level error, warn and info is
+//! on the page, and no other.
 //!
-//! With `STATERA_ACCEPT=1` the page is brought up to date: what is gone is removed, fields are corrected, and what is new is
-//! appended, to be described by hand.
+//! With `STATERA_ACCEPT=1` the page is brought up to date: what is gone is removed, fields are corrected, and
+//! what is new is appended, to be described by hand.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -34,7 +34,8 @@ fn sources() -> Vec<PathBuf> {
     found
 }
 
-/// The arguments of a macro's call, whose opening bracket was read: split at the commas that are in no other bracket.
+/// The arguments of a macro's call, whose opening bracket was read: split at the commas that are in no other
+/// bracket.
 fn arguments(text: &str) -> Vec<String> {
     let (mut parts, mut depth, mut in_text) = (vec![String::new()], 0_u32, false);
     let mut characters = text.chars();

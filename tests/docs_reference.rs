@@ -64,7 +64,8 @@ fn assert_same(page: &str, on_the_page: &BTreeSet<String>, in_the_program: &BTre
     let too_many: Vec<_> = on_the_page.difference(in_the_program).collect();
     assert!(
         missing.is_empty() && too_many.is_empty(),
-        "docs/reference/{page}\n  lacks rows for {missing:?}\n  has rows that the program does not know: {too_many:?}"
+        "docs/reference/{page}\n  lacks rows for {missing:?}\n  has rows that the program does not know: \
+         {too_many:?}"
     );
 }
 
@@ -352,6 +353,10 @@ async fn the_page_of_the_access_log_has_every_field_source_and_reason() {
 #[tokio::test]
 async fn the_page_of_redis_keys_has_every_key_that_statera_makes_with_its_type() {
     let busy = Busy::start().await;
+    eventually("the proxy reports what it has applied", || async {
+        busy.desk.json("get web").await["applied"]["are_all"] == Value::Bool(true)
+    })
+    .await;
     let mut connection = busy.desk.redis.connection().await;
     let keys: Vec<String> = redis::cmd("KEYS").arg("*").query_async(&mut connection).await.expect("keys");
     let mut found = BTreeSet::new();
