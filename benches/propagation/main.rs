@@ -4,7 +4,8 @@
 //! a sentinel, and in a Redis Cluster of three, one after the other, or for those that are named after `--`.
 //! It starts the servers itself, changes one weight 1,000 times, and watches the snapshot cell that all
 //! workers read: first each change some time after the one before, then each as soon as the one before is
-//! there, which finds the reader at rest (`src/redis/rest.rs`). Targets: median < 2 ms, p99 < 10 ms.
+//! there, which finds the reader at rest (docs/decisions/0006-whole-snapshots.md). Targets: median < 2 ms,
+//! p99 < 10 ms.
 
 mod servers;
 
