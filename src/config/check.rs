@@ -9,11 +9,6 @@ mod listeners;
 mod pools;
 mod process;
 mod redis;
-mod redis_cluster;
-mod redis_nodes;
-mod redis_sentinel;
-mod redis_tls;
-mod redis_url;
 mod secret_file;
 mod warnings;
 

@@ -1,10 +1,16 @@
 //! `redis` and `lua_pick`.
 
+mod cluster;
+mod nodes;
+mod sentinel;
+mod tls;
+mod url;
+
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::redis_url::{self, RedisUrl};
-use super::{non_zero_usize, redis_cluster, redis_sentinel, redis_tls, secret_file};
+use self::url::RedisUrl;
+use super::{non_zero_usize, secret_file};
 use crate::config::decode::{Keys, Section, path_of_key};
 use crate::config::{LuaPick, OnEmpty, Pool, Redis, RedisAddress, Secret, Watch};
 
@@ -49,7 +55,7 @@ pub(super) fn redis(section: &Section<'_>) -> Redis {
     ];
     let meanings = [("keep_last", OnEmpty::KeepLast), ("refuse", OnEmpty::Refuse)];
     let redis = Redis {
-        tls: redis_tls::tls(section, &address),
+        tls: tls::tls(section, &address),
         address,
         database,
         username: username_beside(section, username),
@@ -70,15 +76,15 @@ pub(super) fn redis(section: &Section<'_>) -> Redis {
 
 fn location(section: &Section<'_>) -> RedisUrl {
     let at = |address, database| RedisUrl { address, database, username: None, password: None };
-    let cluster = redis_cluster::cluster(section);
-    match (redis_sentinel::sentinel(section), cluster) {
+    let cluster = cluster::cluster(section);
+    match (sentinel::sentinel(section), cluster) {
         (Some((sentinel, database)), _) => at(RedisAddress::Sentinel(Arc::new(sentinel)), database),
         (None, Some(cluster)) => at(RedisAddress::Cluster(Arc::new(cluster)), 0),
-        (None, None) => url(section),
+        (None, None) => server(section),
     }
 }
 
-fn url(section: &Section<'_>) -> RedisUrl {
+fn server(section: &Section<'_>) -> RedisUrl {
     let default = || RedisUrl {
         address: RedisAddress::Tcp { host: "127.0.0.1".to_owned(), port: 6379 },
         database: 0,
@@ -87,8 +93,8 @@ fn url(section: &Section<'_>) -> RedisUrl {
     };
     let Some(field) = section.field("url") else { return default() };
     let Some(text) = field.secret() else { return default() };
-    redis_url::parse(text).unwrap_or_else(|cure| {
-        field.refuse_unshown(format!("{}: {cure}", redis_url::shown(text)));
+    url::parse(text).unwrap_or_else(|cure| {
+        field.refuse_unshown(format!("{}: {cure}", url::shown(text)));
         default()
     })
 }

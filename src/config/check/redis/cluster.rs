@@ -1,6 +1,6 @@
 //! `redis.cluster`: some nodes of a Redis Cluster, instead of `redis.url`.
 
-use super::redis_nodes;
+use super::nodes;
 use crate::config::Cluster;
 use crate::config::decode::{Keys, Section};
 
@@ -20,5 +20,5 @@ pub(super) fn cluster(redis: &Section<'_>) -> Option<Cluster> {
     if section.integer("database", 0..=u32::MAX.into(), 0) != 0 {
         section.field("database").inspect(|field| field.refuse("a cluster has database 0 alone: remove it"));
     }
-    Some(Cluster { nodes: redis_nodes::nodes(redis, &section, "node", PORT) })
+    Some(Cluster { nodes: nodes::nodes(redis, &section, "node", PORT) })
 }

@@ -1,6 +1,6 @@
 //! `nodes` of `redis.sentinel` and of `redis.cluster`: who is asked where the primary is.
 
-use super::redis_url::{address, host_and_port};
+use super::url::{address, host_and_port};
 use crate::config::RedisAddress;
 use crate::config::decode::Section;
 

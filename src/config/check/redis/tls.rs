@@ -10,7 +10,7 @@ use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ClientConfig, RootCertStore};
 
-use super::secret_file;
+use super::super::secret_file;
 use crate::config::decode::{Field, Keys, Section};
 use crate::config::{RedisAddress, Tls};
 

@@ -1,7 +1,7 @@
 //! `redis.sentinel`: who is asked for the primary, instead of `redis.url`.
 
-use super::redis::password_beside;
-use super::redis_nodes;
+use super::nodes;
+use super::password_beside;
 use crate::config::Sentinel;
 use crate::config::decode::{Keys, Section};
 
@@ -24,7 +24,7 @@ pub(super) fn sentinel(redis: &Section<'_>) -> Option<(Sentinel, u32)> {
     if !section.has("master") {
         whole.miss("master", "it is missing: write the name that the sentinels know the primary by");
     }
-    let nodes = redis_nodes::nodes(redis, &section, "sentinel", PORT);
+    let nodes = nodes::nodes(redis, &section, "sentinel", PORT);
     let database = section.integer("database", 0..=u32::MAX.into(), 0);
     let sentinel = Sentinel {
         master: master.unwrap_or_default(),
