@@ -3,58 +3,13 @@
 
 use std::fmt::Write as _;
 
-use serde_json::{Value, json};
-
+use super::escape::word;
 use super::unusable::Unusable;
-use super::wait::Fleet;
 use crate::config::{OnEmpty, Pool};
 use crate::redis::weights::{Change, Changes, ContentHash, Done, Entry, History, Report, Reports, Seen};
 
 /// Of one entry or answer; JSON has them all.
 const MOST_CHANGES_SHOWN: usize = 20;
-/// Characters: a host name has 253 at most, and what is longer is no backend.
-const LONGEST_WORD: usize = 300;
-
-/// What does not print as itself is written as its escape.
-pub(super) fn printable(text: &str) -> String {
-    let mut safe = String::with_capacity(text.len());
-    for character in text.chars() {
-        if matches!(character, '"' | '\'' | '\\' | '\n') {
-            safe.push(character);
-        } else {
-            safe.extend(character.escape_debug());
-        }
-    }
-    safe
-}
-
-/// The same on one line.
-pub(super) fn word(text: &str) -> String {
-    let mut word = printable(text).replace('\n', "\\n");
-    if let Some((end, _)) = word.char_indices().nth(LONGEST_WORD) {
-        word.truncate(end);
-        let _ = write!(word, "… ({} bytes)", text.len());
-    }
-    word
-}
-
-/// JSON, with \u escapes for what a terminal might act on (C1 controls, text that runs backwards): those characters stand
-/// in texts only.
-pub(super) fn json_text(value: &Value) -> String {
-    let mut safe = String::new();
-    for character in value.to_string().chars() {
-        if character.is_ascii() && character != '\x7f' || character.escape_debug().count() == 1 {
-            safe.push(character);
-        } else {
-            let mut units = [0; 2];
-            for unit in character.encode_utf16(&mut units) {
-                safe += &format!("\\u{unit:04x}");
-            }
-        }
-    }
-    safe + "\n"
-}
-
 /// The answer to `get`.
 ///
 /// `states` are the backends that are not ready; `None`: they could not be read.
@@ -63,12 +18,7 @@ pub(super) fn table(
     seen: &Seen,
     states: Option<&[(String, String)]>,
     reports: &Reports,
-    as_json: bool,
 ) -> String {
-    if as_json { table_json(pool, seen, states, reports) } else { table_text(pool, seen, states, reports) }
-}
-
-fn table_text(pool: &Pool, seen: &Seen, states: Option<&[(String, String)]>, reports: &Reports) -> String {
     let mut text = format!("pool {}, key {}, version {}\n", pool.name, word(&pool.weights_key), seen.version);
     match &seen.newest {
         Some(entry) => text += &format!("last change: {}\n", headline(entry)),
@@ -125,52 +75,15 @@ fn table_text(pool: &Pool, seen: &Seen, states: Option<&[(String, String)]>, rep
     text
 }
 
-fn table_json(pool: &Pool, seen: &Seen, states: Option<&[(String, String)]>, reports: &Reports) -> String {
-    let unusable = Unusable::of(&reports.live);
-    let members: Vec<Value> = seen
-        .table
-        .members()
-        .iter()
-        .zip(shares(seen, states))
-        .map(|((id, weight), share)| {
-            let state = states.map(|_| state_of(states, id.as_str()).unwrap_or("ready"));
-            let mut member =
-                json!({"member": id.as_str(), "weight": weight.get(), "share_percent": share, "state": state});
-            if let Some(gets_none) = unusable.json(id.as_str()) {
-                member["unusable"] = gets_none;
-            }
-            member
-        })
-        .collect();
-    let left_out: Vec<Value> = seen
-        .left_out
-        .iter()
-        .map(|left_out| json!({"member": left_out.member, "reason": left_out.reason}))
-        .collect();
-    let (have, have_not) = divide(&reports.live, &seen.hash());
-    json_text(&json!({
-        "pool": &*pool.name,
-        "key": pool.weights_key,
-        "version": seen.version,
-        "hash": seen.hash().to_string(),
-        "last_change": seen.newest.as_ref().map(entry_json),
-        "changed_outside": changes_json(&seen.outside),
-        "members": members,
-        "left_out": left_out,
-        "applied": {"have": have, "have_not": have_not, "are_all": reports.are_all_in.is_zero()},
-        "reported": unusable.head_json(),
-    }))
-}
-
 /// Of whoever is not ready.
-fn state_of<'a>(states: Option<&'a [(String, String)]>, member: &str) -> Option<&'a str> {
+pub(super) fn state_of<'a>(states: Option<&'a [(String, String)]>, member: &str) -> Option<&'a str> {
     let states = states?;
     let place = states.binary_search_by(|(name, _)| name.as_str().cmp(member)).ok()?;
     Some(states[place].1.as_str()).filter(|state| *state != "ready")
 }
 
 /// In percent, of those that are ready. Dividing by the largest keeps the sum of huge weights finite.
-fn shares(seen: &Seen, states: Option<&[(String, String)]>) -> impl Iterator<Item = f64> {
+pub(super) fn shares(seen: &Seen, states: Option<&[(String, String)]>) -> impl Iterator<Item = f64> {
     let weights = || {
         seen.table.members().iter().map(move |(id, weight)| {
             let is_out = matches!(state_of(states, id.as_str()), Some("drain" | "maint"));
@@ -183,7 +96,7 @@ fn shares(seen: &Seen, states: Option<&[(String, String)]>) -> impl Iterator<Ite
     weights().map(move |weight| if total > 0.0 { part(weight) / total * 100.0 } else { 0.0 })
 }
 
-fn divide<'a>(reports: &'a [Report], hash: &ContentHash) -> (Vec<&'a str>, Vec<&'a str>) {
+pub(super) fn divide<'a>(reports: &'a [Report], hash: &ContentHash) -> (Vec<&'a str>, Vec<&'a str>) {
     let (have, have_not): (Vec<&Report>, Vec<&Report>) = reports.iter().partition(|r| r.hash == *hash);
     let names = |reports: Vec<&'a Report>| reports.into_iter().map(|report| report.proxy.as_str()).collect();
     (names(have), names(have_not))
@@ -218,36 +131,8 @@ pub(super) fn done(pool: &Pool, done: &Done, on_empty: OnEmpty) -> String {
     text
 }
 
-/// The same in JSON, with who has applied it where that was waited for.
-pub(super) fn done_json(pool: &Pool, done: &Done, fleet: Option<&Fleet>) -> String {
-    json_text(&json!({
-        "pool": &*pool.name,
-        "key": pool.weights_key,
-        "version": done.version,
-        "version_before": done.before,
-        "back_to": done.back_to,
-        "hash": done.hash().to_string(),
-        "changes": changes_json(&done.changes),
-        "changed_outside": done.outside,
-        "left_alone": done.passed_over,
-        "applied": fleet.map(|fleet| {
-            json!({"have": fleet.have, "have_not": fleet.have_not, "are_all": fleet.are_all_in.is_zero()})
-        }),
-    }))
-}
-
 /// The answer to `history`.
-pub(super) fn history(pool: &str, history: &History, as_json: bool) -> String {
-    if as_json {
-        let entries: Vec<Value> = history.entries.iter().map(entry_json).collect();
-        let unsaved = history.unsaved.as_ref().map(changes_json);
-        return json_text(&json!({
-            "pool": pool,
-            "entries": entries,
-            "not_entered": unsaved,
-            "left_out": history.left_out,
-        }));
-    }
+pub(super) fn history(history: &History) -> String {
     let mut text = String::new();
     if let Some(changes) = &history.unsaved {
         text += &format!(
@@ -308,34 +193,6 @@ fn name(Change { member, bytes, .. }: &Change) -> String {
     }
 }
 
-fn entry_json(entry: &Entry) -> Value {
-    json!({
-        "version": entry.version,
-        "what": entry.what,
-        "back_to": entry.back_to,
-        "time": entry.when.map(|when| humantime::format_rfc3339_millis(when).to_string()),
-        "who": entry.who,
-        "why": entry.why,
-        "changes": changes_json(&entry.changes),
-        "hash": entry.hash,
-    })
-}
-
-/// A list, or its length where it was too long to be kept.
-fn changes_json(changes: &Changes) -> Value {
-    if changes.kept.is_empty() && changes.count > 0 {
-        return json!({"count": changes.count});
-    }
-    let change_json = |change: &Change| {
-        let mut json = json!({"member": change.member, "old": change.old, "new": change.new});
-        if let Some(bytes) = change.bytes {
-            json["member_bytes"] = json!(bytes);
-        }
-        json
-    };
-    changes.kept.iter().map(change_json).collect()
-}
-
 fn members(count: u64) -> String {
     format!("{count} {}", if count == 1 { "member" } else { "members" })
 }
@@ -353,17 +210,6 @@ pub(super) fn proxies(count: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn nothing_that_stands_in_redis_reaches_a_terminal_raw() {
-        let hostile = "a\x1b[2J\u{9b}31m\u{202e}\x7f\n\t";
-        for text in [word(hostile), json_text(&json!({ hostile: hostile }))] {
-            let raw = text.trim_end().chars().find(|c| c.is_control() || *c == '\u{202e}');
-            assert_eq!(raw, None, "{text:?}");
-        }
-        let back: Value = serde_json::from_str(&json_text(&json!([hostile, "ü\u{1f600}"]))).expect("JSON");
-        assert_eq!(back, json!([hostile, "ü\u{1f600}"]), "it still says the same");
-    }
 
     /// A column wider than 65,535 characters cannot be formatted.
     #[test]

@@ -11,12 +11,16 @@ use clap::Args;
 use fastrand::Rng;
 use serde_json::{Value, json};
 
-use super::show::{json_text, word};
-use super::{Failure, Ledger, Target, find_pool, parse_members, say};
+use super::Failure;
+use super::arguments::Target;
+use super::escape::{json_text, word};
+use super::members::parse_members;
+use super::settings::find_pool;
 use crate::balance::simulation::{Forecast, Simulation, Trial};
 use crate::balance::{AdminState, BackendId, Balance, Table, Weight};
+use crate::cli::say;
 use crate::config::{Pool, Redis};
-use crate::redis::weights::{LeftOut, Seen, WeightsError};
+use crate::redis::weights::{Ledger, LeftOut, Seen, WeightsError};
 
 /// The same question has the same answer.
 const SEED: u64 = 1;

@@ -8,7 +8,10 @@ use clap::Args;
 use serde_json::json;
 use tokio::time::{Instant, sleep};
 
-use super::{Failure, Settings, Target, check_count, settings, show, wait};
+use super::arguments::Target;
+use super::members::check_count;
+use super::settings::{Settings, settings};
+use super::{Failure, escape, show, wait};
 use crate::balance::{AdminState, BackendId};
 use crate::cli::say;
 use crate::redis::weights::{ContentHash, LANDING, Ledger, Report, Reports};
@@ -72,7 +75,7 @@ pub(super) async fn put(
     } else {
         let mut text = String::new();
         for (member, before) in members.iter().zip(&before) {
-            let _ = writeln!(text, "{}: {before} -> {state}", show::printable(member.as_str()));
+            let _ = writeln!(text, "{}: {before} -> {state}", escape::printable(member.as_str()));
         }
         text
     };
@@ -101,7 +104,7 @@ async fn wait_for(ledger: &mut Ledger, members: &[BackendId], limit: Duration) -
         }
         if told.elapsed() >= TELL {
             told = Instant::now();
-            crate::cli::complain(&show::printable(&waits));
+            crate::cli::complain(&escape::printable(&waits));
         }
         sleep(wait::rest_after(asked.elapsed(), LOOK).min(limit.saturating_sub(begun.elapsed()))).await;
     }

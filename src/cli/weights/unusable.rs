@@ -6,7 +6,8 @@ use std::collections::{BTreeMap, HashMap};
 
 use serde_json::{Value, json};
 
-use super::show::{proxies, word};
+use super::escape::word;
+use super::show::proxies;
 use crate::redis::weights::{Report, ReportedReason};
 
 /// Different answers of the proxies about one member, in a line for a person; JSON has them all.
