@@ -4,7 +4,7 @@
 use std::io::{self, Write as _};
 use std::path::Path;
 
-use super::say;
+use super::print;
 use crate::config::Config;
 
 /// Says what the config would run.
@@ -21,7 +21,7 @@ pub(super) fn check(path: &Path, config: &Config) -> anyhow::Result<()> {
     if config.warnings.more > 0 {
         let _ = writeln!(errors, "and {} more warnings", config.warnings.more);
     }
-    say(&format!(
+    print(&format!(
         "{}: valid: {} listeners, {} pools, {redis}\n",
         path.display(),
         config.listeners.len(),

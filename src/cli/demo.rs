@@ -16,7 +16,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 
-use super::say;
+use super::print;
 use crate::config::Config;
 use crate::supervisor::{self, Running};
 
@@ -54,7 +54,7 @@ async fn show(arguments: &DemoArguments) -> anyhow::Result<()> {
         _ = hang_up.recv() => return Ok(()),
     };
     // So that the prompt begins a line of its own.
-    result.and_then(|()| say("\n"))
+    result.and_then(|()| print("\n"))
 }
 
 async fn perform(arguments: &DemoArguments) -> anyhow::Result<()> {
@@ -72,7 +72,7 @@ async fn perform(arguments: &DemoArguments) -> anyhow::Result<()> {
     let entry = running.addresses[0].1[0];
     tasks.spawn(connect_again_and_again(entry));
 
-    say(&introduction(entry, &running, &backends, redis.as_ref()))?;
+    print(&introduction(entry, &running, &backends, redis.as_ref()))?;
     let end = async {
         match arguments.seconds {
             Some(seconds) => sleep(Duration::from_secs(seconds)).await,
@@ -186,7 +186,7 @@ async fn watch_shares(running: &Running, backends: &[SocketAddr]) -> anyhow::Res
         } else {
             line(backends, &sessions, refused)
         };
-        say(&text)?;
+        print(&text)?;
         drawn = true;
         sleep(pace).await;
     }

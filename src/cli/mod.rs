@@ -72,7 +72,7 @@ pub fn main() -> ExitCode {
         }
         Command::Demo(arguments) => report(demo::demo(&arguments)),
         Command::Weights(command) => weights::weights(&command),
-        Command::Version => report(say(concat!("statera ", env!("CARGO_PKG_VERSION"), "\n"))),
+        Command::Version => report(print(concat!("statera ", env!("CARGO_PKG_VERSION"), "\n"))),
     }
 }
 
@@ -80,14 +80,14 @@ fn with_config(path: &Path, command: impl FnOnce(&Config) -> anyhow::Result<()>)
     match Config::load(path) {
         Ok(config) => report(command(&config)),
         Err(error) => {
-            complain_plainly(&error.to_string());
+            print_error_line(&error.to_string());
             ExitCode::from(INVALID)
         }
     }
 }
 
 /// Prints an answer. Unlike `println!`, it does not panic when the reader has gone (`statera … | head -1`).
-fn say(text: &str) -> anyhow::Result<()> {
+fn print(text: &str) -> anyhow::Result<()> {
     let mut output = io::stdout().lock();
     output.write_all(text.as_bytes()).and_then(|()| output.flush()).context("cannot write the answer")
 }
@@ -96,17 +96,17 @@ fn report(result: anyhow::Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            complain(&format!("{error:#}"));
+            print_error(&format!("{error:#}"));
             ExitCode::from(FAILED)
         }
     }
 }
 
 /// Says on standard error what is wrong. Unlike `eprintln!`, it does not panic where that cannot be written.
-fn complain(text: &str) {
-    complain_plainly(&format!("statera: {text}"));
+fn print_error(text: &str) {
+    print_error_line(&format!("statera: {text}"));
 }
 
-fn complain_plainly(text: &str) {
+fn print_error_line(text: &str) {
     let _ = io::stderr().write_all(format!("{text}\n").as_bytes());
 }

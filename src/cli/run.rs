@@ -13,7 +13,7 @@ use tokio::runtime::Runtime;
 use tokio::time::sleep;
 use tracing::{info, warn};
 
-use super::signals::{Noted, Stops};
+use super::signals::{LoggedSignals, StopSignals};
 use crate::config::{Config, Log, LogFormat, LogOutput, Problem, Warnings};
 use crate::control::runtime;
 use crate::net::descriptors;
@@ -33,14 +33,15 @@ const FEW_DESCRIPTORS: u64 = 64;
 /// What is ready before the config is read.
 pub(super) struct Prepared {
     runtime: Runtime,
-    noted: Noted,
+    logged_signals: LoggedSignals,
 }
 
 /// Sees to it that no signal but those that mean "stop" ends the process. To be called first.
 pub(super) fn prepare() -> anyhow::Result<Prepared> {
     let runtime = runtime::new().context("cannot watch for signals")?;
-    let noted = runtime.block_on(async { Noted::new() }).context("cannot watch for signals")?;
-    Ok(Prepared { runtime, noted })
+    let logged_signals =
+        runtime.block_on(async { LoggedSignals::new() }).context("cannot watch for signals")?;
+    Ok(Prepared { runtime, logged_signals })
 }
 
 /// Runs until TERM, INT or QUIT. A second one cuts what is left.
@@ -52,7 +53,7 @@ pub(super) fn run(config: &Config, prepared: Prepared) -> anyhow::Result<()> {
     let before = sink.dropped();
     let lost = sink.end(LAST_LINES) - before;
     if lost > 0 && takes_bytes(&io::stderr()) {
-        super::complain(&format!("{lost} log lines could not be written before the end"));
+        super::print_error(&format!("{lost} log lines could not be written before the end"));
     }
     result
 }
@@ -73,11 +74,11 @@ fn takes_bytes(output: &impl AsFd) -> bool {
 }
 
 fn serve(config: &Config, sink: LogSink, prepared: Prepared) -> anyhow::Result<()> {
-    let Prepared { runtime, noted } = prepared;
+    let Prepared { runtime, logged_signals } = prepared;
     tell_warnings(&config.warnings);
     raise_descriptor_limit();
     // Before anything runs: a signal that comes while the proxy starts must not be lost.
-    let stops = runtime.block_on(async { Stops::new() }).context("cannot watch for signals")?;
+    let stop_signals = runtime.block_on(async { StopSignals::new() }).context("cannot watch for signals")?;
     let running = supervisor::start(config, Some(sink.clone()))?;
     for (listener, addresses) in &running.addresses {
         info!(listener = %listener, ?addresses, "accepting");
@@ -92,7 +93,7 @@ fn serve(config: &Config, sink: LogSink, prepared: Prepared) -> anyhow::Result<(
             "few descriptors are left for sessions, which take two each: raise `ulimit -n` (LimitNOFILE)"
         );
     }
-    runtime.block_on(obey(stops, noted, &running));
+    runtime.block_on(handle_signals(stop_signals, logged_signals, &running));
     let summary = running.join();
     // So that there is room for the last line.
     sink.flush(FLUSH_TIME);
@@ -130,17 +131,17 @@ fn log_events(log: &Log, sink: LogSink) {
         LogFormat::Text => builder.try_init(),
     };
     if let Err(error) = installed {
-        super::complain(&format!("cannot install the log: {error}"));
+        super::print_error(&format!("cannot install the log: {error}"));
     }
 }
 
 /// Returns when the proxy has ended.
-async fn obey(mut stops: Stops, mut noted: Noted, running: &Running) {
+async fn handle_signals(mut stop_signals: StopSignals, mut logged_signals: LoggedSignals, running: &Running) {
     let mut told = false;
-    let mut answering = pin!(noted.answer());
+    let mut answering = pin!(logged_signals.answer());
     while !running.has_ended() {
         tokio::select! {
-            () = stops.next() => stop(running, &mut told),
+            () = stop_signals.next() => stop(running, &mut told),
             () = &mut answering => {}
             // The end of a thread wakes no task.
             () = sleep(if told { FAST_LOOK } else { SLOW_LOOK }) => {}

@@ -29,7 +29,7 @@ const STOPS: [Number; 3] = [Number::TERM, Number::INT, Number::QUIT];
 const CHANGES_NOTHING: &str = "this signal has no effect: send TERM, INT or QUIT to drain and stop";
 const NO_PAUSE: &str = "listeners cannot be paused or resumed: send TERM, INT or QUIT to drain and stop";
 /// Name, signal and answer of those that end nothing.
-const NOTED: [(&str, Number, &str); 11] = [
+const LOGGED: [(&str, Number, &str); 11] = [
     ("HUP", Number::HUP, "reload is not supported yet: restart to read the config again"),
     (
         "USR1",
@@ -58,13 +58,13 @@ const NOTED: [(&str, Number, &str); 11] = [
 ];
 /// HAProxy's users pause and resume listeners by these. Where an output is a terminal they are the shell's, which stops a program
 /// in the background that writes: one that handled TTOU would try to write for ever.
-const NOTED_WITHOUT_TERMINAL: [(&str, Number, &str); 2] =
+const LOGGED_WITHOUT_TERMINAL: [(&str, Number, &str); 2] =
     [("TTIN", Number::TTIN, NO_PAUSE), ("TTOU", Number::TTOU, NO_PAUSE)];
 /// Real-time signals. The first of them that the C library leaves to programs is 34 or 35; 64 is beyond tokio.
 const REAL_TIME: std::ops::Range<i32> = 34..64;
 
 /// The signals that end nothing. While this lives, and after it, none of them ends the process.
-pub(super) struct Noted(Vec<Answered>);
+pub(super) struct LoggedSignals(Vec<Answered>);
 
 struct Answered {
     name: String,
@@ -73,17 +73,17 @@ struct Answered {
     pace: LogLimiter,
 }
 
-impl Noted {
+impl LoggedSignals {
     /// Installs their handlers. To be called in a runtime, before anything else: what comes before the first
-    /// [`Noted::answer`] is answered then.
+    /// [`LoggedSignals::answer`] is answered then.
     ///
     /// # Errors
     /// The kernel refuses a handler.
     pub(super) fn new() -> io::Result<Self> {
         let mut all = Vec::new();
         let has_terminal = io::stdout().is_terminal() || io::stderr().is_terminal();
-        let more = NOTED_WITHOUT_TERMINAL.into_iter().filter(|_| !has_terminal);
-        for (name, number, answer) in NOTED.into_iter().chain(more) {
+        let more = LOGGED_WITHOUT_TERMINAL.into_iter().filter(|_| !has_terminal);
+        for (name, number, answer) in LOGGED.into_iter().chain(more) {
             all.push(Answered::new(name.to_owned(), number.as_raw(), answer)?);
         }
         // Which of these the C library keeps for itself is its business: it refuses those.
@@ -123,9 +123,9 @@ impl Answered {
 }
 
 /// The signals that end the process in an orderly way.
-pub(super) struct Stops([Signal; STOPS.len()]);
+pub(super) struct StopSignals([Signal; STOPS.len()]);
 
-impl Stops {
+impl StopSignals {
     /// Installs their handlers; until then they end the process at once. To be called in a runtime.
     ///
     /// # Errors

@@ -27,7 +27,7 @@ use self::arguments::{HistoryArguments, RemoveArguments, RollbackArguments, SetA
 use self::change::change;
 use self::members::{check_count, parse_members};
 use self::settings::{Settings, settings};
-use super::{FAILED, INVALID, NOT_CONVERGED, UNREACHABLE, say};
+use super::{FAILED, INVALID, NOT_CONVERGED, UNREACHABLE, print};
 use crate::balance::AdminState;
 use crate::redis::weights::{LONGEST_HISTORY, Ledger, Order, Reports, WeightsError};
 
@@ -61,18 +61,18 @@ pub(super) fn weights(command: &WeightsCommand) -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return super::report(Err(error.into())),
     };
-    let (code, text) = match runtime.block_on(obey(command)) {
+    let (code, text) = match runtime.block_on(execute(command)) {
         Ok(()) => return ExitCode::SUCCESS,
         Err(Failure::Failed(text)) => (FAILED, text),
         Err(Failure::Invalid(text)) => (INVALID, text),
         Err(Failure::NotConverged(text)) => (NOT_CONVERGED, text),
         Err(Failure::Unreachable(text)) => (UNREACHABLE, text),
     };
-    super::complain(&escape::printable(&text));
+    super::print_error(&escape::printable(&text));
     ExitCode::from(code)
 }
 
-async fn obey(command: &WeightsCommand) -> Result<(), Failure> {
+async fn execute(command: &WeightsCommand) -> Result<(), Failure> {
     match command {
         WeightsCommand::Get(arguments) => get(&arguments.target).await,
         WeightsCommand::Set(SetArguments { target, members, writing }) => {
@@ -93,7 +93,7 @@ async fn obey(command: &WeightsCommand) -> Result<(), Failure> {
             let history = ledger.history(usize::try_from(*limit).unwrap_or(LONGEST_HISTORY)).await?;
             let text =
                 if target.json { json::history(&target.pool, &history) } else { show::history(&history) };
-            Ok(say(&text)?)
+            Ok(print(&text)?)
         }
         WeightsCommand::Rollback(RollbackArguments { target, version, writing }) => {
             change(target, &Order::Rollback(*version), writing).await
@@ -110,11 +110,11 @@ async fn get(target: &Target) -> Result<(), Failure> {
     let reports = ledger.applied().await.unwrap_or_else(|_| unknown());
     let states = ledger.states().await;
     if target.json {
-        return Ok(say(&json::table(&pool, &seen, states.as_deref().ok(), &reports))?);
+        return Ok(print(&json::table(&pool, &seen, states.as_deref().ok(), &reports))?);
     }
     let mut text = show::table(&pool, &seen, states.as_deref().ok(), &reports);
     if let Err(error) = states {
         text += &format!("who is in drain or maint is not known: {}\n", escape::word(&error.to_string()));
     }
-    Ok(say(&text)?)
+    Ok(print(&text)?)
 }

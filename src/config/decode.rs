@@ -12,7 +12,7 @@ pub(super) use section::{Keys, Section};
 use std::cell::{Cell, RefCell};
 use std::fmt;
 
-use super::file::{ConfigFile, Node, Place};
+use super::file::{ConfigFile, Location, Node};
 
 /// More are counted, not listed: each costs one more parse for its line, and nobody reads on.
 const PROBLEMS_SHOWN: usize = 50;
@@ -51,7 +51,7 @@ pub(super) struct Problems {
 
 struct Found {
     path: String,
-    place: Place,
+    location: Location,
     message: Message,
 }
 
@@ -59,14 +59,14 @@ enum Message {
     Plain(String),
     /// A duplicate key: names the line of the first one, too.
     Twice {
-        first: Place,
+        first: Location,
     },
 }
 
 impl Problems {
     /// Reports `message` (value and cure) for `path`.
-    pub(super) fn add(&self, path: String, place: Place, message: impl Into<String>) {
-        self.push(Found { path, place, message: Message::Plain(message.into()) });
+    pub(super) fn add(&self, path: String, location: Location, message: impl Into<String>) {
+        self.push(Found { path, location, message: Message::Plain(message.into()) });
     }
 
     fn push(&self, found: Found) {
@@ -94,16 +94,16 @@ impl Problems {
     }
 
     fn locate(mut found: Vec<Found>, file: &ConfigFile) -> (Vec<Problem>, usize) {
-        found.sort_by(|a, b| a.place.cmp(&b.place));
+        found.sort_by(|a, b| a.location.cmp(&b.location));
         let more = found.len().saturating_sub(PROBLEMS_SHOWN);
         found.truncate(PROBLEMS_SHOWN);
         let mut lookups = REPARSED_MAX_BYTES / file.len().max(1);
-        let mut line_of = |place: &Place| {
+        let mut line_of = |location: &Location| {
             lookups = lookups.checked_sub(1)?;
-            file.line_of(place)
+            file.line_of(location)
         };
-        let located = found.into_iter().map(|Found { path, place, message }| {
-            let line = line_of(&place);
+        let located = found.into_iter().map(|Found { path, location, message }| {
+            let line = line_of(&location);
             let message = match message {
                 Message::Plain(text) => text,
                 Message::Twice { first } => match line_of(&first) {
@@ -122,14 +122,14 @@ impl Problems {
 pub(super) struct Field<'a> {
     node: &'a Node,
     path: String,
-    place: Place,
+    location: Location,
     problems: &'a Problems,
 }
 
 impl<'a> Field<'a> {
     /// The top of the tree.
     pub(super) fn root(node: &'a Node, problems: &'a Problems) -> Self {
-        Self { node, path: String::new(), place: Place::new(), problems }
+        Self { node, path: String::new(), location: Location::new(), problems }
     }
 
     /// As it stands in messages.
@@ -144,7 +144,7 @@ impl<'a> Field<'a> {
 
     /// Reports without showing the value: for secrets, and for what is missing.
     pub(super) fn refuse_unshown(&self, message: impl Into<String>) {
-        self.problems.add(self.path.clone(), self.place.clone(), message);
+        self.problems.add(self.path.clone(), self.location.clone(), message);
     }
 
     /// Warns of this value: it is valid, and cannot be meant.
@@ -154,14 +154,14 @@ impl<'a> Field<'a> {
 
     /// The same without the value.
     pub(super) fn warn_unshown(&self, message: impl Into<String>) {
-        let (path, place) = (self.path.clone(), self.place.clone());
+        let (path, location) = (self.path.clone(), self.location.clone());
         let message = Message::Plain(message.into());
-        self.problems.warnings.borrow_mut().push(Found { path, place, message });
+        self.problems.warnings.borrow_mut().push(Found { path, location, message });
     }
 
     /// Reports that `key` is missing below this value.
     pub(super) fn miss(&self, key: &str, cure: impl Into<String>) {
-        self.problems.add(path_of_key(&self.path, key), self.place.clone(), cure);
+        self.problems.add(path_of_key(&self.path, key), self.location.clone(), cure);
     }
 
     fn shown(&self) -> String {
@@ -188,9 +188,9 @@ impl<'a> Field<'a> {
     }
 
     fn child(&self, path: String, position: usize, node: &'a Node) -> Self {
-        let mut place = self.place.clone();
-        place.push(position);
-        Self { node, path, place, problems: self.problems }
+        let mut location = self.location.clone();
+        location.push(position);
+        Self { node, path, location, problems: self.problems }
     }
 }
 

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeSeed;
 
-use line::Follow;
+use line::FailAt;
 pub(super) use node::Node;
 
 use super::decode::escaped;
@@ -38,7 +38,7 @@ pub(super) struct ConfigFile {
 
 /// A place in the tree: at each level the position among the siblings, so that duplicate keys stay apart. Places compare
 /// in the order of the file.
-pub(super) type Place = Vec<usize>;
+pub(super) type Location = Vec<usize>;
 
 /// No YAML document could be had. The message names the file and the cure.
 #[derive(Debug, thiserror::Error)]
@@ -105,11 +105,11 @@ impl ConfigFile {
 
     /// The line of the key or list item at `place`, counted from 1. Costs one more parse of the file: serde_yaml tells
     /// lines only in its errors, so one is provoked there.
-    pub(super) fn line_of(&self, place: &[usize]) -> Option<usize> {
-        if place.is_empty() {
+    pub(super) fn line_of(&self, location: &[usize]) -> Option<usize> {
+        if location.is_empty() {
             return None;
         }
-        let error = Follow(place).deserialize(serde_yaml::Deserializer::from_str(&self.text)).err()?;
+        let error = FailAt(location).deserialize(serde_yaml::Deserializer::from_str(&self.text)).err()?;
         error.location().map(|location| location.line())
     }
 }
@@ -201,7 +201,7 @@ mod tests {
     fn every_place_has_its_line() {
         let text = "# comment\na: 1\nb:\n  c: [x,\n    y]\n  d: &d {e: 2}\na: 3\nf:\n  - *d\n  - - z\n\"k\\n\": |\n  x\n  y\nl: 4\n";
         let file = ConfigFile::parse(text).unwrap();
-        for (place, line) in [
+        for (location, line) in [
             (vec![0], 2),
             (vec![1], 3),
             (vec![1, 0], 4),
@@ -216,7 +216,7 @@ mod tests {
             (vec![4], 11),
             (vec![5], 14),
         ] {
-            assert_eq!(file.line_of(&place), Some(line), "{place:?}");
+            assert_eq!(file.line_of(&location), Some(line), "{location:?}");
         }
         assert_eq!(file.line_of(&[]), None);
     }

@@ -3,7 +3,7 @@
 use super::arguments::{Target, Writing};
 use super::settings::{Settings, settings};
 use super::{Failure, json, show, wait};
-use crate::cli::say;
+use crate::cli::print;
 use crate::redis::weights::{Author, Ledger, Order};
 
 /// Of a reason, which stands in the history a thousand times.
@@ -18,7 +18,7 @@ pub(super) async fn change(target: &Target, order: &Order, writing: &Writing) ->
     let author = Author { who: who(), why: writing.reason.clone() };
     let done = ledger.change(order, writing.if_version, &author).await?;
     if !target.json {
-        say(&show::done(&pool, &done, redis.on_empty))?;
+        print(&show::done(&pool, &done, redis.on_empty))?;
     }
     let waited = match writing.wait {
         Some(limit) => wait::for_fleet(&mut ledger, &done, limit).await.map(Some),
@@ -26,14 +26,14 @@ pub(super) async fn change(target: &Target, order: &Order, writing: &Writing) ->
     };
     if target.json {
         // Whatever became of the waiting, the change is made.
-        say(&json::done(&pool, &done, waited.as_ref().ok().and_then(Option::as_ref)))?;
+        print(&json::done(&pool, &done, waited.as_ref().ok().and_then(Option::as_ref)))?;
     }
     let Some(fleet) = waited? else { return Ok(()) };
     if !fleet.has_converged() {
         return Err(Failure::NotConverged(fleet.not_converged(done.version)));
     }
     if !target.json {
-        say(&format!("applied by {}\n", show::proxies(fleet.have.len())))?;
+        print(&format!("applied by {}\n", show::proxies(fleet.have.len())))?;
     }
     Ok(())
 }

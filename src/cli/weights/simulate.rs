@@ -18,7 +18,7 @@ use super::members::parse_members;
 use super::settings::find_pool;
 use crate::balance::simulation::{Forecast, Simulation, Trial};
 use crate::balance::{AdminState, BackendId, Balance, Table, Weight};
-use crate::cli::say;
+use crate::cli::print;
 use crate::config::{Pool, Redis};
 use crate::redis::weights::{Ledger, LeftOut, Seen, WeightsError};
 
@@ -100,7 +100,7 @@ pub(super) async fn simulate(arguments: &SimulateArguments) -> Result<(), Failur
         }
     };
     let answer = forecast(&pool, now, written, *sessions, *active);
-    Ok(say(&if target.json { answer.json(&pool) } else { answer.text(&pool) })?)
+    Ok(print(&if target.json { answer.json(&pool) } else { answer.text(&pool) })?)
 }
 
 async fn look(redis: &Redis, key: &str) -> Result<Seen, Failure> {

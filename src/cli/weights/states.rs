@@ -13,7 +13,7 @@ use super::members::check_count;
 use super::settings::{Settings, settings};
 use super::{Failure, escape, show, wait};
 use crate::balance::{AdminState, BackendId};
-use crate::cli::say;
+use crate::cli::print;
 use crate::redis::weights::{ContentHash, LANDING, Ledger, Report, Reports};
 
 /// Between two looks, at least: a proxy reports a change within three quarters of a second, and once more two seconds after the last.
@@ -48,7 +48,7 @@ pub(super) async fn drain(arguments: &DrainArguments) -> Result<(), Failure> {
     let Some(limit) = *wait else { return Ok(()) };
     let proxies = wait_for(&mut ledger, &members, limit).await?;
     if !which.target.json {
-        say(&format!("no session is left: {} say so\n", show::proxies(proxies)))?;
+        print(&format!("no session is left: {} say so\n", show::proxies(proxies)))?;
     }
     Ok(())
 }
@@ -79,7 +79,7 @@ pub(super) async fn put(
         }
         text
     };
-    say(&text)?;
+    print(&text)?;
     Ok((ledger, members))
 }
 
@@ -104,7 +104,7 @@ async fn wait_for(ledger: &mut Ledger, members: &[BackendId], limit: Duration) -
         }
         if told.elapsed() >= TELL {
             told = Instant::now();
-            crate::cli::complain(&escape::printable(&waits));
+            crate::cli::print_error(&escape::printable(&waits));
         }
         sleep(wait::rest_after(asked.elapsed(), LOOK).min(limit.saturating_sub(begun.elapsed()))).await;
     }

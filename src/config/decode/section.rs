@@ -110,9 +110,9 @@ impl<'a> Section<'a> {
                 first_positions.insert(key.as_str(), position);
                 continue;
             };
-            let Field { path, place, problems, .. } = self.field.entry(position, key, node);
-            let first = self.field.entry(first, key, node).place;
-            problems.push(Found { path, place, message: Message::Twice { first } });
+            let Field { path, location, problems, .. } = self.field.entry(position, key, node);
+            let first = self.field.entry(first, key, node).location;
+            problems.push(Found { path, location, message: Message::Twice { first } });
         }
     }
 }

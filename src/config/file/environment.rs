@@ -3,7 +3,7 @@
 //! `$$` is a dollar sign; a dollar before anything else but `{` stays as it is. Reads no variable itself: the caller brings
 //! the lookup.
 
-use super::{Node, Place};
+use super::{Location, Node};
 use crate::config::decode::{Problems, escaped, path_of_item, path_of_key};
 
 /// Longer names and defaults are shortened in messages.
@@ -15,39 +15,39 @@ pub(in crate::config) fn fill_in(
     lookup: &dyn Fn(&str) -> Option<String>,
     problems: &Problems,
 ) {
-    visit(root, String::new(), &mut Vec::new(), &|path, place, text| {
-        replaced(text, lookup).map_err(|cure| problems.add(path.to_owned(), place.clone(), cure)).ok()
+    visit(root, String::new(), &mut Vec::new(), &|path, location, text| {
+        replaced(text, lookup).map_err(|cure| problems.add(path.to_owned(), location.clone(), cure)).ok()
     });
 }
 
 fn visit(
     node: &mut Node,
     path: String,
-    place: &mut Place,
-    replace: &dyn Fn(&str, &Place, &str) -> Option<String>,
+    location: &mut Location,
+    replace: &dyn Fn(&str, &Location, &str) -> Option<String>,
 ) {
     match node {
         Node::Text(text) if text.contains('$') => {
-            *node = replace(&path, place, text).map_or(Node::Broken, Node::Text);
+            *node = replace(&path, location, text).map_or(Node::Broken, Node::Text);
         }
         Node::List(items) => {
             for (position, item) in items.iter_mut().enumerate() {
-                place.push(position);
-                visit(item, path_of_item(&path, position), place, replace);
-                place.pop();
+                location.push(position);
+                visit(item, path_of_item(&path, position), location, replace);
+                location.pop();
             }
         }
         Node::Map(entries) => {
             for (position, (key, value)) in entries.iter_mut().enumerate() {
-                place.push(position);
+                location.push(position);
                 if key.contains('$') {
-                    match replace(&path_of_key(&path, key), place, key) {
+                    match replace(&path_of_key(&path, key), location, key) {
                         Some(filled) => *key = filled,
                         None => *value = Node::Broken,
                     }
                 }
-                visit(value, path_of_key(&path, key), place, replace);
-                place.pop();
+                visit(value, path_of_key(&path, key), location, replace);
+                location.pop();
             }
         }
         _ => {}

@@ -7,9 +7,9 @@ use std::fmt;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 /// Walks down to a place and fails there. It never succeeds.
-pub(super) struct Follow<'p>(pub(super) &'p [usize]);
+pub(super) struct FailAt<'p>(pub(super) &'p [usize]);
 
-impl<'de> DeserializeSeed<'de> for Follow<'_> {
+impl<'de> DeserializeSeed<'de> for FailAt<'_> {
     type Value = ();
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
@@ -17,7 +17,7 @@ impl<'de> DeserializeSeed<'de> for Follow<'_> {
     }
 }
 
-impl<'de> Visitor<'de> for Follow<'_> {
+impl<'de> Visitor<'de> for FailAt<'_> {
     type Value = ();
 
     // Every other visit, and so the end of the way, takes serde's default: the error that is wanted.
@@ -30,7 +30,7 @@ impl<'de> Visitor<'de> for Follow<'_> {
         for _ in 0..position {
             items.next_element::<IgnoredAny>()?;
         }
-        items.next_element_seed(Follow(rest))?;
+        items.next_element_seed(FailAt(rest))?;
         Err(A::Error::custom("no such item"))
     }
 
@@ -40,10 +40,10 @@ impl<'de> Visitor<'de> for Follow<'_> {
             entries.next_entry::<IgnoredAny, IgnoredAny>()?;
         }
         if rest.is_empty() {
-            entries.next_key_seed(Follow(rest))?;
+            entries.next_key_seed(FailAt(rest))?;
         } else {
             entries.next_key::<IgnoredAny>()?;
-            entries.next_value_seed(Follow(rest))?;
+            entries.next_value_seed(FailAt(rest))?;
         }
         Err(A::Error::custom("no such key"))
     }
