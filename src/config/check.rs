@@ -24,6 +24,8 @@ use super::{Config, Congestion, Redis, Warnings};
 const ROOT: Keys = Keys {
     now: &["workers", "redis", "lua_pick", "state_dir", "listeners", "pools", "admin", "log", "shutdown"],
     later: &[],
+    example: "{listeners: {…}, pools: {…}}",
+    meant: &[],
 };
 const NAME_MAX_BYTES: usize = 64;
 
@@ -147,12 +149,18 @@ fn config(root: &Section<'_>) -> Config {
 }
 
 /// Opens a required section whose keys are names, and checks those: they become metric labels and parts of paths.
-fn named_section<'a>(root: &Section<'a>, key: &str, missing: &str) -> Option<Section<'a>> {
+fn named_section<'a>(
+    root: &Section<'a>,
+    key: &str,
+    inner: Keys,
+    example: &str,
+    missing: &str,
+) -> Option<Section<'a>> {
     if !root.has(key) {
         root.whole().miss(key, format!("it is missing: {missing}"));
         return None;
     }
-    let section = Section::open_named(root.field(key)?);
+    let section = Section::open_named(root.field(key)?, inner, example);
     if section.is_empty() && section.whole().is_map() {
         section.whole().refuse_unshown(format!("it is empty: {missing}"));
     }

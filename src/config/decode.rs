@@ -5,9 +5,10 @@
 //! `check.rs`. Values are shown shortened and with control characters escaped; secrets are never shown.
 
 mod section;
+mod suggest;
 mod value;
 
-pub(super) use section::{Keys, Section};
+pub(super) use section::{Keys, Kind, Section};
 
 use std::cell::{Cell, RefCell};
 use std::fmt;
@@ -21,6 +22,8 @@ const PROBLEMS_KEPT: usize = 1000;
 /// What may be parsed again to find lines: all 50 for a file of 400 kB, the first 20 for the largest, in a second or two.
 const REPARSED_MAX_BYTES: usize = 20 * 1024 * 1024;
 const VALUE_MAX_CHARS: usize = 60;
+/// Stands for a value that may hold a password.
+const HIDDEN: &str = "…";
 
 /// One thing that is wrong with a config. Displays as `path: value: cure (line N)`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -172,7 +175,7 @@ impl<'a> Field<'a> {
             Node::Float(value) => value.to_string(),
             Node::Text(text) if text.is_empty() => "\"\"".to_owned(),
             // A URL with credentials, wherever it slipped to.
-            Node::Text(text) if text.contains("://") && text.contains('@') => "…".to_owned(),
+            Node::Text(text) if text.contains("://") && text.contains('@') => HIDDEN.to_owned(),
             Node::Text(text) => escaped(text, VALUE_MAX_CHARS),
             Node::List(_) => "a list".to_owned(),
             Node::Map(_) => "a map".to_owned(),

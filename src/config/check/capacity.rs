@@ -3,9 +3,14 @@
 use std::time::Duration;
 
 use crate::balance::queue::Capacity;
-use crate::config::decode::{Keys, Section};
+use crate::config::decode::{Keys, Kind, Section};
 
-const QUEUE: Keys = Keys { now: &["size", "timeout"], later: &[] };
+const QUEUE: Keys = Keys {
+    now: &["size", "timeout"],
+    later: &[],
+    example: "{size: 100}",
+    meant: &[(Kind::Number, "size"), (Kind::Duration, "timeout")],
+};
 /// Far more than a machine has connections.
 const SESSIONS_MAX: u64 = 1_000_000_000;
 

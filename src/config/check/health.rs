@@ -6,12 +6,21 @@ use std::time::Duration;
 use super::non_zero_u32;
 use crate::balance::Outlier;
 use crate::config::HealthCheck;
-use crate::config::decode::{Field, Keys, Section};
+use crate::config::decode::{Field, Keys, Kind, Section};
 
-const HEALTH_CHECK: Keys =
-    Keys { now: &["interval", "timeout", "rise", "fall", "port", "send", "expect"], later: &[] };
-const OUTLIER: Keys = Keys { now: &["consecutive_failures", "ejection", "max_ejected_percent"], later: &[] };
-const BYTES: Keys = Keys { now: &["hex"], later: &[] };
+const HEALTH_CHECK: Keys = Keys {
+    now: &["interval", "timeout", "rise", "fall", "port", "send", "expect"],
+    later: &[],
+    example: "{interval: 2s}",
+    meant: &[(Kind::Duration, "interval")],
+};
+const OUTLIER: Keys = Keys {
+    now: &["consecutive_failures", "ejection", "max_ejected_percent"],
+    later: &[],
+    example: "{consecutive_failures: 5}",
+    meant: &[(Kind::Number, "consecutive_failures"), (Kind::Duration, "ejection")],
+};
+const BYTES: Keys = Keys { now: &["hex"], later: &[], example: "{hex: \"0a0b\"}", meant: &[] };
 
 const IN_A_ROW_MAX: u64 = 1_000;
 const PORT_MAX: u64 = 65_535;
@@ -21,8 +30,21 @@ const BYTES_CURE: &str = "a text, or {hex: \"0a0b\"}, of 1 to 4096 bytes is need
 
 /// The section under `key`, unless it is `off`.
 fn section_or_off<'a>(pool: &Section<'a>, key: &str, keys: Keys) -> Option<Section<'a>> {
-    let is_off = pool.field(key).is_some_and(|field| field.is_text("off"));
-    (!is_off).then(|| pool.section(key, keys))
+    if let Some(field) = pool.field(key) {
+        if field.is_text("off") {
+            return None;
+        }
+        let is_one_of = |words: &[&str]| words.iter().any(|word| field.is_text(word));
+        if field.is_flag(false) || is_one_of(&["no", "none", "false", "disabled"]) {
+            field.refuse(format_args!("write {key}: off"));
+            return None;
+        }
+        if field.is_flag(true) || is_one_of(&["on", "yes", "true", "enabled"]) {
+            field.refuse(format_args!("write {key}: {{}} for the defaults, or a map like {}", keys.example));
+            return None;
+        }
+    }
+    Some(pool.section(key, keys))
 }
 
 /// Checks go out only where somebody asked for them: what they look like to a backend is known to its operator alone.

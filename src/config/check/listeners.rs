@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use super::{named_section, secret_file, tcp_congestion};
-use crate::config::decode::{Field, Keys, Section};
+use crate::config::decode::{Field, Keys, Kind, Section};
 use crate::config::{Admin, Listener};
 
 const LISTENER: Keys = Keys {
@@ -17,8 +17,15 @@ const LISTENER: Keys = Keys {
         "deny",
         "proxy_protocol",
     ],
+    example: "{bind: \"0.0.0.0:8080\", pool: web}",
+    meant: &[],
 };
-pub(super) const ADMIN: Keys = Keys { now: &["bind", "token_file"], later: &[] };
+pub(super) const ADMIN: Keys = Keys {
+    now: &["bind", "token_file"],
+    later: &[],
+    example: "{bind: \"127.0.0.1:9901\"}",
+    meant: &[(Kind::Text, "bind")],
+};
 const ADMIN_PORT: u16 = 9901;
 /// In a message that lists the pools there are.
 const POOLS_LISTED: usize = 10;
@@ -31,7 +38,13 @@ pub(super) struct Listeners {
 
 pub(super) fn listeners(root: &Section<'_>) -> Listeners {
     let mut taken = Taken::default();
-    let Some(section) = named_section(root, "listeners", "write at least one listener") else {
+    let Some(section) = named_section(
+        root,
+        "listeners",
+        LISTENER,
+        "web: {bind: \"0.0.0.0:8080\", pool: web}",
+        "write at least one listener",
+    ) else {
         return Listeners { listeners: Vec::new(), taken };
     };
     let pools = pool_names(root);

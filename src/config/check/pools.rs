@@ -8,7 +8,7 @@ use super::capacity::capacity;
 use super::health::{health_check, outlier};
 use super::{named_section, non_zero_u32, tcp_congestion};
 use crate::balance::{BackendId, Balance, Weight};
-use crate::config::decode::{Field, Keys, Section, escaped, path_of_key};
+use crate::config::decode::{Field, Keys, Kind, Section, escaped, path_of_key};
 use crate::config::{Connect, Keepalive, Pool, companion_stem};
 
 const POOL: Keys = Keys {
@@ -30,10 +30,23 @@ const POOL: Keys = Keys {
         "drain",
     ],
     later: &["max_session_duration", "send_proxy", "source"],
+    example: "{backends: {\"127.0.0.1:9001\": 100}}",
+    meant: &[],
 };
-const CONNECT: Keys = Keys { now: &["timeout", "attempts", "deadline"], later: &[] };
-const DRAIN: Keys = Keys { now: &["timeout"], later: &[] };
-const KEEPALIVE: Keys = Keys { now: &["idle", "interval", "probes"], later: &[] };
+const CONNECT: Keys = Keys {
+    now: &["timeout", "attempts", "deadline"],
+    later: &[],
+    example: "{timeout: 1s, attempts: 3}",
+    meant: &[(Kind::Duration, "timeout")],
+};
+const DRAIN: Keys =
+    Keys { now: &["timeout"], later: &[], example: "{timeout: 10m}", meant: &[(Kind::Duration, "timeout")] };
+const KEEPALIVE: Keys = Keys {
+    now: &["idle", "interval", "probes"],
+    later: &[],
+    example: "{idle: 60s}",
+    meant: &[(Kind::Duration, "idle")],
+};
 
 const ATTEMPTS_MAX: u64 = 100;
 /// Linux refuses more: MAX_TCP_KEEPIDLE and MAX_TCP_KEEPINTVL in include/net/tcp.h.
@@ -44,7 +57,15 @@ const WEIGHTS_KEY_MAX_BYTES: usize = 1024;
 
 /// `least_deadline` is what `lua_pick.timeout` takes of a session's time where nobody wrote it.
 pub(super) fn pools(root: &Section<'_>, has_redis: bool, least_deadline: Option<Duration>) -> Vec<Pool> {
-    let Some(section) = named_section(root, "pools", "write at least one pool") else { return Vec::new() };
+    let Some(section) = named_section(
+        root,
+        "pools",
+        POOL,
+        "web: {backends: {\"127.0.0.1:9001\": 100}}",
+        "write at least one pool",
+    ) else {
+        return Vec::new();
+    };
     let mut stems = HashMap::new();
     let pools = section.entries().map(|(name, field)| {
         let section = Section::open(field, POOL);
@@ -122,7 +143,7 @@ fn backends(section: &Section<'_>, has_redis: bool) -> Vec<(BackendId, Weight)> 
         section.whole().miss("backends", "it is missing: without redis a pool needs at least one backend");
     }
     let Some(field) = section.field("backends") else { return Vec::new() };
-    let backends = Section::open_named(field);
+    let backends = open_backends(field);
     if backends.is_empty() && backends.whole().is_map() && !has_redis {
         backends.whole().refuse_unshown("it is empty: without redis a pool needs at least one backend");
     }
@@ -134,12 +155,28 @@ fn backends(section: &Section<'_>, has_redis: bool) -> Vec<(BackendId, Weight)> 
     read.collect()
 }
 
+/// People write the backends as a list, as other load balancers have them.
+fn open_backends<'a>(field: Field<'a>) -> Section<'a> {
+    let address = field.first_text().filter(|text| text.parse::<BackendId>().is_ok());
+    let example =
+        format!("{{\"{}\": 100}} (a backend, then its weight)", address.unwrap_or("127.0.0.1:9001"));
+    Section::open_values(field, &example)
+}
+
 /// The path shows the address already, so the message does not repeat it.
 fn backend(address: &str, field: &Field<'_>) -> Option<BackendId> {
     address.parse().inspect_err(|reason| field.refuse_unshown(format!("{reason}"))).ok()
 }
 
 fn weight(field: &Field<'_>) -> Option<Weight> {
+    if let Some(number) = field.percentage() {
+        field.refuse(format_args!("weights are relative to each other, not percentages: write {number}"));
+        return None;
+    }
+    if field.is_map() {
+        field.refuse("a weight is a number right behind the backend, like 100");
+        return None;
+    }
     let number = field.number()?;
     let weight = Weight::new(number);
     weight.inspect_err(|_| field.refuse("a weight is a finite number of at least 0")).ok()

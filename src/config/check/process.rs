@@ -7,11 +7,21 @@ use std::time::Duration;
 use tracing::Level;
 
 use super::non_zero_usize;
-use crate::config::decode::{Keys, Section};
+use crate::config::decode::{Keys, Kind, Section};
 use crate::config::{Log, LogFormat, LogOutput, Shutdown};
 
-pub(super) const LOG: Keys = Keys { now: &["level", "format", "access", "output"], later: &[] };
-pub(super) const SHUTDOWN: Keys = Keys { now: &["delay", "timeout"], later: &[] };
+pub(super) const LOG: Keys = Keys {
+    now: &["level", "format", "access", "output"],
+    later: &[],
+    example: "{level: info, format: json}",
+    meant: &[],
+};
+pub(super) const SHUTDOWN: Keys = Keys {
+    now: &["delay", "timeout"],
+    later: &[],
+    example: "{timeout: 30s}",
+    meant: &[(Kind::Duration, "timeout")],
+};
 
 /// More threads than this are a typing mistake.
 const WORKERS_MAX: u64 = 1024;

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use self::url::RedisUrl;
 use super::{non_zero_usize, secret_file};
-use crate::config::decode::{Keys, Section, path_of_key};
+use crate::config::decode::{Keys, Kind, Section, path_of_key};
 use crate::config::{LuaPick, OnEmpty, Pool, Redis, RedisAddress, Secret, Watch};
 
 pub(super) const REDIS: Keys = Keys {
@@ -34,8 +34,15 @@ pub(super) const REDIS: Keys = Keys {
         "on_empty",
     ],
     later: &[],
+    example: "{url: \"redis://127.0.0.1:6379/0\"}",
+    meant: &[(Kind::Text, "url")],
 };
-pub(super) const LUA_PICK: Keys = Keys { now: &["enabled", "timeout", "max_in_flight"], later: &[] };
+pub(super) const LUA_PICK: Keys = Keys {
+    now: &["enabled", "timeout", "max_in_flight"],
+    later: &[],
+    example: "{enabled: false}",
+    meant: &[(Kind::Flag, "enabled"), (Kind::Duration, "timeout")],
+};
 
 const SECOND: Duration = Duration::from_secs(1);
 /// The kernel counts TCP_USER_TIMEOUT, which is the sum of two of these, in milliseconds of a C int: 24 days.
@@ -94,7 +101,7 @@ fn server(section: &Section<'_>) -> RedisUrl {
     let Some(field) = section.field("url") else { return default() };
     let Some(text) = field.secret() else { return default() };
     url::parse(text).unwrap_or_else(|cure| {
-        field.refuse_unshown(format!("{}: {cure}", url::shown(text)));
+        field.refuse_unshown(url::refusal(text, cure));
         default()
     })
 }

@@ -16,7 +16,7 @@ use crate::config::{Config, HealthCheck, Pool};
 
 pub(super) fn look(root: &Section<'_>, config: &Config) {
     state_dir(root, config);
-    let Some(pools) = root.field("pools").map(Section::open_named) else { return };
+    let Some(pools) = root.field("pools").map(open) else { return };
     for ((name, field), pool) in pools.entries().zip(&config.pools) {
         if config.listeners.iter().all(|listener| &*listener.pool != name) {
             field.warn_unshown("no listener uses it: name it as the pool of a listener, or remove it");
@@ -36,10 +36,15 @@ pub(super) fn look(root: &Section<'_>, config: &Config) {
     }
 }
 
+/// Opens a map that has been read without a problem.
+fn open(field: Field<'_>) -> Section<'_> {
+    Section::open_values(field, "")
+}
+
 /// The value below `field` to which the keys lead.
 fn below<'a>(field: &Field<'a>, keys: &[&str]) -> Option<Field<'a>> {
     let deeper = |field: Field<'a>, key: &&str| {
-        field.is_map().then(|| Section::open_named(field)).and_then(|section| section.field(key))
+        field.is_map().then(|| open(field)).and_then(|section| section.field(key))
     };
     keys.iter().try_fold(field.clone(), deeper)
 }
@@ -92,6 +97,21 @@ fn health_check(field: &Field<'_>, check: &HealthCheck) {
         ),
         _ => {}
     }
+    if check.expect.as_deref().is_some_and(looks_like_a_pattern) {
+        warn_at(
+            field,
+            &[&["health_check", "expect"]],
+            "this is searched for as it is written, it is not a pattern: write the bytes themselves",
+        );
+    }
+}
+
+/// Regular expressions, as HAProxy's `rstring` takes them: `[NS]`, `[0-9]`, `.*`, `N|S`, `^220`.
+fn looks_like_a_pattern(expect: &[u8]) -> bool {
+    let has_range = |class: &[u8]| matches!(class, [b'[', from, b'-', to, ..] if from.is_ascii_alphanumeric() && to.is_ascii_alphanumeric());
+    let has_wildcard = expect.windows(2).any(|pair| pair == b".*" || pair == b".+");
+    let is_either = [&b"[NS]"[..], b"[SN]", b"N|S", b"S|N", b"(N|S)", b"(S|N)"].contains(&expect);
+    is_either || expect.starts_with(b"^") || has_wildcard || expect.windows(4).any(has_range)
 }
 
 /// Answers of protocols in which the client speaks first: HTTP, Redis, PostgreSQL. Of any other text the server may speak first,
@@ -196,6 +216,18 @@ mod tests {
             );
         }
         assert_eq!(fs::read_dir(root.path()).expect("a folder").count(), 2, "nothing was made");
+    }
+
+    #[test]
+    fn a_pattern_is_told_from_text() {
+        for pattern in [&b"[NS]"[..], b"^220", b"HTTP/1.. 2.*", b"[0-9]+", b"(N|S)"] {
+            assert!(looks_like_a_pattern(pattern), "{pattern:?}");
+        }
+        for text in
+            [&b"+PONG"[..], b"HTTP/1.1 200", b"[\"ok\"]", b"{\"state\": [1, 2]}", b"[OK]", b"a-b", b"220 "]
+        {
+            assert!(!looks_like_a_pattern(text), "{text:?}");
+        }
     }
 
     #[test]

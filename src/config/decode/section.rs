@@ -3,61 +3,152 @@
 //! Duplicate, unknown, unsupported and empty keys are reported when the section is opened, once. Values are read by
 //! `value.rs`.
 
-use super::{Field, Found, Message, Node, escaped, path_of_key};
+use std::collections::{HashMap, HashSet};
 
-/// A typing mistake is rarely more than two letters.
-const TYPO_MAX_EDITS: usize = 2;
-const KEY_MAX_CHARS: usize = 60;
+use super::{Field, Found, Message, Node, path_of_key, suggest};
 
-/// The keys a section may have.
+/// The keys that a section may have.
 #[derive(Clone, Copy)]
 pub(in crate::config) struct Keys {
-    /// Read by this version.
+    /// The keys that this version reads.
     pub(in crate::config) now: &'static [&'static str],
-    /// In the contract, but in no code yet: refused, because a setting that is ignored would be worse.
+    /// Keys of the contract that no code reads yet. They are refused, because a setting that is ignored would be worse.
     pub(in crate::config) later: &'static [&'static str],
+    /// The section as it may be written, for a message: `{timeout: 10m}`.
+    pub(in crate::config) example: &'static str,
+    /// The key that a value of this kind was meant for, where the value was written in place of the section.
+    pub(in crate::config) meant: &'static [(Kind, &'static str)],
 }
 
-/// A map that was opened: its keys are reported on, its values are not read yet.
+/// What a single value reads as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::config) enum Kind {
+    /// `true` or `false`
+    Flag,
+    /// `10`
+    Number,
+    /// `10m`
+    Duration,
+    /// Anything else.
+    Text,
+}
+
+/// A map whose keys have been checked. Its values are read by the caller.
 pub(in crate::config) struct Section<'a> {
     field: Field<'a>,
     entries: &'a [(String, Node)],
+    /// Positions of entries that belong one level deeper, and of the names that they belong under: reported already.
+    misplaced: HashSet<usize>,
 }
 
 impl<'a> Section<'a> {
-    /// Opens a map whose keys are names that the operator chose.
-    pub(in crate::config) fn open_named(field: Field<'a>) -> Self {
-        let entries = match field.node {
-            Node::Map(entries) => entries.as_slice(),
-            Node::Broken => &[],
-            _ => {
-                field.refuse("a map is needed, like key: value");
-                &[]
-            }
-        };
-        let section = Self { field, entries };
+    /// Opens a map whose keys are names that the operator chose, each of them a section with the keys `inner`.
+    pub(in crate::config) fn open_named(field: Field<'a>, inner: Keys, example: &str) -> Self {
+        let mut section = Self::open_map(field, example);
+        section.report_misplaced(inner);
         section.report_duplicates();
-        for (position, (key, node)) in entries.iter().enumerate() {
-            if matches!(node, Node::Null) {
-                let empty = section.field.entry(position, key, node);
-                empty.refuse_unshown("nothing is written under it: write a value, or remove the key");
-            }
-        }
+        section.report_empty();
+        section
+    }
+
+    /// Opens a map whose keys are names with single values.
+    pub(in crate::config) fn open_values(field: Field<'a>, example: &str) -> Self {
+        let section = Self::open_map(field, example);
+        section.report_duplicates();
+        section.report_empty();
         section
     }
 
     /// Opens a map that may have only `keys`.
     pub(in crate::config) fn open(field: Field<'a>, keys: Keys) -> Self {
-        let section = Self::open_named(field);
-        for (position, (key, node)) in section.entries.iter().enumerate() {
+        if let Some(cure) = field.meant_for(keys) {
+            field.refuse(cure);
+            return Self { field, entries: &[], misplaced: HashSet::new() };
+        }
+        let mut section = Self::open_map(field, keys.example);
+        let entries = section.entries;
+        let misplaced = section.misplaced_below(keys);
+        section.misplaced = misplaced.iter().flat_map(|(key, empty)| [*key, *empty]).collect();
+        section.report_duplicates();
+        for (position, (key, node)) in entries.iter().enumerate() {
             let entry = section.field.entry(position, key, node);
             if keys.later.contains(&key.as_str()) {
                 entry.refuse_unshown("not supported yet: remove it");
+            } else if let Some(&empty) = misplaced.get(&position) {
+                let under = path_of_key(&section.field.path, &entries[empty].0);
+                entry.refuse_unshown(format!("unknown key here: if it belongs under {under}, indent it"));
             } else if !keys.now.contains(&key.as_str()) {
                 entry.refuse_unshown(unknown_key(key, keys));
             }
         }
+        section.report_empty();
         section
+    }
+
+    fn open_map(field: Field<'a>, example: &str) -> Self {
+        let entries = match field.node {
+            Node::Map(entries) => entries.as_slice(),
+            Node::Broken => &[],
+            _ => {
+                field.refuse(format_args!("a map is needed, like {example}"));
+                &[]
+            }
+        };
+        Self { field, entries, misplaced: HashSet::new() }
+    }
+
+    /// Positions of unknown keys that follow a key without a value, with the position of that key: they are probably
+    /// meant to stand under it, and their indentation is missing.
+    fn misplaced_below(&self, keys: Keys) -> HashMap<usize, usize> {
+        let mut misplaced = HashMap::new();
+        let mut empty = None;
+        for (position, (key, node)) in self.entries.iter().enumerate() {
+            if keys.now.contains(&key.as_str()) {
+                empty = matches!(node, Node::Null).then_some(position);
+            } else if let Some(empty) = empty
+                && !keys.later.contains(&key.as_str())
+                && suggest::misspelt(key, keys.now).is_none()
+            {
+                misplaced.insert(position, empty);
+            }
+        }
+        misplaced
+    }
+
+    /// Reports keys without a value.
+    fn report_empty(&self) {
+        for (position, (key, node)) in self.entries.iter().enumerate() {
+            if matches!(node, Node::Null) && !self.misplaced.contains(&position) {
+                let empty = self.field.entry(position, key, node);
+                empty.refuse_unshown("nothing is written under it: write a value, or remove the key");
+            }
+        }
+    }
+
+    /// Reports keys of `inner` that stand beside the name they belong under: their indentation is missing.
+    fn report_misplaced(&mut self, inner: Keys) {
+        let mut name: Option<(usize, &str)> = None;
+        for (position, (key, node)) in self.entries.iter().enumerate() {
+            let follows_empty = name.is_some_and(|(name, _)| matches!(self.entries[name].1, Node::Null));
+            let is_inner = inner.now.contains(&key.as_str()) || inner.later.contains(&key.as_str());
+            // A pool may be called `backends`. Its value is a map then, and no empty name stands before it.
+            if !is_inner || (matches!(node, Node::Map(_)) && !follows_empty) {
+                name = Some((position, key));
+                continue;
+            }
+            let entry = self.field.entry(position, key, node);
+            self.misplaced.insert(position);
+            match name {
+                Some((name, key)) => {
+                    self.misplaced.insert(name);
+                    let under = path_of_key(&self.field.path, key);
+                    entry.refuse_unshown(format!("indent it: it belongs under {under}"));
+                }
+                None => entry.refuse_unshown(
+                    "a name is missing above it: write one, like web, and indent this key under it",
+                ),
+            }
+        }
     }
 
     /// Opens the section under `key`; where it is left out, one without entries, so that every default is in one place.
@@ -67,6 +158,7 @@ impl<'a> Section<'a> {
             None => Self {
                 field: self.field.child(path_of_key(&self.field.path, key), 0, self.field.node),
                 entries: &[],
+                misplaced: HashSet::new(),
             },
         }
     }
@@ -85,12 +177,14 @@ impl<'a> Section<'a> {
 
     /// Every entry with a value, in the order of the file; of duplicates the first.
     pub(in crate::config) fn entries(&self) -> impl Iterator<Item = (&'a str, Field<'a>)> {
-        let mut seen = std::collections::HashSet::new();
+        let mut seen = HashSet::new();
         let entries = self.entries.iter().enumerate();
-        entries.filter_map(move |(position, (key, node))| {
-            let field = self.field.entry(position, key, node);
-            (seen.insert(key.as_str()) && field.is_usable()).then_some((key.as_str(), field))
-        })
+        entries.filter(|(position, _)| !self.misplaced.contains(position)).filter_map(
+            move |(position, (key, node))| {
+                let field = self.field.entry(position, key, node);
+                (seen.insert(key.as_str()) && field.is_usable()).then_some((key.as_str(), field))
+            },
+        )
     }
 
     /// No key at all.
@@ -104,8 +198,11 @@ impl<'a> Section<'a> {
     }
 
     fn report_duplicates(&self) {
-        let mut first_positions = std::collections::HashMap::new();
+        let mut first_positions = HashMap::new();
         for (position, (key, node)) in self.entries.iter().enumerate() {
+            if self.misplaced.contains(&position) {
+                continue;
+            }
             let Some(&first) = first_positions.get(key.as_str()) else {
                 first_positions.insert(key.as_str(), position);
                 continue;
@@ -123,10 +220,26 @@ impl<'a> Field<'a> {
         matches!(self.node, Node::Map(_))
     }
 
+    /// The first item of a list, or the value itself, where that is a text.
+    pub(in crate::config) fn first_text(&self) -> Option<&'a str> {
+        match self.node {
+            Node::List(items) => items.first(),
+            node => Some(node),
+        }
+        .and_then(|node| if let Node::Text(text) = node { Some(text.as_str()) } else { None })
+    }
+
     /// The keys of a map, however wrong their values.
     pub(in crate::config) fn keys(&self) -> impl Iterator<Item = &'a str> + use<'a> {
         let entries = if let Node::Map(entries) = self.node { entries.as_slice() } else { &[] };
         entries.iter().map(|(key, _)| key.as_str())
+    }
+
+    /// The cure where a single value was written in place of the section: the section with the key that was meant.
+    fn meant_for(&self, keys: Keys) -> Option<String> {
+        let (_, key) = keys.meant.iter().find(|(kind, _)| Some(*kind) == self.kind())?;
+        let section = self.path.rsplit('.').next().unwrap_or_default();
+        Some(format!("a map is needed: write {section}: {{{key}: {}}}", self.quoted()))
     }
 
     fn is_usable(&self) -> bool {
@@ -138,43 +251,8 @@ fn unknown_key(key: &str, keys: Keys) -> String {
     if key == "<<" {
         return "merge keys are not understood: write the values out".to_owned();
     }
-    let near = |known: &&&str| edits(key, known) <= TYPO_MAX_EDITS.min(known.len() / 2);
-    match keys.now.iter().filter(near).min_by_key(|known| edits(key, known)) {
-        Some(known) => format!("unknown key: did you mean {}?", escaped(known, KEY_MAX_CHARS)),
+    match suggest::misspelt(key, keys.now).or_else(|| suggest::foreign(key, keys.now)) {
+        Some(known) => format!("unknown key: did you mean {known}?"),
         None => format!("unknown key: known here are {}", keys.now.join(", ")),
-    }
-}
-
-/// Levenshtein's distance. A key far longer than any known one is not compared, so the cost stays small.
-fn edits(a: &str, b: &str) -> usize {
-    if a.len() > KEY_MAX_CHARS {
-        return usize::MAX;
-    }
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, a_char) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, &b_char) in b.iter().enumerate() {
-            let replaced = diagonal + usize::from(a_char != b_char);
-            diagonal = row[j + 1];
-            row[j + 1] = replaced.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_mistyped_key_is_recognised() {
-        let keys = Keys { now: &["bind", "pool"], later: &[] };
-        assert_eq!(unknown_key("bnid", keys), "unknown key: did you mean bind?");
-        assert_eq!(unknown_key("pools", keys), "unknown key: did you mean pool?");
-        assert_eq!(unknown_key("weights", keys), "unknown key: known here are bind, pool");
-        assert_eq!(unknown_key(&"x".repeat(100_000), keys), "unknown key: known here are bind, pool");
-        assert_eq!((edits("", "abc"), edits("kitten", "sitting"), edits("same", "same")), (3, 3, 0));
     }
 }

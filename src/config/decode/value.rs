@@ -7,7 +7,8 @@ use std::fmt::Display;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use super::{Field, Node, Section};
+use super::section::Kind;
+use super::{Field, HIDDEN, Node, Section, suggest};
 
 /// Far beyond any use, far below what overflows `Instant + Duration`.
 const DURATION_MAX: Duration = Duration::from_secs(365 * 24 * 60 * 60);
@@ -39,6 +40,11 @@ impl<'a> Field<'a> {
         matches!(self.node, Node::Text(found) if found == text)
     }
 
+    /// Is it `true` or `false`, as `flag` says?
+    pub(in crate::config) fn is_flag(&self, flag: bool) -> bool {
+        matches!(self.node, Node::Bool(found) if *found == flag)
+    }
+
     /// Is it a text with `part` in it?
     pub(in crate::config) fn text_contains(&self, part: &str) -> bool {
         matches!(self.node, Node::Text(found) if found.contains(part))
@@ -51,6 +57,31 @@ impl<'a> Field<'a> {
             Node::Text(text) => !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()),
             _ => false,
         }
+    }
+
+    /// What the value reads as; `None` for lists and maps.
+    pub(super) fn kind(&self) -> Option<Kind> {
+        Some(match self.node {
+            Node::Bool(_) => Kind::Flag,
+            Node::Integer(_) | Node::Float(_) => Kind::Number,
+            Node::Text(text) if parse_duration(text).is_ok() => Kind::Duration,
+            Node::Text(_) => Kind::Text,
+            Node::Null | Node::Broken | Node::List(_) | Node::Map(_) => return None,
+        })
+    }
+
+    /// The value as it may be written in YAML, in quotes where it might need them.
+    pub(super) fn quoted(&self) -> String {
+        let shown = self.shown();
+        let is_plain = shown.bytes().all(|b| b.is_ascii_alphanumeric() || b"_.-/".contains(&b));
+        if is_plain || shown.starts_with('"') || shown == HIDDEN { shown } else { format!("\"{shown}\"") }
+    }
+
+    /// The number before a percent sign: `10` of `10%`.
+    pub(in crate::config) fn percentage(&self) -> Option<&'a str> {
+        let Node::Text(text) = self.node else { return None };
+        let number = text.strip_suffix('%')?.trim_end();
+        (number.len() <= 20 && number.parse::<f64>().is_ok()).then_some(number)
     }
 
     /// A whole number in `range`.
@@ -66,6 +97,10 @@ impl<'a> Field<'a> {
         }
         let (least, most) = (range.start(), range.end());
         match (value, self.node) {
+            (None, _) if self.percentage().is_some() => {
+                let number = self.percentage().unwrap_or_default();
+                self.refuse(format_args!("a number without % is needed: write {number}"));
+            }
             (Some(value), _) if value < *least => self.refuse(format_args!("at least {least} is needed")),
             (Some(_), _) => self.refuse(format_args!("at most {most} is possible")),
             (None, Node::Integer(value)) if *value < 0 => {
@@ -135,8 +170,12 @@ impl<'a> Field<'a> {
     }
 
     /// One of a few words. `later` holds those of the contract that no code knows yet.
-    pub(in crate::config) fn choice<T: Copy>(&self, choices: &[(&str, T)], later: &[&str]) -> Option<T> {
-        let words = || choices.iter().map(|(word, _)| *word).collect::<Vec<_>>().join(" or ");
+    pub(in crate::config) fn choice<T: Copy>(
+        &self,
+        choices: &[(&'static str, T)],
+        later: &[&str],
+    ) -> Option<T> {
+        let words: Vec<&'static str> = choices.iter().map(|(word, _)| *word).collect();
         let text = match self.node {
             Node::Text(text) => text.as_str(),
             Node::Broken => return None,
@@ -145,10 +184,14 @@ impl<'a> Field<'a> {
         if let Some((_, value)) = choices.iter().find(|(word, _)| *word == text) {
             return Some(*value);
         }
+        let all = words.join(" or ");
         if later.contains(&text) {
-            self.refuse(format_args!("not supported yet: write {}", words()));
+            self.refuse(format_args!("not supported yet: write {all}"));
+        } else if let Some(meant) = suggest::misspelt(text, &words).or_else(|| suggest::foreign(text, &words))
+        {
+            self.refuse(format_args!("write {all}: did you mean {meant}?"));
         } else {
-            self.refuse(format_args!("write {}", words()));
+            self.refuse(format_args!("write {all}"));
         }
         None
     }
@@ -208,7 +251,7 @@ impl Section<'_> {
     pub(in crate::config) fn choice<T: Copy>(
         &self,
         key: &str,
-        choices: &[(&str, T)],
+        choices: &[(&'static str, T)],
         later: &[&str],
         default: T,
     ) -> T {

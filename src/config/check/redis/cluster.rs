@@ -2,10 +2,15 @@
 
 use super::nodes;
 use crate::config::Cluster;
-use crate::config::decode::{Keys, Section};
+use crate::config::decode::{Keys, Kind, Section};
 
 /// `database` is known so that it can be refused in words that help.
-const CLUSTER: Keys = Keys { now: &["nodes", "database"], later: &[] };
+const CLUSTER: Keys = Keys {
+    now: &["nodes", "database"],
+    later: &[],
+    example: "{nodes: [\"10.0.0.1:6379\"]}",
+    meant: &[(Kind::Text, "nodes")],
+};
 const PORT: u16 = 6379;
 
 /// `None` where it is left out.

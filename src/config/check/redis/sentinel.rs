@@ -5,8 +5,12 @@ use super::password_beside;
 use crate::config::Sentinel;
 use crate::config::decode::{Keys, Section};
 
-const SENTINEL: Keys =
-    Keys { now: &["master", "nodes", "database", "username", "password", "password_file"], later: &[] };
+const SENTINEL: Keys = Keys {
+    now: &["master", "nodes", "database", "username", "password", "password_file"],
+    later: &[],
+    example: "{master: mymaster, nodes: [\"10.0.0.1:26379\"]}",
+    meant: &[],
+};
 const PORT: u16 = 26379;
 
 /// The section with the number of the database; `None` where it is left out.

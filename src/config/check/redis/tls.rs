@@ -14,7 +14,12 @@ use super::super::secret_file;
 use crate::config::decode::{Field, Keys, Section};
 use crate::config::{RedisAddress, Tls};
 
-const TLS: Keys = Keys { now: &["ca_file", "cert_file", "key_file"], later: &[] };
+const TLS: Keys = Keys {
+    now: &["ca_file", "cert_file", "key_file"],
+    later: &[],
+    example: "{ca_file: /etc/statera/redis-ca.pem}",
+    meant: &[],
+};
 
 type Identity = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
 

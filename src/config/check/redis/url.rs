@@ -2,6 +2,7 @@
 //!
 //! The URL may hold a password, so no message shows more of it than [`shown`] lets through.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use crate::balance::Address;
@@ -116,6 +117,23 @@ fn decoded(text: &str) -> Result<String, &'static str> {
     String::from_utf8(bytes).map_err(|_| cure)
 }
 
+/// The message for a URL that [`parse`] refused with `cure`.
+pub(super) fn refusal(url: &str, cure: &str) -> String {
+    if url.contains("://") || url.is_empty() {
+        return format!("{}: {cure}", shown(url));
+    }
+    // An address or localhost is no password, whatever else the text might be.
+    let (server, database) = url.split_once('/').unwrap_or((url, ""));
+    let is_server = host_and_port(server, PORT)
+        .is_some_and(|(host, _)| host == "localhost" || host.parse::<IpAddr>().is_ok());
+    if is_server && parse_database(database).is_ok() {
+        let url = escaped(url, SHOWN_MAX_CHARS);
+        format!("{url}: the scheme is missing: write redis://{url}")
+    } else {
+        format!("the scheme is missing (the value is not shown, since it may be a password): {cure}")
+    }
+}
+
 /// As much of a URL as may be shown: nothing before an @, nothing after a ?. A text without a scheme may be a password
 /// that slipped into the wrong key.
 pub(super) fn shown(url: &str) -> String {
@@ -193,6 +211,28 @@ mod tests {
         ] {
             assert!(parse(url).is_err(), "{url} was taken");
             assert_eq!(shown(url), expected, "{url}");
+        }
+    }
+
+    #[test]
+    fn a_url_without_scheme_is_shown_only_where_it_is_surely_no_password() {
+        for (url, expected) in [
+            ("127.0.0.1:6379", "127.0.0.1:6379: the scheme is missing: write redis://127.0.0.1:6379"),
+            ("[::1]:6379/2", "[::1]:6379/2: the scheme is missing: write redis://[::1]:6379/2"),
+            ("localhost", "localhost: the scheme is missing: write redis://localhost"),
+            ("geheim", "the scheme is missing (the value is not shown, since it may be a password): CURE"),
+            (
+                "geheim:123",
+                "the scheme is missing (the value is not shown, since it may be a password): CURE",
+            ),
+            (
+                ":geheim@127.0.0.1",
+                "the scheme is missing (the value is not shown, since it may be a password): CURE",
+            ),
+            ("http://h", "http://h: CURE"),
+        ] {
+            assert!(parse(url).is_err(), "{url} was taken");
+            assert_eq!(refusal(url, "CURE"), expected);
         }
     }
 
