@@ -28,10 +28,10 @@ const BAR_CELLS: f64 = 40.0;
 /// Options of `statera demo`.
 #[derive(Args, Debug)]
 pub(super) struct DemoArguments {
-    /// End after so many seconds; without it, Ctrl-C ends the demo.
+    /// End the demo after N seconds. Without this, Ctrl-C ends it.
     #[arg(long, value_name = "N")]
     seconds: Option<u64>,
-    /// Do without Redis, even if it is installed.
+    /// Run without Redis, even if it is installed.
     #[arg(long)]
     no_redis: bool,
 }

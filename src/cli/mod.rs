@@ -2,6 +2,7 @@
 
 mod check;
 mod demo;
+mod help;
 mod run;
 mod signals;
 mod weights;
@@ -13,6 +14,7 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
 
+use self::help::{CHECK_HELP, DEMO_HELP, HELP, RUN_HELP, WEIGHTS_HELP};
 use crate::config::Config;
 
 /// Exit codes that scripts rely on.
@@ -23,7 +25,7 @@ const UNREACHABLE: u8 = 4;
 
 /// A layer-4 TCP load balancer whose weights are kept live in Redis.
 #[derive(Debug, Parser)]
-#[command(name = "statera", version)]
+#[command(name = "statera", version, after_help = HELP)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
@@ -31,14 +33,17 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Run the proxy. TERM, INT or QUIT drains and exits, a second one exits now.
+    /// Run the proxy. TERM, INT or QUIT drains and ends it; a second signal ends it at once.
+    #[command(after_help = RUN_HELP)]
     Run(ConfigArgument),
-    /// Say everything that is wrong with a config, or that it can run.
+    /// Check a config: print every problem with its line and its cure.
+    #[command(after_help = CHECK_HELP)]
     Check(ConfigArgument),
-    /// Show it at work: three tiny backends, a private Redis, live shares.
+    /// Show a proxy at work: three small backends, a private Redis, and each backend's share.
+    #[command(after_help = DEMO_HELP)]
     Demo(demo::DemoArguments),
     /// Show and change a pool's weights in Redis, with their history.
-    #[command(subcommand)]
+    #[command(subcommand, after_help = WEIGHTS_HELP)]
     Weights(weights::WeightsCommand),
     /// Print the version.
     Version,

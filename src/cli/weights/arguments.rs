@@ -13,26 +13,41 @@ use crate::redis::weights::LONGEST_HISTORY;
 /// What `statera weights` can do.
 #[derive(Debug, Subcommand)]
 pub(in crate::cli) enum WeightsCommand {
-    /// Show members, weights, shares, the version, who changed it last, and which members get no sessions from how many proxies
-    /// and why.
+    /// Show the members of a pool with their weights and shares.
+    ///
+    /// Shows also the version, the last change, which proxies use it, and which members get no sessions and why.
     Get(GetArguments),
-    /// Give members their weights, all at once or not at all.
+    /// Set the weights of members. All are set together, or none.
+    ///
+    /// A member that is not in the table yet is added. Weight 0 sends a member no new sessions.
     Set(SetArguments),
-    /// Show which sessions members would get by these weights, and by how much chance may have it otherwise. Writes nothing.
+    /// Show how many sessions each member would get by other weights. Nothing is written.
+    ///
+    /// Sends sessions through the pool's own balance, as if all backends were up. Shows for each
+    /// member the expected number, with the range that chance allows: 95 of 100 runs lie inside it.
+    #[command(verbatim_doc_comment)]
     Simulate(SimulateArguments),
-    /// Take members out of the table, all at once or not at all.
+    /// Remove members from the table. All are removed together, or none.
     Remove(RemoveArguments),
-    /// Send members no new sessions, on every proxy, and keep their weights; sessions that they have finish.
+    /// Put members into drain: they get no new sessions from any proxy.
+    ///
+    /// Their sessions go on, their health is still checked, and their weights are kept for `ready`.
     Drain(DrainArguments),
-    /// The same, and do not check their health: they may be switched off.
+    /// Put members into maint: they get no new sessions and no health checks from any proxy.
+    ///
+    /// Use it for backends that are to be switched off. Sessions that they have go on, and their weights
+    /// are kept for `ready`.
+    #[command(verbatim_doc_comment)]
     Maint(StateArguments),
-    /// Take members out of drain or maint.
+    /// End the drain or maintenance of members: they get sessions by their weight again.
     Ready(StateArguments),
-    /// Show who changed what, newest first. What other programs changed stands there as one change, as of when a command noticed
-    /// it: a change that was taken back before is not there.
+    /// Show who changed what, the newest change first.
+    ///
+    /// What other programs changed (redis-cli, say) is one entry, with the time at which a command of
+    /// statera noticed it. A change that was undone before that is not listed.
+    #[command(verbatim_doc_comment)]
     History(HistoryArguments),
-    /// Bring back the table as it was at a version, as a new version. Members whose names are too long for a backend stay as
-    /// they are.
+    /// Bring back the table of an earlier version. This makes a new version.
     Rollback(RollbackArguments),
 }
 
@@ -49,16 +64,18 @@ pub(super) struct Target {
 
 #[derive(Args, Debug)]
 pub(super) struct Writing {
-    /// Change nothing unless this is the version now.
+    /// Change nothing unless the table has this version now.
     #[arg(long, value_name = "N")]
     pub(super) if_version: Option<u64>,
-    /// For the history.
+    /// Why the change is made, for the history.
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     pub(super) reason: String,
-    /// Wait until all proxies have applied it, at most so long [default: 10s]; exit 3 if some have not. One that was killed, and
-    /// did not drain, counts for 15s after its last report. Where redis was away, or has lost what they reported, it takes 6s
-    /// until all that are alive must have reported again; exit 3 if the time ends before.
-    #[arg(long, value_name = "TIME", num_args = 0..=1, require_equals = true, default_missing_value = "10s")]
+    /// Wait until every proxy uses the change. Exit with 3 if that takes longer than TIME [default: 10s].
+    ///
+    /// Proxies report in Redis what they use. A proxy that was killed is waited for until its
+    /// last report is 15s old. After a restart of Redis the reports are complete again within 6s,
+    /// so choose a TIME above that.
+    #[arg(verbatim_doc_comment, long, value_name = "TIME", num_args = 0..=1, require_equals = true, default_missing_value = "10s")]
     #[arg(value_parser = humantime::parse_duration)]
     pub(super) wait: Option<Duration>,
 }
@@ -73,7 +90,7 @@ pub(in crate::cli) struct GetArguments {
 pub(in crate::cli) struct SetArguments {
     #[command(flatten)]
     pub(super) target: Target,
-    /// Backends and their weights: 10.0.0.1:80=50, unix:/run/app.sock=0. A weight is a finite number of at least 0.
+    /// Backends and their weights: 10.0.0.1:80=50, unix:/run/app.sock=0. A weight is a number of at least 0.
     #[arg(required = true, value_name = "MEMBER=WEIGHT")]
     pub(super) members: Vec<String>,
     #[command(flatten)]
@@ -84,7 +101,7 @@ pub(in crate::cli) struct SetArguments {
 pub(in crate::cli) struct RemoveArguments {
     #[command(flatten)]
     pub(super) target: Target,
-    /// As they stand in the table.
+    /// Members as the table has them, also those that are no valid backends.
     #[arg(required = true, value_name = "MEMBER")]
     pub(super) members: Vec<OsString>,
     #[command(flatten)]
@@ -95,7 +112,7 @@ pub(in crate::cli) struct RemoveArguments {
 pub(in crate::cli) struct HistoryArguments {
     #[command(flatten)]
     pub(super) target: Target,
-    /// Entries at most.
+    /// Show at most N changes.
     #[arg(long, value_name = "N", default_value_t = 20)]
     #[arg(value_parser = clap::value_parser!(u64).range(1..=LONGEST_HISTORY as u64))]
     pub(super) limit: u64,
@@ -105,7 +122,10 @@ pub(in crate::cli) struct HistoryArguments {
 pub(in crate::cli) struct RollbackArguments {
     #[command(flatten)]
     pub(super) target: Target,
-    /// Of the present version: take back what other programs have changed since [default: the version before].
+    /// The version to go back to [default: the one before the present version].
+    ///
+    /// The present version itself undoes what other programs have changed since it was made.
+    #[arg(verbatim_doc_comment)]
     pub(super) version: Option<u64>,
     #[command(flatten)]
     pub(super) writing: Writing,

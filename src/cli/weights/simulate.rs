@@ -32,18 +32,20 @@ const MOST: u32 = 1_000_000;
 pub(in crate::cli) struct SimulateArguments {
     #[command(flatten)]
     target: Target,
-    /// Backends and their weights, as for set; one of weight 0 gets as much as one that is removed. The others keep the weight
-    /// that they have in redis, or in the config where it names no redis.
-    #[arg(required = true, value_name = "MEMBER=WEIGHT")]
+    /// Backends and their weights, as for `set`: 10.0.0.1:80=50. Members that are not named keep their weight.
+    ///
+    /// Weight 0 stands for a member that is removed, too. The weights of the others come from
+    /// Redis, or from `backends` in the config where it has no redis section.
+    #[arg(verbatim_doc_comment, required = true, value_name = "MEMBER=WEIGHT")]
     members: Vec<String>,
-    /// There are no others. Needs no redis.
+    /// Leave out all members that are not named. Redis is not asked then.
     #[arg(long)]
     only: bool,
-    /// How many sessions are sent: the fewer, the more is left to chance.
+    /// How many sessions to simulate. With few sessions the numbers differ more from run to run.
     #[arg(long, value_name = "N", default_value_t = 10_000)]
     #[arg(value_parser = clap::value_parser!(u32).range(1..=i64::from(MOST)))]
     sessions: u32,
-    /// For balance least_conn: sessions that are active at each moment [default: 10 for each backend of a weight above 0].
+    /// For `balance: least_conn`: how many sessions are open at once [default: 10 for each backend with weight].
     #[arg(long, value_name = "N")]
     #[arg(value_parser = clap::value_parser!(u32).range(1..=i64::from(MOST)))]
     active: Option<u32>,

@@ -27,7 +27,7 @@ const MOST_NAMED: usize = 20;
 pub(in crate::cli) struct StateArguments {
     #[command(flatten)]
     target: Target,
-    /// As they stand in the table.
+    /// Backends as the table names them: 10.0.0.1:80
     #[arg(required = true, value_name = "MEMBER")]
     members: Vec<String>,
 }
@@ -36,7 +36,7 @@ pub(in crate::cli) struct StateArguments {
 pub(in crate::cli) struct DrainArguments {
     #[command(flatten)]
     which: StateArguments,
-    /// Wait until no proxy has a session there any more, at most so long [default: 10m]; exit 3 if some have.
+    /// Wait until no proxy has a session there. Exit with 3 if that takes longer than TIME [default: 10m].
     #[arg(long, value_name = "TIME", num_args = 0..=1, require_equals = true, default_missing_value = "10m")]
     #[arg(value_parser = humantime::parse_duration)]
     wait: Option<Duration>,
