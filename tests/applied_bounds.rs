@@ -61,7 +61,7 @@ async fn a_report_reads_a_bounded_number_of_fields_beside_hundreds_of_thousands_
         // Who has the table cannot be told then, which costs nothing either.
         let set = desk.weights(&format!("set web {A}=1 --wait=20s")).await;
         assert!(
-            set.code == Some(1) && set.errors.contains("is written, but who has it is not known"),
+            set.code == Some(1) && set.errors.contains("is written, but which proxies use it is unknown"),
             "{set:?}"
         );
         assert!(

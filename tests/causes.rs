@@ -245,7 +245,7 @@ async fn weights_get_says_from_how_many_proxies_a_backend_gets_no_sessions_and_w
     line_becomes(&desk, "nowhere.invalid:80", "no sessions from 2 of 2 proxies: name not resolved").await;
     let said = desk.done("get web").await.said;
     assert!(
-        said.contains("1 proxy of an older version: which members get no sessions there is not known"),
+        said.contains("1 proxy of an older version: these do not report which members get no sessions"),
         "{said}"
     );
 }

@@ -254,7 +254,7 @@ async fn the_log_is_json_lines_or_text_on_the_output_that_was_asked_for() {
         let (used, unused) = if to == "stdout" { ("out", "err") } else { ("err", "out") };
         let entry = || -> Option<SocketAddr> {
             let log = read(used);
-            let line = log.lines().find(|line| line.contains("accepting"))?;
+            let line = log.lines().find(|line| line.contains("listener accepting connections"))?;
             line.split_once('[')?.1.split_once(']')?.0.parse().ok()
         };
         eventually("it accepts", || async { entry().is_some() }).await;
@@ -488,7 +488,7 @@ async fn warnings_are_told_by_check_and_at_the_start_and_refuse_nothing() {
     assert_eq!(errors, format!("warning: {warning}\n"));
 
     let program = Program::run(&fs::read_to_string(&path).expect("a file"));
-    eventually("it accepts", || async { program.log().contains("\"accepting\"") }).await;
+    eventually("it accepts", || async { program.log().contains("\"listener accepting connections\"") }).await;
     let log = program.log();
     let line = log.lines().find(|line| line.contains("no listener uses it")).expect("a warning");
     let line: serde_json::Value = serde_json::from_str(line).expect("JSON");

@@ -88,7 +88,7 @@ async fn while_it_leaves_it_is_not_ready_but_live_and_still_accepts() {
     let admin = "admin: {bind: \"127.0.0.1:0\"}\nshutdown: {delay: 1h}";
     let mut program = program(backend.address, admin);
     let address = program.listens().await[0];
-    let admin = program.says("admin server").await;
+    let admin = program.says("admin server listening").await;
     let admin: SocketAddr = admin["address"].as_str().expect("a text").parse().expect("an address");
     let status = async |path| get(admin, path).await.expect("an answer").status;
     assert_eq!((status("/readyz").await, status("/livez").await), (200, 200));
@@ -109,7 +109,7 @@ async fn probes_are_answered_during_the_drain() {
     let backend = Backend::echo().await;
     let mut program = program(backend.address, "admin: {bind: \"127.0.0.1:0\"}\nshutdown: {timeout: 1h}");
     let mut client = session(program.listens().await[0]).await;
-    let admin = program.says("admin server").await;
+    let admin = program.says("admin server listening").await;
     let admin: SocketAddr = admin["address"].as_str().expect("a text").parse().expect("an address");
     program.signal(Signal::TERM);
     program.says("draining").await;

@@ -285,7 +285,10 @@ async fn files_that_are_damaged_or_not_ours_are_ignored_and_named_while_the_othe
     damage(state.path());
 
     let program = Program::run(&pools(&names, "another_key", &configured, &top));
-    eventually("all listeners accept", || async { program.messages("accepting").len() == names.len() }).await;
+    eventually("all listeners accept", || async {
+        program.messages("listener accepting connections").len() == names.len()
+    })
+    .await;
     for (name, reason) in DAMAGED {
         let ignored = program.messages("the saved table is ignored");
         let lines: Vec<_> = ignored.iter().filter(|line| line["pool"] == name).collect();
@@ -298,7 +301,7 @@ async fn files_that_are_damaged_or_not_ours_are_ignored_and_named_while_the_othe
     let good = program.messages("starting with the saved table");
     assert_eq!(good.len(), 1, "{good:?}");
     assert_eq!((&good[0]["pool"], &good[0]["backends"]), (&"good".into(), &1.into()));
-    for line in program.messages("accepting") {
+    for line in program.messages("listener accepting connections") {
         let wanted = if line["listener"] == "good" { "kept" } else { "configured" };
         let address = line["addresses"].as_str().expect("a text").trim_matches(['[', ']']);
         let answer = greeting(address.parse().expect("an address")).await.expect("an answer");

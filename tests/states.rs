@@ -233,7 +233,7 @@ async fn a_hundred_that_are_in_drain_are_waited_for_at_once() {
     })
     .await;
     let drained = desk.weights(&format!("drain web {} --wait=60s", members.join(" "))).await;
-    assert!(drained.code == Some(0) && drained.said.contains("no session is left: 1 proxy"), "{drained:?}");
+    assert!(drained.code == Some(0) && drained.said.contains("no session is left on 1 proxy"), "{drained:?}");
 }
 
 /// The command `waiting` does not end while `session` talks, so many times, ten a second, and ends well after it.
@@ -272,7 +272,7 @@ async fn drain_waits_for_the_last_session_of_the_fleet() {
     let typed = desk.weights(&drain).await;
     assert_eq!(typed.code, Some(3), "{typed:?}");
     assert!(
-        typed.errors.contains("2 of 2 proxies are waited for: ") && typed.errors.contains(" (1)"),
+        typed.errors.contains("waiting for 2 of 2 proxies: ") && typed.errors.contains(" (1 session)"),
         "{typed:?}"
     );
     let get = desk.weights("get web").await;
@@ -292,7 +292,7 @@ async fn drain_waits_for_the_last_session_of_the_fleet() {
     let again = soon_at(&echo, address).await;
     desk.redis.run(&format!("ZADD servers 1 {}", other.address)).await;
     let typed = desk.weights(&format!("drain web {} --wait=3s", echo.address)).await;
-    assert!(typed.code == Some(3) && typed.errors.contains(" (1)"), "{typed:?}");
+    assert!(typed.code == Some(3) && typed.errors.contains(" (1 session)"), "{typed:?}");
 
     // Who left the table is waited for as well.
     let mut waiting = desk.command(&["drain", "web", &echo.address.to_string(), "--wait=60s"]);

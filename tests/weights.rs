@@ -128,7 +128,7 @@ async fn a_change_by_hand_stands_in_the_history_once_noticed() {
     desk.redis.run(&format!("ZADD servers 0.1 {B}")).await;
     let get = desk.weights("get web").await;
     assert!(
-        get.said.contains("version 1") && get.said.contains("1 member changed since by another program"),
+        get.said.contains("version 1") && get.said.contains("1 member changed by another program since then"),
         "{}",
         get.said
     );
@@ -158,7 +158,7 @@ async fn rollback_brings_back_the_table_of_a_version_as_a_new_version() {
     desk.redis.run(&format!("ZADD servers 0 {B}")).await;
     desk.done(&format!("set web {A}=9")).await;
     let back = desk.weights_of(&["rollback", "web", "--reason", "too much"]).await;
-    assert!(back.said.starts_with("web: version 3, version 1 again\n"), "{back:?}");
+    assert!(back.said.starts_with("web: version 3, the same table as version 1\n"), "{back:?}");
     assert_eq!(desk.table().await, table(&[(A, 1.0), (B, 0.0)]));
     desk.done("rollback web 2").await;
     assert_eq!(desk.table().await, table(&[(A, 9.0), (B, 0.0)]));
@@ -184,7 +184,7 @@ async fn an_emptied_table_is_said_to_be_without_effect() {
     desk.done(&format!("set web {A}=1")).await;
     let removed = desk.weights(&format!("remove web {A}")).await;
     assert!(
-        removed.said.contains("proxies go on with the last one (redis.on_empty: keep_last)"),
+        removed.said.contains("proxies keep using the last one (redis.on_empty: keep_last)"),
         "{removed:?}"
     );
     assert!(desk.weights("get web").await.said.contains("the table is empty"));
@@ -310,7 +310,12 @@ async fn a_user_who_may_only_read_sees_all_and_writes_nothing() {
     let history = desk.json("history web").await;
     assert_eq!(outline(&history), ["1 set"]);
     assert_eq!(history["not_entered"], json!([{"member": B, "old": null, "new": "2"}]));
-    assert!(desk.weights("history web").await.said.contains("not entered since this user may not write"));
+    assert!(
+        desk.weights("history web")
+            .await
+            .said
+            .contains("not in the history yet, since this Redis user may not write")
+    );
     let set = desk.weights(&format!("set web {A}=5")).await;
     assert_eq!(set.code, Some(1));
     // Redis 6 knows no scripts and no keys that may only be read: there the first write is refused.
@@ -348,7 +353,7 @@ async fn what_stands_in_the_way_is_named_with_its_cure_and_exit_code() {
     let unknown = desk.weights("get db").await;
     assert_eq!(unknown.code, Some(2));
     assert!(
-        unknown.errors.contains("there is no pool \"db\"") && unknown.errors.contains("it has web"),
+        unknown.errors.contains("there is no pool \"db\"") && unknown.errors.contains("its pools are web"),
         "{unknown:?}"
     );
     desk.redis.kill();

@@ -294,7 +294,8 @@ async fn states_that_cannot_be_read_are_named_beside_the_table() {
     let desk = desk().await;
     desk.redis.run("SET {servers}:states x").await;
     let get = desk.done("get web").await;
-    let told = "who is in drain or maint is not known: {servers}:states holds something else than a hash";
+    let told =
+        "unknown which members are in drain or maint: {servers}:states holds something else than a hash";
     assert!(get.said.contains(told), "{get:?}");
 }
 

@@ -85,7 +85,7 @@ async fn weights_come_on_top_of_the_table_in_redis_and_nothing_is_written() {
         "->",
         "37.5 %",
         "12.5 %",
-        "left out: no-backend",
+        "ignored by proxies: no-backend",
     ] {
         assert!(text.contains(part), "{part}: {text}");
     }

@@ -81,10 +81,10 @@ fn serve(config: &Config, sink: LogSink, prepared: Prepared) -> anyhow::Result<(
     let stop_signals = runtime.block_on(async { StopSignals::new() }).context("cannot watch for signals")?;
     let running = supervisor::start(config, Some(sink.clone()))?;
     for (listener, addresses) in &running.addresses {
-        info!(listener = %listener, ?addresses, "accepting");
+        info!(listener = %listener, ?addresses, "listener accepting connections");
     }
     if let Some(address) = running.admin {
-        info!(%address, "admin server");
+        info!(%address, "admin server listening");
     }
     let left = descriptors::left_for_sessions();
     if left < FEW_DESCRIPTORS {
@@ -97,8 +97,12 @@ fn serve(config: &Config, sink: LogSink, prepared: Prepared) -> anyhow::Result<(
     let summary = running.join();
     // So that there is room for the last line.
     sink.flush(FLUSH_TIME);
-    info!(cut = summary.cut, "stopped");
-    anyhow::ensure!(!summary.failed, "a part of the proxy died: the log tells which");
+    match summary.cut {
+        0 => info!(cut = 0, "stopped"),
+        1 => info!(cut = 1, "stopped; 1 session was closed by force"),
+        cut => info!(cut, "stopped; {cut} sessions were closed by force"),
+    }
+    anyhow::ensure!(!summary.failed, "a part of the proxy failed: the log names it");
     Ok(())
 }
 
@@ -151,7 +155,7 @@ async fn handle_signals(mut stop_signals: StopSignals, mut logged_signals: Logge
 
 fn stop(running: &Running, told: &mut bool) {
     if std::mem::replace(told, true) {
-        warn!("second signal: cutting what is left");
+        warn!("second signal: closing the sessions that are left by force");
         running.stop_now();
     } else {
         info!("signal: draining");

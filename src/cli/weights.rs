@@ -114,7 +114,8 @@ async fn get(target: &Target) -> Result<(), Failure> {
     }
     let mut text = show::table(&pool, &seen, states.as_deref().ok(), &reports);
     if let Err(error) = states {
-        text += &format!("who is in drain or maint is not known: {}\n", escape::word(&error.to_string()));
+        text +=
+            &format!("unknown which members are in drain or maint: {}\n", escape::word(&error.to_string()));
     }
     Ok(print(&text)?)
 }

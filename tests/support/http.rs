@@ -59,8 +59,9 @@ impl Program {
             addresses.collect()
         };
         // Said after all listeners.
-        eventually("the program accepts", || async { !said("admin server", "address").is_empty() }).await;
-        (said("accepting", "addresses"), said("admin server", "address")[0])
+        eventually("the program accepts", || async { !said("admin server listening", "address").is_empty() })
+            .await;
+        (said("listener accepting connections", "addresses"), said("admin server listening", "address")[0])
     }
 
     /// Everything that it counts, of one moment.

@@ -85,7 +85,7 @@ impl Program {
         super::eventually("it accepts or ends", || {
             let ended = self.ended();
             code = ended.map(|status| status.code().unwrap_or(-1));
-            let over = code.is_some() || !self.messages("accepting").is_empty();
+            let over = code.is_some() || !self.messages("listener accepting connections").is_empty();
             async move { over }
         })
         .await;

@@ -77,7 +77,7 @@ impl Program {
     pub async fn address(&self) -> SocketAddr {
         let address = || {
             let log = self.log();
-            let line = log.lines().find(|line| line.contains("\"accepting\""))?;
+            let line = log.lines().find(|line| line.contains("\"listener accepting connections\""))?;
             line.split_once("\"addresses\":\"[")?.1.split_once(']')?.0.parse().ok()
         };
         eventually("the program accepts", || async { address().is_some() }).await;

@@ -39,7 +39,7 @@ impl Program {
 
     /// The addresses of its first listener, once it accepts.
     pub async fn listens(&self) -> Vec<SocketAddr> {
-        let line = self.says("accepting").await;
+        let line = self.says("listener accepting connections").await;
         let addresses = line["addresses"].as_str().expect("a text").trim_matches(['[', ']']).split(", ");
         addresses.map(|a| a.parse().unwrap_or_else(|error| panic!("{error}: {a}"))).collect()
     }

@@ -13,7 +13,7 @@ pub(super) fn settings(target: &Target) -> Result<Settings, Failure> {
     let (pool, redis) = find_pool(target)?;
     let Some(redis) = redis else {
         return Err(Failure::Invalid(format!(
-            "{} has no redis section: its pools run on their backends alone, so change those there",
+            "{} has no redis section, so its pools use `backends` alone: change the weights in that file",
             target.config.config.display()
         )));
     };
@@ -27,7 +27,7 @@ pub(super) fn find_pool(target: &Target) -> Result<(Pool, Option<Redis>), Failur
     let Some(pool) = config.pools.iter().find(|pool| *pool.name == *target.pool) else {
         let names: Vec<&str> = config.pools.iter().map(|pool| &*pool.name).collect();
         return Err(Failure::Invalid(format!(
-            "there is no pool {:?} in {}: it has {}",
+            "there is no pool {:?} in {}: its pools are {}",
             target.pool,
             path.display(),
             names.join(", ")

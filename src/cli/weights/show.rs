@@ -26,7 +26,7 @@ pub(super) fn table(
         None => {}
     }
     if seen.newest.is_some() && seen.outside.count > 0 {
-        text += &format!("{} changed since by another program:\n", members(seen.outside.count));
+        text += &format!("{} changed by another program since then:\n", members(seen.outside.count));
         text += &lines(&seen.outside);
     }
     if !reports.live.is_empty() {
@@ -45,7 +45,8 @@ pub(super) fn table(
             )
         };
         if !reports.are_all_in.is_zero() {
-            text += "; redis was away, has lost reports or one has just come back: others may be alive";
+            text +=
+                "; more may be running: Redis was away or has lost reports, or a proxy has just come back";
         }
         text.push('\n');
     }
@@ -67,10 +68,10 @@ pub(super) fn table(
     }
     let is_member = |name: &str| seen.table.members().iter().any(|(id, _)| id.as_str() == name);
     for (name, state) in states.unwrap_or_default().iter().filter(|(name, _)| !is_member(name)) {
-        let _ = writeln!(text, "no member: {name}  {state}");
+        let _ = writeln!(text, "not in the table: {name}  {state}");
     }
     for left_out in &seen.left_out {
-        let _ = writeln!(text, "left out: {}: {}", left_out.member, left_out.reason);
+        let _ = writeln!(text, "ignored by proxies: {}: {}", left_out.member, left_out.reason);
     }
     text
 }
@@ -106,24 +107,24 @@ pub(super) fn divide<'a>(reports: &'a [Report], hash: &ContentHash) -> (Vec<&'a 
 pub(super) fn done(pool: &Pool, done: &Done, on_empty: OnEmpty) -> String {
     let mut text = String::new();
     if done.outside > 0 {
-        text +=
-            &format!("{} had been changed by another program: the history tells\n", members(done.outside));
+        text += &format!("another program had changed {} before: see the history\n", members(done.outside));
     }
     if done.passed_over > 0 {
         text += &format!(
-            "{} left alone: a name too long for a backend is not kept, so there is no way back for it\n",
+            "{} not changed: the name is too long for a backend, and the history does not keep such names\n",
             members(done.passed_over)
         );
     }
     if done.version == done.before {
-        return text + &format!("{}: nothing to change, version {} stays\n", pool.name, done.version);
+        return text + &format!("{}: nothing to change, this is still version {}\n", pool.name, done.version);
     }
-    let back = done.back_to.map(|version| format!(", version {version} again")).unwrap_or_default();
+    let back =
+        done.back_to.map(|version| format!(", the same table as version {version}")).unwrap_or_default();
     text += &format!("{}: version {}{back}\n{}", pool.name, done.version, lines(&done.changes));
     if done.table.is_empty() {
         text += match on_empty {
             OnEmpty::KeepLast => {
-                "the table is empty: proxies go on with the last one (redis.on_empty: keep_last)\n"
+                "the table is empty: proxies keep using the last one (redis.on_empty: keep_last)\n"
             }
             OnEmpty::Refuse => "the table is empty: proxies refuse sessions (redis.on_empty: refuse)\n",
         };
@@ -136,7 +137,7 @@ pub(super) fn history(history: &History) -> String {
     let mut text = String::new();
     if let Some(changes) = &history.unsaved {
         text += &format!(
-            "now, by another program, not entered since this user may not write\n{}",
+            "not in the history yet, since this Redis user may not write: changed by another program\n{}",
             lines(changes)
         );
     }
@@ -146,8 +147,8 @@ pub(super) fn history(history: &History) -> String {
     match history.left_out {
         0 if text.is_empty() => text = "nothing has changed yet\n".to_owned(),
         0 => {}
-        1 => text += "left out: 1 entry that statera did not write\n",
-        count => text += &format!("left out: {count} entries that statera did not write\n"),
+        1 => text += "not shown: 1 entry that statera did not write\n",
+        count => text += &format!("not shown: {count} entries that statera did not write\n"),
     }
     text
 }

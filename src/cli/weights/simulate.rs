@@ -169,18 +169,22 @@ impl Answer {
             Some(Now { version: Some(version), .. }) => {
                 format!(", key {}, version {version}: ", word(&pool.weights_key))
             }
-            Some(_) => ", on top of its backends in the config: ".to_owned(),
-            None => ", these members alone: ".to_owned(),
+            Some(_) => ", with the other backends as in the config: ".to_owned(),
+            None => ", with these members alone: ".to_owned(),
         };
         text += "nothing is written\n";
-        let _ = write!(text, "as if all backends were up; of {sessions} sessions, ");
+        let _ = writeln!(
+            text,
+            "of {sessions} sessions, each member gets a number within RANGE in 95 of 100 runs"
+        );
+        text += "assumed: all backends are up";
         if pool.balance == Balance::LeastConn {
-            let _ = write!(text, "{active} of them active at each moment and all backends alike fast, ");
+            let _ = write!(text, " and equally fast, and {active} sessions are open at each moment");
         }
-        text += "each gets what RANGE says in 95 of 100 runs\n\n";
+        text += "\n\n";
         self.columns(&mut text);
         for left_out in self.now.iter().flat_map(|now| &now.left_out) {
-            let _ = writeln!(text, "left out: {}: {}", left_out.member, left_out.reason);
+            let _ = writeln!(text, "ignored by proxies: {}: {}", left_out.member, left_out.reason);
         }
         if let Some(moved) = self.moved_clients {
             let _ = writeln!(text, "\n{:.1} % of clients would move to another backend", 100.0 * moved);

@@ -48,7 +48,7 @@ pub(super) async fn drain(arguments: &DrainArguments) -> Result<(), Failure> {
     let Some(limit) = *wait else { return Ok(()) };
     let proxies = wait_for(&mut ledger, &members, limit).await?;
     if !which.target.json {
-        print(&format!("no session is left: {} say so\n", show::proxies(proxies)))?;
+        print(&format!("no session is left on {}\n", show::proxies(proxies)))?;
     }
     Ok(())
 }
@@ -100,7 +100,7 @@ async fn wait_for(ledger: &mut Ledger, members: &[BackendId], limit: Duration) -
         let waits = waits_for(&busy, &live);
         if begun.elapsed() >= limit {
             let limit = humantime::format_duration(limit);
-            return Err(Failure::NotConverged(format!("it is in drain, and within {limit} {waits}")));
+            return Err(Failure::NotConverged(format!("in drain, but after {limit}: {waits}")));
         }
         if told.elapsed() >= TELL {
             told = Instant::now();
@@ -138,30 +138,33 @@ fn busy(report: &Report, members: &[BackendId], left: &Left, written: Duration) 
             Some(sessions) => count += u64::from(sessions),
             None if report.unnamed > 0 => {
                 let named = report.leaving.len();
-                return Some(format!("{proxy} (tells of {named} of {} that leave)", named + report.unnamed));
+                return Some(format!(
+                    "{proxy} (reports {named} of its {} draining backends)",
+                    named + report.unnamed
+                ));
             }
             None if left.members.contains(member) && left.hash == report.hash => {}
-            None => return Some(format!("{proxy} (has not applied it)")),
+            None => return Some(format!("{proxy} (has not read it yet)")),
         }
     }
     if count > 0 {
-        return Some(format!("{proxy} ({count})"));
+        return Some(format!("{proxy} ({count} {})", if count == 1 { "session" } else { "sessions" }));
     }
     // It may be an older report, of an earlier drain, say.
-    (report.age + LANDING > written).then(|| format!("{proxy} (has not said so since)"))
+    (report.age + LANDING > written).then(|| format!("{proxy} (its report is too old)"))
 }
 
 fn waits_for(busy: &[String], live: &[Report]) -> String {
     if live.is_empty() {
-        return "no proxy reports: is one running, and may it write to redis? its log tells".to_owned();
+        return "no proxy reports: check that one is running, and see its log for whether it may write to Redis".to_owned();
     }
     if busy.is_empty() {
-        return "redis was away, has lost reports or a proxy has just come back: others may be alive"
+        return "more proxies may be running: Redis was away or has lost reports, or a proxy has just come back"
             .to_owned();
     }
     let named = busy.iter().take(MOST_NAMED).cloned().collect::<Vec<_>>().join(", ");
     let more = if busy.len() > MOST_NAMED { ", …" } else { "" };
-    format!("{} of {} are waited for: {named}{more}", busy.len(), show::proxies(live.len()))
+    format!("waiting for {} of {}: {named}{more}", busy.len(), show::proxies(live.len()))
 }
 
 #[cfg(test)]
@@ -194,24 +197,24 @@ mod tests {
         let none = report(&[("10.0.0.1:80", 0), ("10.0.0.2:80", 0)]);
         assert_eq!(waits(&none, &Left::default(), 2.0), None);
         let old = waits(&none, &Left::default(), 1.9);
-        assert_eq!(old.as_deref(), Some("(has not said so since)"));
+        assert_eq!(old.as_deref(), Some("(its report is too old)"));
         let some = waits(&report(&[("10.0.0.2:80", 3), ("10.0.0.1:80", 4)]), &Left::default(), 9.0);
-        assert_eq!(some.as_deref(), Some("(7)"));
+        assert_eq!(some.as_deref(), Some("(7 sessions)"));
     }
 
     #[test]
     fn who_is_not_named_is_not_known_to_be_in_drain_unless_he_has_left_the_table() {
         let one = report(&[("10.0.0.1:80", 0)]);
         let unknown = waits(&one, &Left::default(), 9.0);
-        assert_eq!(unknown.as_deref(), Some("(has not applied it)"));
+        assert_eq!(unknown.as_deref(), Some("(has not read it yet)"));
         let cut = waits(&Report { unnamed: 7, ..one.clone() }, &Left::default(), 9.0);
-        assert_eq!(cut.as_deref(), Some("(tells of 1 of 8 that leave)"));
+        assert_eq!(cut.as_deref(), Some("(reports 1 of its 8 draining backends)"));
 
         let left = Left { members: members()[1..].iter().cloned().collect(), hash: ContentHash::default() };
         assert_eq!(waits(&one, &left, 9.0), None);
         let still = waits(&report(&[("10.0.0.1:80", 0), ("10.0.0.2:80", 1)]), &left, 9.0);
-        assert_eq!(still.as_deref(), Some("(1)"));
+        assert_eq!(still.as_deref(), Some("(1 session)"));
         let other = Left { hash: ContentHash::reported("0".to_owned()), ..left };
-        assert_eq!(waits(&one, &other, 9.0).as_deref(), Some("(has not applied it)"), "nor that he left");
+        assert_eq!(waits(&one, &other, 9.0).as_deref(), Some("(has not read it yet)"), "nor that he left");
     }
 }

@@ -52,11 +52,14 @@ impl<'a> Unusable<'a> {
             text += &format!("health is ignored by {} (fail-open)\n", of_all(fails_open));
         }
         if cut_short > 0 {
-            text += &format!("more members get no sessions than {} can name\n", of_all(cut_short));
+            text += &format!(
+                "more members get no sessions than are listed here: the reports of {} name only some\n",
+                of_all(cut_short)
+            );
         }
         if not_telling > 0 {
             text += &format!(
-                "{} of an older version: which members get no sessions there is not known\n",
+                "{} of an older version: these do not report which members get no sessions\n",
                 proxies(not_telling)
             );
         }
@@ -176,7 +179,7 @@ mod tests {
         assert_eq!(all.text("c:1", false, None), "  no sessions from 1 of 3 proxies: weight 0");
         assert_eq!((all.text("d:1", false, None).as_str(), all.json("d:1")), ("", None));
         assert_eq!(all.json("a:1").expect("some")["proxies"], 3);
-        let head = "1 proxy of an older version: which members get no sessions there is not known\n";
+        let head = "1 proxy of an older version: these do not report which members get no sessions\n";
         assert_eq!(all.head(), head);
     }
 

@@ -36,14 +36,14 @@ impl Fleet {
         let limit = humantime::format_duration(self.limit);
         if self.have.is_empty() && self.have_not.is_empty() {
             return format!(
-                "version {version} is written, but no proxy reports within {limit} what it has applied: is one running, and may \
-                 it write to redis? its log tells"
+                "version {version} is written, but no proxy reported within {limit} which table it uses: check that one is \
+                 running, and see its log for whether it may write to Redis"
             );
         }
         if self.have_not.is_empty() {
             return format!(
-                "version {version} is written and {} applied it, but redis was away, has lost reports or a proxy has \
-                 just come back, so whether these are all is not known for another {}: wait longer than {limit}",
+                "version {version} is written and {} applied it, but Redis was away or has lost reports, or a proxy has \
+                 just come back: it takes another {} until all proxies are known, so wait longer than {limit}",
                 super::show::proxies_have(self.have.len()),
                 humantime::format_duration(Duration::from_millis(self.are_all_in.as_millis() as u64))
             );
@@ -64,7 +64,8 @@ pub(super) async fn for_fleet(ledger: &mut Ledger, done: &Done, limit: Duration)
     loop {
         let asked = Instant::now();
         let Reports { live, are_all_in } = ledger.applied().await.map_err(|error| {
-            let text = format!("version {} is written, but who has it is not known: {error}", done.version);
+            let text =
+                format!("version {} is written, but which proxies use it is unknown: {error}", done.version);
             match error {
                 WeightsError::Unreachable(_) => Failure::Unreachable(text),
                 WeightsError::Refused(_) => Failure::Failed(text),
