@@ -1,7 +1,7 @@
-//! Turns what was written into a [`Config`] that can run, or says everything that is wrong with it.
+//! Makes a [`Config`] that can run of what was written, or reports every problem in it.
 //!
-//! Each section has its file below `check/`; this one puts them together. Refuses to guess: what is not understood is an
-//! error. Which keys there are, and their defaults, is CONTRACT.md's business.
+//! Each section has its file below `check/`; this file puts them together. Nothing is guessed: what is
+//! not understood is an error.
 
 mod capacity;
 mod health;
@@ -29,12 +29,12 @@ const ROOT: Keys = Keys {
 };
 const NAME_MAX_BYTES: usize = 64;
 
-/// Every problem of a config, at least one. Displays one a line.
+/// Every problem of a config, at least one. Displays one problem a line.
 #[derive(Clone, Debug)]
 pub struct InvalidConfig {
-    /// In the order of the file; the first 50.
+    /// The first 50, in the order of the file.
     pub problems: Vec<Problem>,
-    /// Problems beyond those.
+    /// How many more there are.
     pub more: usize,
 }
 
@@ -53,34 +53,38 @@ impl fmt::Display for InvalidConfig {
 
 impl std::error::Error for InvalidConfig {}
 
-/// There is no config to run with.
+/// Why a config cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
-    /// No YAML document could be had.
+    /// The file cannot be read, or is no YAML document.
     #[error(transparent)]
     Unreadable(#[from] Unreadable),
-    /// It was read, and cannot run.
-    #[error("{}:\n{problems}", .path.as_ref().map_or("config".into(), |path| escaped(&path.to_string_lossy(), 4096)))]
+    /// The config was read, and has problems.
+    #[error("{}:\n{problems}", .path.as_deref().map_or("config".into(), shown_path))]
     Invalid {
-        /// The file; `None` for a text.
+        /// The file; `None` where the config came as a text.
         path: Option<PathBuf>,
-        /// What is wrong with it.
+        /// The problems in it.
         problems: InvalidConfig,
     },
+}
+
+fn shown_path(path: &Path) -> String {
+    escaped(&path.to_string_lossy(), 4096)
 }
 
 impl Config {
     /// Reads and checks a file, with `${NAME}` from this process's environment.
     ///
     /// # Errors
-    /// `Unreadable` where there is no YAML document; otherwise `Invalid` with every problem at once.
+    /// `Unreadable` where there is no YAML document; otherwise `Invalid` with every problem.
     pub fn load(path: &Path) -> Result<Self, LoadError> {
         let file = ConfigFile::read(path)?;
         check(file, &process_environment)
             .map_err(|problems| LoadError::Invalid { path: Some(path.to_owned()), problems })
     }
 
-    /// The same for a text.
+    /// Checks a config that is given as a text.
     ///
     /// # Errors
     /// As [`Config::load`].
@@ -88,7 +92,7 @@ impl Config {
         Self::from_yaml_with(text, &process_environment)
     }
 
-    /// The same with the variables that `environment` knows.
+    /// Checks a config that is given as a text, with the variables that `environment` knows.
     ///
     /// # Errors
     /// As [`Config::load`].
@@ -148,7 +152,8 @@ fn config(root: &Section<'_>) -> Config {
     }
 }
 
-/// Opens a required section whose keys are names, and checks those: they become metric labels and parts of paths.
+/// Opens a required section whose keys are names. The names are checked, since they become metric labels
+/// and parts of paths.
 fn named_section<'a>(
     root: &Section<'a>,
     key: &str,
@@ -173,17 +178,17 @@ fn named_section<'a>(
     Some(section)
 }
 
-/// Only its shape: whether a kernel has it is known where it runs.
+/// Checks only the shape of the name: whether the kernel has the algorithm is known when the proxy starts.
 fn tcp_congestion(section: &Section<'_>) -> Option<Congestion> {
     section.field("tcp_congestion")?.parsed("the name of an algorithm is needed, like cubic or bbr")
 }
 
-/// For numbers that were read with a range that begins above zero.
+/// Converts a number that was read with a range that begins above zero.
 fn non_zero_usize(value: u64) -> NonZeroUsize {
     usize::try_from(value).ok().and_then(NonZeroUsize::new).unwrap_or(NonZeroUsize::MIN)
 }
 
-/// For numbers that were read with a range that begins above zero and ends below 2^32.
+/// Converts a number that was read with a range that begins above zero and ends below 2^32.
 fn non_zero_u32(value: u64) -> NonZeroU32 {
     u32::try_from(value).ok().and_then(NonZeroU32::new).unwrap_or(NonZeroU32::MIN)
 }

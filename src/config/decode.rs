@@ -1,8 +1,10 @@
-//! Takes values out of the tree and collects every problem on the way, so that one run shows all of them.
+//! Takes values out of the tree, and collects every problem on the way, so that one run shows all of
+//! them.
 //!
-//! A reader that finds a wrong value reports it and answers the default: the caller goes on looking for more problems, and
-//! nothing runs, because [`Problems::finish`] then refuses the whole. Knows kinds of values, not keys: those are in
-//! `check.rs`. Values are shown shortened and with control characters escaped; secrets are never shown.
+//! A reader that finds a wrong value reports it and returns the default, so that the caller can look for
+//! more problems. The config is refused at the end where there is any problem. This file knows kinds of
+//! values; the keys are in `check.rs`. Values are shown shortened and with control characters escaped.
+//! Secrets are never shown.
 
 mod section;
 mod suggest;
@@ -15,11 +17,13 @@ use std::fmt;
 
 use super::file::{ConfigFile, Location, Node};
 
-/// More are counted, not listed: each costs one more parse for its line, and nobody reads on.
+/// More problems are counted, not listed: finding the line of each costs one more parse of the file.
 const PROBLEMS_SHOWN: usize = 50;
-/// More are counted, not kept. Above `PROBLEMS_SHOWN`, so that the first ones of the file are among those kept.
+/// More problems are counted, not kept. More than `PROBLEMS_SHOWN`, since problems are not found in the
+/// order of the file, and the first ones of the file are to be shown.
 const PROBLEMS_KEPT: usize = 1000;
-/// What may be parsed again to find lines: all 50 for a file of 400 kB, the first 20 for the largest, in a second or two.
+/// How many bytes may be parsed again to find lines. That is enough for all 50 problems in a file of 400
+/// kB, and for the first 20 in the largest file; it takes a second or two.
 const REPARSED_MAX_BYTES: usize = 20 * 1024 * 1024;
 const VALUE_MAX_CHARS: usize = 60;
 /// Stands for a value that may hold a password.
@@ -28,9 +32,9 @@ const HIDDEN: &str = "…";
 /// One thing that is wrong with a config. Displays as `path: value: cure (line N)`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
-    /// Like `pools.web.connect.attempts` or `listeners.web.bind[1]`.
+    /// The path of the key, like `pools.web.connect.attempts` or `listeners.web.bind[1]`.
     pub path: String,
-    /// Counted from 1; `None` where the key is missing from the top level, and late in very large files.
+    /// The line, counted from 1. `None` where a key of the top level is missing, and in very large files.
     pub line: Option<usize>,
     /// The value, if it may be shown, and the cure.
     pub message: String,
@@ -48,7 +52,7 @@ impl fmt::Display for Problem {
 pub(super) struct Problems {
     found: RefCell<Vec<Found>>,
     uncounted: Cell<usize>,
-    /// What is no problem.
+    /// Settings that are valid but most likely a mistake.
     warnings: RefCell<Vec<Found>>,
 }
 
@@ -60,7 +64,7 @@ struct Found {
 
 enum Message {
     Plain(String),
-    /// A duplicate key: names the line of the first one, too.
+    /// A key that is written twice. The message names the line of the first one.
     Twice {
         first: Location,
     },
@@ -120,7 +124,7 @@ impl Problems {
     }
 }
 
-/// One value and where it stands.
+/// One value, with its path and its location in the file.
 #[derive(Clone)]
 pub(super) struct Field<'a> {
     node: &'a Node,
@@ -135,7 +139,7 @@ impl<'a> Field<'a> {
         Self { node, path: String::new(), location: Location::new(), problems }
     }
 
-    /// As it stands in messages.
+    /// The path as messages show it.
     pub(super) fn path(&self) -> &str {
         &self.path
     }
@@ -145,17 +149,17 @@ impl<'a> Field<'a> {
         self.refuse_unshown(format!("{}: {cure}", self.shown()));
     }
 
-    /// Reports without showing the value: for secrets, and for what is missing.
+    /// Reports a problem without showing the value: for secrets, and for missing keys.
     pub(super) fn refuse_unshown(&self, message: impl Into<String>) {
         self.problems.add(self.path.clone(), self.location.clone(), message);
     }
 
-    /// Warns of this value: it is valid, and cannot be meant.
+    /// Warns of this value: it is valid, but most likely a mistake.
     pub(super) fn warn(&self, cure: impl fmt::Display) {
         self.warn_unshown(format!("{}: {cure}", self.shown()));
     }
 
-    /// The same without the value.
+    /// Warns without showing the value.
     pub(super) fn warn_unshown(&self, message: impl Into<String>) {
         let (path, location) = (self.path.clone(), self.location.clone());
         let message = Message::Plain(message.into());
@@ -174,7 +178,7 @@ impl<'a> Field<'a> {
             Node::Integer(value) => value.to_string(),
             Node::Float(value) => value.to_string(),
             Node::Text(text) if text.is_empty() => "\"\"".to_owned(),
-            // A URL with credentials, wherever it slipped to.
+            // A URL with credentials, which may have been written under any key.
             Node::Text(text) if text.contains("://") && text.contains('@') => HIDDEN.to_owned(),
             Node::Text(text) => escaped(text, VALUE_MAX_CHARS),
             Node::List(_) => "a list".to_owned(),
@@ -201,7 +205,8 @@ pub(super) fn path_of_item(parent: &str, position: usize) -> String {
     format!("{parent}[{position}]")
 }
 
-/// Keys that would make the path ambiguous, such as addresses, stand in brackets and quotes.
+/// The path of `key` below `parent`. Keys that would make it ambiguous, like addresses, are put in
+/// brackets and quotes.
 pub(super) fn path_of_key(parent: &str, key: &str) -> String {
     let is_plain = !key.is_empty() && key.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b));
     if !is_plain || key.len() > VALUE_MAX_CHARS {
@@ -210,8 +215,8 @@ pub(super) fn path_of_key(parent: &str, key: &str) -> String {
     if parent.is_empty() { key.to_owned() } else { format!("{parent}.{key}") }
 }
 
-/// `text` as it may go to a terminal or a log: at most `max_chars` of it, and nothing in it that moves a cursor or turns
-/// the reading direction.
+/// `text` as it may be written to a terminal or a log: at most `max_chars` of it, with characters escaped
+/// that move the cursor or change the reading direction.
 pub(super) fn escaped(text: &str, max_chars: usize) -> String {
     let mut shown = String::new();
     for (count, character) in text.chars().enumerate() {

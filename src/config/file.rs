@@ -1,8 +1,9 @@
-//! Reads config.yaml into a tree that still knows every key, and finds the line of any place in it.
+//! Reads config.yaml into a tree that still has every key, and finds the line of any value in it.
 //!
-//! Refuses what is no YAML document of a sane size; whether a key or a value makes sense is for `check.rs`. Duplicate
-//! keys are kept, in order, so that they can be reported: a typed map would silently keep the last one.
-//! Next: `environment.rs` fills in `${NAME}`, `decode.rs` takes values out of the tree.
+//! A file that is too large, or is no YAML document, is refused here; `check.rs` judges keys and values.
+//! Duplicate keys are kept in order, so that they can be reported: a typed map would keep the last one
+//! without a message. Next: `environment.rs` fills in `${NAME}`, and `decode.rs` takes values out of the
+//! tree.
 
 pub(super) mod environment;
 mod line;
@@ -19,33 +20,37 @@ pub(super) use node::Node;
 
 use super::decode::escaped;
 
-/// About 20,000 pools. The parser needs memory for every event of the whole file at once.
+/// Enough for about 20,000 pools. The parser keeps every event of the whole file in memory at once.
 const FILE_MAX_BYTES: usize = 1024 * 1024;
-/// Deeper than any key of the contract, shallower than the parser's own 128 levels would ever matter.
-/// The parser looks at every open bracket again for each token: 200,000 of them took 5.7 s.
+/// More than any config needs. The parser looks at every open bracket again for each token: 200,000 of
+/// them took 5.7 s.
 const OPEN_BRACKETS_MAX: usize = 300;
-/// A message of the parser is one sentence; a key it quotes may be of any length.
+/// A message of the parser is one sentence, but it may quote a key of any length.
 const PARSER_MESSAGE_MAX_CHARS: usize = 200;
 
-/// What was written, before anybody asked what it means.
+/// The config as it was written, not yet checked.
 #[derive(Debug)]
 pub(super) struct ConfigFile {
-    /// Kept to find lines in, see [`ConfigFile::line_of`].
+    /// The text, kept for [`ConfigFile::line_of`].
     text: String,
     /// Always a [`Node::Map`] with at least one key.
     pub(super) root: Node,
 }
 
-/// A place in the tree: at each level the position among the siblings, so that duplicate keys stay apart. Places compare
-/// in the order of the file.
+/// The location of a value in the tree: at each level its position among its siblings, so that duplicate
+/// keys have different locations. Locations compare in the order of the file.
 pub(super) type Location = Vec<usize>;
 
-/// No YAML document could be had. The message names the file and the cure.
+/// The file cannot be read, or is no YAML document. The message names the file and the cure.
 #[derive(Debug, thiserror::Error)]
-#[error("{}{reason}", .path.as_ref().map(|path| format!("{}: ", escaped(&path.to_string_lossy(), 4096))).unwrap_or_default())]
+#[error("{}{reason}", .path.as_deref().map(shown_before).unwrap_or_default())]
 pub struct Unreadable {
     path: Option<PathBuf>,
     reason: String,
+}
+
+fn shown_before(path: &Path) -> String {
+    format!("{}: ", escaped(&path.to_string_lossy(), 4096))
 }
 
 impl Unreadable {
@@ -56,7 +61,7 @@ impl Unreadable {
 
 impl ConfigFile {
     /// # Errors
-    /// A file that cannot be read or is no YAML document of a sane size.
+    /// The file cannot be read, is too large, or is no YAML document.
     pub(super) fn read(path: &Path) -> Result<Self, Unreadable> {
         let named = |error: Unreadable| Unreadable { path: Some(path.to_owned()), ..error };
         let bytes = read_bytes(path).map_err(|error| named(Unreadable::because(cure_for(&error))))?;
@@ -72,10 +77,10 @@ impl ConfigFile {
     }
 
     /// # Errors
-    /// A text that is no YAML document of a sane size, or one without keys.
+    /// The text is too large, is no YAML document, or has no keys.
     pub(super) fn parse(text: impl Into<String>) -> Result<Self, Unreadable> {
         let mut text = text.into();
-        // Some editors put a byte order mark in front, which the parser takes for a document of its own.
+        // Some editors write a byte order mark first, which the parser takes for a document of its own.
         if text.starts_with('\u{feff}') {
             text.remove(0);
         }
@@ -98,13 +103,13 @@ impl ConfigFile {
         Err(Unreadable::because(format!("{kind}: write at least the keys listeners and pools")))
     }
 
-    /// In bytes: what one [`ConfigFile::line_of`] parses.
+    /// The length in bytes, which each [`ConfigFile::line_of`] parses.
     pub(super) fn len(&self) -> usize {
         self.text.len()
     }
 
-    /// The line of the key or list item at `place`, counted from 1. Costs one more parse of the file: serde_yaml tells
-    /// lines only in its errors, so one is provoked there.
+    /// The line of the key or list item at `location`, counted from 1. This parses the file once more:
+    /// serde_yaml reports lines only in its errors, so an error is provoked at the location.
     pub(super) fn line_of(&self, location: &[usize]) -> Option<usize> {
         if location.is_empty() {
             return None;
@@ -116,7 +121,8 @@ impl ConfigFile {
 
 fn read_bytes(path: &Path) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    // One byte more than allowed shows that there are more, also where no length is known (a pipe).
+    // One byte more than allowed shows that the file is too large, also where its length is unknown (a
+    // pipe).
     let limit = FILE_MAX_BYTES as u64 + 1;
     File::open(path)?.take(limit).read_to_end(&mut bytes)?;
     Ok(bytes)
@@ -137,7 +143,7 @@ fn too_large() -> Unreadable {
 
 fn parser_message(error: &serde_yaml::Error, text: &str) -> String {
     let message = error.to_string();
-    // The two that an operator can meet without a typing mistake, and that carry no cure.
+    // These two can happen without a typing mistake, and the parser's message has no cure.
     if message.starts_with("deserializing from YAML containing more than one document") {
         return "it holds more than one YAML document: keep one, without a second ---".into();
     }
@@ -156,7 +162,8 @@ fn parser_message(error: &serde_yaml::Error, text: &str) -> String {
     }
 }
 
-/// The parser says where it gave up, not what people get wrong. The line itself is not shown: it may hold a password.
+/// The cure for a frequent syntax error. The parser's message says only where it stopped. The line itself
+/// is not shown, since it may contain a password.
 fn syntax_cure(message: &str, error: &serde_yaml::Error, text: &str) -> Option<&'static str> {
     if message.starts_with("unknown anchor") {
         return Some("put a text that begins with * in quotes");
@@ -176,7 +183,8 @@ fn syntax_cure(message: &str, error: &serde_yaml::Error, text: &str) -> Option<&
     })
 }
 
-/// Counts brackets without knowing of quotes and comments, where people close what they open, too.
+/// The line with too many open brackets. Brackets in quotes and comments count, since they are closed
+/// there, too.
 fn line_nested_too_deeply(text: &str) -> Option<usize> {
     let (mut line, mut open) = (1, 0usize);
     for byte in text.bytes() {
@@ -198,8 +206,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_place_has_its_line() {
-        let text = "# comment\na: 1\nb:\n  c: [x,\n    y]\n  d: &d {e: 2}\na: 3\nf:\n  - *d\n  - - z\n\"k\\n\": |\n  x\n  y\nl: 4\n";
+    fn every_location_has_its_line() {
+        let text = "# comment\na: 1\nb:\n  c: [x,\n    y]\n  d: &d {e: 2}\na: 3\nf:\n  - *d\n  - - z\n\
+                    \"k\\n\": |\n  x\n  y\nl: 4\n";
         let file = ConfigFile::parse(text).unwrap();
         for (location, line) in [
             (vec![0], 2),

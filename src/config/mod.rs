@@ -1,9 +1,9 @@
-//! What Statera is told to do, once it is known to be possible.
+//! The configuration: config.yaml as it was written, and the [`Config`] that can run.
 //!
-//! Three steps, each in its own file: `file` reads what was written into a tree that still knows every key, `check`
-//! turns the tree into a [`Config`] and collects *every* problem on the way, with its path, line, value and cure.
-//! A [`Config`] can run: nothing behind it validates again. The keys are CONTRACT's; each default is the one that a
-//! careful operator would choose.
+//! `file` reads the file into a tree that still has every key. `decode` takes values out of the tree, and
+//! `check` makes the [`Config`] of them. Every problem is collected on the way, with its path, line,
+//! value and cure. A [`Config`] can run: no other code validates it again. Each default is what a careful
+//! operator would choose.
 
 mod check;
 mod decode;
@@ -32,11 +32,11 @@ use std::sync::Arc;
 /// A whole configuration that can run.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Data-plane threads.
+    /// The number of data-plane threads.
     pub workers: NonZeroUsize,
     /// Where the weights come from; `None` runs the pools on their own `backends` alone.
     pub redis: Option<Redis>,
-    /// How Redis may be asked to pick when a snapshot cannot be trusted.
+    /// Whether and how Redis is asked to pick while the snapshot is stale.
     pub lua_pick: LuaPick,
     /// Where the last tables from Redis are kept for a start without it; `None` keeps none.
     pub state_dir: Option<PathBuf>,
@@ -44,34 +44,34 @@ pub struct Config {
     pub listeners: Vec<Listener>,
     /// In the order of the file; names are unique.
     pub pools: Vec<Pool>,
-    /// Where metrics and probes are served; `None` serves none.
+    /// The HTTP server for metrics and health; `None` runs none.
     pub admin: Option<Admin>,
     /// What is logged, and how.
     pub log: Log,
     /// How the process ends.
     pub shutdown: Shutdown,
-    /// What is valid, and cannot be meant.
+    /// Settings that are valid but most likely a mistake.
     pub warnings: Warnings,
 }
 
-/// Settings that are valid and cannot be meant, each with its path, line and cure.
+/// Settings that are valid but most likely a mistake, each with its path, line and cure.
 #[derive(Clone, Debug, Default)]
 pub struct Warnings {
-    /// In the order of the file; the first 50.
+    /// The first 50, in the order of the file.
     pub first: Vec<Problem>,
-    /// Warnings beyond those.
+    /// How many more there are.
     pub more: usize,
 }
 
 /// One entry of `listeners`.
 #[derive(Clone, Debug)]
 pub struct Listener {
-    /// The key it stands under.
+    /// Its key in the file.
     pub name: Arc<str>,
-    /// At least one; port 0 takes a free one.
+    /// The addresses to listen on, at least one. Port 0 takes a free port.
     pub bind: Vec<SocketAddr>,
     /// The name of a pool that exists.
     pub pool: Arc<str>,
-    /// Towards its clients; `None`: the system's.
+    /// The congestion control towards its clients; `None` leaves the system's.
     pub tcp_congestion: Option<Congestion>,
 }

@@ -11,40 +11,40 @@ use crate::balance::{BackendId, Balance, Outlier, Policy, Weight};
 /// One entry of `pools`.
 #[derive(Clone, Debug)]
 pub struct Pool {
-    /// The key it stands under.
+    /// Its key in the file.
     pub name: Arc<str>,
-    /// The sorted set in Redis.
+    /// The key of the sorted set in Redis.
     pub weights_key: String,
-    /// Used until Redis has answered; each backend once.
+    /// The table that is used until Redis has answered. Each backend occurs once.
     pub backends: Vec<(BackendId, Weight)>,
     /// How a backend is chosen.
     pub balance: Balance,
     /// How a backend is reached.
     pub connect: Connect,
-    /// A session that moves no byte for this long is closed; `None`: never.
+    /// A session that moves no byte for this long is closed; `None` is no limit.
     pub idle_timeout: Option<Duration>,
-    /// The same, once one side has closed its half.
+    /// The idle limit of a session of which one side has closed its half.
     pub half_close_timeout: Duration,
     /// TCP keepalive on both sides.
     pub keepalive: Keepalive,
-    /// Towards the backends; `None`: the system's.
+    /// The congestion control towards the backends; `None` leaves the system's.
     pub tcp_congestion: Option<Congestion>,
-    /// How backends are asked whether they live; `None`: they are not.
+    /// The active health check; `None` is none.
     pub health_check: Option<HealthCheck>,
-    /// When a backend that fails sessions gets none for a while; `None`: never.
+    /// When a backend that fails sessions is ejected for a while; `None` is never.
     pub outlier: Option<Outlier>,
-    /// Where less of the weight than this (0 to 1) is on healthy backends, health is ignored.
+    /// Health is ignored while healthy backends have less than this share (0 to 1) of the weight.
     pub fail_open: f64,
-    /// How long a backend that joined or recovered takes to its whole weight; zero: it has it at once.
+    /// How long a backend that joined or recovered takes to reach its whole weight; zero gives it at once.
     pub slow_start: Duration,
-    /// How many sessions a backend may have, and who waits for a place.
+    /// How many sessions a backend may have, and how many may wait for a slot.
     pub capacity: Capacity,
-    /// After so long the sessions of a backend that was removed, or has weight 0, are closed; zero: never.
+    /// How long sessions of a backend that was removed, or has weight 0, may go on; zero is no limit.
     pub drain_timeout: Duration,
 }
 
 impl Pool {
-    /// What the pool makes of its table.
+    /// The settings by which the pool makes snapshots of its table.
     #[must_use]
     pub fn policy(&self) -> Policy {
         let Self { balance, outlier, fail_open, slow_start, capacity, drain_timeout, .. } = *self;
@@ -52,32 +52,32 @@ impl Pool {
     }
 }
 
-/// How a backend is asked whether it lives: `pools.*.health_check`.
+/// The active health check of a pool: `pools.*.health_check`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HealthCheck {
-    /// From the begin of a check to the next one's, or up to a fifth less.
+    /// The time from the start of one check to the start of the next, or up to a fifth less.
     pub interval: Duration,
-    /// For connecting, sending and what is expected together, at each address of a name.
+    /// The limit for connecting, sending and the expected answer together, for each address of a name.
     pub timeout: Duration,
-    /// So many checks in a row must pass before a backend that failed is healthy.
+    /// How many checks in a row must pass before an unhealthy backend is healthy.
     pub rise: NonZeroU32,
-    /// So many must fail before one that passed is not.
+    /// How many checks in a row must fail before a healthy backend is unhealthy.
     pub fall: NonZeroU32,
-    /// Asked instead of the backend's own.
+    /// The port to check, in place of the backend's own.
     pub port: Option<u16>,
-    /// Sent after the connect.
+    /// What is sent after the connect.
     pub send: Option<Arc<[u8]>>,
-    /// To be found in what the backend says then; `None`: it passes once it has connected.
+    /// What must be found in the backend's answer; `None` passes a backend that accepts the connection.
     pub expect: Option<Arc<[u8]>>,
 }
 
 /// How a backend is reached: `pools.*.connect`.
 #[derive(Clone, Copy, Debug)]
 pub struct Connect {
-    /// For one attempt.
+    /// The limit for one attempt.
     pub timeout: Duration,
-    /// Backends tried for one session.
+    /// How many backends are tried for one session.
     pub attempts: NonZeroU32,
-    /// For all attempts together.
+    /// The limit for all attempts together.
     pub deadline: Duration,
 }

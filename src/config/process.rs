@@ -8,9 +8,9 @@ use super::Secret;
 /// The `admin` section.
 #[derive(Clone, Debug)]
 pub struct Admin {
-    /// Loopback, unless there is a token.
+    /// The address to listen on. It is a loopback address unless there is a token.
     pub bind: SocketAddr,
-    /// Asked for as `Authorization: Bearer …` on every path but `/livez` and `/readyz`.
+    /// The token that requests must send as `Authorization: Bearer …`, except for `/livez` and `/readyz`.
     pub token: Option<Secret>,
 }
 
@@ -21,9 +21,9 @@ pub struct Log {
     pub level: tracing::Level,
     /// The shape of a line.
     pub format: LogFormat,
-    /// One line per session.
+    /// Whether each session is logged by one line.
     pub access: bool,
-    /// Where lines go.
+    /// Where lines are written.
     pub output: LogOutput,
 }
 
@@ -32,11 +32,11 @@ pub struct Log {
 pub enum LogFormat {
     /// One JSON object a line.
     Json,
-    /// For people.
+    /// Plain text, for people.
     Text,
 }
 
-/// Where log lines go.
+/// Where log lines are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogOutput {
     /// Standard output.
@@ -48,8 +48,8 @@ pub enum LogOutput {
 /// The `shutdown` section.
 #[derive(Clone, Copy, Debug)]
 pub struct Shutdown {
-    /// Not ready, but still accepting, for this long.
+    /// How long `/readyz` says no while connections are still accepted.
     pub delay: Duration,
-    /// Then sessions may finish for this long.
+    /// How long sessions may go on after that.
     pub timeout: Duration,
 }

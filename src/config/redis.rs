@@ -8,67 +8,67 @@ use std::time::Duration;
 
 use super::Secret;
 
-/// The `redis` section: one server, or who knows it, and how hard to watch it.
+/// The `redis` section: where the server is, how changes are noticed, and how long each step may take.
 #[derive(Clone, Debug)]
 pub struct Redis {
     /// Where the server is.
     pub address: RedisAddress,
-    /// How TLS is spoken; there whenever `address`, or a node of it, is [`RedisAddress::Tls`].
+    /// The settings of TLS. Always there where `address`, or a node of it, is [`RedisAddress::Tls`].
     pub tls: Option<Tls>,
     /// The database number, from the URL's path or from `sentinel.database`.
     pub database: u32,
-    /// An ACL user; `None` is the default user.
+    /// The ACL user; `None` is Redis's default user.
     pub username: Option<String>,
     /// `None` sends no AUTH.
     pub password: Option<Secret>,
     /// How changes are noticed.
     pub watch: Watch,
-    /// May `CONFIG SET notify-keyspace-events` be sent, to add flags.
+    /// Whether `CONFIG SET notify-keyspace-events` may be sent, to add flags.
     pub manage_notifications: bool,
-    /// Between two pings on the watching connection.
+    /// The time between two heartbeats on the watching connection.
     pub heartbeat_interval: Duration,
-    /// Between two full reads that no notification asked for; up to a fifth less, by chance, so that a fleet does not read
-    /// in step.
+    /// The time between two full reads that no notification caused. Each is up to a fifth shorter, by
+    /// chance, so that a fleet does not read in step.
     pub resync_interval: Duration,
-    /// Between two reads where changes are noticed by polling.
+    /// The time between two reads where changes are noticed by polling.
     pub poll_interval: Duration,
-    /// For TCP, AUTH and HELLO together.
+    /// The limit for TCP, AUTH and HELLO together.
     pub connect_timeout: Duration,
-    /// For each command.
+    /// The limit for the answer to one command.
     pub response_timeout: Duration,
-    /// A snapshot not confirmed for longer is stale.
+    /// A snapshot that was not confirmed for longer than this is stale.
     pub max_stale: Duration,
-    /// What an emptied or vanished table means.
+    /// What to do when the table is emptied or vanishes.
     pub on_empty: OnEmpty,
 }
 
-/// Where a Redis server listens, or who knows where it does.
+/// The address of a Redis server, or the servers that know it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RedisAddress {
     /// `redis://host:port`
     Tcp {
         /// A name or an address, without brackets.
         host: String,
-        /// 6379 where the URL names none.
+        /// The port; 6379 where the URL has none.
         port: u16,
     },
     /// `rediss://host:port`
     Tls {
-        /// A name or an address, without brackets; the server's certificate must be for it.
+        /// A name or an address, without brackets. The server's certificate must be for it.
         host: String,
-        /// 6379 where the URL names none.
+        /// The port; 6379 where the URL has none.
         port: u16,
     },
     /// `unix:///path`
     Unix(PathBuf),
-    /// The primary that sentinels name.
+    /// The primary that the sentinels report.
     Sentinel(Arc<Sentinel>),
-    /// In a cluster, the primary that serves a key's slot.
+    /// In a Redis Cluster, the primary that serves the slot of a key.
     Cluster(Arc<Cluster>),
 }
 
 impl RedisAddress {
-    /// The key of the config that it was read from.
+    /// The key of the config that the address was read from.
     #[must_use]
     pub fn written_at(&self) -> &'static str {
         match self {
@@ -100,32 +100,32 @@ impl fmt::Display for RedisAddress {
     }
 }
 
-/// `redis.sentinel`: who knows which server is the primary.
+/// `redis.sentinel`: the sentinels, which report the primary.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Sentinel {
-    /// The name that the sentinels know it by.
+    /// The name that the sentinels know the primary by.
     pub master: String,
     /// At least one, each once: [`RedisAddress::Tcp`] or [`RedisAddress::Tls`].
     pub nodes: Vec<RedisAddress>,
-    /// An ACL user of the sentinels; `None` is their default user.
+    /// The ACL user of the sentinels; `None` is their default user.
     pub username: Option<String>,
     /// `None` sends them no AUTH.
     pub password: Option<Secret>,
 }
 
-/// `redis.cluster`: who is asked first which node serves what.
+/// `redis.cluster`: the nodes that are asked first which node serves which slots.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Cluster {
-    /// At least one, each once: [`RedisAddress::Tcp`] or [`RedisAddress::Tls`]. They name the others.
+    /// At least one, each once: [`RedisAddress::Tcp`] or [`RedisAddress::Tls`]. They report the other nodes.
     pub nodes: Vec<RedisAddress>,
 }
 
-/// How TLS is spoken to Redis: whom to trust, and the certificate to show. Read from its files once.
+/// TLS to Redis: the trusted root certificates, and the client's certificate. The files are read once.
 #[derive(Clone)]
 pub struct Tls(pub(super) Arc<rustls::ClientConfig>);
 
 impl Tls {
-    /// For a connection.
+    /// The settings for a new connection.
     #[must_use]
     pub fn client_config(&self) -> Arc<rustls::ClientConfig> {
         Arc::clone(&self.0)
@@ -133,7 +133,7 @@ impl Tls {
 }
 
 impl fmt::Debug for Tls {
-    // It holds a private key.
+    // The settings hold a private key.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Tls(…)")
     }
@@ -142,20 +142,21 @@ impl fmt::Debug for Tls {
 /// How a change in Redis is noticed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Watch {
-    /// Notifications where the server is known to send them, else tracking, else polling.
+    /// Notifications where the server is known to send them, otherwise tracking, otherwise polling.
     Auto,
     /// Notifications, even where the server's settings cannot be read.
     Notifications,
-    /// The server remembers what was read, and tells when it changes; polling where it refuses to.
+    /// Client tracking: the server reports a change of keys that were read. Polling where the server
+    /// refuses it.
     Tracking,
     /// A read every `poll_interval`.
     Poll,
 }
 
-/// What an emptied or vanished table means.
+/// What to do when the table is emptied or vanishes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnEmpty {
-    /// Go on with the last table, and say so.
+    /// Keep using the last table, and log it.
     KeepLast,
     /// Refuse sessions until the table has members again.
     Refuse,
@@ -164,10 +165,10 @@ pub enum OnEmpty {
 /// The `lua_pick` section.
 #[derive(Clone, Debug)]
 pub struct LuaPick {
-    /// `false`: Redis is never asked to pick.
+    /// Where this is `false`, Redis is never asked to pick.
     pub enabled: bool,
     /// How long a session may wait for the answer.
     pub timeout: Duration,
-    /// Sessions that may wait at once; more go straight to the next source.
+    /// How many sessions may wait for an answer at once. More sessions use the next source at once.
     pub max_in_flight: NonZeroUsize,
 }

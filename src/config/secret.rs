@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-/// A text that is never printed.
+/// A text that `Debug` does not show.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
 
@@ -13,7 +13,7 @@ impl Secret {
         Self(text)
     }
 
-    /// The text itself, for the one place that sends or compares it.
+    /// The text itself, for the code that sends or compares it.
     #[must_use]
     pub fn expose(&self) -> &str {
         &self.0

@@ -7,23 +7,23 @@ use std::time::Duration;
 /// TCP keepalive: `pools.*.keepalive`.
 #[derive(Clone, Copy, Debug)]
 pub struct Keepalive {
-    /// Silence before the first probe; whole seconds, at least 1.
+    /// The silence before the first probe. Whole seconds, at least 1.
     pub idle: Duration,
-    /// Between probes; whole seconds, at least 1.
+    /// The time between probes. Whole seconds, at least 1.
     pub interval: Duration,
-    /// Unanswered probes before the connection counts as dead.
+    /// How many probes may stay unanswered before the connection counts as dead.
     pub probes: NonZeroU32,
 }
 
 impl Keepalive {
-    /// How long a peer may say nothing, though it was asked, before it counts as vanished.
+    /// How long a peer that is probed may stay silent before it counts as vanished.
     #[must_use]
     pub fn timeout(&self) -> Duration {
         self.idle.saturating_add(self.interval.saturating_mul(self.probes.get()))
     }
 }
 
-/// The name of a TCP congestion control algorithm, which the kernel may know: `cubic`, `bbr`.
+/// The name of a TCP congestion control algorithm, like `cubic` or `bbr`. The kernel may lack it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Congestion(Arc<str>);
 

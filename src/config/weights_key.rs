@@ -1,9 +1,12 @@
-//! A weights key's hash tag, and what its companions are called: `{servers}:version` beside `servers`.
+//! The hash tag of a weights key, and the names of its companion keys: `{servers}:version` beside
+//! `servers`.
 //!
-//! They share its slot, so that one script may touch them all in a Redis Cluster, where the slot of a key is that of
-//! its hash tag, the part in the first braces. A key with braces in other places (`a}b`) has no companions in its slot.
+//! In a Redis Cluster the slot of a key is that of its hash tag, the part in the first braces. Companions
+//! share the slot of their key, so one script may touch them all. A key with single braces (`a}b`) has no
+//! companions in its slot.
 
-/// What the names of a key's companions begin with: `statera:{web}:weights` → `statera:{web}`, `servers` → `{servers}`.
+/// The text that the companions' names begin with: `statera:{web}` for `statera:{web}:weights`,
+/// `{servers}` for `servers`.
 #[must_use]
 pub fn companion_stem(weights_key: &str) -> String {
     if hash_tag(weights_key).is_some() {
@@ -13,7 +16,8 @@ pub fn companion_stem(weights_key: &str) -> String {
     }
 }
 
-/// Redis's own rule: what stands between the first `{` and the first `}` after it, unless that is nothing.
+/// The hash tag by Redis's rule: the text between the first `{` and the first `}` after it, unless that
+/// is empty.
 #[must_use]
 pub fn hash_tag(key: &str) -> Option<&str> {
     let (_, rest) = key.split_once('{')?;
@@ -32,7 +36,7 @@ mod tests {
             ("{web}", "{web}"),
             ("a:{web}:b", "a:{web}:b"),
             ("prod:weights", "{prod:weights}"),
-            // No hash tag: nothing is in it, or it is never closed.
+            // No hash tag: the braces are empty, or never closed.
             ("a{}b", "{a{}b}"),
             ("a{b", "{a{b}"),
         ] {

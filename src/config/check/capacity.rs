@@ -1,4 +1,5 @@
-//! `pools.*.max_connections` and `pools.*.queue`: how much a backend is given, and who waits for a place.
+//! `pools.*.max_connections` and `pools.*.queue`: how many sessions a backend may have, and how many may
+//! wait for a slot.
 
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ const QUEUE: Keys = Keys {
     example: "{size: 100}",
     meant: &[(Kind::Number, "size"), (Kind::Duration, "timeout")],
 };
-/// Far more than a machine has connections.
+/// Far more connections than a machine can have.
 const SESSIONS_MAX: u64 = 1_000_000_000;
 
 pub(super) fn capacity(pool: &Section<'_>) -> Capacity {
@@ -23,14 +24,14 @@ pub(super) fn capacity(pool: &Section<'_>) -> Capacity {
         queue_size: number(queue.integer("size", 0..=SESSIONS_MAX, 0)),
         queue_timeout: queue.interval("timeout", Duration::from_secs(1)),
     };
-    // Not where what is written is refused already.
+    // A value that was refused already is not reported again.
     let is_unlimited = matches!(most, None | Some(Some(0)));
     if capacity.queue_size > 0
         && is_unlimited
         && let Some(field) = queue.field("size")
     {
         field.refuse(
-            "nobody waits where backends have no limit: write max_connections too, or leave the queue out",
+            "no session waits where backends have no limit: write max_connections too, or remove the queue",
         );
     }
     capacity

@@ -1,4 +1,4 @@
-//! `pools.*.health_check` and `pools.*.outlier`: when a backend gets no sessions though it has weight.
+//! `pools.*.health_check` and `pools.*.outlier`: when a backend that has weight gets no sessions.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,7 +24,7 @@ const BYTES: Keys = Keys { now: &["hex"], later: &[], example: "{hex: \"0a0b\"}"
 
 const IN_A_ROW_MAX: u64 = 1_000;
 const PORT_MAX: u64 = 65_535;
-/// Far beyond any greeting.
+/// Longer than any greeting.
 const BYTES_MAX: usize = 4096;
 const BYTES_CURE: &str = "a text, or {hex: \"0a0b\"}, of 1 to 4096 bytes is needed";
 
@@ -47,8 +47,8 @@ fn section_or_off<'a>(pool: &Section<'a>, key: &str, keys: Keys) -> Option<Secti
     Some(pool.section(key, keys))
 }
 
-/// Checks go out only where somebody asked for them: what they look like to a backend is known to its operator alone.
-/// `only_unix`: the pool has backends, all of them unix sockets, and never others.
+/// Reads `health_check`. Without it a pool has no checks, since only the operator knows what a check does
+/// to a backend. `only_unix`: the pool has backends, and all of them are unix sockets for ever.
 pub(super) fn health_check(pool: &Section<'_>, only_unix: bool) -> Option<HealthCheck> {
     if !pool.has("health_check") {
         return None;
@@ -70,7 +70,7 @@ pub(super) fn health_check(pool: &Section<'_>, only_unix: bool) -> Option<Health
     })
 }
 
-/// Where nothing is written it is on: it needs to know nothing of what the backends speak.
+/// Reads `outlier`. It is on unless it is `off`, since it works with any protocol of the backends.
 pub(super) fn outlier(pool: &Section<'_>) -> Option<Outlier> {
     let section = section_or_off(pool, "outlier", OUTLIER)?;
     let percent = section.integer("max_ejected_percent", 0..=100, 50);
@@ -108,7 +108,7 @@ fn bytes(field: &Field<'_>) -> Option<Arc<[u8]>> {
     Some(bytes.into())
 }
 
-/// Pairs of digits, with or without blanks between them.
+/// Reads pairs of hexadecimal digits, with or without blanks between them.
 fn from_hex(text: &str) -> Option<Vec<u8>> {
     let digits: Option<Vec<u32>> =
         text.chars().filter(|c| !c.is_ascii_whitespace()).map(|c| c.to_digit(16)).collect();

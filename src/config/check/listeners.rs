@@ -1,4 +1,4 @@
-//! `listeners` and `admin`: the addresses that Statera itself listens on, each of them once.
+//! `listeners` and `admin`: the addresses that Statera listens on. Each may be used once.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -27,10 +27,10 @@ pub(super) const ADMIN: Keys = Keys {
     meant: &[(Kind::Text, "bind")],
 };
 const ADMIN_PORT: u16 = 9901;
-/// In a message that lists the pools there are.
+/// How many pools a message lists.
 const POOLS_LISTED: usize = 10;
 
-/// The listeners, and what is needed to keep the admin address apart from them.
+/// The listeners, and their addresses, which the admin server must not use.
 pub(super) struct Listeners {
     pub(super) listeners: Vec<Listener>,
     taken: Taken,
@@ -78,8 +78,8 @@ fn bind(listener: &Section<'_>, taken: &mut Taken) -> Vec<SocketAddr> {
     addresses.collect()
 }
 
-/// Statera's sockets for IPv6 leave IPv4 alone, so that `[::]` and 0.0.0.0 can stand beside each other; the kernel then
-/// refuses an IPv4 address in IPv6 dress.
+/// Refuses an IPv4 address in IPv6 notation. The kernel refuses it, too, since Statera's IPv6 sockets do
+/// not take IPv4 connections (`[::]` and 0.0.0.0 can be used together).
 fn unmapped(address: SocketAddr, field: &Field<'_>) -> Option<SocketAddr> {
     let canonical = address.ip().to_canonical();
     if canonical != address.ip() {
@@ -90,7 +90,7 @@ fn unmapped(address: SocketAddr, field: &Field<'_>) -> Option<SocketAddr> {
     Some(address)
 }
 
-/// Names only: a pool with mistakes in it is still the one that was meant.
+/// The names of the pools, also of those with mistakes: a listener may still name them.
 fn pool_names<'a>(root: &Section<'a>) -> Vec<&'a str> {
     let Some(field) = root.field("pools").filter(Field::is_map) else { return Vec::new() };
     field.keys().collect()
@@ -102,7 +102,7 @@ fn pool<'a>(listener: &Section<'a>, pools: &[&str]) -> &'a str {
     }
     let Some(field) = listener.field("pool") else { return "" };
     let Some(name) = field.text() else { return "" };
-    // Without any pool, the missing pools are the problem, and reported.
+    // Where there are no pools at all, that is reported already.
     if !pools.is_empty() && !pools.contains(&name) {
         let listed: Vec<&str> = pools.iter().copied().take(POOLS_LISTED).collect();
         let more = if pools.len() > POOLS_LISTED { ", …" } else { "" };
@@ -113,7 +113,7 @@ fn pool<'a>(listener: &Section<'a>, pools: &[&str]) -> &'a str {
 }
 
 impl Listeners {
-    /// `None` only where a problem was reported.
+    /// Reads the `admin` section. `None` only where a problem was reported.
     pub(super) fn admin(&self, section: &Section<'_>) -> Option<Admin> {
         let bind = match section.field("bind") {
             Some(field) => self.admin_bind(&field),
@@ -141,14 +141,14 @@ impl Listeners {
     }
 }
 
-/// The addresses in use, with the paths that use them. Looking one up costs the same however many there are.
+/// The addresses in use, each with the path of the key that uses it. A lookup takes constant time.
 #[derive(Default)]
 struct Taken {
     exact: HashMap<SocketAddr, String>,
-    /// 0.0.0.0 and `[::]`, which take the port on every address of their family. Listeners set IPV6_V6ONLY, so `[::]` leaves
-    /// IPv4 alone.
+    /// 0.0.0.0 and `[::]`, which use the port on every address of their family. Listeners set
+    /// IPV6_V6ONLY, so `[::]` does not use IPv4.
     wildcards: HashMap<(bool, u16), String>,
-    /// Any address of the family on this port.
+    /// The first address of each family on each port.
     ports: HashMap<(bool, u16), String>,
 }
 

@@ -1,4 +1,4 @@
-//! `pools`: what serves a listener, and how it is reached.
+//! `pools`: the backends of each pool, and how they are reached.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -55,7 +55,8 @@ const KEEPALIVE_MAX: Duration = Duration::from_secs(32_767);
 const PROBES_MAX: u64 = 127;
 const WEIGHTS_KEY_MAX_BYTES: usize = 1024;
 
-/// `least_deadline` is what `lua_pick.timeout` takes of a session's time where nobody wrote it.
+/// Reads `pools`. `least_deadline` is the default of `lua_pick.timeout`, where that key is left out:
+/// `connect.deadline` must be longer.
 pub(super) fn pools(root: &Section<'_>, has_redis: bool, least_deadline: Option<Duration>) -> Vec<Pool> {
     let Some(section) = named_section(
         root,
@@ -78,7 +79,7 @@ pub(super) fn pools(root: &Section<'_>, has_redis: bool, least_deadline: Option<
     pools.collect()
 }
 
-/// Two pools may have one table, but two tables cannot have one version and one history.
+/// Refuses two tables whose companion keys have the same names. Two pools may share one table.
 fn refuse_shared_companions(
     stems: &mut HashMap<String, (String, String)>,
     section: &Section<'_>,
@@ -95,7 +96,8 @@ fn refuse_shared_companions(
     };
     let key = escaped(&key, 60);
     let message = format!(
-        "its version and history would be those of {other}.weights_key ({key}) too: write one of the two otherwise"
+        "its version and history would have the same keys as those of {other}.weights_key ({key}): \
+         rename one of the two"
     );
     match section.field("weights_key") {
         Some(field) => field.refuse(message),
@@ -126,7 +128,7 @@ fn pool(name: &str, section: &Section<'_>, has_redis: bool, least_deadline: Opti
     }
 }
 
-/// Redis takes any bytes; control characters would reach every log that names the key.
+/// Redis accepts any bytes, but control characters would be written to every log that names the key.
 fn weights_key(name: &str, section: &Section<'_>) -> String {
     let default = || format!("statera:{{{name}}}:weights");
     let Some(field) = section.field("weights_key") else { return default() };
@@ -137,7 +139,8 @@ fn weights_key(name: &str, section: &Section<'_>) -> String {
     text.to_owned()
 }
 
-/// All weights 0 is a config that can run: it refuses every session until Redis says otherwise.
+/// Reads `backends`. All weights may be 0: the pool then refuses every session until Redis has other
+/// weights.
 fn backends(section: &Section<'_>, has_redis: bool) -> Vec<(BackendId, Weight)> {
     if !section.has("backends") && !has_redis && section.whole().is_map() {
         section.whole().miss("backends", "it is missing: without redis a pool needs at least one backend");
@@ -155,7 +158,8 @@ fn backends(section: &Section<'_>, has_redis: bool) -> Vec<(BackendId, Weight)> 
     read.collect()
 }
 
-/// People write the backends as a list, as other load balancers have them.
+/// Opens `backends`. A list, as other load balancers have it, is refused with its first backend as the
+/// example.
 fn open_backends<'a>(field: Field<'a>) -> Section<'a> {
     let address = field.first_text().filter(|text| text.parse::<BackendId>().is_ok());
     let example =
@@ -163,7 +167,7 @@ fn open_backends<'a>(field: Field<'a>) -> Section<'a> {
     Section::open_values(field, &example)
 }
 
-/// The path shows the address already, so the message does not repeat it.
+/// Reads the address. The path of the problem shows it already, so the message does not.
 fn backend(address: &str, field: &Field<'_>) -> Option<BackendId> {
     address.parse().inspect_err(|reason| field.refuse_unshown(format!("{reason}"))).ok()
 }
@@ -193,7 +197,8 @@ fn connect(section: &Section<'_>, least_deadline: Option<Duration>) -> Connect {
     {
         let least = humantime::format_duration(least);
         field.refuse(format_args!(
-            "no time would be left after Redis was asked to pick: write more than lua_pick.timeout, {least}, or lower that"
+            "no time would be left after Redis was asked to pick: write more than lua_pick.timeout, {least}, \
+             or lower that"
         ));
     }
     connect
@@ -207,7 +212,7 @@ fn keepalive(section: &Section<'_>) -> Keepalive {
     }
 }
 
-/// The kernel counts these in seconds; rounding in silence would be a surprise.
+/// Reads a number of whole seconds, as the kernel counts them. Other durations are refused, not rounded.
 fn whole_seconds(section: &Section<'_>, key: &str, default: Duration) -> Duration {
     let value = section.interval(key, default);
     if value.subsec_nanos() != 0 || value > KEEPALIVE_MAX {

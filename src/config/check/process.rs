@@ -23,10 +23,10 @@ pub(super) const SHUTDOWN: Keys = Keys {
     meant: &[(Kind::Duration, "timeout")],
 };
 
-/// More threads than this are a typing mistake.
+/// A larger number of threads is a typing mistake.
 const WORKERS_MAX: u64 = 1024;
 
-/// `auto` is one thread per CPU that this process may use; cgroup limits count.
+/// Reads `workers`. `auto` is one thread for each CPU that this process may use, by cgroup limits too.
 pub(super) fn workers(root: &Section<'_>) -> NonZeroUsize {
     let auto = || std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
     let Some(field) = root.field("workers") else { return auto() };
@@ -40,8 +40,8 @@ pub(super) fn workers(root: &Section<'_>) -> NonZeroUsize {
     NonZeroUsize::MIN
 }
 
-/// An empty text is what `${STATE_DIR:-}` leaves behind, and means that there is none. Whether the folder can be used is
-/// known where it runs, and may change: see `state/`.
+/// Reads `state_dir`. An empty text, as `${STATE_DIR:-}` may give, means that there is none. `state/`
+/// finds out whether the folder can be used.
 pub(super) fn state_dir(root: &Section<'_>) -> Option<PathBuf> {
     let field = root.field("state_dir")?;
     let text = field.text().filter(|text| !text.is_empty())?;

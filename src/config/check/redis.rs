@@ -1,4 +1,4 @@
-//! `redis` and `lua_pick`.
+//! `redis` and `lua_pick`: the server that has the weights, and when it is asked to pick.
 
 mod cluster;
 mod nodes;
@@ -45,11 +45,12 @@ pub(super) const LUA_PICK: Keys = Keys {
 };
 
 const SECOND: Duration = Duration::from_secs(1);
-/// The kernel counts TCP_USER_TIMEOUT, which is the sum of two of these, in milliseconds of a C int: 24 days.
+/// TCP_USER_TIMEOUT is set to the sum of two of these durations. The kernel keeps it as milliseconds in a
+/// C int, which ends at 24 days.
 const WAIT_MAX: Duration = Duration::from_secs(60 * 60);
-/// What `lua_pick.timeout` is where it is left out.
+/// The default of `lua_pick.timeout`.
 pub(super) const LUA_TIMEOUT: Duration = Duration::from_millis(50);
-/// Each waiting session holds a place in the queue of one connection.
+/// Each waiting session has an entry in the queue of one connection.
 const IN_FLIGHT_MAX: u64 = 65_536;
 
 pub(super) fn redis(section: &Section<'_>) -> Redis {
@@ -106,7 +107,8 @@ fn server(section: &Section<'_>) -> RedisUrl {
     })
 }
 
-/// An empty text is what `${REDIS_USER:-}` leaves behind, and means that there is none.
+/// The user of the key or of the URL. An empty text, as `${REDIS_USER:-}` may give, means that there is
+/// none.
 fn username_beside(section: &Section<'_>, from_url: Option<String>) -> Option<String> {
     let Some(field) = section.field("username") else { return from_url };
     let username = field.text().filter(|text| !text.is_empty()).map(str::to_owned);
@@ -134,8 +136,9 @@ pub(super) fn password_beside(section: &Section<'_>, from_url: Option<Secret>) -
     }
 }
 
-/// A healthy snapshot is confirmed once per beat, or once per poll, so it would go stale between two of them. `auto` may
-/// become either, whenever someone changes the server's settings, and `tracking` where it is refused.
+/// Refuses a `max_stale` that is not longer than the interval of confirmations: a healthy snapshot would
+/// be stale between two of them. Snapshots are confirmed by each heartbeat or poll; `auto` and `tracking`
+/// may do either, by the server's settings.
 fn check_max_stale(section: &Section<'_>, redis: &Redis) {
     let poll = ("poll_interval", redis.poll_interval);
     let heartbeat = ("heartbeat_interval", redis.heartbeat_interval);
@@ -171,15 +174,16 @@ pub(super) fn lua_pick(section: &Section<'_>) -> LuaPick {
     }
 }
 
-/// A session whose pick takes all of its pool's deadline could not connect any more. Says so where the timeout was
-/// written; where it was left out, the deadline is the odd one, and `pools.rs` says so there.
+/// Refuses a `lua_pick.timeout` that uses up the deadline of a pool, so that a session could not connect
+/// any more. Where the timeout is left out, `pools.rs` refuses the deadline.
 pub(super) fn check_lua_timeout(section: &Section<'_>, lua_pick: &LuaPick, pools: &[Pool]) {
     let Some(field) = section.field("timeout").filter(|_| lua_pick.enabled) else { return };
-    let hastiest = pools.iter().min_by_key(|pool| pool.connect.deadline);
-    if let Some(Pool { name, connect, .. }) = hastiest.filter(|p| p.connect.deadline <= lua_pick.timeout) {
+    let shortest = pools.iter().min_by_key(|pool| pool.connect.deadline);
+    if let Some(Pool { name, connect, .. }) = shortest.filter(|p| p.connect.deadline <= lua_pick.timeout) {
         let (path, deadline) = (path_of_key("pools", name), shown(connect.deadline));
         field.refuse(format_args!(
-            "no time would be left to connect: write less than {path}.connect.deadline, {deadline}, or raise that"
+            "no time would be left to connect: write less than {path}.connect.deadline, {deadline}, \
+             or raise that"
         ));
     }
 }

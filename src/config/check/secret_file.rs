@@ -1,6 +1,6 @@
-//! Reads what stands in a file of its own: a password, a token, a certificate, a key.
+//! Reads files that a key names: a password, a token, a certificate, a private key.
 //!
-//! Read once, when the config is loaded; a reload reads it again. Nothing of its content is ever shown.
+//! A file is read once, when the config is loaded. No message shows any of its content.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -8,12 +8,13 @@ use std::io::{self, Read};
 use crate::config::Secret;
 use crate::config::decode::Field;
 
-/// A file larger than this holds no password; it is the wrong file.
+/// A larger file is the wrong one: it is no password.
 const SECRET_MAX_BYTES: usize = 64 * 1024;
-/// The roots of all the world are 220 KiB.
+/// A file of all public root certificates has 220 KiB.
 const PEM_MAX_BYTES: usize = 1024 * 1024;
 
-/// Reads the file that `field` names. One line end at its end is not part of the secret: editors and `echo` add it.
+/// Reads the secret in the file that `field` names. One line end at its end is removed: editors and
+/// `echo` add it.
 pub(super) fn read(field: &Field<'_>) -> Option<Secret> {
     let bytes = read_bytes(field, SECRET_MAX_BYTES)?;
     let Ok(mut text) = String::from_utf8(bytes) else {
@@ -70,8 +71,8 @@ mod tests {
 
     fn load(password_file: &std::path::Path) -> Result<Option<String>, LoadError> {
         let text = format!(
-            "redis: {{password_file: {:?}}}\nlisteners: {{a: {{bind: '127.0.0.1:0', pool: a}}}}\npools: {{a: {{}}}}",
-            password_file
+            "redis: {{password_file: {password_file:?}}}\n\
+             listeners: {{a: {{bind: '127.0.0.1:0', pool: a}}}}\npools: {{a: {{}}}}"
         );
         let password = Config::from_yaml(&text)?.redis.and_then(|redis| redis.password);
         Ok(password.map(|password| password.expose().to_owned()))

@@ -1,7 +1,8 @@
-//! Finds settings that are valid and cannot be meant.
+//! Finds settings that are valid but most likely a mistake.
 //!
-//! A warning refuses nothing: the config runs as it is written. So only what is surely a mistake is one, and each names the cure.
-//! Runs after everything else has been read without a problem.
+//! A config with warnings runs as it is written. Each warning names its cure, and only settings that are
+//! almost surely a mistake are warned of. This runs after the whole config has been read without a
+//! problem.
 
 use std::fs;
 use std::io;
@@ -21,7 +22,7 @@ pub(super) fn look(root: &Section<'_>, config: &Config) {
         if config.listeners.iter().all(|listener| &*listener.pool != name) {
             field.warn_unshown("no listener uses it: name it as the pool of a listener, or remove it");
         }
-        // Another backend, which a retry would need: of a table in Redis nothing is known yet.
+        // A retry needs another backend. A table in Redis may have one.
         if config.redis.is_some() || pool.backends.len() > 1 {
             connect(&field, pool);
         }
@@ -41,7 +42,7 @@ fn open(field: Field<'_>) -> Section<'_> {
     Section::open_values(field, "")
 }
 
-/// The value below `field` to which the keys lead.
+/// The value below `field` at the path `keys`.
 fn below<'a>(field: &Field<'a>, keys: &[&str]) -> Option<Field<'a>> {
     let deeper = |field: Field<'a>, key: &&str| {
         field.is_map().then(|| open(field)).and_then(|section| section.field(key))
@@ -49,9 +50,9 @@ fn below<'a>(field: &Field<'a>, keys: &[&str]) -> Option<Field<'a>> {
     keys.iter().try_fold(field.clone(), deeper)
 }
 
-/// Warns at the first of the places that is written.
-fn warn_at(field: &Field<'_>, places: &[&[&str]], message: &str) {
-    if let Some(field) = places.iter().find_map(|keys| below(field, keys)) {
+/// Warns at the first of the `paths` that is written.
+fn warn_at(field: &Field<'_>, paths: &[&[&str]], message: &str) {
+    if let Some(field) = paths.iter().find_map(|keys| below(field, keys)) {
         field.warn(message);
     }
 }
@@ -62,11 +63,11 @@ fn shown(duration: Duration) -> humantime::FormattedDuration {
 
 fn connect(field: &Field<'_>, pool: &Pool) {
     let connect = &pool.connect;
-    // With one attempt nothing is to be retried.
+    // With one attempt nothing is retried.
     if connect.attempts.get() > 1 && connect.timeout >= connect.deadline {
         let message = format!(
-            "the first attempt may take all of the deadline, so that no other backend is tried: of timeout ({}) and deadline ({}), \
-             lower the first or raise the second",
+            "the first attempt may use up the deadline, and then no other backend is tried: \
+             lower timeout ({}) or raise deadline ({})",
             shown(connect.timeout),
             shown(connect.deadline)
         );
@@ -77,8 +78,8 @@ fn connect(field: &Field<'_>, pool: &Pool) {
 fn health_check(field: &Field<'_>, check: &HealthCheck) {
     if check.timeout > check.interval {
         let message = format!(
-            "a check may last longer than the time between two: of timeout ({}) and interval ({}), lower the first or raise the \
-             second",
+            "a check may last longer than the interval between two checks: \
+             lower timeout ({}) or raise interval ({})",
             shown(check.timeout),
             shown(check.interval)
         );
@@ -88,12 +89,13 @@ fn health_check(field: &Field<'_>, check: &HealthCheck) {
         (Some(_), None) => warn_at(
             field,
             &[&["health_check", "send"]],
-            "no answer is waited for, so that a backend which accepts connections and answers nothing passes: write expect too",
+            "no answer is read, so a backend that accepts connections but does not answer passes: \
+             write expect too",
         ),
         (None, Some(expect)) if is_answer(expect) => warn_at(
             field,
             &[&["health_check", "expect"]],
-            "nothing is sent, so that only a backend which speaks first passes: write send too",
+            "nothing is sent, so only a backend that speaks first passes: write send too",
         ),
         _ => {}
     }
@@ -101,21 +103,24 @@ fn health_check(field: &Field<'_>, check: &HealthCheck) {
         warn_at(
             field,
             &[&["health_check", "expect"]],
-            "this is searched for as it is written, it is not a pattern: write the bytes themselves",
+            "the answer must contain exactly this text, it is no pattern: write the text itself",
         );
     }
 }
 
-/// Regular expressions, as HAProxy's `rstring` takes them: `[NS]`, `[0-9]`, `.*`, `N|S`, `^220`.
+/// Whether `expect` is a regular expression, as HAProxy's `rstring` takes it: `[NS]`, `[0-9]`, `.*`,
+/// `N|S`, `^220`.
 fn looks_like_a_pattern(expect: &[u8]) -> bool {
-    let has_range = |class: &[u8]| matches!(class, [b'[', from, b'-', to, ..] if from.is_ascii_alphanumeric() && to.is_ascii_alphanumeric());
+    let is_letter = u8::is_ascii_alphanumeric;
+    let has_range =
+        |class: &[u8]| matches!(class, [b'[', from, b'-', to] if is_letter(from) && is_letter(to));
     let has_wildcard = expect.windows(2).any(|pair| pair == b".*" || pair == b".+");
     let is_either = [&b"[NS]"[..], b"[SN]", b"N|S", b"S|N", b"(N|S)", b"(S|N)"].contains(&expect);
     is_either || expect.starts_with(b"^") || has_wildcard || expect.windows(4).any(has_range)
 }
 
-/// Answers of protocols in which the client speaks first: HTTP, Redis, PostgreSQL. Of any other text the server may speak first,
-/// as in SMTP, SSH, MySQL or NATS.
+/// Whether `expect` is an answer of a protocol in which the client speaks first: HTTP, Redis, PostgreSQL.
+/// Any other text may be a greeting, as in SMTP, SSH, MySQL or NATS.
 fn is_answer(expect: &[u8]) -> bool {
     let begins = [&b"HTTP/"[..], b"+PONG", b"PONG"].iter().any(|begin| expect.starts_with(begin));
     begins || expect == b"N" || expect == b"S"
@@ -143,26 +148,27 @@ fn queue(field: &Field<'_>, pool: &Pool) {
 }
 
 fn without_redis(field: &Field<'_>, pool: &Pool) {
-    warn_at(field, &[&["weights_key"]], "without redis it is not read: write redis, or remove it");
+    warn_at(field, &[&["weights_key"]], "without redis it is not used: add a redis section, or remove it");
     if pool.backends.iter().all(|(_, weight)| weight.is_zero()) {
-        let message = "all weights are 0, and without redis they stay so: every session is refused";
+        let message = "all weights are 0, and only redis could change them: every session is refused";
         if let Some(field) = below(field, &["backends"]) {
             field.warn_unshown(message);
         }
     }
 }
 
-/// What can be known without making anything. The folder may still go, or be made, before the proxy starts.
+/// Warns of a folder that cannot be used. Nothing is created; the folder may still change before the
+/// proxy starts.
 fn state_dir(root: &Section<'_>, config: &Config) {
     let (Some(folder), Some(field)) = (&config.state_dir, root.field("state_dir")) else { return };
     if config.redis.is_none() {
-        field.warn("without redis there are no tables to keep: write redis, or remove it");
+        field.warn("without redis there are no tables to keep: add a redis section, or remove it");
     } else if let Err(reason) = can_be_made(folder) {
         field.warn(format_args!("no table can be kept there: {reason}"));
     }
 }
 
-/// Is `folder` one that this user can write to, or can it be made?
+/// Whether this user can write to `folder`, or can create it.
 fn can_be_made(folder: &Path) -> Result<(), String> {
     for there in folder.ancestors() {
         let shown = || crate::config::decode::escaped(&there.to_string_lossy(), 200);
@@ -176,12 +182,12 @@ fn can_be_made(folder: &Path) -> Result<(), String> {
                     _ => format!("{}: {}", shown(), io::Error::from(errno)),
                 });
             }
-            // A link that leads nowhere: nothing can be made in its place.
+            // Nothing can be created under the name of a link that leads nowhere.
             Err(_) if fs::symlink_metadata(there).is_ok_and(|found| found.is_symlink()) => {
                 return Err(format!("{} is a link to nothing", shown()));
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            // What is above it says why.
+            // The folder above it has the reason.
             Err(error) if error.kind() == io::ErrorKind::NotADirectory => {}
             Err(error) => return Err(format!("{}: {error}", shown())),
         }

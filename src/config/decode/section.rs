@@ -1,7 +1,7 @@
-//! A map of the config: which keys it may have, and which of them are there.
+//! A map of the config: the keys that it may have, and the keys that are written.
 //!
-//! Duplicate, unknown, unsupported and empty keys are reported when the section is opened, once. Values are read by
-//! `value.rs`.
+//! Duplicate, unknown, unsupported, empty and wrongly indented keys are reported once, when the section
+//! is opened. `value.rs` reads the values.
 
 use std::collections::{HashMap, HashSet};
 
@@ -12,7 +12,8 @@ use super::{Field, Found, Message, Node, path_of_key, suggest};
 pub(in crate::config) struct Keys {
     /// The keys that this version reads.
     pub(in crate::config) now: &'static [&'static str],
-    /// Keys of the contract that no code reads yet. They are refused, because a setting that is ignored would be worse.
+    /// Keys of the contract that no code reads yet. They are refused, because a setting that is ignored
+    /// would be worse.
     pub(in crate::config) later: &'static [&'static str],
     /// The section as it may be written, for a message: `{timeout: 10m}`.
     pub(in crate::config) example: &'static str,
@@ -37,12 +38,14 @@ pub(in crate::config) enum Kind {
 pub(in crate::config) struct Section<'a> {
     field: Field<'a>,
     entries: &'a [(String, Node)],
-    /// Positions of entries that belong one level deeper, and of the names that they belong under: reported already.
+    /// Positions of entries that belong one level deeper, and of the names that they belong under:
+    /// reported already.
     misplaced: HashSet<usize>,
 }
 
 impl<'a> Section<'a> {
-    /// Opens a map whose keys are names that the operator chose, each of them a section with the keys `inner`.
+    /// Opens a map whose keys are names that the operator chose, each of them a section with the keys
+    /// `inner`.
     pub(in crate::config) fn open_named(field: Field<'a>, inner: Keys, example: &str) -> Self {
         let mut section = Self::open_map(field, example);
         section.report_misplaced(inner);
@@ -97,8 +100,8 @@ impl<'a> Section<'a> {
         Self { field, entries, misplaced: HashSet::new() }
     }
 
-    /// Positions of unknown keys that follow a key without a value, with the position of that key: they are probably
-    /// meant to stand under it, and their indentation is missing.
+    /// Positions of unknown keys that follow a key without a value, with the position of that key: they
+    /// are probably meant to stand under it, and their indentation is missing.
     fn misplaced_below(&self, keys: Keys) -> HashMap<usize, usize> {
         let mut misplaced = HashMap::new();
         let mut empty = None;
@@ -151,7 +154,8 @@ impl<'a> Section<'a> {
         }
     }
 
-    /// Opens the section under `key`; where it is left out, one without entries, so that every default is in one place.
+    /// Opens the section under `key`. A section that is left out is opened as an empty one, so that its
+    /// defaults are written once.
     pub(in crate::config) fn section(&self, key: &str, keys: Keys) -> Self {
         match self.field(key) {
             Some(field) => Self::open(field, keys),
@@ -163,19 +167,19 @@ impl<'a> Section<'a> {
         }
     }
 
-    /// The value under `key`, unless it is left out or was reported already.
+    /// The value under `key`. `None` where it is left out, or was reported already.
     pub(in crate::config) fn field(&self, key: &str) -> Option<Field<'a>> {
         let position = self.entries.iter().position(|(name, _)| name == key)?;
         let field = self.field.entry(position, key, &self.entries[position].1);
         field.is_usable().then_some(field)
     }
 
-    /// Is `key` written, be it right or wrong?
+    /// Whether `key` is written, with a right or a wrong value.
     pub(in crate::config) fn has(&self, key: &str) -> bool {
         self.entries.iter().any(|(name, _)| name == key)
     }
 
-    /// Every entry with a value, in the order of the file; of duplicates the first.
+    /// Every entry with a value, in the order of the file. Of duplicate keys only the first is returned.
     pub(in crate::config) fn entries(&self) -> impl Iterator<Item = (&'a str, Field<'a>)> {
         let mut seen = HashSet::new();
         let entries = self.entries.iter().enumerate();
@@ -187,12 +191,12 @@ impl<'a> Section<'a> {
         )
     }
 
-    /// No key at all.
+    /// Whether the section has no key at all.
     pub(in crate::config) fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
 
-    /// Where the section itself stands.
+    /// The section itself as a value.
     pub(in crate::config) fn whole(&self) -> &Field<'a> {
         &self.field
     }
@@ -215,7 +219,7 @@ impl<'a> Section<'a> {
 }
 
 impl<'a> Field<'a> {
-    /// A value of the right kind for [`Section`].
+    /// Whether the value is a map.
     pub(in crate::config) fn is_map(&self) -> bool {
         matches!(self.node, Node::Map(_))
     }
@@ -229,13 +233,14 @@ impl<'a> Field<'a> {
         .and_then(|node| if let Node::Text(text) = node { Some(text.as_str()) } else { None })
     }
 
-    /// The keys of a map, however wrong their values.
+    /// The keys of a map, also those with wrong values.
     pub(in crate::config) fn keys(&self) -> impl Iterator<Item = &'a str> + use<'a> {
         let entries = if let Node::Map(entries) = self.node { entries.as_slice() } else { &[] };
         entries.iter().map(|(key, _)| key.as_str())
     }
 
-    /// The cure where a single value was written in place of the section: the section with the key that was meant.
+    /// The cure where a single value was written in place of the section: the section with the key that
+    /// was meant.
     fn meant_for(&self, keys: Keys) -> Option<String> {
         let (_, key) = keys.meant.iter().find(|(kind, _)| Some(*kind) == self.kind())?;
         let section = self.path.rsplit('.').next().unwrap_or_default();

@@ -1,11 +1,13 @@
-//! Finds the key or word that was meant: by a typing mistake, or by the name that another load balancer uses.
+//! Finds the key or word that was meant: by a typing mistake, or by the name that another load balancer
+//! uses.
 
 /// A typing mistake is rarely more than two letters.
 const TYPO_MAX_EDITS: usize = 2;
 const WORD_MAX_CHARS: usize = 60;
 
-/// Words of HAProxy, nginx, Envoy and Traefik, the key of this config that does the same, and how to write it where one
-/// key is not all of it. A word may stand here more than once: the first line whose key is known in the section counts.
+/// Words of HAProxy, nginx, Envoy and Traefik, each with the key of this config that does the same, and
+/// with how to write it where the key alone is not enough. A word may occur more than once: the first
+/// line whose key the section knows counts.
 const FOREIGN: &[(&[&str], &str, Option<&str>)] = &[
     (&["frontend", "frontends", "listen", "entrypoints", "server"], "listeners", None),
     (&["backend", "upstream", "upstreams", "cluster", "clusters", "services"], "pools", None),
@@ -103,7 +105,8 @@ pub(super) fn misspelt(word: &str, known: &[&'static str]) -> Option<&'static st
     known.iter().filter(near).min_by_key(|known| edits(word, known)).copied()
 }
 
-/// What to write in place of `word`, which other load balancers understand, where one of `known` does the same.
+/// What to write in place of `word`, which other load balancers understand, where one of `known` does the
+/// same.
 pub(super) fn foreign(word: &str, known: &[&'static str]) -> Option<&'static str> {
     if word.len() > WORD_MAX_CHARS {
         return None;
@@ -117,7 +120,8 @@ pub(super) fn foreign(word: &str, known: &[&'static str]) -> Option<&'static str
     found.map(|(_, key, written)| written.unwrap_or(key))
 }
 
-/// Levenshtein's distance. A word far longer than any known one is not compared, so that the cost stays small.
+/// Levenshtein's distance. A word far longer than any known one is not compared, so that the cost stays
+/// small.
 fn edits(a: &str, b: &str) -> usize {
     if a.len() > WORD_MAX_CHARS {
         return usize::MAX;

@@ -1,7 +1,8 @@
-//! Reads one value: a number, a text, a duration, one of a few words.
+//! Reads one value: a number, a text, a duration, or one of a few words.
 //!
-//! A text is taken wherever it reads as what is wanted: `attempts: ${ATTEMPTS}` is a text after filling in. The reverse
-//! does not hold: a number where a text is wanted needs quotes, because YAML would read `0x10` or `1_000` its own way.
+//! A text is accepted where it reads as the kind that is needed, since `attempts: ${ATTEMPTS}` is a text
+//! after the variables are filled in. A number is not accepted as a text, since YAML reads `0x10` and
+//! `1_000` in its own way.
 
 use std::fmt::Display;
 use std::ops::RangeInclusive;
@@ -10,16 +11,16 @@ use std::time::Duration;
 use super::section::Kind;
 use super::{Field, HIDDEN, Node, Section, suggest};
 
-/// Far beyond any use, far below what overflows `Instant + Duration`.
+/// Longer than any use needs, and far too short to overflow `Instant + Duration`.
 const DURATION_MAX: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
 impl<'a> Field<'a> {
-    /// A text, perhaps empty.
+    /// Reads a text, which may be empty.
     pub(in crate::config) fn text(&self) -> Option<&'a str> {
         self.text_or(|| self.refuse("a text is needed: put it in quotes"))
     }
 
-    /// A text that is not shown, perhaps empty.
+    /// Reads a text that messages do not show. It may be empty.
     pub(in crate::config) fn secret(&self) -> Option<&'a str> {
         self.text_or(|| self.refuse_unshown("a text is needed: put it in quotes"))
     }
@@ -35,22 +36,22 @@ impl<'a> Field<'a> {
         }
     }
 
-    /// Is it this very text?
+    /// Whether the value is exactly this text.
     pub(in crate::config) fn is_text(&self, text: &str) -> bool {
         matches!(self.node, Node::Text(found) if found == text)
     }
 
-    /// Is it `true` or `false`, as `flag` says?
+    /// Whether the value is the boolean `flag`.
     pub(in crate::config) fn is_flag(&self, flag: bool) -> bool {
         matches!(self.node, Node::Bool(found) if *found == flag)
     }
 
-    /// Is it a text with `part` in it?
+    /// Whether the value is a text that contains `part`.
     pub(in crate::config) fn text_contains(&self, part: &str) -> bool {
         matches!(self.node, Node::Text(found) if found.contains(part))
     }
 
-    /// Is it a whole number, in range or not?
+    /// Whether the value is a whole number, of any size.
     pub(in crate::config) fn reads_as_integer(&self) -> bool {
         match self.node {
             Node::Integer(_) => true,
@@ -84,7 +85,7 @@ impl<'a> Field<'a> {
         (number.len() <= 20 && number.parse::<f64>().is_ok()).then_some(number)
     }
 
-    /// A whole number in `range`.
+    /// Reads a whole number in `range`.
     pub(in crate::config) fn integer(&self, range: &RangeInclusive<u64>) -> Option<u64> {
         let value = match self.node {
             Node::Integer(value) => u64::try_from(*value).ok(),
@@ -111,10 +112,10 @@ impl<'a> Field<'a> {
         None
     }
 
-    /// Any number, also an impossible one such as `.inf`.
+    /// Reads any number, also `.inf` and `.nan`.
     pub(in crate::config) fn number(&self) -> Option<f64> {
         let value = match self.node {
-            // Weights are floats in Redis, too.
+            // Redis keeps weights as floats, too.
             Node::Integer(value) => Some(*value as f64),
             Node::Float(value) => Some(*value),
             Node::Text(text) => text.parse().ok(),
@@ -127,7 +128,7 @@ impl<'a> Field<'a> {
         value
     }
 
-    /// `true` or `false`.
+    /// Reads `true` or `false`.
     pub(in crate::config) fn flag(&self) -> Option<bool> {
         match self.node {
             Node::Bool(value) => return Some(*value),
@@ -139,7 +140,7 @@ impl<'a> Field<'a> {
         None
     }
 
-    /// `150ms`, `5s`, `1h`; in `range`.
+    /// Reads a duration in `range`: `150ms`, `5s`, `1h`.
     pub(in crate::config) fn duration(&self, range: &RangeInclusive<Duration>) -> Option<Duration> {
         let text = match self.node {
             Node::Text(text) => text,
@@ -169,7 +170,7 @@ impl<'a> Field<'a> {
         None
     }
 
-    /// One of a few words. `later` holds those of the contract that no code knows yet.
+    /// Reads one of a few words. `later` has the words of the contract that no code reads yet.
     pub(in crate::config) fn choice<T: Copy>(
         &self,
         choices: &[(&'static str, T)],
@@ -196,7 +197,7 @@ impl<'a> Field<'a> {
         None
     }
 
-    /// One value, or a list of them.
+    /// The items of a list; a single value counts as a list of one.
     pub(in crate::config) fn one_or_many(&self) -> Vec<Self> {
         match self.node {
             Node::List(items) => {
@@ -206,48 +207,48 @@ impl<'a> Field<'a> {
         }
     }
 
-    /// What `FromStr` takes.
+    /// Reads what `FromStr` accepts. The message of a refusal is `cure`.
     pub(in crate::config) fn parsed<T: std::str::FromStr>(&self, cure: impl Display) -> Option<T> {
         let parsed = self.text_or(|| self.refuse(&cure))?.parse();
         parsed.inspect_err(|_| self.refuse(&cure)).ok()
     }
 }
 
-/// Readers for a key that may be left out.
+/// Readers for keys that may be left out.
 impl Section<'_> {
-    /// `true` or `false`.
+    /// Reads `true` or `false` under `key`.
     pub(in crate::config) fn flag(&self, key: &str, default: bool) -> bool {
         self.field(key).and_then(|field| field.flag()).unwrap_or(default)
     }
 
-    /// A whole number in `range`.
+    /// Reads a whole number in `range` under `key`.
     pub(in crate::config) fn integer(&self, key: &str, range: RangeInclusive<u64>, default: u64) -> u64 {
         self.field(key).and_then(|field| field.integer(&range)).unwrap_or(default)
     }
 
-    /// More than zero.
+    /// Reads a duration that is longer than zero.
     pub(in crate::config) fn interval(&self, key: &str, default: Duration) -> Duration {
         self.interval_up_to(DURATION_MAX, key, default)
     }
 
-    /// More than zero, and at most `most`.
+    /// Reads a duration that is longer than zero, and at most `most`.
     pub(in crate::config) fn interval_up_to(&self, most: Duration, key: &str, default: Duration) -> Duration {
         let range = Duration::from_millis(1)..=most;
         self.field(key).and_then(|field| field.duration(&range)).unwrap_or(default)
     }
 
-    /// Zero is a duration, too.
+    /// Reads a duration, which may be zero.
     pub(in crate::config) fn duration(&self, key: &str, default: Duration) -> Duration {
         let range = Duration::ZERO..=DURATION_MAX;
         self.field(key).and_then(|field| field.duration(&range)).unwrap_or(default)
     }
 
-    /// `0s` is off.
+    /// Reads a duration of which zero means that there is no limit.
     pub(in crate::config) fn limit(&self, key: &str, default: Duration) -> Option<Duration> {
         Some(self.duration(key, default)).filter(|limit| !limit.is_zero())
     }
 
-    /// One of a few words.
+    /// Reads one of a few words under `key`.
     pub(in crate::config) fn choice<T: Copy>(
         &self,
         key: &str,
@@ -260,7 +261,7 @@ impl Section<'_> {
 }
 
 fn parse_duration(text: &str) -> Result<Duration, &'static str> {
-    // humantime reads `5M` as five months; whoever writes it here means minutes, or made a mistake.
+    // humantime reads `5M` as five months. In this config it means minutes, or is a mistake.
     if text.contains('M') {
         return Err("write minutes as m, like 5m");
     }

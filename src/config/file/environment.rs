@@ -1,7 +1,8 @@
-//! Fills `${NAME}` and `${NAME:-default}` in from the environment, after parsing: a value can never add a key.
+//! Fills in `${NAME}` and `${NAME:-default}` from the environment. This is done after parsing, so that a
+//! variable can never add a key.
 //!
-//! `$$` is a dollar sign; a dollar before anything else but `{` stays as it is. Reads no variable itself: the caller brings
-//! the lookup.
+//! `$$` is a dollar sign. A dollar before any other character than `{` stays as it is. The caller passes
+//! the function that looks up a variable.
 
 use super::{Location, Node};
 use crate::config::decode::{Problems, escaped, path_of_item, path_of_key};
@@ -9,7 +10,8 @@ use crate::config::decode::{Problems, escaped, path_of_item, path_of_key};
 /// Longer names and defaults are shortened in messages.
 const SHOWN_MAX_CHARS: usize = 60;
 
-/// Replaces in every key and text below `node`. What cannot be replaced becomes [`Node::Broken`] and a problem.
+/// Fills in every key and text below `root`. A value that cannot be filled in becomes [`Node::Broken`],
+/// and is reported.
 pub(in crate::config) fn fill_in(
     root: &mut Node,
     lookup: &dyn Fn(&str) -> Option<String>,
@@ -77,7 +79,8 @@ fn replaced(text: &str, lookup: &dyn Fn(&str) -> Option<String>) -> Result<Strin
     Ok(filled)
 }
 
-/// `:-` gives its default also where the variable is set but empty, as in a shell.
+/// The value of what stands between the braces. As in a shell, `:-` gives its default also where the
+/// variable is empty.
 fn value_of(inside: &str, lookup: &dyn Fn(&str) -> Option<String>) -> Result<String, String> {
     let (name, default) = match inside.split_once(":-") {
         Some((name, default)) => (name, Some(default)),

@@ -1,12 +1,13 @@
-//! Walks down a YAML document to one place and fails there, because the error is what tells the line.
+//! Reads a YAML document up to one location and fails there, because the parser reports the line in its
+//! error.
 //!
-//! Builds nothing. `ConfigFile::line_of` reads the error.
+//! Nothing is built. `ConfigFile::line_of` reads the error.
 
 use std::fmt;
 
 use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
-/// Walks down to a place and fails there. It never succeeds.
+/// Reads up to a location and fails there. It never succeeds.
 pub(super) struct FailAt<'p>(pub(super) &'p [usize]);
 
 impl<'de> DeserializeSeed<'de> for FailAt<'_> {
@@ -20,9 +21,9 @@ impl<'de> DeserializeSeed<'de> for FailAt<'_> {
 impl<'de> Visitor<'de> for FailAt<'_> {
     type Value = ();
 
-    // Every other visit, and so the end of the way, takes serde's default: the error that is wanted.
+    // Every other visit takes serde's default, which is the error that is wanted.
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("another place")
+        f.write_str("another location")
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<(), A::Error> {

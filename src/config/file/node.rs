@@ -1,6 +1,6 @@
 //! The tree that a YAML document becomes: every key of every map, in the order of the file.
 //!
-//! Refuses tags, and aliases that expand to more than any config needs.
+//! Tags are refused, and so are aliases that expand to more than any config needs.
 
 use std::cell::Cell;
 use std::fmt;
@@ -10,28 +10,29 @@ use serde::de::{DeserializeSeed, Deserializer, EnumAccess, Error as _, MapAccess
 
 use super::FILE_MAX_BYTES;
 
-/// What aliases may expand to: texts count their bytes, everything else one. The parser counts only its jumps, so a
-/// list of 100,000 items behind 100,000 aliases would pass it and take all memory.
+/// The limit for what aliases expand to. A text counts its bytes, any other value counts one. The parser
+/// limits only the number of aliases, so 100,000 aliases of a list of 100,000 items would take all
+/// memory.
 const EXPANDED_MAX: usize = 8 * FILE_MAX_BYTES;
 
-/// A YAML value. Duplicate keys are all there.
+/// A YAML value. All duplicate keys of a map are kept.
 #[derive(Clone, Debug, PartialEq)]
 pub(in crate::config) enum Node {
     /// `~`, `null` or nothing at all.
     Null,
-    /// `true`, `false`
+    /// `true` or `false`.
     Bool(bool),
-    /// Whatever fits; the reader of the value knows its range.
+    /// A whole number. The reader of the value knows its range.
     Integer(i128),
-    /// Also `.inf` and `.nan`.
+    /// Any other number, also `.inf` and `.nan`.
     Float(f64),
-    /// Quoted, or plain and none of the above.
+    /// A quoted text, or a plain one that is none of the above.
     Text(String),
     /// `[a, b]`
     List(Vec<Node>),
     /// `{a: b}`, in the order of the file.
     Map(Vec<(String, Node)>),
-    /// A value that was found to be wrong and reported already.
+    /// A value that is wrong and was reported already.
     Broken,
 }
 
@@ -43,7 +44,7 @@ impl Node {
     }
 }
 
-/// Builds a [`Node`], paying for each from the budget.
+/// Builds a [`Node`], and subtracts its cost from the budget.
 #[derive(Clone, Copy)]
 struct NodeSeed<'b>(&'b Cell<usize>);
 
@@ -96,7 +97,7 @@ impl<'de> Visitor<'de> for NodeSeed<'_> {
     }
 
     fn visit_u128<E>(self, value: u128) -> Result<Node, E> {
-        // Above 2^127 only a weight can still mean anything, and weights are floats.
+        // Only a weight may be above 2^127, and weights are floats.
         Ok(i128::try_from(value).map_or(Node::Float(value as f64), Node::Integer))
     }
 
@@ -131,7 +132,7 @@ impl<'de> Visitor<'de> for NodeSeed<'_> {
     }
 }
 
-/// A key as it stands in the file: `on`, `80` and `~` are texts here.
+/// A key as it is written: `on`, `80` and `~` are texts here.
 struct Key(String);
 
 impl<'de> Deserialize<'de> for Key {

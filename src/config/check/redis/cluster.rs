@@ -4,7 +4,7 @@ use super::nodes;
 use crate::config::Cluster;
 use crate::config::decode::{Keys, Kind, Section};
 
-/// `database` is known so that it can be refused in words that help.
+/// `database` is here so that its message can say that a cluster has only one.
 const CLUSTER: Keys = Keys {
     now: &["nodes", "database"],
     later: &[],
@@ -13,7 +13,7 @@ const CLUSTER: Keys = Keys {
 };
 const PORT: u16 = 6379;
 
-/// `None` where it is left out.
+/// Reads `redis.cluster`. `None` where it is left out.
 pub(super) fn cluster(redis: &Section<'_>) -> Option<Cluster> {
     let whole = redis.field("cluster")?;
     for other in ["url", "sentinel"] {
@@ -23,7 +23,7 @@ pub(super) fn cluster(redis: &Section<'_>) -> Option<Cluster> {
     }
     let section = redis.section("cluster", CLUSTER);
     if section.integer("database", 0..=u32::MAX.into(), 0) != 0 {
-        section.field("database").inspect(|field| field.refuse("a cluster has database 0 alone: remove it"));
+        section.field("database").inspect(|field| field.refuse("a cluster has only database 0: remove it"));
     }
     Some(Cluster { nodes: nodes::nodes(redis, &section, "node", PORT) })
 }

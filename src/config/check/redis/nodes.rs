@@ -1,15 +1,15 @@
-//! `nodes` of `redis.sentinel` and of `redis.cluster`: who is asked where the primary is.
+//! `nodes` of `redis.sentinel` and of `redis.cluster`: the servers that are asked for the primary.
 
 use super::url::{address, host_and_port};
 use crate::config::RedisAddress;
 use crate::config::decode::Section;
 
-/// Nobody needs more than a handful.
+/// A few are enough.
 const NODES_MAX: usize = 100;
 
-/// `what` is a word for one of them: `sentinel`, `node`.
+/// Reads `nodes`. Messages call one of them `what`: `sentinel` or `node`.
 pub(super) fn nodes(redis: &Section<'_>, section: &Section<'_>, what: &str, port: u16) -> Vec<RedisAddress> {
-    // What holds of the servers holds of those that name them: all speak TLS, or none does.
+    // Either all servers and nodes speak TLS, or none of them does.
     let secure = redis.has("tls");
     let mut nodes = Vec::new();
     let Some(field) = section.field("nodes") else {
@@ -22,7 +22,7 @@ pub(super) fn nodes(redis: &Section<'_>, section: &Section<'_>, what: &str, port
     for node in field.one_or_many() {
         let Some(text) = node.text() else { continue };
         match host_and_port(text, port).map(|(host, port)| address(host, port, secure)) {
-            Some(address) if nodes.contains(&address) => node.refuse("it is there twice: keep one of them"),
+            Some(address) if nodes.contains(&address) => node.refuse("it is written twice: keep one of them"),
             Some(address) => nodes.push(address),
             None => node.refuse(format_args!("write a {what} like \"10.0.0.1:{port}\" or \"[::1]:{port}\"")),
         }

@@ -1,4 +1,4 @@
-//! `redis.sentinel`: who is asked for the primary, instead of `redis.url`.
+//! `redis.sentinel`: the sentinels that are asked for the primary, instead of `redis.url`.
 
 use super::nodes;
 use super::password_beside;
@@ -13,7 +13,7 @@ const SENTINEL: Keys = Keys {
 };
 const PORT: u16 = 26379;
 
-/// The section with the number of the database; `None` where it is left out.
+/// Reads `redis.sentinel` and the database number in it. `None` where it is left out.
 pub(super) fn sentinel(redis: &Section<'_>) -> Option<(Sentinel, u32)> {
     let whole = redis.field("sentinel")?;
     if redis.has("url") {

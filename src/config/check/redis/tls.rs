@@ -1,7 +1,7 @@
-//! `redis.tls`: whom to trust, and the certificate that Statera shows.
+//! `redis.tls`: the trusted root certificates, and Statera's own certificate.
 //!
-//! The files are read and understood here, once, so that a wrong one is found by `statera check` and not at night. A
-//! certificate that is renewed needs a restart.
+//! The files are read and parsed once, here, so that `statera check` finds a wrong one. A renewed
+//! certificate needs a restart.
 
 use std::sync::Arc;
 
@@ -23,7 +23,7 @@ const TLS: Keys = Keys {
 
 type Identity = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
 
-/// `None` where TLS is not spoken, and where something is wrong with it.
+/// Reads `redis.tls`. `None` where TLS is not used, and where a problem was reported.
 pub(super) fn tls(redis: &Section<'_>, address: &RedisAddress) -> Option<Tls> {
     let has_nodes = matches!(address, RedisAddress::Sentinel(_) | RedisAddress::Cluster(_));
     if has_nodes && !redis.has("tls") {
@@ -42,7 +42,7 @@ pub(super) fn tls(redis: &Section<'_>, address: &RedisAddress) -> Option<Tls> {
         None => system_roots(redis.field("url").as_ref().unwrap_or(section.whole())),
     };
     let identity = identity(&section);
-    // The process's default is left alone: whoever else speaks TLS in it may have another.
+    // The process's default provider is not set: other code in the process may choose its own.
     let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()));
     let builder = builder.with_safe_default_protocol_versions().ok()?.with_root_certificates(roots?);
     let config = match identity? {
@@ -59,7 +59,7 @@ fn roots_of(field: &Field<'_>) -> Option<RootCertStore> {
     let mut roots = RootCertStore::empty();
     for certificate in certificates(field)? {
         if let Err(error) = roots.add(certificate) {
-            field.refuse(format_args!("it holds a certificate that nobody can be trusted by: {error}"));
+            field.refuse(format_args!("it has a certificate that cannot be a root of trust: {error}"));
             return None;
         }
     }
@@ -78,17 +78,17 @@ fn system_roots(field: &Field<'_>) -> Option<RootCertStore> {
     Some(roots)
 }
 
-/// `Some(None)`: none is shown. `None`: it was refused.
+/// The certificate and key that Statera sends. `Some(None)`: there is none. `None`: a problem was reported.
 fn identity<'a>(section: &Section<'a>) -> Option<Option<(Field<'a>, Identity)>> {
     let (cert_file, key_file) = match (section.field("cert_file"), section.field("key_file")) {
         (Some(cert_file), Some(key_file)) => (cert_file, key_file),
         (None, None) => return (!section.has("cert_file") && !section.has("key_file")).then_some(None),
         (Some(alone), None) => {
-            alone.refuse("key_file is missing: a certificate is shown with its key");
+            alone.refuse("key_file is missing: a certificate needs its key");
             return None;
         }
         (None, Some(alone)) => {
-            alone.refuse("cert_file is missing: a key is of use with its certificate");
+            alone.refuse("cert_file is missing: a key needs its certificate");
             return None;
         }
     };
@@ -103,7 +103,7 @@ fn certificates(field: &Field<'_>) -> Option<Vec<CertificateDer<'static>>> {
     match certificates {
         Ok(certificates) if !certificates.is_empty() => Some(certificates),
         Ok(_) => {
-            field.refuse("it holds no certificate: PEM is needed, with a line BEGIN CERTIFICATE");
+            field.refuse("it has no certificate: PEM is needed, with a line BEGIN CERTIFICATE");
             None
         }
         Err(error) => {
@@ -115,10 +115,10 @@ fn certificates(field: &Field<'_>) -> Option<Vec<CertificateDer<'static>>> {
 
 fn key(field: &Field<'_>) -> Option<PrivateKeyDer<'static>> {
     let pem = secret_file::read_pem(field)?;
-    // What the parser says may quote the key.
+    // The parser's message is not shown, since it may quote the key.
     PrivateKeyDer::from_pem_slice(&pem)
         .inspect_err(|_| {
-            field.refuse("it holds no private key that can be read: PEM without a passphrase is needed");
+            field.refuse("it has no private key that can be read: PEM without a passphrase is needed");
         })
         .ok()
 }

@@ -1,6 +1,7 @@
-//! `redis.url`: `redis://[user[:password]@]host[:port][/db]`, the same with `rediss://` for TLS, or `unix:///path[?db=N]`.
+//! `redis.url`: `redis://[user[:password]@]host[:port][/db]`, or `rediss://…` for TLS, or
+//! `unix:///path[?db=N]`.
 //!
-//! The URL may hold a password, so no message shows more of it than [`shown`] lets through.
+//! The URL may contain a password, so messages show only the part that [`shown`] returns.
 
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -10,7 +11,7 @@ use crate::config::decode::escaped;
 use crate::config::{RedisAddress, Secret};
 
 const PORT: u16 = 6379;
-/// `sun_path` holds 108 bytes, the last of them the terminating zero.
+/// `sun_path` has 108 bytes, and the last one is the terminating zero.
 const UNIX_PATH_MAX_BYTES: usize = 107;
 const SHOWN_MAX_CHARS: usize = 60;
 
@@ -22,7 +23,7 @@ pub(super) struct RedisUrl {
     pub(super) password: Option<Secret>,
 }
 
-/// The error is a cure, without the value.
+/// Parses a URL. The error is the cure, without the value.
 pub(super) fn parse(url: &str) -> Result<RedisUrl, &'static str> {
     if let Some(rest) = url.strip_prefix("unix://") {
         return parse_unix(rest);
@@ -34,7 +35,7 @@ pub(super) fn parse(url: &str) -> Result<RedisUrl, &'static str> {
     if rest.contains(['?', '#']) {
         return Err("nothing may follow the database: options are keys beside url");
     }
-    // From the right: a password that was not percent-encoded may hold an @.
+    // Searched from the right, since a password that is not percent-encoded may contain an @.
     let (credentials, rest) =
         rest.rsplit_once('@').map_or((None, rest), |(before, after)| (Some(before), after));
     let (authority, database) = rest.split_once('/').unwrap_or((rest, ""));
@@ -69,7 +70,8 @@ fn parse_authority(authority: &str, secure: bool) -> Result<RedisAddress, &'stat
     host_and_port(authority, PORT).map(|(host, port)| address(host, port, secure)).ok_or(cure)
 }
 
-/// The number after the last colon; not that of an IPv6 address without brackets.
+/// Whether the number after the last colon is no possible port. IPv6 addresses without brackets have no
+/// port.
 fn has_impossible_port(authority: &str) -> bool {
     let Some((host, port)) = authority.rsplit_once(':') else { return false };
     let is_number = !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit());
@@ -77,12 +79,12 @@ fn has_impossible_port(authority: &str) -> bool {
     is_number && is_bracketed && !port.parse::<u16>().is_ok_and(|port| port > 0)
 }
 
-/// Where TLS is spoken or not.
+/// The address of a server that speaks TLS (`secure`) or plain TCP.
 pub(super) fn address(host: String, port: u16, secure: bool) -> RedisAddress {
     if secure { RedisAddress::Tls { host, port } } else { RedisAddress::Tcp { host, port } }
 }
 
-/// Backends have the same rules for hosts, apart from the port that may be left out here.
+/// Parses a host and a port by the rules for backends, but the port may be left out.
 pub(super) fn host_and_port(authority: &str, default_port: u16) -> Option<(String, u16)> {
     let has_port = authority.rsplit_once(':').is_some_and(|(_, port)| !port.ends_with(']'));
     let with_port = if has_port { authority.to_owned() } else { format!("{authority}:{default_port}") };
@@ -122,7 +124,7 @@ pub(super) fn refusal(url: &str, cure: &str) -> String {
     if url.contains("://") || url.is_empty() {
         return format!("{}: {cure}", shown(url));
     }
-    // An address or localhost is no password, whatever else the text might be.
+    // An IP address or localhost is no password.
     let (server, database) = url.split_once('/').unwrap_or((url, ""));
     let is_server = host_and_port(server, PORT)
         .is_some_and(|(host, _)| host == "localhost" || host.parse::<IpAddr>().is_ok());
@@ -134,8 +136,8 @@ pub(super) fn refusal(url: &str, cure: &str) -> String {
     }
 }
 
-/// As much of a URL as may be shown: nothing before an @, nothing after a ?. A text without a scheme may be a password
-/// that slipped into the wrong key.
+/// The part of a URL that may be shown: nothing before an @, and nothing after a ?. A text without a
+/// scheme may be a password under the wrong key, and is not shown.
 pub(super) fn shown(url: &str) -> String {
     let Some((scheme, rest)) = url.split_once("://") else { return "…".to_owned() };
     let rest = rest.split_once('?').map_or(rest, |(before, _)| before);
@@ -143,7 +145,7 @@ pub(super) fn shown(url: &str) -> String {
         Some((_, host)) => format!("{scheme}://…@{host}"),
         None => format!("{scheme}://{rest}"),
     };
-    // A ? inside an unencoded password cuts the @ off with it.
+    // A ? in a password that is not percent-encoded has removed the @, too.
     let hides_credentials = url.contains('@') && !shown.contains('@');
     escaped(if hides_credentials { "…" } else { &shown }, SHOWN_MAX_CHARS)
 }
