@@ -1,4 +1,4 @@
-//! The `statera` program: reads its arguments, does what they say, and exits with the contract's code.
+//! The `statera` program: runs the command in its arguments, and exits with the code of its result.
 
 use std::process::ExitCode;
 

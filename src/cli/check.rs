@@ -1,5 +1,6 @@
-//! `statera check`: loading the config has already said everything that is wrong with it, so that warnings are left. They go to
-//! stderr, one a line, and the exit code is 0 all the same.
+//! `statera check`: prints the warnings of a config that was loaded without a problem.
+//!
+//! Warnings are printed to standard error, one a line. They do not change the exit code, which is 0.
 
 use std::io::{self, Write as _};
 use std::path::Path;
@@ -7,7 +8,7 @@ use std::path::Path;
 use super::print;
 use crate::config::Config;
 
-/// Says what the config would run.
+/// Prints the warnings, and then in one line what the config would run.
 pub(super) fn check(path: &Path, config: &Config) -> anyhow::Result<()> {
     let redis = match &config.redis {
         Some(redis) => format!("weights from {}", redis.address),
@@ -15,7 +16,7 @@ pub(super) fn check(path: &Path, config: &Config) -> anyhow::Result<()> {
     };
     let mut errors = io::stderr().lock();
     for warning in &config.warnings.first {
-        // Where nothing reads them, the answer is still worth giving.
+        // Where standard error is closed, the answer is still printed.
         let _ = writeln!(errors, "warning: {warning}");
     }
     if config.warnings.more > 0 {

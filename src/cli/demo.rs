@@ -1,5 +1,7 @@
-//! `statera demo`: everything on one screen. Three tiny backends, a private Redis if one can be had, the proxy in front,
-//! clients that keep connecting, and the share of each backend as it changes.
+//! `statera demo`: a proxy with three small backends, a private Redis if redis-server is installed, and
+//! clients.
+//!
+//! It prints the share of sessions that each backend gets, again and again.
 
 use std::io::IsTerminal as _;
 use std::net::{SocketAddr, TcpListener};
@@ -43,9 +45,9 @@ pub(super) fn demo(arguments: &DemoArguments) -> anyhow::Result<()> {
 }
 
 async fn show(arguments: &DemoArguments) -> anyhow::Result<()> {
-    // Before anything is started: a signal's own effect would leave the redis-server behind.
+    // Handled before anything is started: a signal that ends the process would leave redis-server running.
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    // The terminal was closed.
+    // HUP is sent when the terminal is closed.
     let mut hang_up = signal(SignalKind::hangup())?;
     let result = tokio::select! {
         result = perform(arguments) => result,
@@ -53,7 +55,7 @@ async fn show(arguments: &DemoArguments) -> anyhow::Result<()> {
         _ = interrupt.recv() => Ok(()),
         _ = hang_up.recv() => return Ok(()),
     };
-    // So that the prompt begins a line of its own.
+    // The shell's prompt is to begin on a line of its own.
     result.and_then(|()| print("\n"))
 }
 
@@ -85,12 +87,12 @@ async fn perform(arguments: &DemoArguments) -> anyhow::Result<()> {
     }
 }
 
-/// A backend: says who it is, and closes.
+/// A backend: sends its name, and closes the connection.
 async fn greet(name: &'static str, listener: tokio::net::TcpListener) {
     loop {
         match listener.accept().await {
             Ok((mut client, _)) => {
-                // The client may be gone; the next one is as welcome.
+                // The client may have gone. The next one is served all the same.
                 let _ = client.write_all(format!("hello from {name}\n").as_bytes()).await;
             }
             Err(_) => sleep(Duration::from_millis(50)).await,
@@ -108,7 +110,7 @@ async fn connect_again_and_again(entry: SocketAddr) {
             let mut greeting = Vec::new();
             stream.read_to_end(&mut greeting).await
         };
-        // A session that is refused (all weights 0) shows in the shares.
+        // A session that is refused (all weights are 0) is counted in the shares.
         let _ = timeout(Duration::from_secs(1), session).await;
     }
 }
@@ -135,7 +137,8 @@ fn introduction(
     let metrics = running.admin.map(|admin| format!("http://{admin}/metrics")).unwrap_or_default();
     let [alpha, beta, gamma] = [backends[0], backends[1], backends[2]];
     let head = format!(
-        "Statera listens on {entry}; {SESSIONS_PER_SECOND} clients a second connect to it. Ctrl-C ends everything.\n\n\
+        "Statera listens on {entry}; {SESSIONS_PER_SECOND} clients a second connect to it. \
+         Ctrl-C ends everything.\n\n\
          Try, in another terminal:\n"
     );
     let tries = match redis {
@@ -168,7 +171,7 @@ fn introduction(
 async fn watch_shares(running: &Running, backends: &[SocketAddr]) -> anyhow::Result<()> {
     let in_place = std::io::stdout().is_terminal();
     let pace = if in_place { Duration::from_millis(200) } else { Duration::from_secs(1) };
-    // One entry for each look of the last second.
+    // The counts of the last second, each with its time.
     let mut history = std::collections::VecDeque::new();
     let mut drawn = false;
     loop {
@@ -216,9 +219,9 @@ fn weight(running: &Running, backend: SocketAddr) -> String {
     weight().unwrap_or_else(|| "-".to_owned())
 }
 
-/// Every line fits into the terminal's width: one that wraps would not be drawn over.
+/// The table. Every line fits into the terminal's width, since a line that wraps would not be drawn over.
 fn table(running: &Running, backends: &[SocketAddr], sessions: &[u64], refused: u64) -> String {
-    // A terminal that does not know its width says 0.
+    // A terminal that does not know its width reports 0.
     let width = tcgetwinsize(std::io::stdout()).map_or(0, |size| usize::from(size.ws_col));
     let width = if width == 0 { 80 } else { width.max(20) } - 1;
     let total = sessions.iter().sum::<u64>();
@@ -253,14 +256,14 @@ fn share(count: u64, total: u64) -> f64 {
     if total == 0 { 0.0 } else { count as f64 * 100.0 / total as f64 }
 }
 
-/// A redis-server of the demo's own, ended with it.
+/// The demo's own redis-server. It is ended when this is dropped.
 struct PrivateRedis {
     server: Child,
     port: u16,
 }
 
 impl PrivateRedis {
-    /// `None`: there is no redis-server on this machine.
+    /// Starts redis-server with the first weights. `None` where it is not installed.
     async fn start(backends: &[SocketAddr]) -> anyhow::Result<Option<Self>> {
         let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
         let spawned = Command::new("redis-server")
@@ -299,7 +302,7 @@ impl PrivateRedis {
 
 impl Drop for PrivateRedis {
     fn drop(&mut self) {
-        // It may have ended by itself; its pid is ours until it is waited for.
+        // It may have ended already. Until it is waited for, no other process gets its pid.
         let _ = self.server.kill();
         let _ = self.server.wait();
     }

@@ -5,7 +5,7 @@ Examples:
   statera demo                                     watch a proxy follow the weights
   statera check -c /etc/statera/config.yaml        find mistakes before a start
   statera run -c /etc/statera/config.yaml
-  statera weights get web                          the weights of the pool `web`, and who has them
+  statera weights get web                          the weights of the pool `web`
   statera weights set web 10.0.0.1:80=50 --wait    change one, and wait until every proxy uses it
   statera weights drain web 10.0.0.1:80 --wait     send it no new sessions, and wait for the last one
 

@@ -1,4 +1,4 @@
-//! What a person types. One file a command; each returns the process's exit code.
+//! The commands of `statera`. Each has a file, and returns the exit code of the process.
 
 mod check;
 mod demo;
@@ -17,7 +17,7 @@ use clap::{Args, Parser, Subcommand};
 use self::help::{CHECK_HELP, DEMO_HELP, HELP, RUN_HELP, WEIGHTS_HELP};
 use crate::config::Config;
 
-/// Exit codes that scripts rely on.
+/// Exit codes, which scripts depend on.
 const FAILED: u8 = 1;
 const INVALID: u8 = 2;
 const NOT_CONVERGED: u8 = 3;
@@ -62,7 +62,8 @@ pub fn main() -> ExitCode {
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(error) => {
-            // Help and version are answers, not errors, and clap knows which; a closed terminal is no reason to fail.
+            // clap reports help and version like errors, and knows which of them they are. That the text
+            // cannot be written is not an error here.
             let _ = error.print();
             return ExitCode::from(if error.use_stderr() { INVALID } else { 0 });
         }
@@ -91,7 +92,8 @@ fn with_config(path: &Path, command: impl FnOnce(&Config) -> anyhow::Result<()>)
     }
 }
 
-/// Prints an answer. Unlike `println!`, it does not panic when the reader has gone (`statera … | head -1`).
+/// Prints an answer. Unlike `println!`, it does not panic where the reader has closed the pipe (`statera
+/// … | head -1`).
 fn print(text: &str) -> anyhow::Result<()> {
     let mut output = io::stdout().lock();
     output.write_all(text.as_bytes()).and_then(|()| output.flush()).context("cannot write the answer")
@@ -107,7 +109,7 @@ fn report(result: anyhow::Result<()>) -> ExitCode {
     }
 }
 
-/// Says on standard error what is wrong. Unlike `eprintln!`, it does not panic where that cannot be written.
+/// Prints a message to standard error. Unlike `eprintln!`, it does not panic where that cannot be written.
 fn print_error(text: &str) {
     print_error_line(&format!("statera: {text}"));
 }

@@ -1,4 +1,4 @@
-//! `statera run`: the proxy, until a signal ends it.
+//! `statera run`: runs the proxy until a signal ends it.
 
 use std::fs::File;
 use std::io;
@@ -20,23 +20,24 @@ use crate::net::descriptors;
 use crate::observe::log_sink::LogSink;
 use crate::supervisor::{self, Running};
 
-/// Between two looks at whether the proxy has ended, once it was told to, and before.
-const FAST_LOOK: Duration = Duration::from_millis(20);
-const SLOW_LOOK: Duration = Duration::from_secs(1);
-/// How long the log lines of the run may take at its end, and the last ones after them.
+/// How often it is checked whether the proxy has ended: after the first signal, and before it.
+const DRAINING_INTERVAL: Duration = Duration::from_millis(20);
+const RUNNING_INTERVAL: Duration = Duration::from_secs(1);
+/// How long waiting log lines may take to be written at the end, and how long the last lines may take
+/// after them.
 const FLUSH_TIME: Duration = Duration::from_secs(2);
 const LAST_LINES: Duration = Duration::from_secs(1);
 
-/// Fewer than this at the start is a limit that was set by mistake.
+/// With fewer descriptors at the start, the limit was set by mistake.
 const FEW_DESCRIPTORS: u64 = 64;
 
-/// What is ready before the config is read.
+/// What is set up before the config is read.
 pub(super) struct Prepared {
     runtime: Runtime,
     logged_signals: LoggedSignals,
 }
 
-/// Sees to it that no signal but those that mean "stop" ends the process. To be called first.
+/// Handles every signal that is not meant to end the process. Must be called first.
 pub(super) fn prepare() -> anyhow::Result<Prepared> {
     let runtime = runtime::new().context("cannot watch for signals")?;
     let logged_signals =
@@ -44,7 +45,8 @@ pub(super) fn prepare() -> anyhow::Result<Prepared> {
     Ok(Prepared { runtime, logged_signals })
 }
 
-/// Runs until TERM, INT or QUIT. A second one cuts what is left.
+/// Runs until TERM, INT or QUIT has ended the proxy. A second one closes the sessions that are left by
+/// force.
 pub(super) fn run(config: &Config, prepared: Prepared) -> anyhow::Result<()> {
     let output = open_output(config.log.output).context("cannot open the log's output")?;
     let sink = LogSink::start(Box::new(output)).context("cannot start the log's thread")?;
@@ -58,8 +60,8 @@ pub(super) fn run(config: &Config, prepared: Prepared) -> anyhow::Result<()> {
     result
 }
 
-/// A descriptor of its own, without the standard library's buffer: that would keep what a failed write left, and count it as
-/// written.
+/// Opens the output of the log, without the standard library's buffer: that would keep the rest of a
+/// failed write, and report it as written.
 fn open_output(output: LogOutput) -> io::Result<File> {
     let descriptor = match output {
         LogOutput::Stdout => io::stdout().as_fd().try_clone_to_owned(),
@@ -75,9 +77,9 @@ fn takes_bytes(output: &impl AsFd) -> bool {
 
 fn serve(config: &Config, sink: LogSink, prepared: Prepared) -> anyhow::Result<()> {
     let Prepared { runtime, logged_signals } = prepared;
-    tell_warnings(&config.warnings);
+    log_warnings(&config.warnings);
     raise_descriptor_limit();
-    // Before anything runs: a signal that comes while the proxy starts must not be lost.
+    // Handled before the proxy starts: a signal that comes meanwhile must not be lost.
     let stop_signals = runtime.block_on(async { StopSignals::new() }).context("cannot watch for signals")?;
     let running = supervisor::start(config, Some(sink.clone()))?;
     for (listener, addresses) in &running.addresses {
@@ -95,7 +97,7 @@ fn serve(config: &Config, sink: LogSink, prepared: Prepared) -> anyhow::Result<(
     }
     runtime.block_on(handle_signals(stop_signals, logged_signals, &running));
     let summary = running.join();
-    // So that there is room for the last line.
+    // The queue must have room for the last line.
     sink.flush(FLUSH_TIME);
     match summary.cut {
         0 => info!(cut = 0, "stopped"),
@@ -106,7 +108,7 @@ fn serve(config: &Config, sink: LogSink, prepared: Prepared) -> anyhow::Result<(
     Ok(())
 }
 
-fn tell_warnings(warnings: &Warnings) {
+fn log_warnings(warnings: &Warnings) {
     for Problem { path, line, message } in &warnings.first {
         warn!(%path, line, "config: {message}");
     }
@@ -115,8 +117,8 @@ fn tell_warnings(warnings: &Warnings) {
     }
 }
 
-/// A session takes two descriptors, and the usual soft limit of 1,024 is made for programs that use `select`. The hard
-/// limit is what the administrator allows.
+/// Raises the limit of descriptors to the hard limit, which the administrator sets. A session takes two
+/// descriptors, and the usual soft limit of 1,024 is made for programs that use `select`.
 fn raise_descriptor_limit() {
     let limit = getrlimit(Resource::Nofile);
     if limit.current != limit.maximum
@@ -129,7 +131,7 @@ fn raise_descriptor_limit() {
 /// Sends the process's log to `sink`.
 fn log_events(log: &Log, sink: LogSink) {
     let builder = tracing_subscriber::fmt().with_max_level(log.level).with_target(false).with_writer(sink);
-    // A second subscriber cannot be installed; `run` is called once a process.
+    // Only one subscriber can be installed. `run` is called once a process.
     let installed = match log.format {
         LogFormat::Json => builder.json().flatten_event(true).try_init(),
         LogFormat::Text => builder.try_init(),
@@ -139,22 +141,22 @@ fn log_events(log: &Log, sink: LogSink) {
     }
 }
 
-/// Returns when the proxy has ended.
+/// Handles signals until the proxy has ended.
 async fn handle_signals(mut stop_signals: StopSignals, mut logged_signals: LoggedSignals, running: &Running) {
-    let mut told = false;
+    let mut is_draining = false;
     let mut answering = pin!(logged_signals.answer());
     while !running.has_ended() {
         tokio::select! {
-            () = stop_signals.next() => stop(running, &mut told),
+            () = stop_signals.next() => stop(running, &mut is_draining),
             () = &mut answering => {}
-            // The end of a thread wakes no task.
-            () = sleep(if told { FAST_LOOK } else { SLOW_LOOK }) => {}
+            // No task is woken when the proxy's thread ends.
+            () = sleep(if is_draining { DRAINING_INTERVAL } else { RUNNING_INTERVAL }) => {}
         }
     }
 }
 
-fn stop(running: &Running, told: &mut bool) {
-    if std::mem::replace(told, true) {
+fn stop(running: &Running, is_draining: &mut bool) {
+    if std::mem::replace(is_draining, true) {
         warn!("second signal: closing the sessions that are left by force");
         running.stop_now();
     } else {

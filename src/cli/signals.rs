@@ -1,13 +1,16 @@
-//! The signals that `statera run` hears: those that end it, and those that are only answered in the log.
+//! The signals that `statera run` handles: those that end it, and those that are only answered in the
+//! log.
 //!
-//! Without a handler most signals end a process, and with it all sessions. So every signal that is sent by habit has one: by
-//! service managers and log rotation (HUP, USR1, USR2), by users of nginx and HAProxy (QUIT, TTIN, TTOU), by limits and timers of
-//! the system. Left to the kernel are those that do no harm (WINCH, CONT), those that say that the process is broken (SEGV, ABRT
-//! and the like), those that cannot be handled (KILL, STOP; 32 and 33, which belong to the C library; 64, which tokio does not
-//! know) and Ctrl-Z's TSTP. PIPE is ignored from the start by Rust's runtime.
+//! Without a handler most signals end a process, and with it all sessions. So every signal that is sent
+//! by habit has a handler: by service managers and log rotation (HUP, USR1, USR2), by users of nginx and
+//! HAProxy (QUIT, TTIN, TTOU), by limits and timers of the system. The kernel's default stays for signals
+//! that do no harm (WINCH, CONT), for those that report a broken process (SEGV, ABRT and the like), for
+//! those that cannot be handled (KILL and STOP; 32 and 33, which the C library uses; 64, which tokio does
+//! not know), and for TSTP, which Ctrl-Z sends. Rust's runtime ignores PIPE.
 //!
-//! Handlers replace what was inherited, also "ignored" (nohup ignores HUP; a shell's background job ignores INT and QUIT): a
-//! service manager that sends INT must be obeyed, and the answer to HUP harms no background job.
+//! A handler replaces an inherited setting, also "ignored" (nohup ignores HUP; a shell's background job
+//! ignores INT and QUIT): an INT from a service manager must end the process, and the answer to HUP harms
+//! no background job.
 
 use std::future::poll_fn;
 use std::io::{self, IsTerminal as _};
@@ -20,22 +23,24 @@ use tracing::warn;
 
 use crate::control::log_limiter::LogLimiter;
 
-/// Log lines of one signal in each window of [`LogLimiter`]. XFSZ needs the bound: the line that tells of it may cause the next one.
+/// How many log lines one signal gets in each window of [`LogLimiter`]. XFSZ needs this limit, since the
+/// line that reports it may cause the next XFSZ.
 const MOST_LINES: u32 = 2;
 
-/// Each begins the drain, and ends the process when it is the second. nginx's users expect QUIT to be the gentle one.
+/// Each of these starts the drain; the second one ends the process. For users of nginx, QUIT ends it
+/// gracefully.
 const STOPS: [Number; 3] = [Number::TERM, Number::INT, Number::QUIT];
 
 const CHANGES_NOTHING: &str = "this signal has no effect: send TERM, INT or QUIT to drain and stop";
 const NO_PAUSE: &str = "listeners cannot be paused or resumed: send TERM, INT or QUIT to drain and stop";
-/// Name, signal and answer of those that end nothing.
+/// The name, number and answer of the signals that do not end the process.
 const LOGGED: [(&str, Number, &str); 11] = [
     ("HUP", Number::HUP, "reload is not supported yet: restart to read the config again"),
     (
         "USR1",
         Number::USR1,
-        "there is no log file to reopen: the log goes to standard output or standard error; where that is a file, rotate it by \
-         `copytruncate`",
+        "there is no log file to reopen: the log is written to standard output or standard error; \
+         rotate it by `copytruncate` where that is a file",
     ),
     ("USR2", Number::USR2, "handing over to a new binary is not supported yet: restart"),
     ("ALRM", Number::ALARM, CHANGES_NOTHING),
@@ -47,23 +52,25 @@ const LOGGED: [(&str, Number, &str); 11] = [
     (
         "XCPU",
         Number::XCPU,
-        "the limit of CPU time is used up: raise it (`ulimit -t`, LimitCPU), since the kernel ends the process at the hard one",
+        "the limit of CPU time is reached: raise it (`ulimit -t`, LimitCPU), since the kernel ends the \
+         process at the hard limit",
     ),
     (
         "XFSZ",
         Number::XFSZ,
-        "a file has reached the limit of its size: raise it (`ulimit -f`, LimitFSIZE) or rotate the log; what is not written is \
-         counted in statera_log_dropped_total and statera_state_writes_failed_total",
+        "a file has reached the size limit: raise it (`ulimit -f`, LimitFSIZE) or rotate the log; lost lines \
+         and tables are counted in statera_log_dropped_total and statera_state_writes_failed_total",
     ),
 ];
-/// HAProxy's users pause and resume listeners by these. Where an output is a terminal they are the shell's, which stops a program
-/// in the background that writes: one that handled TTOU would try to write for ever.
+/// HAProxy pauses and resumes listeners on these. Where an output is a terminal, they have their default:
+/// they stop a program in the background that writes, and a program that handled TTOU would try to write
+/// for ever.
 const LOGGED_WITHOUT_TERMINAL: [(&str, Number, &str); 2] =
     [("TTIN", Number::TTIN, NO_PAUSE), ("TTOU", Number::TTOU, NO_PAUSE)];
-/// Real-time signals. The first of them that the C library leaves to programs is 34 or 35; 64 is beyond tokio.
+/// Real-time signals. The first one that the C library does not use is 34 or 35; tokio does not know 64.
 const REAL_TIME: std::ops::Range<i32> = 34..64;
 
-/// The signals that end nothing. While this lives, and after it, none of them ends the process.
+/// The signals that do not end the process, not even after this is dropped.
 pub(super) struct LoggedSignals(Vec<Answered>);
 
 struct Answered {
@@ -74,8 +81,8 @@ struct Answered {
 }
 
 impl LoggedSignals {
-    /// Installs their handlers. To be called in a runtime, before anything else: what comes before the first
-    /// [`LoggedSignals::answer`] is answered then.
+    /// Installs their handlers. Must be called in a runtime, before anything else. A signal that comes
+    /// before the first [`LoggedSignals::answer`] is answered then.
     ///
     /// # Errors
     /// The kernel refuses a handler.
@@ -86,14 +93,14 @@ impl LoggedSignals {
         for (name, number, answer) in LOGGED.into_iter().chain(more) {
             all.push(Answered::new(name.to_owned(), number.as_raw(), answer)?);
         }
-        // Which of these the C library keeps for itself is its business: it refuses those.
+        // The C library refuses those that it uses itself.
         all.extend(REAL_TIME.filter_map(|number| {
             Answered::new(format!("real-time signal {number}"), number, CHANGES_NOTHING).ok()
         }));
         Ok(Self(all))
     }
 
-    /// Answers each in the log. Never ends. Cancel safe.
+    /// Answers each signal in the log. Never returns. Cancel safe.
     pub(super) async fn answer(&mut self) {
         poll_fn(|cx| {
             self.0.iter_mut().for_each(|one| one.poll(cx));
@@ -122,11 +129,11 @@ impl Answered {
     }
 }
 
-/// The signals that end the process in an orderly way.
+/// The signals that drain the proxy and end the process.
 pub(super) struct StopSignals([Signal; STOPS.len()]);
 
 impl StopSignals {
-    /// Installs their handlers; until then they end the process at once. To be called in a runtime.
+    /// Installs their handlers. Until then the signals end the process at once. Must be called in a runtime.
     ///
     /// # Errors
     /// The kernel refuses a handler.
@@ -135,11 +142,11 @@ impl StopSignals {
         Ok(Self([first?, second?, third?]))
     }
 
-    /// Waits for the next one. Cancel safe.
+    /// Waits for the next signal. Cancel safe.
     pub(super) async fn next(&mut self) {
         poll_fn(|cx| {
-            let come = self.0.iter_mut().any(|signal| signal.poll_recv(cx).is_ready());
-            if come { Poll::Ready(()) } else { Poll::Pending }
+            let has_come = self.0.iter_mut().any(|signal| signal.poll_recv(cx).is_ready());
+            if has_come { Poll::Ready(()) } else { Poll::Pending }
         })
         .await;
     }

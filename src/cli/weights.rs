@@ -1,8 +1,8 @@
-//! `statera weights`: a pool's weights as a person or a script changes them, with their history.
+//! `statera weights`: shows and changes the weights of a pool, and their history.
 //!
-//! What is asked for is checked here as the proxy checks it, before Redis is asked; `redis/weights.rs` does it. `show.rs`
-//! writes the answers, `wait.rs` waits until the proxies have a change, `states.rs` drains, `simulate.rs` tells what a change would
-//! do.
+//! Arguments are checked by the rules of the proxy, before Redis is asked. `redis/weights.rs` does the
+//! work there. `arguments.rs` has the commands; `change.rs`, `states.rs` and `simulate.rs` do them;
+//! `show.rs` and `json.rs` write the answers; `wait.rs` waits until the proxies use a change.
 
 mod arguments;
 mod change;
@@ -31,9 +31,9 @@ use super::{FAILED, INVALID, NOT_CONVERGED, UNREACHABLE, print};
 use crate::balance::AdminState;
 use crate::redis::weights::{LONGEST_HISTORY, Ledger, Order, Reports, WeightsError};
 
-/// Why it was not done; each has an exit code.
+/// Why a command failed. Each kind has an exit code.
 enum Failure {
-    /// What was typed, or the config.
+    /// The arguments or the config are wrong.
     Invalid(String),
     Failed(String),
     NotConverged(String),
@@ -55,7 +55,7 @@ impl From<anyhow::Error> for Failure {
     }
 }
 
-/// Does what was typed.
+/// Runs the command, prints its answer or its message, and returns its exit code.
 pub(super) fn weights(command: &WeightsCommand) -> ExitCode {
     let runtime = match Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
@@ -105,7 +105,7 @@ async fn get(target: &Target) -> Result<(), Failure> {
     let Settings { redis, pool } = settings(target)?;
     let mut ledger = Ledger::open(&redis, &pool.weights_key).await?;
     let seen = ledger.look().await?;
-    // A user may be allowed to read the table alone.
+    // The Redis user may have the right to read only the table.
     let unknown = || Reports { live: Vec::new(), are_all_in: Duration::MAX };
     let reports = ledger.applied().await.unwrap_or_else(|_| unknown());
     let states = ledger.states().await;

@@ -15,7 +15,8 @@ use crate::redis::weights::LONGEST_HISTORY;
 pub(in crate::cli) enum WeightsCommand {
     /// Show the members of a pool with their weights and shares.
     ///
-    /// Shows also the version, the last change, which proxies use it, and which members get no sessions and why.
+    /// Shows also the version, the last change, which proxies use it, and which members get no sessions
+    /// and why.
     Get(GetArguments),
     /// Set the weights of members. All are set together, or none.
     ///
@@ -75,7 +76,8 @@ pub(super) struct Writing {
     /// Proxies report in Redis what they use. A proxy that was killed is waited for until its
     /// last report is 15s old. After a restart of Redis the reports are complete again within 6s,
     /// so choose a TIME above that.
-    #[arg(verbatim_doc_comment, long, value_name = "TIME", num_args = 0..=1, require_equals = true, default_missing_value = "10s")]
+    #[arg(verbatim_doc_comment)]
+    #[arg(long, value_name = "TIME", num_args = 0..=1, require_equals = true, default_missing_value = "10s")]
     #[arg(value_parser = humantime::parse_duration)]
     pub(super) wait: Option<Duration>,
 }

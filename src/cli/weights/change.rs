@@ -6,7 +6,7 @@ use super::{Failure, json, show, wait};
 use crate::cli::print;
 use crate::redis::weights::{Author, Ledger, Order};
 
-/// Of a reason, which stands in the history a thousand times.
+/// The longest reason. The history may have a thousand of them.
 const REASON_MAX_BYTES: usize = 500;
 
 pub(super) async fn change(target: &Target, order: &Order, writing: &Writing) -> Result<(), Failure> {
@@ -15,7 +15,7 @@ pub(super) async fn change(target: &Target, order: &Order, writing: &Writing) ->
     }
     let Settings { redis, pool } = settings(target)?;
     let mut ledger = Ledger::open(&redis, &pool.weights_key).await?;
-    let author = Author { who: who(), why: writing.reason.clone() };
+    let author = Author { who: author_name(), why: writing.reason.clone() };
     let done = ledger.change(order, writing.if_version, &author).await?;
     if !target.json {
         print(&show::done(&pool, &done, redis.on_empty))?;
@@ -25,7 +25,7 @@ pub(super) async fn change(target: &Target, order: &Order, writing: &Writing) ->
         None => Ok(None),
     };
     if target.json {
-        // Whatever became of the waiting, the change is made.
+        // The change is made, also where waiting has failed.
         print(&json::done(&pool, &done, waited.as_ref().ok().and_then(Option::as_ref)))?;
     }
     let Some(fleet) = waited? else { return Ok(()) };
@@ -38,8 +38,8 @@ pub(super) async fn change(target: &Target, order: &Order, writing: &Writing) ->
     Ok(())
 }
 
-/// `user@host`, as the environment tells it: for people to find each other, not for proof.
-fn who() -> String {
+/// `user@host` from the environment. It helps people to find each other, and proves nothing.
+fn author_name() -> String {
     let named = ["USER", "LOGNAME"].iter().filter_map(|name| std::env::var(name).ok());
     let user = named
         .filter(|user| !user.is_empty())

@@ -1,13 +1,13 @@
-//! Texts from Redis as a terminal may show them.
+//! Makes texts from Redis safe for a terminal.
 
 use std::fmt::Write as _;
 
 use serde_json::Value;
 
-/// Characters: a host name has 253 at most, and what is longer is no backend.
+/// In characters. A host name has 253 at most, so a longer text is no backend.
 const LONGEST_WORD: usize = 300;
 
-/// What does not print as itself is written as its escape.
+/// `text` with every character escaped that does not print as itself.
 pub(super) fn printable(text: &str) -> String {
     let mut safe = String::with_capacity(text.len());
     for character in text.chars() {
@@ -20,7 +20,7 @@ pub(super) fn printable(text: &str) -> String {
     safe
 }
 
-/// The same on one line.
+/// `text` escaped, shortened, and on one line.
 pub(super) fn word(text: &str) -> String {
     let mut word = printable(text).replace('\n', "\\n");
     if let Some((end, _)) = word.char_indices().nth(LONGEST_WORD) {
@@ -30,8 +30,8 @@ pub(super) fn word(text: &str) -> String {
     word
 }
 
-/// JSON, with \u escapes for what a terminal might act on (C1 controls, text that runs backwards): those characters stand
-/// in texts only.
+/// `value` as JSON, with `\u` escapes for characters that a terminal may act on (C1 controls, marks that
+/// change the reading direction). In JSON such characters occur only in strings.
 pub(super) fn json_text(value: &Value) -> String {
     let mut safe = String::new();
     for character in value.to_string().chars() {
@@ -54,13 +54,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_that_stands_in_redis_reaches_a_terminal_raw() {
+    fn no_text_from_redis_reaches_a_terminal_unescaped() {
         let hostile = "a\x1b[2J\u{9b}31m\u{202e}\x7f\n\t";
         for text in [word(hostile), json_text(&json!({ hostile: hostile }))] {
             let raw = text.trim_end().chars().find(|c| c.is_control() || *c == '\u{202e}');
             assert_eq!(raw, None, "{text:?}");
         }
         let back: Value = serde_json::from_str(&json_text(&json!([hostile, "ü\u{1f600}"]))).expect("JSON");
-        assert_eq!(back, json!([hostile, "ü\u{1f600}"]), "it still says the same");
+        assert_eq!(back, json!([hostile, "ü\u{1f600}"]), "the text is the same");
     }
 }

@@ -26,8 +26,8 @@ pub(super) fn table(
         .zip(shares(seen, states))
         .map(|((id, weight), share)| {
             let state = states.map(|_| state_of(states, id.as_str()).unwrap_or("ready"));
-            let mut member =
-                json!({"member": id.as_str(), "weight": weight.get(), "share_percent": share, "state": state});
+            let mut member = json!({"member": id.as_str(), "weight": weight.get(), "share_percent": share});
+            member["state"] = json!(state);
             if let Some(gets_none) = unusable.json(id.as_str()) {
                 member["unusable"] = gets_none;
             }
@@ -54,7 +54,7 @@ pub(super) fn table(
     }))
 }
 
-/// The answer to what changes a table, with who has applied it where that was waited for.
+/// The answer to a command that changes a table, with the proxies that use it where `--wait` was given.
 pub(super) fn done(pool: &Pool, done: &Done, fleet: Option<&Fleet>) -> String {
     json_text(&json!({
         "pool": &*pool.name,
@@ -97,7 +97,7 @@ fn entry_json(entry: &Entry) -> Value {
     })
 }
 
-/// A list, or its length where it was too long to be kept.
+/// The changes as a list, or their number where the list was too long for the history.
 fn changes_json(changes: &Changes) -> Value {
     if changes.kept.is_empty() && changes.count > 0 {
         return json!({"count": changes.count});

@@ -4,7 +4,8 @@ use super::Failure;
 use crate::balance::{BackendId, Weight};
 use crate::redis::weights::MOST_CHANGES;
 
-/// The last `=` parts them: a unix path may hold others.
+/// Parses `MEMBER=WEIGHT`. The last `=` separates the two, since the path of a unix socket may contain
+/// others.
 pub(super) fn parse_members(texts: &[String]) -> Result<Vec<(BackendId, Weight)>, Failure> {
     check_count(texts.len())?;
     let mut members: Vec<(BackendId, Weight)> = Vec::with_capacity(texts.len());
@@ -41,7 +42,7 @@ mod tests {
             let texts: Vec<String> = texts.iter().map(|text| (*text).to_owned()).collect();
             parse_members(&texts).map_err(|failure| match failure {
                 Failure::Invalid(text) => text,
-                _ => panic!("of another kind"),
+                _ => panic!("another kind of failure"),
             })
         };
         let members = parse(&["10.0.0.1:80=0", "[::1]:80=0.5", "unix:/a=b=1e3"]).expect("members");

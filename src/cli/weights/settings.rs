@@ -20,7 +20,8 @@ pub(super) fn settings(target: &Target) -> Result<Settings, Failure> {
     Ok(Settings { redis, pool })
 }
 
-/// Without a Redis, a pool runs on its backends alone.
+/// The pool that `target` names, and the Redis of its config. Without Redis, a pool uses only its
+/// `backends`.
 pub(super) fn find_pool(target: &Target) -> Result<(Pool, Option<Redis>), Failure> {
     let path = &target.config.config;
     let config = Config::load(path).map_err(|error| Failure::Invalid(error.to_string()))?;

@@ -1,5 +1,4 @@
-//! How the answers of `statera weights` read: as lines for a person, as JSON for a program. Both are safe for a terminal,
-//! whatever stands in Redis.
+//! The answers of `statera weights` as lines for a person. `json.rs` has them for a program.
 
 use std::fmt::Write as _;
 
@@ -8,7 +7,7 @@ use super::unusable::Unusable;
 use crate::config::{OnEmpty, Pool};
 use crate::redis::weights::{Change, Changes, ContentHash, Done, Entry, History, Report, Reports, Seen};
 
-/// Of one entry or answer; JSON has them all.
+/// How many changes of an entry or answer are shown. JSON has all of them.
 const MOST_CHANGES_SHOWN: usize = 20;
 /// The answer to `get`.
 ///
@@ -76,14 +75,15 @@ pub(super) fn table(
     text
 }
 
-/// Of whoever is not ready.
+/// The state of a member that is not ready; `None` where it is ready or unknown.
 pub(super) fn state_of<'a>(states: Option<&'a [(String, String)]>, member: &str) -> Option<&'a str> {
     let states = states?;
-    let place = states.binary_search_by(|(name, _)| name.as_str().cmp(member)).ok()?;
-    Some(states[place].1.as_str()).filter(|state| *state != "ready")
+    let position = states.binary_search_by(|(name, _)| name.as_str().cmp(member)).ok()?;
+    Some(states[position].1.as_str()).filter(|state| *state != "ready")
 }
 
-/// In percent, of those that are ready. Dividing by the largest keeps the sum of huge weights finite.
+/// The share of each member in percent. Members in drain or maint have none. Weights are divided by the
+/// largest one, so that the sum of huge weights stays finite.
 pub(super) fn shares(seen: &Seen, states: Option<&[(String, String)]>) -> impl Iterator<Item = f64> {
     let weights = || {
         seen.table.members().iter().map(move |(id, weight)| {
@@ -103,7 +103,7 @@ pub(super) fn divide<'a>(reports: &'a [Report], hash: &ContentHash) -> (Vec<&'a 
     (names(have), names(have_not))
 }
 
-/// The answer to what changes a table.
+/// The answer to a command that changes a table.
 pub(super) fn done(pool: &Pool, done: &Done, on_empty: OnEmpty) -> String {
     let mut text = String::new();
     if done.outside > 0 {

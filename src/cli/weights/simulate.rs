@@ -1,7 +1,8 @@
-//! `statera weights simulate`: who would get how many sessions by other weights, before anybody writes them.
+//! `statera weights simulate`: how many sessions each member would get by other weights. Nothing is
+//! written.
 //!
-//! The pool's own balance chooses, in `balance/simulation.rs`; nothing is written. The weights come on top of those that the
-//! proxies go by now, as `set` would put them, or stand for themselves (`--only`).
+//! `balance/simulation.rs` picks by the pool's own balance. The weights are added to the present table,
+//! as `set` would do it, or are the whole table (`--only`).
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -22,9 +23,9 @@ use crate::cli::print;
 use crate::config::{Pool, Redis};
 use crate::redis::weights::{Ledger, LeftOut, Seen, WeightsError};
 
-/// The same question has the same answer.
+/// Fixed, so that the same arguments have the same answer.
 const SEED: u64 = 1;
-/// For `least_conn`, where it is not said: of each backend that has a weight.
+/// The default of `--active` for each backend that has weight.
 const ACTIVE_EACH: u32 = 10;
 const MOST: u32 = 1_000_000;
 
@@ -32,7 +33,7 @@ const MOST: u32 = 1_000_000;
 pub(in crate::cli) struct SimulateArguments {
     #[command(flatten)]
     target: Target,
-    /// Backends and their weights, as for `set`: 10.0.0.1:80=50. Members that are not named keep their weight.
+    /// Backends and their weights, as for `set`: 10.0.0.1:80=50. Other members keep their weight.
     ///
     /// Weight 0 stands for a member that is removed, too. The weights of the others come from
     /// Redis, or from `backends` in the config where it has no redis section.
@@ -45,30 +46,31 @@ pub(in crate::cli) struct SimulateArguments {
     #[arg(long, value_name = "N", default_value_t = 10_000)]
     #[arg(value_parser = clap::value_parser!(u32).range(1..=i64::from(MOST)))]
     sessions: u32,
-    /// For `balance: least_conn`: how many sessions are open at once [default: 10 for each backend with weight].
+    /// For `balance: least_conn`: how many sessions are open at once [default: 10 for each backend with
+    /// weight].
     #[arg(long, value_name = "N")]
     #[arg(value_parser = clap::value_parser!(u32).range(1..=i64::from(MOST)))]
     active: Option<u32>,
 }
 
-/// What proxies go by now.
+/// The table that proxies use now.
 struct Now {
     table: Table,
-    /// As in JSON.
+    /// `redis` or `config`, as JSON shows it.
     source: &'static str,
-    /// Redis has one.
+    /// The version in Redis; a config has none.
     version: Option<u64>,
     left_out: Vec<LeftOut>,
 }
 
 struct Row {
-    /// `None` where the member is not there yet.
+    /// `None` where the member is not in the table yet.
     now: Option<(Weight, Share)>,
     weight: Weight,
     then: Forecast,
 }
 
-/// 0 to 1.
+/// A share, from 0 to 1.
 type Share = f64;
 
 struct Answer {
@@ -78,7 +80,7 @@ struct Answer {
     moved_clients: Option<Share>,
 }
 
-/// Answers; nothing is written.
+/// Simulates, and prints the answer.
 pub(super) async fn simulate(arguments: &SimulateArguments) -> Result<(), Failure> {
     let SimulateArguments { target, members, only, sessions, active } = arguments;
     let written = parse_members(members)?;
@@ -109,7 +111,7 @@ async fn look(redis: &Redis, key: &str) -> Result<Seen, Failure> {
     let seen = async {
         let mut ledger = Ledger::open(redis, key).await?;
         let mut seen = ledger.look().await?;
-        // A user may be allowed to read the table alone.
+        // The Redis user may have the right to read only the table.
         let states = ledger.states().await.unwrap_or_default();
         let states =
             states.iter().filter_map(|(id, state)| Some((id.parse().ok()?, AdminState::named(state)?)));
@@ -130,7 +132,7 @@ fn forecast(
     active: Option<u32>,
 ) -> Answer {
     let before = now.as_ref().map_or(&[][..], |now| now.table.members());
-    // Who is in drain or maint stays there.
+    // Members in drain or maint stay in it.
     let states = now.as_ref().map_or(&[][..], |now| now.table.states());
     let then = Table::new(before.iter().cloned().chain(written).collect()).with_states(states.to_vec());
     let weighty = then.members().iter().filter(|(_, weight)| !weight.is_zero()).count();
@@ -212,7 +214,8 @@ impl Answer {
             let (expected, Forecast { least, most, .. }) = (self.expected(then), then);
             let _ = writeln!(
                 text,
-                "{id:width$}  {weight_now:>12}  {share_now:>7}  ->  {weight:>12}  {share:>7}  {expected:>9}  {least} to {most}"
+                "{id:width$}  {weight_now:>12}  {share_now:>7}  ->  {weight:>12}  {share:>7}  {expected:>9}  \
+                 {least} to {most}"
             );
         }
     }
@@ -221,8 +224,8 @@ impl Answer {
         let row = |Row { now, weight, then }: &Row| {
             json!({
                 "member": then.id.as_str(),
-                "now": now.map(|(weight, share)| json!({"weight": weight.get(), "share_percent": 100.0 * share})),
-                "then": {"weight": weight.get(), "share_percent": 100.0 * then.share},
+                "now": now.map(|(weight, share)| weight_json(weight, share)),
+                "then": weight_json(*weight, then.share),
                 "sessions": {"expected": self.expected(then), "least": then.least, "most": then.most},
             })
         };
@@ -242,6 +245,10 @@ impl Answer {
             "refuses": self.refuses(),
         }))
     }
+}
+
+fn weight_json(weight: Weight, share: Share) -> Value {
+    json!({"weight": weight.get(), "share_percent": 100.0 * share})
 }
 
 fn percent(share: Share) -> String {

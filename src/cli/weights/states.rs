@@ -1,4 +1,5 @@
-//! `statera weights drain`, `maint` and `ready`: what is wanted of a backend, whatever its weight and its health.
+//! `statera weights drain`, `maint` and `ready`: set the admin state of backends. Weights and health stay
+//! as they are.
 
 use std::collections::HashSet;
 use std::fmt::Write as _;
@@ -16,11 +17,12 @@ use crate::balance::{AdminState, BackendId};
 use crate::cli::print;
 use crate::redis::weights::{ContentHash, LANDING, Ledger, Report, Reports};
 
-/// Between two looks, at least: a proxy reports a change within three quarters of a second, and once more two seconds after the last.
+/// The shortest time between two reads of the reports. A proxy reports a change within 750 ms, and again
+/// 2 s after the last change.
 const LOOK: Duration = Duration::from_millis(100);
-/// Between two lines that say who is waited for.
-const TELL: Duration = Duration::from_secs(5);
-/// Named in a message.
+/// The time between two lines that name the proxies that are waited for.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(5);
+/// How many proxies a message names.
 const MOST_NAMED: usize = 20;
 
 #[derive(Args, Debug)]
@@ -53,7 +55,7 @@ pub(super) async fn drain(arguments: &DrainArguments) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Changes the state, and says what it was.
+/// Sets the state, and prints the state before.
 pub(super) async fn put(
     arguments: &StateArguments,
     state: AdminState,
@@ -83,13 +85,13 @@ pub(super) async fn put(
     Ok((ledger, members))
 }
 
-/// Returns how many proxies say that they have no session there.
+/// Waits until no proxy has a session there, and returns the number of proxies.
 async fn wait_for(ledger: &mut Ledger, members: &[BackendId], limit: Duration) -> Result<usize, Failure> {
-    let (begun, mut told) = (Instant::now(), Instant::now());
+    let (begun, mut printed) = (Instant::now(), Instant::now());
     loop {
         let (written, asked) = (begun.elapsed(), Instant::now());
         let Reports { live, are_all_in } = ledger.applied().await?;
-        // A proxy does not name who has left the table and has no sessions.
+        // A proxy does not report a backend that has left the table and has no sessions.
         let are_named = |report: &Report| members.iter().all(|member| sessions(report, member).is_some());
         let left = if live.iter().all(are_named) { Left::default() } else { left(ledger, members).await? };
         let busy: Vec<String> =
@@ -102,19 +104,19 @@ async fn wait_for(ledger: &mut Ledger, members: &[BackendId], limit: Duration) -
             let limit = humantime::format_duration(limit);
             return Err(Failure::NotConverged(format!("in drain, but after {limit}: {waits}")));
         }
-        if told.elapsed() >= TELL {
-            told = Instant::now();
+        if printed.elapsed() >= PROGRESS_INTERVAL {
+            printed = Instant::now();
             crate::cli::print_error(&escape::printable(&waits));
         }
         sleep(wait::rest_after(asked.elapsed(), LOOK).min(limit.saturating_sub(begun.elapsed()))).await;
     }
 }
 
-/// Who is no member of the table any more.
+/// The backends that are no members of the table any more.
 #[derive(Debug, Default)]
 struct Left {
     members: HashSet<BackendId>,
-    /// What a proxy reports that knows it.
+    /// The hash that a proxy reports once it has read that table.
     hash: ContentHash,
 }
 
@@ -130,7 +132,8 @@ fn sessions(report: &Report, member: &BackendId) -> Option<u32> {
     of_it.map(|(_, sessions)| *sessions)
 }
 
-/// What a proxy has there still, or why that is not known; so long after it was `written` that there is to be nothing. `None`: nothing.
+/// Why the proxy is waited for: its sessions there, or why they are unknown. `None`: it has none.
+/// `written` is the time since the state was written.
 fn busy(report: &Report, members: &[BackendId], left: &Left, written: Duration) -> Option<String> {
     let (proxy, mut count) = (&report.proxy, 0);
     for member in members {
@@ -150,17 +153,18 @@ fn busy(report: &Report, members: &[BackendId], left: &Left, written: Duration) 
     if count > 0 {
         return Some(format!("{proxy} ({count} {})", if count == 1 { "session" } else { "sessions" }));
     }
-    // It may be an older report, of an earlier drain, say.
+    // The report may be older than this drain.
     (report.age + LANDING > written).then(|| format!("{proxy} (its report is too old)"))
 }
 
 fn waits_for(busy: &[String], live: &[Report]) -> String {
     if live.is_empty() {
-        return "no proxy reports: check that one is running, and see its log for whether it may write to Redis".to_owned();
+        let cure = "check that one is running, and see its log for whether it may write to Redis";
+        return format!("no proxy reports: {cure}");
     }
     if busy.is_empty() {
-        return "more proxies may be running: Redis was away or has lost reports, or a proxy has just come back"
-            .to_owned();
+        let why = "Redis was away or has lost reports, or a proxy has just come back";
+        return format!("more proxies may be running: {why}");
     }
     let named = busy.iter().take(MOST_NAMED).cloned().collect::<Vec<_>>().join(", ");
     let more = if busy.len() > MOST_NAMED { ", …" } else { "" };
@@ -193,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn a_proxy_is_done_when_it_has_said_so_of_all_after_they_were_put_into_drain() {
+    fn a_proxy_is_done_when_a_later_report_has_no_session_at_any_of_them() {
         let none = report(&[("10.0.0.1:80", 0), ("10.0.0.2:80", 0)]);
         assert_eq!(waits(&none, &Left::default(), 2.0), None);
         let old = waits(&none, &Left::default(), 1.9);
@@ -203,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_not_named_is_not_known_to_be_in_drain_unless_he_has_left_the_table() {
+    fn a_backend_that_is_not_reported_is_waited_for_unless_it_has_left_the_table() {
         let one = report(&[("10.0.0.1:80", 0)]);
         let unknown = waits(&one, &Left::default(), 9.0);
         assert_eq!(unknown.as_deref(), Some("(has not read it yet)"));
@@ -215,6 +219,10 @@ mod tests {
         let still = waits(&report(&[("10.0.0.1:80", 0), ("10.0.0.2:80", 1)]), &left, 9.0);
         assert_eq!(still.as_deref(), Some("(1 session)"));
         let other = Left { hash: ContentHash::reported("0".to_owned()), ..left };
-        assert_eq!(waits(&one, &other, 9.0).as_deref(), Some("(has not read it yet)"), "nor that he left");
+        assert_eq!(
+            waits(&one, &other, 9.0).as_deref(),
+            Some("(has not read it yet)"),
+            "the proxy has another table"
+        );
     }
 }

@@ -1,6 +1,7 @@
-//! Which members get no sessions, from how many proxies and why, as the proxies report it.
+//! The members that get no sessions, with the reasons, as the proxies report them.
 //!
-//! `redis/unusable.rs` reads the reports. What stands in them may have been written by any client of Redis.
+//! `redis/unusable.rs` reads the reports. Any client of Redis may have written them, so their texts are
+//! escaped.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -10,44 +11,44 @@ use super::escape::word;
 use super::show::proxies;
 use crate::redis::weights::{Report, ReportedReason};
 
-/// Different answers of the proxies about one member, in a line for a person; JSON has them all.
+/// How many different reasons for one member are shown in a line. JSON has all of them.
 const MOST_SHOWN: usize = 4;
 
-/// What all proxies together say.
+/// The reports of all proxies, by member.
 pub(super) struct Unusable<'a> {
-    /// By member: sets of reasons, and how many proxies give each.
+    /// The sets of reasons for each member, and how many proxies report each set.
     members: HashMap<&'a str, BTreeMap<&'a [ReportedReason], usize>>,
-    /// Proxies that say which members get no sessions from them.
-    telling: usize,
-    /// Older ones, which do not.
-    not_telling: usize,
-    /// Proxies that ignore health.
+    /// How many proxies report which members get no sessions.
+    reporting: usize,
+    /// How many proxies do not, since they are of an older version.
+    not_reporting: usize,
+    /// How many proxies ignore health.
     fails_open: usize,
-    /// Proxies that name some of such members alone.
+    /// How many proxies report only some of such members.
     cut_short: usize,
 }
 
 impl<'a> Unusable<'a> {
     pub(super) fn of(reports: &'a [Report]) -> Self {
-        let told = || reports.iter().filter_map(|report| report.unusable.as_ref());
+        let reported = || reports.iter().filter_map(|report| report.unusable.as_ref());
         let mut members: HashMap<&str, BTreeMap<&[ReportedReason], usize>> = HashMap::new();
-        for (member, reasons) in told().flat_map(|report| &report.backends) {
+        for (member, reasons) in reported().flat_map(|report| &report.backends) {
             *members.entry(member).or_default().entry(reasons).or_default() += 1;
         }
         Self {
             members,
-            telling: told().count(),
-            not_telling: reports.len() - told().count(),
-            fails_open: told().filter(|report| report.fails_open).count(),
-            cut_short: told().filter(|report| report.more > 0).count(),
+            reporting: reported().count(),
+            not_reporting: reports.len() - reported().count(),
+            fails_open: reported().filter(|report| report.fails_open).count(),
+            cut_short: reported().filter(|report| report.more > 0).count(),
         }
     }
 
-    /// Lines above the table.
+    /// The lines above the table.
     pub(super) fn head(&self) -> String {
-        let Self { telling, not_telling, fails_open, cut_short, .. } = *self;
+        let Self { reporting, not_reporting, fails_open, cut_short, .. } = *self;
         let mut text = String::new();
-        let of_all = |count: usize| format!("{count} of {}", proxies(telling));
+        let of_all = |count: usize| format!("{count} of {}", proxies(reporting));
         if fails_open > 0 {
             text += &format!("health is ignored by {} (fail-open)\n", of_all(fails_open));
         }
@@ -57,24 +58,25 @@ impl<'a> Unusable<'a> {
                 of_all(cut_short)
             );
         }
-        if not_telling > 0 {
+        if not_reporting > 0 {
             text += &format!(
                 "{} of an older version: these do not report which members get no sessions\n",
-                proxies(not_telling)
+                proxies(not_reporting)
             );
         }
         text
     }
 
-    /// Stands behind a member's `weight` and `state`, which are not repeated. Empty where it gets sessions from all.
-    pub(super) fn text(&self, member: &str, weighs_nothing: bool, state: Option<&str>) -> String {
-        let stands_there = |reason: &ReportedReason| match reason.name.as_str() {
-            "weight_0" => weighs_nothing,
+    /// The text behind a member's weight and state, which it does not repeat. Empty where every proxy
+    /// sends it sessions.
+    pub(super) fn text(&self, member: &str, is_zero: bool, state: Option<&str>) -> String {
+        let is_shown = |reason: &ReportedReason| match reason.name.as_str() {
+            "weight_0" => is_zero,
             name => state == Some(name),
         };
         let mut texts: BTreeMap<String, usize> = BTreeMap::new();
         for (reasons, count) in self.members.get(member).into_iter().flatten() {
-            let own: Vec<String> = reasons.iter().filter(|r| !stands_there(r)).map(reason_text).collect();
+            let own: Vec<String> = reasons.iter().filter(|r| !is_shown(r)).map(reason_text).collect();
             if !own.is_empty() {
                 *texts.entry(own.join(", ")).or_default() += count;
             }
@@ -92,24 +94,27 @@ impl<'a> Unusable<'a> {
                 shown.join("; ") + more
             }
         };
-        format!("  no sessions from {count} of {}: {why}", proxies(self.telling))
+        format!("  no sessions from {count} of {}: {why}", proxies(self.reporting))
     }
 
-    /// For one member; `None` where it gets sessions from all.
+    /// The reasons for one member in JSON; `None` where every proxy sends it sessions.
     pub(super) fn json(&self, member: &str) -> Option<Value> {
         let answers = self.members.get(member)?;
         let reason = |reason: &ReportedReason| json!({"reason": reason.name, "error": reason.cause});
-        let answer = |(reasons, count): (&&[ReportedReason], &usize)| json!({"proxies": count, "reasons": reasons.iter().map(reason).collect::<Vec<_>>()});
+        let answer = |(reasons, count): (&&[ReportedReason], &usize)| {
+            let reasons: Vec<Value> = reasons.iter().map(reason).collect();
+            json!({"proxies": count, "reasons": reasons})
+        };
         let proxies: usize = answers.values().sum();
         let answers: Vec<Value> = answers.iter().map(answer).collect();
-        Some(json!({"proxies": proxies, "of": self.telling, "answers": answers}))
+        Some(json!({"proxies": proxies, "of": self.reporting, "answers": answers}))
     }
 
-    /// The same of all proxies.
+    /// The numbers of proxies in JSON.
     pub(super) fn head_json(&self) -> Value {
         json!({
-            "proxies": self.telling,
-            "not_known_of": self.not_telling,
+            "proxies": self.reporting,
+            "not_known_of": self.not_reporting,
             "cut_short": self.cut_short,
             "fail_open": self.fails_open,
         })
@@ -156,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn each_member_is_told_from_how_many_proxies_it_gets_no_sessions_and_why() {
+    fn each_member_is_shown_with_the_proxies_that_send_it_nothing_and_why() {
         let refused = Some("connection refused");
         let reports = [
             report(Some(&[("a:1", &[("unhealthy", refused)]), ("b:1", &[("drain", None)])])),
@@ -170,8 +175,8 @@ mod tests {
         let all = Unusable::of(&reports);
         assert_eq!(
             all.text("a:1", false, None),
-            "  no sessions from 3 of 3 proxies: unhealthy (connection refused) on 2; ejected, next session is its trial \
-             (timed out) on 1"
+            "  no sessions from 3 of 3 proxies: unhealthy (connection refused) on 2; ejected, next session is \
+             its trial (timed out) on 1"
         );
         let drained = all.text("b:1", false, Some("drain"));
         assert_eq!(drained, "  no sessions from 1 of 3 proxies: ejected (connection refused)");
@@ -184,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_report_holds_reaches_no_terminal_raw() {
+    fn no_text_of_a_report_reaches_a_terminal_unescaped() {
         let reports = [report(Some(&[("a:1", &[("\x1b[2J", Some("\u{9b}31m\n"))])]))];
         let text = Unusable::of(&reports).text("a:1", false, None);
         assert!(!text.chars().any(char::is_control), "{text:?}");

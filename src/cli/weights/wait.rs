@@ -7,43 +7,44 @@ use tokio::time::{Instant, sleep};
 use super::Failure;
 use crate::redis::weights::{Done, Ledger, Report, Reports, WeightsError};
 
-/// Between two looks, at least: a proxy reports within 50 ms of a change.
+/// The shortest time between two reads of the reports. A proxy reports within 50 ms of a change.
 const LOOK: Duration = Duration::from_millis(50);
-/// A look that took long is followed by a rest of so many times that: whatever stands in redis, one command that waits takes a
-/// fifth of its time at most.
-const REST_PER_LOOK: u32 = 4;
+/// After a slow read, the command waits this many times as long. So it uses at most a fifth of Redis's
+/// time, however much Redis has to read.
+const REST_PER_READ: u32 = 4;
 const LONGEST_REST: Duration = Duration::from_secs(5);
-/// Named in a message.
+/// How many proxies a message names.
 const MOST_NAMED: usize = 20;
 
-/// Who has it, and who has not.
+/// The proxies that use a version, and those that do not.
 pub(super) struct Fleet {
     pub(super) have: Vec<String>,
     pub(super) have_not: Vec<String>,
-    /// More than zero where others may be alive that Redis does not know of just now.
+    /// How long it takes until every running proxy is known. Zero: all are.
     pub(super) are_all_in: Duration,
     limit: Duration,
 }
 
 impl Fleet {
-    /// Somebody has it, nobody has not, and these are all: where no proxy reports, nothing is known.
+    /// Whether every proxy uses the version. False where no proxy reports, since nothing is known then.
     pub(super) fn has_converged(&self) -> bool {
         self.have_not.is_empty() && !self.have.is_empty() && self.are_all_in.is_zero()
     }
 
-    /// For a person, who must know that the change itself was made.
+    /// The message where some do not. It says that the change itself was made.
     pub(super) fn not_converged(&self, version: u64) -> String {
         let limit = humantime::format_duration(self.limit);
         if self.have.is_empty() && self.have_not.is_empty() {
             return format!(
-                "version {version} is written, but no proxy reported within {limit} which table it uses: check that one is \
-                 running, and see its log for whether it may write to Redis"
+                "version {version} is written, but no proxy reported within {limit} which table it uses: \
+                 check that one is running, and see its log for whether it may write to Redis"
             );
         }
         if self.have_not.is_empty() {
             return format!(
-                "version {version} is written and {} applied it, but Redis was away or has lost reports, or a proxy has \
-                 just come back: it takes another {} until all proxies are known, so wait longer than {limit}",
+                "version {version} is written and {} applied it, but Redis was away or has lost reports, \
+                 or a proxy has just come back: it takes another {} until all proxies are known, \
+                 so wait longer than {limit}",
                 super::show::proxies_have(self.have.len()),
                 humantime::format_duration(Duration::from_millis(self.are_all_in.as_millis() as u64))
             );
@@ -52,13 +53,14 @@ impl Fleet {
         let named = self.have_not.iter().take(MOST_NAMED).cloned().collect::<Vec<_>>().join(", ");
         let more = if self.have_not.len() > MOST_NAMED { ", …" } else { "" };
         format!(
-            "version {version} is written, but {} of {all} proxies have not applied it within {limit}: {named}{more}",
+            "version {version} is written, but {} of {all} proxies have not applied it within {limit}: \
+             {named}{more}",
             self.have_not.len()
         )
     }
 }
 
-/// Returns as soon as all have applied what was `done`, at the latest after `limit`.
+/// Waits until every proxy uses the table that was `done`, at most for `limit`.
 pub(super) async fn for_fleet(ledger: &mut Ledger, done: &Done, limit: Duration) -> Result<Fleet, Failure> {
     let (begun, hash) = (Instant::now(), done.hash());
     loop {
@@ -81,9 +83,9 @@ pub(super) async fn for_fleet(ledger: &mut Ledger, done: &Done, limit: Duration)
     }
 }
 
-/// The rest after a look that took so long, where looks that cost nothing are `shortest` apart.
+/// How long to wait after a read that `took` this long. Fast reads are `shortest` apart.
 pub(super) fn rest_after(took: Duration, shortest: Duration) -> Duration {
-    took.saturating_mul(REST_PER_LOOK).clamp(shortest, LONGEST_REST)
+    took.saturating_mul(REST_PER_READ).clamp(shortest, LONGEST_REST)
 }
 
 #[cfg(test)]
@@ -91,7 +93,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_look_that_costs_redis_much_is_followed_by_a_longer_rest() {
+    fn a_slow_read_is_followed_by_a_longer_rest() {
         let rest = |millis| rest_after(Duration::from_millis(millis), LOOK);
         assert_eq!(rest(1), LOOK);
         assert_eq!(rest(100), Duration::from_millis(400));

@@ -17,7 +17,7 @@ pub(in crate::config) struct Keys {
     pub(in crate::config) later: &'static [&'static str],
     /// The section as it may be written, for a message: `{timeout: 10m}`.
     pub(in crate::config) example: &'static str,
-    /// The key that a value of this kind was meant for, where the value was written in place of the section.
+    /// The key that a value of this kind was meant for, where that value was written instead of the section.
     pub(in crate::config) meant: &'static [(Kind, &'static str)],
 }
 
@@ -101,7 +101,7 @@ impl<'a> Section<'a> {
     }
 
     /// Positions of unknown keys that follow a key without a value, with the position of that key: they
-    /// are probably meant to stand under it, and their indentation is missing.
+    /// probably belong under it, and their indentation is missing.
     fn misplaced_below(&self, keys: Keys) -> HashMap<usize, usize> {
         let mut misplaced = HashMap::new();
         let mut empty = None;
@@ -128,13 +128,15 @@ impl<'a> Section<'a> {
         }
     }
 
-    /// Reports keys of `inner` that stand beside the name they belong under: their indentation is missing.
+    /// Reports keys of `inner` that are written beside the name they belong under: their indentation is
+    /// missing.
     fn report_misplaced(&mut self, inner: Keys) {
         let mut name: Option<(usize, &str)> = None;
         for (position, (key, node)) in self.entries.iter().enumerate() {
             let follows_empty = name.is_some_and(|(name, _)| matches!(self.entries[name].1, Node::Null));
             let is_inner = inner.now.contains(&key.as_str()) || inner.later.contains(&key.as_str());
-            // A pool may be called `backends`. Its value is a map then, and no empty name stands before it.
+            // A pool may be called `backends`. Its value is a map then, and no name without a value is
+            // before it.
             if !is_inner || (matches!(node, Node::Map(_)) && !follows_empty) {
                 name = Some((position, key));
                 continue;
@@ -239,7 +241,7 @@ impl<'a> Field<'a> {
         entries.iter().map(|(key, _)| key.as_str())
     }
 
-    /// The cure where a single value was written in place of the section: the section with the key that
+    /// The cure where a single value was written instead of the section: the section with the key that
     /// was meant.
     fn meant_for(&self, keys: Keys) -> Option<String> {
         let (_, key) = keys.meant.iter().find(|(kind, _)| Some(*kind) == self.kind())?;

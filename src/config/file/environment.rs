@@ -79,7 +79,7 @@ fn replaced(text: &str, lookup: &dyn Fn(&str) -> Option<String>) -> Result<Strin
     Ok(filled)
 }
 
-/// The value of what stands between the braces. As in a shell, `:-` gives its default also where the
+/// The value for the text between the braces. As in a shell, `:-` gives its default also where the
 /// variable is empty.
 fn value_of(inside: &str, lookup: &dyn Fn(&str) -> Option<String>) -> Result<String, String> {
     let (name, default) = match inside.split_once(":-") {
