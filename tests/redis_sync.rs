@@ -456,7 +456,7 @@ async fn hostile_members_reach_no_terminal_and_forge_no_line() {
         assert!(!log.chars().any(|c| c.is_control() && c != '\n'), "{log:?}");
         for line in log.lines() {
             let is_ours = match format {
-                "json" => line.starts_with("{\"timestamp\":"),
+                "json" => line.starts_with("{\"time\":"),
                 _ => line.starts_with("20"),
             };
             assert!(is_ours, "{line:?}");

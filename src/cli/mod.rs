@@ -3,6 +3,7 @@
 mod check;
 mod demo;
 mod help;
+mod log_format;
 mod run;
 mod signals;
 mod weights;

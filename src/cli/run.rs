@@ -13,6 +13,7 @@ use tokio::runtime::Runtime;
 use tokio::time::sleep;
 use tracing::{info, warn};
 
+use super::log_format::JsonWithTime;
 use super::signals::{LoggedSignals, StopSignals};
 use crate::config::{Config, Log, LogFormat, LogOutput, Problem, Warnings};
 use crate::control::runtime;
@@ -133,7 +134,7 @@ fn log_events(log: &Log, sink: LogSink) {
     let builder = tracing_subscriber::fmt().with_max_level(log.level).with_target(false).with_writer(sink);
     // Only one subscriber can be installed. `run` is called once a process.
     let installed = match log.format {
-        LogFormat::Json => builder.json().flatten_event(true).try_init(),
+        LogFormat::Json => builder.json().event_format(JsonWithTime::new()).try_init(),
         LogFormat::Text => builder.try_init(),
     };
     if let Err(error) = installed {
