@@ -12,10 +12,10 @@ use std::sync::Arc;
 
 use fastrand::Rng;
 
-use super::backend::Active;
-use super::pool::Pool;
-use super::snapshot::{Member, Snapshot};
-use super::{Address, BackendId, Balance, Policy, Table};
+use crate::balance::backend::Active;
+use crate::balance::pool::Pool;
+use crate::balance::snapshot::{Member, Snapshot};
+use crate::balance::values::{Address, BackendId, Balance, Policy, Table};
 
 /// Points at equal distances over all of `u64`: a share is exact to a millionth for each backend.
 const GRID_BITS: u32 = 20;
@@ -215,8 +215,8 @@ impl Tally {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Weight;
     use super::*;
+    use crate::balance::values::Weight;
 
     const SESSIONS: u32 = 2_000;
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Congestion, Keepalive};
-use crate::balance::queue::Capacity;
+use crate::balance::Capacity;
 use crate::balance::{BackendId, Balance, Outlier, Policy, Weight};
 
 /// One entry of `pools`.

@@ -12,8 +12,8 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpSocket, UnixStream};
 use tokio::time::{Instant, timeout_at};
 
-use crate::balance::cause::Cause;
-use crate::balance::endpoint::{Endpoint, Target};
+use crate::balance::backend::Cause;
+use crate::balance::backend::{Endpoint, Target};
 use crate::config::HealthCheck;
 use crate::net::descriptors::{User, is_reserved};
 use crate::net::errors::exhausted;

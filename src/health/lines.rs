@@ -8,8 +8,8 @@ use tracing::field::{DisplayValue, display};
 use tracing::{info, warn};
 
 use super::check::CheckError;
-use crate::balance::cause::Cause;
-use crate::balance::endpoint::Target;
+use crate::balance::backend::Cause;
+use crate::balance::backend::Target;
 
 const PERIOD: Duration = Duration::from_secs(10);
 const LINES_A_PERIOD: u32 = 100;

@@ -18,8 +18,8 @@ use tracing::field::display;
 use tracing::info;
 
 use super::lines::{self, Lines};
-use crate::balance::condition::{Ejection, Probe, ProbeNumber};
-use crate::balance::endpoint::Target;
+use crate::balance::backend::Target;
+use crate::balance::backend::{Ejection, Probe, ProbeNumber};
 use crate::balance::pool::Pool;
 use crate::balance::snapshot::Member;
 use crate::balance::{BackendId, Outlier};

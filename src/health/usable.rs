@@ -7,7 +7,7 @@ use tokio::time::{Instant, sleep};
 use tracing::{info, warn};
 
 use crate::balance::pool::Pool;
-use crate::balance::usability::Usable;
+use crate::balance::snapshot::Usable;
 use crate::control::log_limiter::{HeldBack, LogLimiter};
 
 /// A writer that flips a weight between 0 and 1 changes this with every read.

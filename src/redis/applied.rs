@@ -24,7 +24,7 @@ use super::primary::Primary;
 use super::trouble::Trouble;
 use super::unusable;
 use super::{FIRST_PAUSE, Followed, LONGEST_PAUSE, Parts};
-use crate::balance::cell::Cell;
+use crate::balance::pool::Cell;
 use crate::config::Redis;
 use crate::control::backoff::{Backoff, jittered};
 pub use reports::{Report, Reports};

@@ -24,7 +24,7 @@ use super::decode::{decode_member, number, printable};
 use super::parts::{self, Part};
 use super::trouble::Trouble;
 use super::{FIRST_PAUSE, Followed, LONGEST_MOVE, LONGEST_PAUSE, Parts, connection};
-use crate::balance::lua_pick::{LuaRequest, LuaRequests, PoolId};
+use crate::balance::pool::lua_pick::{LuaRequest, LuaRequests, PoolId};
 use crate::balance::{BackendId, Weight};
 use crate::config::{LuaPick, Redis, RedisAddress};
 use crate::control::backoff::{Backoff, jittered, spread};

@@ -43,8 +43,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use self::status::TableStatus;
-use crate::balance::cell::Cell;
-use crate::balance::lua_pick::PoolId;
+use crate::balance::pool::Cell;
+use crate::balance::pool::lua_pick::PoolId;
 
 /// The first pause after a connection is lost: a fleet loses them all at once, and its whole reads come back spread over so
 /// long.

@@ -148,8 +148,8 @@ mod tests {
     use std::sync::Arc;
     use tokio::time::advance;
 
-    use crate::balance::cell::Cell;
-    use crate::balance::lua_pick::PoolId;
+    use crate::balance::pool::Cell;
+    use crate::balance::pool::lua_pick::PoolId;
     use crate::balance::{Balance, Table};
     use crate::redis::Followed;
 

@@ -13,7 +13,7 @@ use super::Followed;
 use super::companion::Companions;
 use super::connection::{self, Connection};
 use super::decode::printable;
-use crate::balance::cell::Cell;
+use crate::balance::pool::Cell;
 use crate::balance::{AdminState, BackendId};
 use crate::control::log_limiter::LogLimiter;
 

@@ -6,8 +6,8 @@
 
 use std::fmt::Write as _;
 
-use crate::balance::cell::Cell;
-use crate::balance::usability::{Reason, Unusable};
+use crate::balance::pool::Cell;
+use crate::balance::snapshot::{Reason, Unusable};
 
 /// Begins each entry, after what parts the entries of a report.
 const MARK: char = '!';
@@ -84,8 +84,8 @@ fn reason(word: &str) -> ReportedReason {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::balance::cause::Cause;
-    use crate::balance::condition::Health;
+    use crate::balance::backend::Cause;
+    use crate::balance::backend::Health;
     use crate::balance::{Balance, Table, Weight};
 
     fn cell(members: &[(String, f64)]) -> Cell {

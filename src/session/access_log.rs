@@ -13,7 +13,7 @@ use serde::Serialize;
 use tokio::sync::Notify;
 
 use crate::balance::BackendId;
-use crate::balance::cause::Cause;
+use crate::balance::backend::Cause;
 use crate::config::LogFormat;
 use crate::observe::log_sink::LogSink;
 use crate::reactor::sleep;

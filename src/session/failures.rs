@@ -1,7 +1,7 @@
 //! The attempts of one session that failed: which backends, and why. For the session's log line.
 
 use crate::balance::BackendId;
-use crate::balance::cause::Cause;
+use crate::balance::backend::Cause;
 
 /// Named in the log line. `retries` counts all of them.
 const MOST_NAMED: usize = 8;

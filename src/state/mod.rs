@@ -13,7 +13,7 @@ pub mod keeper;
 use std::io;
 use std::sync::Arc;
 
-use crate::balance::cell::Cell;
+use crate::balance::pool::Cell;
 use crate::observe::counters::Counter;
 
 /// A pool whose tables are saved.

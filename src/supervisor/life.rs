@@ -16,7 +16,7 @@ use super::reconcile::{Desired, difference};
 use super::tasks::{Defect, Defects, Tasks};
 use super::workers::Workers;
 use super::{Started, Summary, TellStarted};
-use crate::balance::lua_pick::{self, LuaPicker, LuaRequests};
+use crate::balance::pool::lua_pick::{self, LuaPicker, LuaRequests};
 use crate::config::Config;
 use crate::data_plane::worker::Shared;
 use crate::drain::{self, DrainControl, Phase};

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::tasks::{Defects, Tasks};
 use crate::balance::Table;
-use crate::balance::lua_pick::{LuaPicker, PoolId};
+use crate::balance::pool::lua_pick::{LuaPicker, PoolId};
 use crate::balance::pool::{Pool, Sync};
 use crate::config::{self, Config};
 use crate::health::active::Checks;

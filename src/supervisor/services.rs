@@ -8,7 +8,7 @@ use tokio::sync::{Mutex, oneshot};
 
 use super::tasks::Tasks;
 use crate::admin::{self, AdminState};
-use crate::balance::lua_pick::LuaRequests;
+use crate::balance::pool::lua_pick::LuaRequests;
 use crate::config::{LuaPick, Redis};
 use crate::drain::Drain;
 use crate::redis::status::RedisStatus;

@@ -7,9 +7,11 @@ use std::thread::{self, Thread};
 
 use tokio::time::Instant;
 
-use super::super::condition::Ejection;
-use super::super::pool::{NoPick, Pick, Pool};
-use super::super::{BackendId, Balance, Policy, Table, Weight};
+use crate::balance::backend::Ejection;
+use crate::balance::pool::{NoPick, Pick, Pool};
+use crate::balance::values::{BackendId, Balance, Policy, Table, Weight};
+use std::time::Duration;
+
 use super::*;
 
 const CLIENT: Ipv4Addr = Ipv4Addr::LOCALHOST;
@@ -203,7 +205,7 @@ fn full_backends_favour_none_of_the_others() {
         let mut held = Vec::new();
         for n in (0..100).filter(|n| full(*n)) {
             let backend = backends.iter().find(|backend| *backend.id() == id(n)).expect("it lives");
-            held.extend(std::iter::from_fn(|| super::super::backend::Active::take(backend)));
+            held.extend(std::iter::from_fn(|| crate::balance::backend::Active::take(backend)));
         }
         let mut picked = std::collections::HashMap::<BackendId, u32>::new();
         for n in 0..1_900 {
@@ -226,7 +228,7 @@ fn a_probed_backend_is_taken_only_where_the_others_are_not_merely_full() {
     });
     probed.condition.set_ejection(Ejection::Probing);
     pool.cell.refresh();
-    let place = super::super::backend::Active::take(&other).expect("a place");
+    let place = crate::balance::backend::Active::take(&other).expect("a place");
     let probe = pick(&pool).expect("the probe");
     assert!(probe.probe.is_some());
     drop(probe);

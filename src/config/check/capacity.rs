@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use crate::balance::queue::Capacity;
+use crate::balance::Capacity;
 use crate::config::decode::{Keys, Kind, Section};
 
 const QUEUE: Keys = Keys {

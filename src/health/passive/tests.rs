@@ -4,9 +4,9 @@ use super::*;
 use std::num::NonZeroU32;
 
 use crate::balance::backend::Backend;
-use crate::balance::cause::Cause;
-use crate::balance::condition::{Failure, Health};
-use crate::balance::endpoint::ProbePermit;
+use crate::balance::backend::Cause;
+use crate::balance::backend::ProbePermit;
+use crate::balance::backend::{Failure, Health};
 use crate::balance::pool::Pick;
 use crate::balance::{AdminState, Balance, Policy, Table, Weight};
 

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::mpsc;
 
-use crate::balance::lua_pick::{LuaRequest, PoolId};
+use crate::balance::pool::lua_pick::{LuaRequest, PoolId};
 
 /// Where a request goes, by pool. The near end of the channel knows only whether anybody answers at all.
 pub(super) struct Doors {

@@ -10,10 +10,10 @@
 //!
 //! No allocation and no lock. Shares and ties come from `shares.rs`.
 
-use super::BackendId;
 use super::maglev::mix;
 use super::member::{Member, Probing};
 use super::shares::Shares;
+use crate::balance::values::BackendId;
 
 /// So many fit into one word of marks. Each costs a read of its count, which another worker may have changed.
 const EXACT_MAX: usize = 64;
@@ -30,7 +30,7 @@ const COST_MAX: f64 = f64::MAX / (1u64 << 33) as f64;
 
 /// What one more session costs each backend that may be picked: the largest weight divided by its own.
 #[derive(Debug)]
-pub(super) struct LeastConn {
+pub(in crate::balance) struct LeastConn {
     costs: Box<[f64]>,
     /// No backend has a limit or a probe, so none needs to be asked whether it would refuse a session.
     none_refuses: bool,
@@ -38,7 +38,7 @@ pub(super) struct LeastConn {
 
 impl LeastConn {
     /// The effective weights of `members` are > 0; the same members are passed to [`LeastConn::pick`].
-    pub(super) fn new(members: &[Member]) -> Self {
+    pub(in crate::balance) fn new(members: &[Member]) -> Self {
         let weights = || members.iter().map(|member| member.effective_weight.get());
         let largest = weights().fold(0.0, f64::max);
         let may_refuse =
@@ -52,7 +52,7 @@ impl LeastConn {
     /// The index of the backend to take, leaving out those in `tried`; ties are broken by weight, with `point` as the random
     /// number. `members` and `shares` are those that this was made from. `None`: none is left that would take a session.
     #[inline]
-    pub(super) fn pick(
+    pub(in crate::balance) fn pick(
         &self,
         members: &[Member],
         shares: &Shares,

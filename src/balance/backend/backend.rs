@@ -14,10 +14,10 @@ use super::condition::{Condition, Ejection, Probe, Reached};
 use super::departed::{Departed, Presence};
 use super::endpoint::{AddressNumber, Addresses, Endpoint, NamedAddress, ProbePermit, Route};
 use super::leaving::Leaving;
-pub use super::places::Active;
+
 use super::places::Places;
-use super::queue::{Capacity, Queue};
-use super::{Address, BackendId};
+use crate::balance::queue::Queue;
+use crate::balance::values::{Address, BackendId, Capacity};
 use crate::observe::counters::{BackendCounters, PerWorker};
 
 /// One backend of one pool. Shared by snapshots and sessions.
@@ -65,11 +65,11 @@ impl Backend {
     }
 
     #[inline]
-    pub(super) fn places(&self) -> &Places {
+    pub(in crate::balance) fn places(&self) -> &Places {
         &self.places
     }
 
-    pub(super) fn presence(&self) -> &Presence {
+    pub(in crate::balance) fn presence(&self) -> &Presence {
         &self.presence
     }
 
@@ -86,7 +86,7 @@ impl Backend {
         matches!(self.id.address(), Address::Name { .. })
     }
 
-    pub(super) fn addresses(&self) -> Arc<Addresses> {
+    pub(in crate::balance) fn addresses(&self) -> Arc<Addresses> {
         self.addresses.load_full()
     }
 
@@ -115,7 +115,7 @@ impl Backend {
     }
 
     /// It gets one session, which shows whether it is back, and no others.
-    pub(super) fn is_probing(&self) -> bool {
+    pub(in crate::balance) fn is_probing(&self) -> bool {
         if !self.is_name() {
             return self.condition.ejection() == Ejection::Probing && !self.condition.fails_checks();
         }
@@ -123,7 +123,7 @@ impl Backend {
     }
 
     /// For the one session that a probing backend gets. It is to say what becomes of it, and to end its probe.
-    pub(super) fn take_probe(&self) -> Option<ProbePermit> {
+    pub(in crate::balance) fn take_probe(&self) -> Option<ProbePermit> {
         if self.is_name() {
             return self.addresses.load().current().iter().find_map(|known| known.take_probe());
         }
@@ -131,7 +131,7 @@ impl Backend {
     }
 
     /// Sessions are just finding out whether it is back, or have found out.
-    pub(super) fn is_probed(&self) -> bool {
+    pub(in crate::balance) fn is_probed(&self) -> bool {
         if !self.is_name() {
             return self.condition.is_probed();
         }
@@ -141,7 +141,7 @@ impl Backend {
     }
 
     /// The session with this permit has come so far; `Wanted`: it is over. False: its probe is over.
-    pub(super) fn move_probe(&self, permit: ProbePermit, to: Probe) -> bool {
+    pub(in crate::balance) fn move_probe(&self, permit: ProbePermit, to: Probe) -> bool {
         let moved = |condition: &Condition| match to {
             Probe::Wanted => {
                 condition.end_probe(permit.number);
@@ -156,7 +156,7 @@ impl Backend {
     }
 
     /// `None`: the name does not have that address any more.
-    pub(super) fn at_address<T>(
+    pub(in crate::balance) fn at_address<T>(
         &self,
         number: AddressNumber,
         what: impl FnOnce(&NamedAddress) -> T,
@@ -262,7 +262,7 @@ impl Registry {
 
     /// Goes by the snapshot `version`, which has the backends `now` and follows one with the backends `before`, of which each
     /// was ready or not.
-    pub(super) fn follow<'a>(
+    pub(in crate::balance) fn follow<'a>(
         &self,
         version: u64,
         before: impl Iterator<Item = (&'a Arc<Backend>, bool)>,
@@ -272,12 +272,12 @@ impl Registry {
     }
 
     /// Forgets the backends that left the table too long ago.
-    pub(super) fn forget_old(&self, now: Instant) {
+    pub(in crate::balance) fn forget_old(&self, now: Instant) {
         self.lock().departed.forget_old(now);
     }
 
     /// True for a backend that left the table a short time ago, and that was ready then.
-    pub(super) fn left_ready(&self, backend: &Backend) -> bool {
+    pub(in crate::balance) fn left_ready(&self, backend: &Backend) -> bool {
         backend.presence.references() > 0 && self.lock().departed.was_ready(backend)
     }
 
@@ -287,7 +287,7 @@ impl Registry {
 
     /// How many there are in memory.
     #[cfg(test)]
-    pub(super) fn known(&self) -> usize {
+    pub(in crate::balance) fn known(&self) -> usize {
         self.lock().backends.len()
     }
 
@@ -301,7 +301,7 @@ impl Registry {
     }
 
     /// The same, not sorted.
-    pub(super) fn living_in_any_order(&self) -> Vec<Arc<Backend>> {
+    pub(in crate::balance) fn living_in_any_order(&self) -> Vec<Arc<Backend>> {
         let mut known = self.lock();
         known.departed.forget_old(Instant::now());
         let mut living = Vec::with_capacity(known.backends.len());
@@ -322,6 +322,7 @@ impl Registry {
 mod tests {
     use super::super::condition::Health;
     use super::super::endpoint::Target;
+    use super::super::places::Active;
     use super::*;
 
     fn id(text: &str) -> BackendId {

@@ -12,21 +12,11 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
-use std::time::Duration;
+
+use crate::balance::values::Capacity;
 
 #[cfg(test)]
 mod tests;
-
-/// How many sessions a backend may have, and who waits for a place: `pools.*.max_connections` and `queue`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Capacity {
-    /// Of one backend; 0: any number.
-    pub max_connections: u32,
-    /// Sessions of the pool that wait at most.
-    pub queue_size: u32,
-    /// How long each waits at most.
-    pub queue_timeout: Duration,
-}
 
 /// One pool's line, shared by all workers.
 #[derive(Debug, Default)]
@@ -107,7 +97,7 @@ impl Queue {
 
     /// A place becomes free by `give_back`: the first who waits has his turn.
     #[inline]
-    pub(super) fn free(&self, give_back: impl FnOnce()) {
+    pub(in crate::balance) fn free(&self, give_back: impl FnOnce()) {
         if self.waiting() > 0 {
             self.free_in_line(give_back);
             return;
@@ -129,7 +119,7 @@ impl Queue {
 
     /// Any number of places may have become free: those who wait have their turns one after the other, as long as there are
     /// some.
-    pub(super) fn renewed(&self) {
+    pub(in crate::balance) fn renewed(&self) {
         if self.waiting() > 0 {
             self.change();
         }

@@ -10,8 +10,8 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::Instant;
 
-use super::backend::Backend;
-use super::{BackendId, Weight};
+use crate::balance::backend::Backend;
+use crate::balance::values::{BackendId, Weight};
 use crate::reactor::timeout_at;
 
 /// Says which pool a request is for. Never given to another pool, so that a request which is still on its

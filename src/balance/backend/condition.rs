@@ -251,7 +251,7 @@ impl Condition {
     }
 
     /// For the one session that a probing backend gets. It is to say what becomes of it, and to end its probe.
-    pub(super) fn take_probe(&self) -> Option<ProbeNumber> {
+    pub(in crate::balance) fn take_probe(&self) -> Option<ProbeNumber> {
         let state = self.probe.load(Relaxed);
         if Probe::of(state) != Probe::Wanted {
             return None;
@@ -262,13 +262,13 @@ impl Condition {
     }
 
     /// The session with this probe has come so far. False: its probe is over.
-    pub(super) fn move_probe(&self, number: ProbeNumber, to: Probe) -> bool {
+    pub(in crate::balance) fn move_probe(&self, number: ProbeNumber, to: Probe) -> bool {
         let moved = |state| (ProbeNumber::of(state) == number).then_some(number.with(to));
         self.probe.fetch_update(Relaxed, Relaxed, moved).is_ok()
     }
 
     /// The session with this probe is over. Where it showed nothing, the next one is to.
-    pub(super) fn end_probe(&self, number: ProbeNumber) {
+    pub(in crate::balance) fn end_probe(&self, number: ProbeNumber) {
         let showed_nothing = |state| matches!(Probe::of(state), Probe::Begun | Probe::Connected);
         let wanted = |state| {
             (ProbeNumber::of(state) == number && showed_nothing(state)).then_some(number.with(Probe::Wanted))
@@ -310,17 +310,17 @@ impl Condition {
     }
 
     /// It joined a pool in which no other backend has been for long: it has its whole weight at once.
-    pub(super) fn begin_whole(&self, now: Instant) {
+    pub(in crate::balance) fn begin_whole(&self, now: Instant) {
         self.begun.store(millis(now) << 1, Relaxed);
     }
 
     /// It has its whole weight from now on, though it joined or recovered a short time ago.
-    pub(super) fn end_ramp(&self) {
+    pub(in crate::balance) fn end_ramp(&self) {
         self.begun.fetch_and(!HELD_BACK, Relaxed);
     }
 
     /// It joined or recovered so long ago that another one may start slowly beside it.
-    pub(super) fn is_settled(&self, slow_start: Duration, now: Instant) -> bool {
+    pub(in crate::balance) fn is_settled(&self, slow_start: Duration, now: Instant) -> bool {
         let begun = self.begun.load(Relaxed);
         begun == 0 || since(begun, now) >= slow_start
     }

@@ -13,7 +13,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::backend::{Backend, Registry};
-use super::snapshot::Snapshot;
+use crate::balance::snapshot::Snapshot;
 
 static EPOCH: LazyLock<Instant> = LazyLock::new(Instant::now);
 
@@ -54,7 +54,7 @@ impl Leavers {
     }
 
     /// Goes by the newest snapshot. Looks at every backend that lives, since a session may be at one that no snapshot named.
-    pub(super) fn look(&self, snapshot: &Snapshot, registry: &Registry) {
+    pub(in crate::balance) fn look(&self, snapshot: &Snapshot, registry: &Registry) {
         let in_use: HashSet<*const Backend> =
             snapshot.in_use().map(|member| Arc::as_ptr(&member.backend)).collect();
         let now = Instant::now();
@@ -80,10 +80,10 @@ impl Leavers {
 
 #[cfg(test)]
 mod tests {
-    use super::super::cell::Cell;
     use super::super::condition::Health;
-    use super::super::{AdminState, BackendId, Balance, Policy, Table, Weight};
     use super::*;
+    use crate::balance::pool::Cell;
+    use crate::balance::values::{AdminState, BackendId, Balance, Policy, Table, Weight};
 
     const SECOND: Duration = Duration::from_secs(1);
 

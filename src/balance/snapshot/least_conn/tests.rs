@@ -7,11 +7,10 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::super::condition::Ejection;
-use super::super::pool::{NoPick, Pick, Pool};
-use super::super::queue::Capacity;
-use super::super::{AdminState, Balance, Policy, Table, Weight};
 use super::*;
+use crate::balance::backend::Ejection;
+use crate::balance::pool::{NoPick, Pick, Pool};
+use crate::balance::values::{AdminState, Balance, Capacity, Policy, Table, Weight};
 
 const CLIENT: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 1);
 
@@ -123,7 +122,7 @@ async fn of_backends_that_are_equally_busy_one_is_chosen_by_weight() {
     let snapshot = Arc::clone(&busy.pool.cell.load());
     let heavy = snapshot.members().iter().find(|member| member.backend.id() == &id(1)).expect("it is there");
     // With one more, each has one session for a weight of 1.
-    let _two = [(); 2].map(|()| super::super::backend::Active::take(&heavy.backend).expect("no limit"));
+    let _two = [(); 2].map(|()| crate::balance::backend::Active::take(&heavy.backend).expect("no limit"));
     let points = (0..1_000u64).map(|n| n * (u64::MAX / 1_000));
     let chosen = points.filter(|point| {
         snapshot.pick_least_busy(*point, &[]).expect("some have weight").backend.id() == &id(1)

@@ -3,9 +3,6 @@
 use std::num::NonZeroU32;
 use std::time::Duration;
 
-use super::Balance;
-use super::queue::Capacity;
-
 /// How a pool's table becomes a snapshot.
 #[derive(Clone, Copy, Debug)]
 pub struct Policy {
@@ -44,6 +41,51 @@ impl From<Balance> for Policy {
             outlier: None,
             capacity: Capacity::default(),
             drain_timeout: Duration::ZERO,
+        }
+    }
+}
+
+/// How many sessions a backend may have, and who waits for a place: `pools.*.max_connections` and `queue`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Capacity {
+    /// Of one backend; 0: any number.
+    pub max_connections: u32,
+    /// Sessions of the pool that wait at most.
+    pub queue_size: u32,
+    /// How long each waits at most.
+    pub queue_timeout: Duration,
+}
+
+/// How a pool chooses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Balance {
+    /// Each pick is independent.
+    WeightedRandom,
+    /// Picks are spread evenly: after any number of them each backend is within a few sessions of its exact share.
+    WeightedRoundRobin,
+    /// The backend with the fewest active sessions for its weight: of all, or in large pools of some that are drawn by weight.
+    LeastConn,
+    /// A client's address always leads to the same backend, on every proxy of the fleet.
+    SourceHash,
+}
+
+impl Balance {
+    /// As in config.yaml.
+    pub const NAMES: [(&'static str, Self); 4] = [
+        (Self::WeightedRandom.name(), Self::WeightedRandom),
+        (Self::WeightedRoundRobin.name(), Self::WeightedRoundRobin),
+        (Self::LeastConn.name(), Self::LeastConn),
+        (Self::SourceHash.name(), Self::SourceHash),
+    ];
+
+    /// As in config.yaml.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::WeightedRandom => "weighted_random",
+            Self::WeightedRoundRobin => "weighted_round_robin",
+            Self::LeastConn => "least_conn",
+            Self::SourceHash => "source_hash",
         }
     }
 }

@@ -17,7 +17,7 @@ const PLACES: usize = 65_537;
 
 /// The places, each with the index of the one who has it.
 #[derive(Debug)]
-pub(crate) struct Maglev(Box<[u32]>);
+pub(in crate::balance) struct Maglev(Box<[u32]>);
 
 /// Whose turn it is: the one who is least far ahead of its share.
 #[derive(Debug, PartialEq)]
@@ -65,7 +65,7 @@ impl Maglev {
     ///
     /// # Cost
     /// A few milliseconds: it is built by the control plane.
-    pub(crate) fn new<'a>(members: impl Iterator<Item = (&'a str, f64)>) -> Self {
+    pub(in crate::balance) fn new<'a>(members: impl Iterator<Item = (&'a str, f64)>) -> Self {
         let (mut wishes, weights): (Vec<Wish>, Vec<f64>) =
             members.map(|(name, weight)| (Wish::of(name), weight)).unzip();
         if wishes.is_empty() {
@@ -94,7 +94,7 @@ impl Maglev {
 
     /// The index of the one that a client with this hash belongs to. `None`: there are none.
     #[inline]
-    pub(crate) fn at(&self, hash: u64) -> Option<usize> {
+    pub(in crate::balance) fn at(&self, hash: u64) -> Option<usize> {
         let place = ((u128::from(hash) * self.0.len() as u128) >> 64) as usize;
         self.0.get(place).map(|index| *index as usize)
     }
@@ -103,7 +103,7 @@ impl Maglev {
 /// Of a client's address, without its port: even over all of `u64`. An IPv4 address has the same hash where it comes in by IPv6.
 #[inline]
 #[must_use]
-pub(crate) fn client_hash(client: IpAddr) -> u64 {
+pub(in crate::balance) fn client_hash(client: IpAddr) -> u64 {
     match client.to_canonical() {
         IpAddr::V4(address) => mix(u64::from(address.to_bits())),
         IpAddr::V6(address) => {
@@ -116,7 +116,7 @@ pub(crate) fn client_hash(client: IpAddr) -> u64 {
 /// The finalizer of SplitMix64: each bit of the answer depends on each bit of the question.
 #[inline]
 #[must_use]
-pub(crate) fn mix(bits: u64) -> u64 {
+pub(in crate::balance) fn mix(bits: u64) -> u64 {
     let bits = bits.wrapping_add(0x9E37_79B9_7F4A_7C15);
     let bits = (bits ^ bits >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     let bits = (bits ^ bits >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);

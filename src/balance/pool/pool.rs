@@ -7,16 +7,13 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::backend::{Active, Backend};
-use super::cause::Cause;
 use super::cell::Cell;
-use super::condition::{Failure, Probe};
-use super::endpoint::{AddressNumber, ProbePermit, Target};
 use super::lua_pick::LuaPicker;
-use super::places::{take, take_another};
-use super::queue::Queue;
-use super::snapshot::{Member, Origin, Snapshot};
-use super::{BackendId, Balance, Policy, Table, Weight, client_hash};
+use crate::balance::backend::places::{take, take_another};
+use crate::balance::backend::{Active, AddressNumber, Backend, Cause, Failure, Probe, ProbePermit, Target};
+use crate::balance::queue::Queue;
+use crate::balance::snapshot::{Member, Origin, Snapshot, client_hash};
+use crate::balance::values::{BackendId, Balance, Policy, Table, Weight};
 use crate::observe::counters::{Counter, PerWorker};
 
 /// Redis is told so many backends at most that health speaks against: each makes its work longer.
@@ -308,13 +305,13 @@ impl Pool {
 
     /// What a session's choice goes by, where it is not the sequence: `random`, or who the client is.
     #[inline]
-    pub(super) fn point(&self, client: IpAddr, random: u64) -> u64 {
+    pub(in crate::balance) fn point(&self, client: IpAddr, random: u64) -> u64 {
         if self.balance == Balance::SourceHash { client_hash(client) } else { random }
     }
 
     /// The choice itself.
     #[inline]
-    pub(super) fn choose<'a>(
+    pub(in crate::balance) fn choose<'a>(
         &self,
         snapshot: &'a Snapshot,
         tried: &[BackendId],

@@ -51,7 +51,7 @@ const fn worth() -> [u64; 6] {
 
 /// One pool's sequence, shared by all workers.
 #[derive(Debug)]
-pub(crate) struct Sequence {
+pub(in crate::balance) struct Sequence {
     phase: u64,
     picks: AtomicU64,
 }
@@ -70,7 +70,7 @@ impl Sequence {
 
     /// The next point.
     #[inline]
-    pub(crate) fn next(&self) -> u64 {
+    pub(in crate::balance) fn next(&self) -> u64 {
         self.phase.wrapping_add(point(self.picks.fetch_add(1, Relaxed)))
     }
 }

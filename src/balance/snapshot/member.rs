@@ -6,9 +6,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::backend::{Backend, Registry};
-use super::policy::Policy;
-use super::{AdminState, BackendId, Table, Weight};
+use crate::balance::backend::{Backend, Registry};
+use crate::balance::values::{AdminState, BackendId, Policy, Table, Weight};
 
 /// One backend of a snapshot.
 #[derive(Clone, Debug)]
@@ -47,15 +46,15 @@ impl Member {
 }
 
 /// What was found while weights were weighed.
-pub(super) struct Weighed {
+pub(in crate::balance) struct Weighed {
     /// Too little of the weight is on healthy backends, so health is ignored.
-    pub(super) fails_open: bool,
+    pub(in crate::balance) fails_open: bool,
     /// A weight still grows.
-    pub(super) ramps: bool,
+    pub(in crate::balance) ramps: bool,
 }
 
 /// The members of a table, not weighed yet.
-pub(super) fn known(table: &Table, registry: &Registry) -> Box<[Member]> {
+pub(in crate::balance) fn known(table: &Table, registry: &Registry) -> Box<[Member]> {
     registry.forget_old(Instant::now());
     let member = |(id, weight): &(BackendId, Weight)| Member {
         backend: registry.get_or_create(id),
@@ -68,7 +67,7 @@ pub(super) fn known(table: &Table, registry: &Registry) -> Box<[Member]> {
 }
 
 /// Sets the effective weight of each.
-pub(super) fn weigh(members: &mut [Member], policy: &Policy) -> Weighed {
+pub(in crate::balance) fn weigh(members: &mut [Member], policy: &Policy) -> Weighed {
     let fails_open = fails_open(members, policy);
     let mut ramps = false;
     let now = Instant::now();
@@ -114,7 +113,12 @@ fn fails_open(members: &[Member], policy: &Policy) -> bool {
 ///
 /// A backend is held back only where another one can take its part: one that gets sessions, and has done so for `slow_start`.
 /// A pool that is new as a whole, also one that is written member by member, has its whole weight at once.
-pub(super) fn begin_ramps(before: &[Member], members: &[Member], slow_start: Duration, registry: &Registry) {
+pub(in crate::balance) fn begin_ramps(
+    before: &[Member],
+    members: &[Member],
+    slow_start: Duration,
+    registry: &Registry,
+) {
     let is_ready = |member: &&Member| member.state == AdminState::Ready;
     let before: HashSet<*const Backend> =
         before.iter().filter(is_ready).map(|member| Arc::as_ptr(&member.backend)).collect();
@@ -143,10 +147,10 @@ pub(super) fn begin_ramps(before: &[Member], members: &[Member], slow_start: Dur
 
 #[cfg(test)]
 mod tests {
-    use super::super::Balance;
-    use super::super::condition::Health;
     use super::super::snapshot::{Origin, Snapshot};
     use super::*;
+    use crate::balance::backend::Health;
+    use crate::balance::values::Balance;
 
     fn table(weights: &[(u8, f64)]) -> Table {
         let member = |(n, weight): &(u8, f64)| {

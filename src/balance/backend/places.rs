@@ -11,14 +11,12 @@ use std::sync::atomic::{
     Ordering::{Relaxed, SeqCst},
 };
 
-use super::BackendId;
 use super::backend::Backend;
 use super::condition::Probe;
 use super::endpoint::ProbePermit;
-use super::maglev::mix;
-use super::member::Probing;
-use super::queue::Queue;
-use super::snapshot::{Member, Snapshot};
+use crate::balance::queue::Queue;
+use crate::balance::snapshot::{Member, Probing, Snapshot, mix};
+use crate::balance::values::BackendId;
 
 /// Draws before all backends are looked at. Where half of the weight is full, one pick in sixteen comes that far.
 const REDRAWS: u32 = 3;
@@ -27,7 +25,7 @@ const REDRAWS: u32 = 3;
 /// read at each pick.
 #[derive(Debug)]
 #[repr(align(128))]
-pub(super) struct Places {
+pub(in crate::balance) struct Places {
     active: AtomicU32,
     /// 0: any number.
     most: u32,
@@ -36,28 +34,28 @@ pub(super) struct Places {
 }
 
 impl Places {
-    pub(super) fn new(most: u32, queue: Arc<Queue>) -> Self {
+    pub(in crate::balance) fn new(most: u32, queue: Arc<Queue>) -> Self {
         Self { active: AtomicU32::new(0), most, queue }
     }
 
     #[inline]
-    pub(super) fn active(&self) -> u32 {
+    pub(in crate::balance) fn active(&self) -> u32 {
         self.active.load(Relaxed)
     }
 
     /// It may have only so many sessions.
-    pub(super) fn has_limit(&self) -> bool {
+    pub(in crate::balance) fn has_limit(&self) -> bool {
         self.most > 0
     }
 
     /// `None`: it has as many sessions as it may have.
     #[inline]
-    pub(super) fn active_unless_full(&self) -> Option<u32> {
+    pub(in crate::balance) fn active_unless_full(&self) -> Option<u32> {
         let active = self.active.load(Relaxed);
         (self.most == 0 || active < self.most).then_some(active)
     }
 
-    pub(super) fn is_full(&self) -> bool {
+    pub(in crate::balance) fn is_full(&self) -> bool {
         self.most > 0 && self.active.load(SeqCst) >= self.most
     }
 }
@@ -111,7 +109,7 @@ impl Drop for Active {
 
 /// Why a backend that has weight takes no session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Refusal {
+pub(in crate::balance) enum Refusal {
     /// It has as many as it may have.
     Full,
     /// It was ejected, and has got the one session that shows whether it is back.
@@ -119,11 +117,11 @@ pub(super) enum Refusal {
 }
 
 /// A place, and whether the session that has it is to show whether the backend is back.
-pub(super) type Place = (Active, Option<ProbePermit>);
+pub(in crate::balance) type Place = (Active, Option<ProbePermit>);
 
 /// A place at `member`'s backend.
 #[inline]
-pub(super) fn take(member: &Member) -> Result<Place, Refusal> {
+pub(in crate::balance) fn take(member: &Member) -> Result<Place, Refusal> {
     let active = || Active::take(&member.backend).ok_or(Refusal::Full);
     if member.probing == Probing::No {
         return Ok((active()?, None));
@@ -144,7 +142,7 @@ pub(super) fn take(member: &Member) -> Result<Place, Refusal> {
 /// # Errors
 /// `Full` after each backend was full at some moment of the call.
 #[cold]
-pub(super) fn take_another<'a>(
+pub(in crate::balance) fn take_another<'a>(
     snapshot: &'a Snapshot,
     tried: &[BackendId],
     point: u64,

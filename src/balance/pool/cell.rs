@@ -13,12 +13,9 @@ use arc_swap::{ArcSwap, Guard};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::backend::Registry;
-use super::leaving::Leavers;
-use super::policy::Policy;
-use super::snapshot::{Origin, Snapshot};
-use super::usability::Usable;
-use super::{AdminState, BackendId, Table};
+use crate::balance::backend::{Leavers, Registry};
+use crate::balance::snapshot::{Origin, Snapshot, Usable};
+use crate::balance::values::{AdminState, BackendId, Policy, Table};
 
 const NEVER: u64 = u64::MAX;
 
@@ -267,8 +264,8 @@ impl Cell {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Balance, Weight};
     use super::*;
+    use crate::balance::values::{Balance, Weight};
 
     fn table(weight: f64) -> Table {
         Table::new(vec![("10.0.0.1:80".parse().expect("an address"), Weight::new(weight).expect("a weight"))])

@@ -7,7 +7,7 @@
 
 /// The lookup table of one set of weights. Built once, then only read.
 #[derive(Debug, Default)]
-pub(crate) struct Shares {
+pub(in crate::balance) struct Shares {
     /// Where each stretch ends (exclusive); the last is `u64::MAX`.
     ends: Box<[u64]>,
     /// For each cell of `2^shift` points, the first stretch that ends beyond the cell's start.
@@ -20,7 +20,7 @@ const WALK_MAX: usize = 8;
 
 impl Shares {
     /// `weights` are finite and > 0; there are at most `u32::MAX` of them.
-    pub(crate) fn new(weights: &[f64]) -> Self {
+    pub(in crate::balance) fn new(weights: &[f64]) -> Self {
         if weights.is_empty() {
             return Self::default();
         }
@@ -56,7 +56,7 @@ impl Shares {
 
     /// The stretch that holds `point`; `None` if there are no stretches.
     #[inline]
-    pub(crate) fn at(&self, point: u64) -> Option<usize> {
+    pub(in crate::balance) fn at(&self, point: u64) -> Option<usize> {
         let cell = (point >> self.shift) as usize;
         let mut stretch = *self.guide.get(cell)? as usize;
         let last = match self.guide.get(cell + 1) {
@@ -76,7 +76,7 @@ impl Shares {
     /// The stretch that `point` names among the first 64, once those whose bit in `among` is not set are cut out. At least one
     /// bit is set, and none beyond the last stretch.
     #[inline]
-    pub(crate) fn at_among(&self, point: u64, among: u64) -> usize {
+    pub(in crate::balance) fn at_among(&self, point: u64, among: u64) -> usize {
         let width = |i: usize| self.ends[i] - if i == 0 { 0 } else { self.ends[i - 1] };
         // All of them together are at most the whole line, which fits.
         let total: u64 = set_bits(among).map(width).sum();
@@ -93,7 +93,11 @@ impl Shares {
 
     /// The stretch that `point` names once the stretches for which `excluded` holds are cut out and the rest is
     /// stretched to fill the line. Walks all stretches: for retries.
-    pub(crate) fn at_excluding(&self, point: u64, excluded: impl Fn(usize) -> bool) -> Option<usize> {
+    pub(in crate::balance) fn at_excluding(
+        &self,
+        point: u64,
+        excluded: impl Fn(usize) -> bool,
+    ) -> Option<usize> {
         let width = |i: usize| u128::from(self.ends[i] - if i == 0 { 0 } else { self.ends[i - 1] });
         let open = || (0..self.ends.len()).filter(|&i| width(i) > 0 && !excluded(i));
         let total: u128 = open().map(width).sum();

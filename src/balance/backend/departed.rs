@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use super::backend::Backend;
 
 /// A backend that was away for longer is new when it returns.
-pub(super) const REMEMBERED_FOR: Duration = Duration::from_secs(300);
+pub(in crate::balance) const REMEMBERED_FOR: Duration = Duration::from_secs(300);
 /// Backends that are remembered of a pool: so many, or as many times its members as stands below, whichever is more. One is
 /// about 2 kB with two workers.
 const LEAST_REMEMBERED: usize = 1_024;
@@ -22,7 +22,7 @@ const REMEMBERED_PER_MEMBER: usize = 2;
 
 /// Whether a backend is in the newest snapshot. Written by the control plane.
 #[derive(Debug, Default)]
-pub(super) struct Presence {
+pub(in crate::balance) struct Presence {
     /// The version of the newest snapshot that it was in.
     snapshot: AtomicU64,
     /// Its key in [`Departed`]; 0: it is not in there.
@@ -31,14 +31,14 @@ pub(super) struct Presence {
 
 impl Presence {
     /// 1 while the backend is remembered, which is one reference beside those that use it.
-    pub(super) fn references(&self) -> usize {
+    pub(in crate::balance) fn references(&self) -> usize {
         usize::from(self.departure.load(Relaxed) != 0)
     }
 }
 
 /// The backends that left one pool's table, by the order in which they left.
 #[derive(Debug)]
-pub(super) struct Departed {
+pub(in crate::balance) struct Departed {
     backends: BTreeMap<u64, Departure>,
     newest: u64,
     largest: LargestTable,
@@ -61,7 +61,7 @@ impl Default for Departed {
 impl Departed {
     /// Goes by the snapshot `version` with the backends `now`, after the one with the backends `before`: those that left are
     /// remembered, those that returned are in use again. `before` says of each whether it was ready.
-    pub(super) fn follow<'a>(
+    pub(in crate::balance) fn follow<'a>(
         &mut self,
         version: u64,
         before: impl Iterator<Item = (&'a Arc<Backend>, bool)>,
@@ -95,7 +95,7 @@ impl Departed {
     }
 
     /// Forgets those that left too long ago.
-    pub(super) fn forget_old(&mut self, now: Instant) {
+    pub(in crate::balance) fn forget_old(&mut self, now: Instant) {
         let is_old = |departure: &Departure| now.saturating_duration_since(departure.at) >= REMEMBERED_FOR;
         while self.backends.first_key_value().is_some_and(|(_, departure)| is_old(departure)) {
             self.forget_oldest();
@@ -109,7 +109,7 @@ impl Departed {
     }
 
     /// True for a backend that is remembered, and that was ready when it left.
-    pub(super) fn was_ready(&self, backend: &Backend) -> bool {
+    pub(in crate::balance) fn was_ready(&self, backend: &Backend) -> bool {
         let departure = backend.presence().departure.load(Relaxed);
         departure != 0 && self.backends.get(&departure).is_some_and(|departure| departure.was_ready)
     }
@@ -142,10 +142,10 @@ impl LargestTable {
 
 #[cfg(test)]
 mod tests {
-    use super::super::cell::Cell;
     use super::super::condition::{Ejection, Health};
-    use super::super::{AdminState, BackendId, Balance, Policy, Table, Weight};
     use super::*;
+    use crate::balance::pool::Cell;
+    use crate::balance::values::{AdminState, BackendId, Balance, Policy, Table, Weight};
 
     const SECOND: Duration = Duration::from_secs(1);
 

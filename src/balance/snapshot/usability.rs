@@ -2,14 +2,11 @@
 
 use std::fmt;
 
-use super::AdminState;
-use super::BackendId;
-use super::cause::Cause;
-use super::cell::Cell;
-use super::condition::{Condition, Ejection};
-use super::endpoint::Target;
 use super::member::{Member, Probing};
 use super::snapshot::Snapshot;
+use crate::balance::backend::{Cause, Condition, Ejection, Target};
+use crate::balance::pool::Cell;
+use crate::balance::values::{AdminState, BackendId};
 
 /// How many backends get sessions, as far as it is worth a line in the log.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -211,9 +208,9 @@ impl fmt::Display for Refusal {
 
 #[cfg(test)]
 mod tests {
-    use super::super::condition::Health;
-    use super::super::{Balance, Table, Weight};
     use super::*;
+    use crate::balance::backend::Health;
+    use crate::balance::values::{Balance, Table, Weight};
 
     fn table(members: &[(&str, f64)]) -> Table {
         let member = |(text, weight): &(&str, f64)| {

@@ -6,15 +6,14 @@
 
 use std::sync::Arc;
 
-use super::backend::Registry;
 use super::least_conn::LeastConn;
 use super::maglev::{Maglev, mix};
 pub use super::member::Member;
 use super::member::{Weighed, begin_ramps, known, weigh};
-use super::policy::Policy;
 use super::sequence::Sequence;
 use super::shares::Shares;
-use super::{BackendId, Balance, Table};
+use crate::balance::backend::Registry;
+use crate::balance::values::{BackendId, Balance, Policy, Table};
 
 /// Where a snapshot's table was written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,7 +100,7 @@ impl Snapshot {
 
     /// The same, where the caller knows whether the table is the first that this process sees of its source: then its backends
     /// may have been in use for long, and none of them starts slowly.
-    pub(super) fn next_or_first(
+    pub(in crate::balance) fn next_or_first(
         &self,
         origin: Origin,
         table: &Table,
@@ -191,18 +190,22 @@ impl Snapshot {
     }
 
     /// The backend that `point` names, leaving out those for which `leaves_out` holds. Walks all of them. `None`: none is left.
-    pub(super) fn pick_where(&self, point: u64, leaves_out: impl Fn(&Member) -> bool) -> Option<&Member> {
+    pub(in crate::balance) fn pick_where(
+        &self,
+        point: u64,
+        leaves_out: impl Fn(&Member) -> bool,
+    ) -> Option<&Member> {
         let members = self.picked_from();
         self.shares.at_excluding(point, |i| leaves_out(&members[i])).map(|i| &members[i])
     }
 
     /// All that may be picked.
-    pub(super) fn pickable(&self) -> &[Member] {
+    pub(in crate::balance) fn pickable(&self) -> &[Member] {
         pickable(self.picked_from())
     }
 
     /// All that are to have sessions, healthy or not, and the stand-ins among them.
-    pub(super) fn in_use(&self) -> impl Iterator<Item = &Member> {
+    pub(in crate::balance) fn in_use(&self) -> impl Iterator<Item = &Member> {
         self.members_and_stand_ins().filter(|member| member.wants_sessions())
     }
 

@@ -1,8 +1,8 @@
 //! What a snapshot makes of a table: who gets sessions, in which shares, and which names are stood in for.
 
-use super::super::Weight;
-use super::super::backend::Active;
 use super::*;
+use crate::balance::backend::Active;
+use crate::balance::values::Weight;
 use proptest::prelude::*;
 
 const RANDOM: Balance = Balance::WeightedRandom;

@@ -12,10 +12,10 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use tokio::time::Instant;
 
-use super::Address;
 use super::backend::Backend;
 use super::condition::{Condition, Ejection, ProbeNumber, Reached};
 use super::departed::REMEMBERED_FOR;
+use crate::balance::values::Address;
 
 /// Addresses that one name does not have any more and that are remembered.
 const MOST_REMOVED: usize = 64;
@@ -36,9 +36,9 @@ pub struct AddressNumber(NonZeroU16);
 /// A session's permission to show whether an address is back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProbePermit {
-    pub(super) number: ProbeNumber,
+    pub(in crate::balance) number: ProbeNumber,
     /// `None`: the backend's own address.
-    pub(super) address: Option<AddressNumber>,
+    pub(in crate::balance) address: Option<AddressNumber>,
 }
 
 impl ProbePermit {
@@ -63,34 +63,34 @@ impl ProbePermit {
 
 /// One address of a backend's name.
 #[derive(Debug)]
-pub(super) struct NamedAddress {
+pub(in crate::balance) struct NamedAddress {
     number: AddressNumber,
     address: SocketAddr,
-    pub(super) condition: Condition,
+    pub(in crate::balance) condition: Condition,
     connected: AtomicU64,
     answered: AtomicU64,
 }
 
 impl NamedAddress {
-    pub(super) fn endpoint(&self) -> Endpoint {
+    pub(in crate::balance) fn endpoint(&self) -> Endpoint {
         Endpoint::Tcp(self.address)
     }
 
     /// A session has connected there.
-    pub(super) fn count_connected(&self) {
+    pub(in crate::balance) fn count_connected(&self) {
         self.connected.fetch_add(1, Relaxed);
     }
 
     /// A session that was answered has ended.
-    pub(super) fn count_answered(&self) {
+    pub(in crate::balance) fn count_answered(&self) {
         self.answered.fetch_add(1, Relaxed);
     }
 
-    pub(super) fn is_probing(&self) -> bool {
+    pub(in crate::balance) fn is_probing(&self) -> bool {
         self.condition.ejection() == Ejection::Probing && !self.condition.fails_checks()
     }
 
-    pub(super) fn take_probe(&self) -> Option<ProbePermit> {
+    pub(in crate::balance) fn take_probe(&self) -> Option<ProbePermit> {
         let number = if self.is_probing() { self.condition.take_probe()? } else { return None };
         Some(ProbePermit { number, address: Some(self.number) })
     }
@@ -98,7 +98,7 @@ impl NamedAddress {
 
 /// The addresses of one name, as the last lookup found them, in their order. Replaced as a whole by the control plane.
 #[derive(Debug, Default)]
-pub(super) struct Addresses {
+pub(in crate::balance) struct Addresses {
     current: Box<[Arc<NamedAddress>]>,
     /// Those that a lookup does not name any more, and since when.
     removed: Vec<(Instant, Arc<NamedAddress>)>,
@@ -106,22 +106,22 @@ pub(super) struct Addresses {
 }
 
 impl Addresses {
-    pub(super) fn current(&self) -> &[Arc<NamedAddress>] {
+    pub(in crate::balance) fn current(&self) -> &[Arc<NamedAddress>] {
         &self.current
     }
 
     /// The same ones, sorted and named once.
-    pub(super) fn are(&self, addresses: &[SocketAddr]) -> bool {
+    pub(in crate::balance) fn are(&self, addresses: &[SocketAddr]) -> bool {
         self.current.iter().map(|known| known.address).eq(addresses.iter().copied())
     }
 
-    pub(super) fn find(&self, number: AddressNumber) -> Option<&Arc<NamedAddress>> {
+    pub(in crate::balance) fn find(&self, number: AddressNumber) -> Option<&Arc<NamedAddress>> {
         let removed = self.removed.iter().map(|(_, known)| known);
         self.current.iter().chain(removed).find(|known| known.number == number)
     }
 
     /// What follows once a lookup has found `addresses`, sorted and each named once. Those that are known keep their condition.
-    pub(super) fn next(&self, addresses: &[SocketAddr], now: Instant) -> Self {
+    pub(in crate::balance) fn next(&self, addresses: &[SocketAddr], now: Instant) -> Self {
         let mut last_number = self.last_number;
         let mut removed = self.removed.clone();
         removed.retain(|(since, _)| now.saturating_duration_since(*since) < REMEMBERED_FOR);
@@ -214,7 +214,7 @@ impl Target {
         self.named.as_ref().map(|named| named.address)
     }
 
-    pub(super) fn is_number(&self, number: AddressNumber) -> bool {
+    pub(in crate::balance) fn is_number(&self, number: AddressNumber) -> bool {
         self.named.as_ref().is_some_and(|named| named.number == number)
     }
 
@@ -256,14 +256,14 @@ pub struct Route {
 }
 
 impl Route {
-    pub(super) fn own(endpoint: Endpoint) -> Self {
+    pub(in crate::balance) fn own(endpoint: Endpoint) -> Self {
         Self { first: Some(endpoint), named: Vec::new(), permit: None }
     }
 
     /// Through those of `addresses` that are usable, of which `turn` says the first. Before them comes the address that the
     /// session has the permit `given` for, or one that waits for a session to show that it is back. Where there is none of
     /// all these, health is ignored.
-    pub(super) fn named(addresses: &Addresses, turn: usize, given: Option<ProbePermit>) -> Self {
+    pub(in crate::balance) fn named(addresses: &Addresses, turn: usize, given: Option<ProbePermit>) -> Self {
         let current = addresses.current();
         let is_usable = |known: &&Arc<NamedAddress>| known.condition.is_usable();
         let mut named: Vec<_> = current.iter().filter(is_usable).cloned().collect();

@@ -1,0 +1,10 @@
+//! A pool as sessions and the control plane see it: where its snapshots are published, and the order in which the sources of
+//! a pick are asked.
+
+mod cell;
+pub mod lua_pick;
+#[expect(clippy::module_inception, reason = "the folder has the name of its main type")]
+mod pool;
+
+pub use cell::{Cell, Standing};
+pub use pool::{NoPick, Pick, Pool, PoolCounters, Source, Sync};

@@ -1,0 +1,17 @@
+//! What people write of a pool, as plain values: names, weights, states, the table made of them, and the pool's settings.
+//!
+//! Nothing here changes once it is made, and nothing here knows of sessions, sockets or health.
+
+mod address;
+mod admin_state;
+mod backend_id;
+mod policy;
+mod table;
+mod weight;
+
+pub use address::{Address, InvalidAddress};
+pub use admin_state::AdminState;
+pub use backend_id::BackendId;
+pub use policy::{Balance, Capacity, Outlier, Policy};
+pub use table::Table;
+pub use weight::{InvalidWeight, Weight};
