@@ -6,35 +6,17 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::time::Duration;
+use std::sync::atomic::Ordering::Relaxed;
 
 use tokio::time::Instant;
 
 use super::backend::Backend;
+use super::presence::REMEMBERED_FOR;
 
-/// A backend that was away for longer is new when it returns.
-pub(in crate::balance) const REMEMBERED_FOR: Duration = Duration::from_secs(300);
 /// Backends that are remembered of a pool: so many, or as many times its members as stands below, whichever is more. One is
 /// about 2 kB with two workers.
 const LEAST_REMEMBERED: usize = 1_024;
 const REMEMBERED_PER_MEMBER: usize = 2;
-
-/// Whether a backend is in the newest snapshot. Written by the control plane.
-#[derive(Debug, Default)]
-pub(in crate::balance) struct Presence {
-    /// The version of the newest snapshot that it was in.
-    snapshot: AtomicU64,
-    /// Its key in [`Departed`]; 0: it is not in there.
-    departure: AtomicU64,
-}
-
-impl Presence {
-    /// 1 while the backend is remembered, which is one reference beside those that use it.
-    pub(in crate::balance) fn references(&self) -> usize {
-        usize::from(self.departure.load(Relaxed) != 0)
-    }
-}
 
 /// The backends that left one pool's table, by the order in which they left.
 #[derive(Debug)]
@@ -142,6 +124,8 @@ impl LargestTable {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::super::condition::{Ejection, Health};
     use super::*;
     use crate::balance::pool::Cell;

@@ -1,17 +1,24 @@
 //! A backend and what is known of it: its sessions, its health, its addresses. All of it outlives snapshots.
 
+mod active;
+mod addresses;
 #[expect(clippy::module_inception, reason = "the folder has the name of its main type")]
 mod backend;
 mod cause;
 mod condition;
 mod departed;
-mod endpoint;
-mod leaving;
-pub(in crate::balance) mod places;
+mod presence;
+mod registry;
+mod route;
+mod slots;
+mod target;
 
-pub use backend::{Backend, Registry};
+pub use active::Active;
+pub use addresses::{AddressNumber, Endpoint, ProbePermit};
+pub use backend::Backend;
 pub use cause::{Cause, LastCause};
 pub use condition::{Condition, Ejection, Failure, Health, Probe, ProbeNumber, Reached};
-pub use endpoint::{AddressNumber, Endpoint, ProbePermit, Route, Target};
-pub use leaving::{Leavers, Leaving};
-pub use places::Active;
+pub use presence::Leaving;
+pub use registry::Registry;
+pub use route::Route;
+pub use target::Target;

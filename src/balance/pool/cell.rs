@@ -13,8 +13,9 @@ use arc_swap::{ArcSwap, Guard};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::balance::backend::{Leavers, Registry};
-use crate::balance::snapshot::{Origin, Snapshot, Usable};
+use super::draining::Leavers;
+use crate::balance::backend::Registry;
+use crate::balance::snapshot::{Origin, Snapshot, Unusable, Usable};
 use crate::balance::values::{AdminState, BackendId, Policy, Table};
 
 const NEVER: u64 = u64::MAX;
@@ -223,6 +224,12 @@ impl Cell {
             }
         }
         leaving
+    }
+
+    /// The members of the newest snapshot that get no sessions, at most so many of them.
+    #[must_use]
+    pub fn unusable(&self, most: usize) -> Unusable {
+        Unusable::of(&self.load(), most)
     }
 
     /// Notes that the newest snapshot is known, now, to be what Redis wants.

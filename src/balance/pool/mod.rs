@@ -2,9 +2,12 @@
 //! a pick are asked.
 
 mod cell;
+mod draining;
 pub mod lua_pick;
 #[expect(clippy::module_inception, reason = "the folder has the name of its main type")]
 mod pool;
+mod take;
 
 pub use cell::{Cell, Standing};
+pub use draining::Leavers;
 pub use pool::{NoPick, Pick, Pool, PoolCounters, Source, Sync};

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use super::cell::Cell;
 use super::lua_pick::LuaPicker;
-use crate::balance::backend::places::{take, take_another};
+use super::take::{take, take_another};
 use crate::balance::backend::{Active, AddressNumber, Backend, Cause, Failure, Probe, ProbePermit, Target};
 use crate::balance::queue::Queue;
 use crate::balance::snapshot::{Member, Origin, Snapshot, client_hash};

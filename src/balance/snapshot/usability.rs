@@ -5,7 +5,6 @@ use std::fmt;
 use super::member::{Member, Probing};
 use super::snapshot::Snapshot;
 use crate::balance::backend::{Cause, Condition, Ejection, Target};
-use crate::balance::pool::Cell;
 use crate::balance::values::{AdminState, BackendId};
 
 /// How many backends get sessions, as far as it is worth a line in the log.
@@ -126,11 +125,9 @@ pub struct Unusable {
     pub fails_open: bool,
 }
 
-impl Cell {
-    /// The members of the newest snapshot that get no sessions, at most so many of them.
-    #[must_use]
-    pub fn unusable(&self, most: usize) -> Unusable {
-        let newest = self.load();
+impl Unusable {
+    /// The members of `newest` that get no sessions, at most so many of them.
+    pub(in crate::balance) fn of(newest: &Snapshot, most: usize) -> Self {
         let gets_none = |member: &&Member| !is_usable(member);
         let of = |member: &Member| (member.backend.id().clone(), Reasons::of(member, newest.fails_open));
         let mut backends: Vec<_> =
@@ -140,7 +137,7 @@ impl Cell {
         });
         let more = backends.len().saturating_sub(most);
         backends.truncate(most);
-        Unusable { backends, more, fails_open: newest.fails_open }
+        Self { backends, more, fails_open: newest.fails_open }
     }
 }
 
@@ -210,6 +207,7 @@ impl fmt::Display for Refusal {
 mod tests {
     use super::*;
     use crate::balance::backend::Health;
+    use crate::balance::pool::Cell;
     use crate::balance::values::{Balance, Table, Weight};
 
     fn table(members: &[(&str, f64)]) -> Table {

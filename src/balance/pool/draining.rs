@@ -5,42 +5,13 @@
 //! only unhealthy: it may be back in a moment, and its sessions may know better. What is done about it is `session/leaving.rs`'s.
 
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, LazyLock, Weak};
-use std::time::Duration;
+use std::sync::{Arc, Weak};
 
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::backend::{Backend, Registry};
+use crate::balance::backend::{Backend, Registry};
 use crate::balance::snapshot::Snapshot;
-
-static EPOCH: LazyLock<Instant> = LazyLock::new(Instant::now);
-
-/// Since when one backend is leaving. Written by the control plane.
-#[derive(Debug, Default)]
-pub struct Leaving(AtomicU64);
-
-impl Leaving {
-    /// `None`: it takes sessions.
-    #[must_use]
-    pub fn since(&self) -> Option<Instant> {
-        let millis = self.0.load(Relaxed);
-        (millis > 0).then(|| *EPOCH + Duration::from_millis(millis - 1))
-    }
-
-    /// It was in use until `now`, if it was.
-    fn begin(&self, now: Instant) {
-        if self.0.load(Relaxed) == 0 {
-            let millis = u64::try_from(now.saturating_duration_since(*EPOCH).as_millis());
-            self.0.store(millis.unwrap_or(u64::MAX - 1) + 1, Relaxed);
-        }
-    }
-
-    fn end(&self) {
-        self.0.store(0, Relaxed);
-    }
-}
 
 /// Those that are leaving, as long as somebody else holds them.
 #[derive(Debug, Default)]
@@ -80,8 +51,10 @@ impl Leavers {
 
 #[cfg(test)]
 mod tests {
-    use super::super::condition::Health;
+    use std::time::Duration;
+
     use super::*;
+    use crate::balance::backend::Health;
     use crate::balance::pool::Cell;
     use crate::balance::values::{AdminState, BackendId, Balance, Policy, Table, Weight};
 

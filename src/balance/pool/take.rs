@@ -1,111 +1,11 @@
-//! A session's place at a backend: taken by the pick, given back when the session ends.
-//!
-//! Whatever may refuse a session though the backend has weight is asked here and nowhere else: `max_connections`, and the one
-//! session that probes an ejected backend. Where nothing is limited, a place costs one atomic add. Where the first choice
-//! refuses, others are drawn; a pick that says that all are full has asked each of them.
+//! Finds a backend that takes a session.
 
-use std::ops::Deref;
-use std::sync::Arc;
-use std::sync::atomic::{
-    AtomicU32,
-    Ordering::{Relaxed, SeqCst},
-};
-
-use super::backend::Backend;
-use super::condition::Probe;
-use super::endpoint::ProbePermit;
-use crate::balance::queue::Queue;
+use crate::balance::backend::{Active, Probe, ProbePermit};
 use crate::balance::snapshot::{Member, Probing, Snapshot, mix};
 use crate::balance::values::BackendId;
 
 /// Draws before all backends are looked at. Where half of the weight is full, one pick in sixteen comes that far.
 const REDRAWS: u32 = 3;
-
-/// One backend's places. Written at each session's begin and end, of all workers, so it shares no cache line with what is
-/// read at each pick.
-#[derive(Debug)]
-#[repr(align(128))]
-pub(in crate::balance) struct Places {
-    active: AtomicU32,
-    /// 0: any number.
-    most: u32,
-    /// Who waits for one: the pool's.
-    queue: Arc<Queue>,
-}
-
-impl Places {
-    pub(in crate::balance) fn new(most: u32, queue: Arc<Queue>) -> Self {
-        Self { active: AtomicU32::new(0), most, queue }
-    }
-
-    #[inline]
-    pub(in crate::balance) fn active(&self) -> u32 {
-        self.active.load(Relaxed)
-    }
-
-    /// It may have only so many sessions.
-    pub(in crate::balance) fn has_limit(&self) -> bool {
-        self.most > 0
-    }
-
-    /// `None`: it has as many sessions as it may have.
-    #[inline]
-    pub(in crate::balance) fn active_unless_full(&self) -> Option<u32> {
-        let active = self.active.load(Relaxed);
-        (self.most == 0 || active < self.most).then_some(active)
-    }
-
-    pub(in crate::balance) fn is_full(&self) -> bool {
-        self.most > 0 && self.active.load(SeqCst) >= self.most
-    }
-}
-
-/// A session at a backend, counted as active from the pick to its end. Another backend is another one's.
-#[derive(Debug)]
-pub struct Active(Arc<Backend>);
-
-impl Active {
-    /// Takes a place. `None`: the backend has as many sessions as it may have.
-    #[inline]
-    #[must_use]
-    pub fn take(backend: &Arc<Backend>) -> Option<Self> {
-        let Places { active, most, .. } = backend.places();
-        if *most == 0 {
-            active.fetch_add(1, Relaxed);
-        } else {
-            let one_more = |active| (active < *most).then_some(active + 1);
-            active.fetch_update(SeqCst, SeqCst, one_more).ok()?;
-        }
-        Some(Self(Arc::clone(backend)))
-    }
-
-    /// Where.
-    #[must_use]
-    pub fn backend(&self) -> &Arc<Backend> {
-        &self.0
-    }
-}
-
-impl Deref for Active {
-    type Target = Backend;
-
-    fn deref(&self) -> &Backend {
-        &self.0
-    }
-}
-
-impl Drop for Active {
-    fn drop(&mut self) {
-        let Places { active, most, queue } = self.0.places();
-        if *most == 0 {
-            active.fetch_sub(1, Relaxed);
-        } else {
-            queue.free(|| {
-                active.fetch_sub(1, SeqCst);
-            });
-        }
-    }
-}
 
 /// Why a backend that has weight takes no session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

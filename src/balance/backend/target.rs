@@ -1,0 +1,93 @@
+//! One address of a backend with what is known of it.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+
+use super::addresses::{AddressNumber, Endpoint, NamedAddress};
+use super::backend::Backend;
+use super::condition::{Condition, Reached};
+use crate::balance::values::Address;
+
+/// One address of a backend with what is known of it: its own, or one of those that its name has.
+#[derive(Clone, Debug)]
+pub struct Target {
+    backend: Arc<Backend>,
+    named: Option<Arc<NamedAddress>>,
+    /// The name has others beside it.
+    is_one_of_several: bool,
+}
+
+impl Target {
+    /// All addresses of `backend`; none while its name has not been resolved.
+    pub fn all_of(backend: &Arc<Backend>) -> impl Iterator<Item = Self> + use<> {
+        let is_name = matches!(backend.id().address(), Address::Name { .. });
+        let addresses = is_name.then(|| backend.addresses());
+        let count = addresses.as_ref().map_or(1, |addresses| addresses.current().len());
+        let backend = Arc::clone(backend);
+        (0..count).map(move |n| Self {
+            backend: Arc::clone(&backend),
+            named: addresses.as_ref().map(|addresses| Arc::clone(&addresses.current()[n])),
+            is_one_of_several: count > 1,
+        })
+    }
+
+    /// Whose address it is.
+    #[must_use]
+    pub fn backend(&self) -> &Arc<Backend> {
+        &self.backend
+    }
+
+    /// What is known of it.
+    #[must_use]
+    pub fn condition(&self) -> &Condition {
+        self.named.as_ref().map_or(&self.backend.condition, |named| &named.condition)
+    }
+
+    /// Where to connect to.
+    #[must_use]
+    pub fn endpoint(&self) -> Endpoint {
+        match (&self.named, self.backend.id().address()) {
+            (Some(named), _) => named.endpoint(),
+            (None, Address::Unix(path)) => Endpoint::Unix(path.clone()),
+            (None, Address::Socket(address)) => Endpoint::Tcp(*address),
+            (None, Address::Name { .. }) => unreachable!("a target of a name has one of its addresses"),
+        }
+    }
+
+    /// The address among those of a name. `None`: the backend's own.
+    #[must_use]
+    pub fn named_address(&self) -> Option<SocketAddr> {
+        self.named.as_ref().map(|named| named.address)
+    }
+
+    pub(in crate::balance) fn is_number(&self, number: AddressNumber) -> bool {
+        self.named.as_ref().is_some_and(|named| named.number == number)
+    }
+
+    /// The address, where it is one of several: a line of the log says then which one it is about.
+    #[must_use]
+    pub fn address_of_several(&self) -> Option<SocketAddr> {
+        self.named_address().filter(|_| self.is_one_of_several)
+    }
+
+    /// What its sessions have reached so far.
+    #[must_use]
+    pub fn reached(&self) -> Reached {
+        match &self.named {
+            // Each answer is counted when its session ends. A name with one address has better figures: its own.
+            Some(named) if self.is_one_of_several => {
+                Reached { connected: named.connected.load(Relaxed), answered: named.answered.load(Relaxed) }
+            }
+            _ => self.backend.reached(),
+        }
+    }
+
+    /// False for an address that its name does not have any more.
+    #[must_use]
+    pub fn is_current(&self) -> bool {
+        self.named.as_ref().is_none_or(|named| {
+            self.backend.addresses().current().iter().any(|current| Arc::ptr_eq(current, named))
+        })
+    }
+}
