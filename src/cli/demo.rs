@@ -197,7 +197,7 @@ async fn watch_shares(running: &Running, backends: &[SocketAddr]) -> anyhow::Res
 
 fn counts(running: &Running, backends: &[SocketAddr]) -> Vec<u64> {
     let pools = running.observed.pools();
-    let living = pools.first().map(|observed| observed.pool.cell.registry().living()).unwrap_or_default();
+    let living = pools.first().map(|observed| observed.pool.registry.living()).unwrap_or_default();
     let count = |address: &SocketAddr| {
         let text = address.to_string();
         living.iter().find(|b| b.id().as_str() == text).map_or(0, |b| b.counters.sum(|c| &c.connections))

@@ -95,7 +95,7 @@ impl Observed {
                 .map(|m| (m.backend.id().clone(), (m.weight.get(), m.effective_weight.get(), m.state)))
                 .collect();
             let name = Arc::clone(&pool.name);
-            pool.cell.registry().living().into_iter().map(move |backend| {
+            pool.registry.living().into_iter().map(move |backend| {
                 let (weight, effective_weight, state) =
                     weights.get(backend.id()).copied().unwrap_or_default();
                 Row { pool: Arc::clone(&name), backend, weight, effective_weight, state }

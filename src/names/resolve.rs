@@ -284,7 +284,7 @@ mod tests {
     }
 
     fn backend(names: &Names, id: &str) -> Arc<Backend> {
-        names.pool.cell.registry().get_or_create(&id.parse().expect("an address"))
+        names.pool.registry.get_or_create(&id.parse().expect("an address"))
     }
 
     #[tokio::test(start_paused = true)]

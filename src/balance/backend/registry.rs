@@ -9,13 +9,13 @@ use super::backend::Backend;
 use super::departed::Departed;
 use super::slots::Places;
 use crate::balance::queue::Queue;
-use crate::balance::values::{BackendId, Capacity};
+use crate::balance::values::{BackendId, Balance, Policy};
 
 /// The living backends of one pool, by name. Only the control plane asks it.
 #[derive(Debug)]
 pub struct Registry {
     workers: usize,
-    max_connections: u32,
+    policy: Arc<Policy>,
     queue: Arc<Queue>,
     known: Mutex<Known>,
 }
@@ -40,23 +40,16 @@ impl Known {
 }
 
 impl Registry {
-    /// Empty; its backends will count for `workers` threads, and take any number of sessions.
+    /// An empty registry of a pool without limits and without a queue. Its backends have counters for `workers` threads.
     #[must_use]
     pub fn new(workers: usize) -> Self {
-        Self::with_capacity(workers, &Capacity::default())
+        Self::of_pool(workers, Arc::new(Balance::WeightedRandom.into()), Arc::default())
     }
 
-    /// The same, but its backends will take so many sessions as they may.
+    /// An empty registry of the pool with this policy. A backend that gets a free slot tells `queue`.
     #[must_use]
-    pub fn with_capacity(workers: usize, capacity: &Capacity) -> Self {
-        let queue = Arc::new(Queue::new(capacity));
-        Self { workers, max_connections: capacity.max_connections, queue, known: Mutex::default() }
-    }
-
-    /// Who waits for a place at one of its backends.
-    #[must_use]
-    pub fn queue(&self) -> &Arc<Queue> {
-        &self.queue
+    pub fn of_pool(workers: usize, policy: Arc<Policy>, queue: Arc<Queue>) -> Self {
+        Self { workers, policy, queue, known: Mutex::default() }
     }
 
     /// The living backend of that name, or a new one.
@@ -70,7 +63,7 @@ impl Registry {
         if known.backends.len() > known.sweep_above {
             known.sweep(|backend| backend.strong_count() > 0);
         }
-        let places = Places::new(self.max_connections, Arc::clone(&self.queue));
+        let places = Places::new(self.policy.capacity.max_connections, Arc::clone(&self.queue));
         let backend = Arc::new(Backend::new(id.clone(), self.workers, places));
         known.backends.insert(id.clone(), Arc::downgrade(&backend));
         backend

@@ -15,6 +15,7 @@ use tokio::time::Instant;
 
 use super::draining::Leavers;
 use crate::balance::backend::Registry;
+use crate::balance::queue::Queue;
 use crate::balance::snapshot::{Origin, Snapshot, Unusable, Usable};
 use crate::balance::values::{AdminState, BackendId, Policy, Table};
 
@@ -37,8 +38,9 @@ pub struct Cell {
     newest: ArcSwap<Snapshot>,
     /// What the newest snapshot was made from, to make it again when a backend changes. Only publishers lock it.
     table: Mutex<Table>,
-    registry: Registry,
-    policy: Policy,
+    policy: Arc<Policy>,
+    registry: Arc<Registry>,
+    queue: Arc<Queue>,
     /// Says when the newest table came.
     published: watch::Sender<SystemTime>,
     /// Says that names have other addresses.
@@ -53,18 +55,32 @@ pub struct Cell {
 }
 
 impl Cell {
-    /// Begins with the table of config.yaml, not confirmed by anyone.
+    /// A cell without a pool: with a registry and a queue of its own, which only the cell knows.
     #[must_use]
     pub fn new(configured: Table, policy: impl Into<Policy>, workers: usize) -> Self {
-        let policy = policy.into();
-        let registry = Registry::with_capacity(workers, &policy.capacity);
-        let first = Snapshot::new(1, Origin::Configured, &configured, policy, &registry);
+        let policy = Arc::new(policy.into());
+        let queue = Arc::new(Queue::new(policy.capacity.queue_size));
+        let registry = Arc::new(Registry::of_pool(workers, Arc::clone(&policy), Arc::clone(&queue)));
+        Self::of_pool(configured, policy, registry, queue)
+    }
+
+    /// Begins with the table of config.yaml, which no source has confirmed. Each new snapshot takes its backends from `registry`
+    /// and wakes `queue`.
+    #[must_use]
+    pub fn of_pool(
+        configured: Table,
+        policy: Arc<Policy>,
+        registry: Arc<Registry>,
+        queue: Arc<Queue>,
+    ) -> Self {
+        let first = Snapshot::new(1, Origin::Configured, &configured, *policy, &registry);
         registry.follow(first.version, std::iter::empty(), first.members().iter().map(|m| &m.backend));
         Self {
             newest: ArcSwap::from_pointee(first),
             table: Mutex::new(configured),
-            registry,
             policy,
+            registry,
+            queue,
             published: watch::Sender::new(SystemTime::now()),
             readdressed: watch::Sender::default(),
             standing: watch::Sender::default(),
@@ -100,7 +116,7 @@ impl Cell {
         if changed {
             // After an answer without members Redis was watched: its next table is no first one, its backends are new.
             let is_first = newest.origin != Origin::Redis && self.age().is_none();
-            let (policy, registry) = (self.policy, &self.registry);
+            let (policy, registry) = (*self.policy, &self.registry);
             self.store(newest.next_or_first(Origin::Redis, &table, policy, registry, is_first));
             *current = table;
             self.published.send_replace(SystemTime::now());
@@ -114,7 +130,7 @@ impl Cell {
         let mut current = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         let newest = self.newest.load();
         if newest.origin == Origin::Configured {
-            self.store(newest.next(Origin::Saved, &table, self.policy, &self.registry));
+            self.store(newest.next(Origin::Saved, &table, *self.policy, &self.registry));
             *current = table;
             self.published.send_replace(SystemTime::now());
         }
@@ -138,7 +154,7 @@ impl Cell {
         let table = current.clone().with_states(states);
         if *current != table {
             let newest = self.newest.load();
-            self.store(newest.next(newest.origin, &table, self.policy, &self.registry));
+            self.store(newest.next(newest.origin, &table, *self.policy, &self.registry));
             *current = table;
             self.published.send_replace(SystemTime::now());
         }
@@ -155,7 +171,7 @@ impl Cell {
     pub fn refresh(&self) {
         let current = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         let newest = self.newest.load();
-        self.store(newest.next(newest.origin, &current, self.policy, &self.registry));
+        self.store(newest.next(newest.origin, &current, *self.policy, &self.registry));
     }
 
     /// Makes the snapshot again because names have other addresses.
@@ -198,7 +214,7 @@ impl Cell {
             self.leavers.look(&next, &self.registry);
         }
         self.newest.store(Arc::new(next));
-        self.registry.queue().renewed();
+        self.queue.renewed();
         self.standing.send_if_modified(|before| std::mem::replace(before, standing) != standing);
     }
 

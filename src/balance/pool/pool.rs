@@ -10,7 +10,9 @@ use tokio::time::Instant;
 use super::cell::Cell;
 use super::lua_pick::LuaPicker;
 use super::take::{take, take_another};
-use crate::balance::backend::{Active, AddressNumber, Backend, Cause, Failure, Probe, ProbePermit, Target};
+use crate::balance::backend::{
+    Active, AddressNumber, Backend, Cause, Failure, Probe, ProbePermit, Registry, Target,
+};
 use crate::balance::queue::Queue;
 use crate::balance::snapshot::{Member, Origin, Snapshot, client_hash};
 use crate::balance::values::{BackendId, Balance, Policy, Table, Weight};
@@ -86,6 +88,10 @@ pub struct Pool {
     pub name: Arc<str>,
     /// Its newest snapshot.
     pub cell: Arc<Cell>,
+    /// Its backends that live.
+    pub registry: Arc<Registry>,
+    queue: Arc<Queue>,
+    has_limit: bool,
     /// What the workers count of it.
     pub counters: PerWorker<PoolCounters>,
     balance: Balance,
@@ -113,13 +119,19 @@ impl Pool {
         sync: Option<Sync>,
         workers: usize,
     ) -> Self {
-        let policy = policy.into();
+        let policy = Arc::new(policy.into());
+        let queue = Arc::new(Queue::new(policy.capacity.queue_size));
+        let registry = Arc::new(Registry::of_pool(workers, Arc::clone(&policy), Arc::clone(&queue)));
+        let (registry_of_cell, queue_of_cell) = (Arc::clone(&registry), Arc::clone(&queue));
         Self {
             name,
             balance: policy.balance,
+            has_limit: policy.capacity.max_connections > 0,
             sync,
             suspicion: Notify::new(),
-            cell: Arc::new(Cell::new(configured, policy, workers)),
+            cell: Arc::new(Cell::of_pool(configured, policy, registry_of_cell, queue_of_cell)),
+            registry,
+            queue,
             counters: PerWorker::new(workers),
         }
     }
@@ -228,13 +240,13 @@ impl Pool {
     /// Who waits for a place.
     #[must_use]
     pub fn queue(&self) -> &Arc<Queue> {
-        self.cell.registry().queue()
+        &self.queue
     }
 
     /// True where a backend may have only so many sessions.
     #[must_use]
     pub fn has_limit(&self) -> bool {
-        self.cell.policy().capacity.max_connections > 0
+        self.has_limit
     }
 
     /// A session failed by the fault of `backend`, which has no name.
@@ -388,7 +400,7 @@ mod tests {
         let asking = Arc::clone(&pool);
         let asked = tokio::spawn(async move { pick(&asking, &[]).await });
         let request = requests.queue.recv().await.expect("a request");
-        let backend = pool.cell.registry().get_or_create(&"10.0.0.3:80".parse().expect("an address"));
+        let backend = pool.registry.get_or_create(&"10.0.0.3:80".parse().expect("an address"));
         request.answer.send(Some((backend, Weight::ZERO))).expect("the session waits");
         assert_eq!(asked.await.expect("the task ends"), named("10.0.0.3:80", Source::Lua));
 

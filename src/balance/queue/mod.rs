@@ -13,8 +13,6 @@ use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
-use crate::balance::values::Capacity;
-
 #[cfg(test)]
 mod tests;
 
@@ -83,10 +81,10 @@ impl Line {
 }
 
 impl Queue {
-    /// For a pool with this capacity. Nobody waits.
+    /// A queue without waiters, for at most `size` of them.
     #[must_use]
-    pub fn new(capacity: &Capacity) -> Self {
-        Self { size: capacity.queue_size, ..Self::default() }
+    pub fn new(size: u32) -> Self {
+        Self { size, ..Self::default() }
     }
 
     /// How many wait now.

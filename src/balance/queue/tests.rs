@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use crate::balance::backend::Ejection;
 use crate::balance::pool::{NoPick, Pick, Pool};
-use crate::balance::values::{BackendId, Balance, Policy, Table, Weight};
+use crate::balance::values::{BackendId, Balance, Capacity, Policy, Table, Weight};
 use std::time::Duration;
 
 use super::*;
@@ -71,7 +71,7 @@ fn full_line(queue: &Arc<Queue>, length: usize) -> Vec<InLine> {
 }
 
 fn queue(size: u32) -> Arc<Queue> {
-    Arc::new(Queue::new(&Capacity { queue_size: size, ..Capacity::default() }))
+    Arc::new(Queue::new(size))
 }
 
 #[test]
@@ -201,7 +201,7 @@ fn full_backends_favour_none_of_the_others() {
     for balance in [Balance::WeightedRandom, Balance::WeightedRoundRobin, Balance::SourceHash] {
         let pool = pool(balance, 100, 1_000);
         let full = |n: u32| !n.is_multiple_of(10) && n < 90;
-        let backends = pool.cell.registry().living();
+        let backends = pool.registry.living();
         let mut held = Vec::new();
         for n in (0..100).filter(|n| full(*n)) {
             let backend = backends.iter().find(|backend| *backend.id() == id(n)).expect("it lives");
@@ -223,7 +223,7 @@ fn full_backends_favour_none_of_the_others() {
 fn a_probed_backend_is_taken_only_where_the_others_are_not_merely_full() {
     let pool = pool(Balance::WeightedRandom, 2, 1);
     let [probed, other] = [0, 1].map(|n| {
-        let living = pool.cell.registry().living();
+        let living = pool.registry.living();
         living.into_iter().find(|backend| *backend.id() == id(n)).expect("it lives")
     });
     probed.condition.set_ejection(Ejection::Probing);
@@ -297,7 +297,7 @@ fn many_threads(pool: &Arc<Pool>, sessions: u32, most: u32) {
         assert!(ended.iter().all(Result::is_ok), "a thread failed");
     });
     assert_eq!(pool.queue().waiting(), 0);
-    assert!(pool.cell.registry().living().iter().all(|backend| backend.active() == 0));
+    assert!(pool.registry.living().iter().all(|backend| backend.active() == 0));
 }
 
 #[test]

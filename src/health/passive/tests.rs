@@ -36,7 +36,7 @@ fn table(numbers: &[u32]) -> Table {
 
 impl Ejections {
     fn backend(&self, n: usize) -> Arc<Backend> {
-        Arc::clone(&self.pool.cell.registry().living()[n])
+        Arc::clone(&self.pool.registry.living()[n])
     }
 
     /// So many sessions there fail to connect.

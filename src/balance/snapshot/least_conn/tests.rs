@@ -172,7 +172,7 @@ async fn while_one_session_probes_an_ejected_backend_the_least_busy_of_the_other
     for n in [2, 5] {
         busy.end_all_of(&id(n));
     }
-    let ejected = busy.pool.cell.registry().get_or_create(&id(2));
+    let ejected = busy.pool.registry.get_or_create(&id(2));
     ejected.condition.set_ejection(Ejection::Probing);
     busy.pool.cell.refresh();
     let begun = busy.begin(6).await;

@@ -9,7 +9,7 @@ async fn an_address_of_a_name_is_ejected_alone_and_the_name_is_out_with_its_last
     let member = |name: &str| (name.parse().expect("an address"), weight);
     ejections.pool.cell.publish(Table::new(vec![member("db.internal:80"), member("10.0.0.1:80")]));
     let pool = Arc::clone(&ejections.pool);
-    let name = pool.cell.registry().get_or_create(&"db.internal:80".parse().expect("a name"));
+    let name = pool.registry.get_or_create(&"db.internal:80".parse().expect("a name"));
     name.set_resolved([1, 2].map(|n| std::net::SocketAddr::from(([10, 0, 1, n], 80))).to_vec());
     pool.cell.readdress();
     let mut fail_next = || {
@@ -45,7 +45,7 @@ async fn no_more_addresses_of_a_name_are_ejected_than_may_be() {
     let weight = Weight::new(1.0).expect("a weight");
     let name: crate::balance::BackendId = "db.internal:80".parse().expect("a name");
     ejections.pool.cell.publish(Table::new(vec![(name.clone(), weight)]));
-    let name = ejections.pool.cell.registry().get_or_create(&name);
+    let name = ejections.pool.registry.get_or_create(&name);
     name.set_resolved([1, 2, 3].map(|n| std::net::SocketAddr::from(([10, 0, 1, n], 80))).to_vec());
     ejections.pool.cell.readdress();
     for _ in 0..9 {
@@ -68,7 +68,7 @@ async fn an_ejected_address_that_a_lookup_takes_away_and_brings_back_is_tried_ag
     let name: crate::balance::BackendId = "db.internal:80".parse().expect("a name");
     let pool = Arc::clone(&ejections.pool);
     pool.cell.publish(Table::new(vec![(name.clone(), weight)]));
-    let name = pool.cell.registry().get_or_create(&name);
+    let name = pool.registry.get_or_create(&name);
     let resolve = |last: &[u8]| {
         name.set_resolved(last.iter().map(|n| std::net::SocketAddr::from(([10, 0, 1, *n], 80))).collect());
         pool.cell.readdress();
