@@ -7,12 +7,11 @@
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::num::NonZeroU32;
-use std::ptr;
 use std::sync::Arc;
 
 use fastrand::Rng;
 
-use crate::balance::backend::Active;
+use crate::balance::backend::{Active, BackendKey};
 use crate::balance::pool::Pool;
 use crate::balance::snapshot::{Member, Snapshot};
 use crate::balance::values::{Address, BackendId, Balance, Policy, Table};
@@ -87,11 +86,11 @@ impl Simulation {
     #[must_use]
     pub fn forecast(&self, trial: Trial, rng: &mut Rng) -> Vec<Forecast> {
         let snapshot = Arc::clone(&self.pool.cell.load());
-        let mut places: HashMap<*const Member, usize> = HashMap::new();
-        places.extend(
-            snapshot.members().iter().enumerate().map(|(place, member)| (ptr::from_ref(member), place)),
+        let mut indices: HashMap<BackendKey, usize> = HashMap::new();
+        indices.extend(
+            snapshot.members().iter().enumerate().map(|(index, member)| (member.backend.key(), index)),
         );
-        let place = |member: &Member| places[&ptr::from_ref(member)];
+        let index = |member: &Member| indices[&member.backend.key()];
 
         let runs = Self::runs(trial.sessions);
         let mut tallies = vec![Tally::default(); snapshot.members().len()];
@@ -105,7 +104,7 @@ impl Simulation {
         for _ in 0..runs {
             for _ in 0..trial.sessions.get() {
                 if let Some(member) = self.session(&snapshot, trial, &mut active, rng) {
-                    tallies[place(member)].run += 1;
+                    tallies[index(member)].run += 1;
                 }
             }
             tallies.iter_mut().for_each(Tally::end_run);
@@ -115,16 +114,16 @@ impl Simulation {
             let mut hits = vec![0u32; tallies.len()];
             for point in grid() {
                 if let Some(member) = self.pool.choose(&snapshot, &[], point) {
-                    hits[place(member)] += 1;
+                    hits[index(member)] += 1;
                 }
             }
             hits
         });
         let mut forecasts: Vec<Forecast> = (snapshot.members().iter().zip(&tallies).enumerate())
-            .map(|(place, (member, tally))| {
+            .map(|(index, (member, tally))| {
                 let (mean, deviation) = tally.mean_and_deviation(runs);
                 let share = match &of_grid {
-                    Some(hits) => f64::from(hits[place]) / f64::from(1u32 << GRID_BITS),
+                    Some(hits) => f64::from(hits[index]) / f64::from(1u32 << GRID_BITS),
                     None => mean / f64::from(trial.sessions.get()),
                 };
                 let expected = share * f64::from(trial.sessions.get());

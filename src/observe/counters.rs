@@ -125,14 +125,6 @@ pub struct BackendCounters {
     pub session_duration: Histogram,
 }
 
-impl BackendCounters {
-    /// A number that no other counters have while these exist: their address.
-    #[must_use]
-    pub fn mark(&self) -> usize {
-        std::ptr::from_ref(self).addr()
-    }
-}
-
 /// What one worker counts for one listener.
 #[derive(Debug, Default)]
 pub struct ListenerCounters {

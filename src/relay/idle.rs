@@ -144,12 +144,12 @@ impl IdleClock {
         u8::try_from((1u128 << ticks.ilog2()) - 1).unwrap_or(u8::MAX)
     }
 
-    /// Tells sessions to end, those first that have been silent for longest: of the backends whose marks are in `whose`, which is sorted, and of
+    /// Tells sessions to end, those first that have been silent for longest: of the backends whose keys are in `backends`, which is sorted, and of
     /// those sessions the ones that began `age` ago or earlier (to a tick). `most` says how many of so many; `settle_time` is theirs.
     /// Returns how many are left of these.
     pub fn end_sessions(
         &self,
-        whose: &[usize],
+        backends: &[u64],
         age: Duration,
         settle_time: Duration,
         most: impl FnOnce(usize) -> usize,
@@ -160,7 +160,7 @@ impl IdleClock {
         let is_meant = |entry: &Entry| {
             let began = entry.settles_at.wrapping_sub(settles);
             !entry.state.has_any(State::ENDS)
-                && whose.binary_search(&entry.whose).is_ok()
+                && backends.binary_search(&entry.backend).is_ok()
                 && now.wrapping_sub(began).saturating_add(1) >= age
         };
         let meant = entries.iter().enumerate().filter(|(_, entry)| is_meant(entry));
@@ -179,8 +179,8 @@ impl IdleClock {
         meant.len() - most
     }
 
-    /// Begins to look over a session, active now, of the backend with the mark `whose`, that settles after `settle_time`.
-    pub(super) fn enter(&self, settle_time: Duration, whose: usize) -> Idle<'_> {
+    /// Begins to look over a session, active now, of the backend with this key, that settles after `settle_time`.
+    pub(super) fn enter(&self, settle_time: Duration, backend: u64) -> Idle<'_> {
         let now = self.now.get();
         let entry = Entry {
             waker: None,
@@ -189,7 +189,7 @@ impl IdleClock {
             settles_at: now.wrapping_add(self.ticks(settle_time)),
             state: State::UNCONFIRMED,
             check_mask: 0,
-            whose,
+            backend,
         };
         let mut entries = self.entries.borrow_mut();
         let place = match self.free.borrow_mut().pop() {

@@ -158,7 +158,7 @@ pub enum Ended {
     HalfCloseTimeout(Side),
 }
 
-/// Relays until the session is over. The streams are closed by their drop: cleanly if no byte was lost, else by a reset.
+/// Relays until the session is over. `backend_key` identifies the backend for [`IdleClock::end_sessions`]. The streams are closed by their drop: cleanly if no byte was lost, else by a reset.
 /// Before a reset, what was written has up to `limits.half_closed` to arrive.
 ///
 /// # Cancel safety
@@ -168,10 +168,11 @@ pub fn relay<'a>(
     backend: &'a mut Stream,
     limits: &'a Limits,
     shared: &'a Shared,
+    backend_key: u64,
     meter: Meter<'a>,
 ) -> impl Future<Output = Ended> + 'a {
     let pair = Pair { client, backend, to_backend: Direction::default(), to_client: Direction::default() };
-    let idle = shared.clock.enter(limits.settle_time, meter.backend.mark());
+    let idle = shared.clock.enter(limits.settle_time, backend_key);
     let mut relaying = Relaying { pair, idle, limits, shared, meter };
     // A block, not an async function: that would keep each of its arguments twice.
     async move {

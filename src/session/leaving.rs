@@ -13,7 +13,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::Worker;
-use crate::balance::backend::Backend;
+use crate::balance::backend::{Backend, BackendKey};
 use crate::balance::pool::Pool;
 use crate::reactor::timeout_at;
 
@@ -40,7 +40,7 @@ pub async fn close(worker: Rc<Worker>, pool: Arc<Pool>, settle_time: Duration) {
     let mut next_step: Option<Instant> = None;
     loop {
         let now = Instant::now();
-        let Due { whose, mut next } = due(&leavers.borrow_and_update(), &worker, timeout, now);
+        let Due { whose, mut next } = due(&leavers.borrow_and_update(), timeout, now);
         if whose.is_empty() {
             next_step = None;
         } else {
@@ -74,20 +74,20 @@ pub async fn close(worker: Rc<Worker>, pool: Arc<Pool>, settle_time: Duration) {
 
 /// What of the leaving backends is to be done.
 struct Due {
-    /// Those whose time is over and who have sessions: their marks, sorted.
-    whose: Vec<usize>,
+    /// Those whose time is over and who have sessions: their keys, sorted.
+    whose: Vec<u64>,
     /// When the next one's time is over.
     next: Option<Instant>,
 }
 
-fn due(leavers: &[Weak<Backend>], worker: &Worker, timeout: Duration, now: Instant) -> Due {
+fn due(leavers: &[(BackendKey, Weak<Backend>)], timeout: Duration, now: Instant) -> Due {
     let mut due = Due { whose: Vec::new(), next: None };
-    for backend in leavers.iter().filter_map(Weak::upgrade) {
+    for backend in leavers.iter().filter_map(|(_, backend)| backend.upgrade()) {
         let Some(until) = backend.leaving.since().map(|since| since + timeout) else { continue };
         if until > now {
             due.next = Some(due.next.map_or(until, |next| next.min(until)));
         } else if backend.active() > 0 {
-            due.whose.push(backend.counters.of(worker.id).mark());
+            due.whose.push(backend.key().get());
         }
     }
     due.whose.sort_unstable();

@@ -98,8 +98,8 @@ pub fn serve(mut client: Stream, address: SocketAddr, context: Rc<Context>) -> i
             }
         };
 
-        let (limits, shared, meter) = report.relaying();
-        let ended = relay::relay(&mut client, &mut backend, limits, shared, meter).await;
+        let (limits, shared, backend_key, meter) = report.relaying();
+        let ended = relay::relay(&mut client, &mut backend, limits, shared, backend_key, meter).await;
         report.close(CloseReason::Relayed(ended));
     }
 }

@@ -252,12 +252,12 @@ impl Report {
     }
 
     /// How the session is relayed, and where that is counted; what was counted stays here, even if the session is cut.
-    pub(super) fn relaying(&mut self) -> (&Limits, &Shared, Meter<'_>) {
+    pub(super) fn relaying(&mut self) -> (&Limits, &Shared, u64, Meter<'_>) {
         let Context { worker, settings, .. } = &*self.context;
         let backend = self.backend.as_ref().expect("only a session that reached a backend is relayed");
-        let backend = backend.counters.of(worker.id);
+        let (key, backend) = (backend.key().get(), backend.counters.of(worker.id));
         let half_closed = &worker.sessions.of(worker.id).half_closed;
-        (&settings.limits, &worker.relay, Meter { backend, half_closed, session: &mut self.tally })
+        (&settings.limits, &worker.relay, key, Meter { backend, half_closed, session: &mut self.tally })
     }
 
     /// Why a side of the relay broke, if one did.

@@ -4,7 +4,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 
 use arc_swap::ArcSwap;
 use tokio::time::Instant;
@@ -18,9 +18,30 @@ use super::slots::Places;
 use crate::balance::values::{Address, BackendId};
 use crate::observe::counters::{BackendCounters, PerWorker};
 
+/// Identifies a [`Backend`] for as long as the process lives, among the backends of all pools: a backend that comes back after it
+/// was forgotten has another key. A session's entry in the worker's idle clock has room for it, but not for a name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct BackendKey(u64);
+
+impl BackendKey {
+    /// A key that no other backend has.
+    fn new() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Self(NEXT.fetch_add(1, Relaxed))
+    }
+
+    /// The plain number.
+    #[inline]
+    #[must_use]
+    pub fn get(self) -> u64 {
+        self.0
+    }
+}
+
 /// One backend of one pool. Shared by snapshots and sessions.
 #[derive(Debug)]
 pub struct Backend {
+    key: BackendKey,
     id: BackendId,
     /// For a DNS name: what it last resolved to; empty until it first did.
     addresses: ArcSwap<Addresses>,
@@ -39,6 +60,7 @@ pub struct Backend {
 impl Backend {
     pub(super) fn new(id: BackendId, workers: usize, places: Places) -> Self {
         Self {
+            key: BackendKey::new(),
             id,
             addresses: ArcSwap::default(),
             turn: AtomicUsize::new(0),
@@ -48,6 +70,13 @@ impl Backend {
             leaving: Leaving::default(),
             counters: PerWorker::new(workers),
         }
+    }
+
+    /// Tells this object from all other backends.
+    #[inline]
+    #[must_use]
+    pub fn key(&self) -> BackendKey {
+        self.key
     }
 
     /// Its name.

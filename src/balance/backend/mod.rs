@@ -15,7 +15,7 @@ mod target;
 
 pub use active::Active;
 pub use addresses::{AddressNumber, Endpoint, ProbePermit};
-pub use backend::Backend;
+pub use backend::{Backend, BackendKey};
 pub use cause::{Cause, LastCause};
 pub use condition::{Condition, Ejection, Failure, Health, Probe, ProbeNumber, Reached};
 pub use presence::Leaving;

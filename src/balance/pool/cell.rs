@@ -230,12 +230,12 @@ impl Cell {
                 leaving.push((member.backend.id().clone(), member.backend.active()));
             }
             if !is_ready || member.wants_sessions() {
-                told.insert(Arc::as_ptr(&member.backend));
+                told.insert(member.backend.key());
             }
         }
         for backend in self.registry.living_in_any_order() {
             let sessions = backend.active();
-            if sessions > 0 && !told.contains(&Arc::as_ptr(&backend)) {
+            if sessions > 0 && !told.contains(&backend.key()) {
                 leaving.push((backend.id().clone(), sessions));
             }
         }

@@ -10,39 +10,39 @@ use std::sync::{Arc, Weak};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::balance::backend::{Backend, Registry};
+use crate::balance::backend::{Backend, BackendKey, Registry};
 use crate::balance::snapshot::Snapshot;
 
 /// Those that are leaving, as long as somebody else holds them.
 #[derive(Debug, Default)]
-pub struct Leavers(watch::Sender<Box<[Weak<Backend>]>>);
+pub struct Leavers(watch::Sender<Box<[(BackendKey, Weak<Backend>)]>>);
 
 impl Leavers {
     /// Hears whenever they are others. It works for as long as the pool lives.
     #[must_use]
-    pub fn watch(&self) -> watch::Receiver<Box<[Weak<Backend>]>> {
+    pub fn watch(&self) -> watch::Receiver<Box<[(BackendKey, Weak<Backend>)]>> {
         self.0.subscribe()
     }
 
     /// Goes by the newest snapshot. Looks at every backend that lives, since a session may be at one that no snapshot named.
     pub(in crate::balance) fn look(&self, snapshot: &Snapshot, registry: &Registry) {
-        let in_use: HashSet<*const Backend> =
-            snapshot.in_use().map(|member| Arc::as_ptr(&member.backend)).collect();
+        let in_use: HashSet<BackendKey> = snapshot.in_use().map(|member| member.backend.key()).collect();
         let now = Instant::now();
         let mut leaving = Vec::new();
         for backend in registry.living_in_any_order() {
-            if in_use.contains(&Arc::as_ptr(&backend)) {
+            if in_use.contains(&backend.key()) {
                 backend.leaving.end();
             } else {
                 backend.leaving.begin(now);
-                leaving.push(Arc::downgrade(&backend));
+                leaving.push(backend);
             }
         }
-        leaving.sort_unstable_by_key(|backend| backend.as_ptr().addr());
+        leaving.sort_unstable_by_key(|backend| backend.key());
         self.0.send_if_modified(|before| {
-            let is_other = !before.iter().map(Weak::as_ptr).eq(leaving.iter().map(Weak::as_ptr));
+            let is_other =
+                !before.iter().map(|(key, _)| *key).eq(leaving.iter().map(|backend| backend.key()));
             if is_other {
-                *before = leaving.into();
+                *before = leaving.iter().map(|backend| (backend.key(), Arc::downgrade(backend))).collect();
             }
             is_other
         });
@@ -76,7 +76,7 @@ mod tests {
         // A backend that is only remembered has no sessions to close.
         let used = cell.registry().living();
         let leavers = cell.leavers().watch();
-        let living = leavers.borrow().iter().filter_map(Weak::upgrade).collect::<Vec<_>>();
+        let living = leavers.borrow().iter().filter_map(|(_, backend)| backend.upgrade()).collect::<Vec<_>>();
         let living: Vec<_> = living.iter().filter(|b| used.iter().any(|used| Arc::ptr_eq(used, b))).collect();
         let seconds = |backend: &Backend| backend.leaving.since().expect("it leaves").elapsed().as_secs();
         let mut named: Vec<_> = living.iter().map(|b| (b.id().to_string(), seconds(b))).collect();

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::balance::backend::{Backend, Registry};
+use crate::balance::backend::{Backend, BackendKey, Registry};
 use crate::balance::values::{AdminState, BackendId, Policy, Table, Weight};
 
 /// One backend of a snapshot.
@@ -120,11 +120,10 @@ pub(in crate::balance) fn begin_ramps(
     registry: &Registry,
 ) {
     let is_ready = |member: &&Member| member.state == AdminState::Ready;
-    let before: HashSet<*const Backend> =
-        before.iter().filter(is_ready).map(|member| Arc::as_ptr(&member.backend)).collect();
-    let is_new = |member: &Member| {
-        !before.contains(&Arc::as_ptr(&member.backend)) && !registry.left_ready(&member.backend)
-    };
+    let before: HashSet<BackendKey> =
+        before.iter().filter(is_ready).map(|member| member.backend.key()).collect();
+    let is_new =
+        |member: &Member| !before.contains(&member.backend.key()) && !registry.left_ready(&member.backend);
     let now = Instant::now();
     let can_spare = |member: &Member| {
         member.wants_sessions()

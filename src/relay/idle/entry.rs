@@ -22,8 +22,8 @@ pub(super) struct Entry {
     pub(super) state: State,
     /// Once it has settled: its peers are checked at each tick at which these bits of a count are all 0.
     pub(super) check_mask: u8,
-    /// The mark of its backend.
-    pub(super) whose: usize,
+    /// The key of its backend.
+    pub(super) backend: u64,
 }
 
 /// A set of what is known of a session. Bits, because eight bytes an entry are 40 MB at a million idle sessions.

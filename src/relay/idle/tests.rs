@@ -131,7 +131,7 @@ async fn memory_is_given_back_after_a_peak_though_some_sessions_of_it_go_on() {
         assert!(idle.poll_due(&mut cx, Some(1000 * LIMIT), false).is_pending());
     };
     let sessions = async {
-        let mut sessions: Vec<_> = (0..PEAK).map(|mark| clock.enter(1000 * LIMIT, mark)).collect();
+        let mut sessions: Vec<_> = (0..PEAK as u64).map(|key| clock.enter(1000 * LIMIT, key)).collect();
         sessions.iter_mut().for_each(poll);
         let before = clock.entries.borrow().capacity();
         let mut number = 0;
@@ -148,7 +148,7 @@ async fn memory_is_given_back_after_a_peak_though_some_sessions_of_it_go_on() {
         assert!(clock.vacated.borrow().capacity() <= 2048);
         // Each is still itself.
         for (number, session) in (1..).zip(&sessions) {
-            assert_eq!(session.entry().whose, 500 * number - 1);
+            assert_eq!(session.entry().backend, 500 * number - 1);
         }
         drop(sessions);
         assert_eq!(clock.entries.borrow().len(), clock.free.borrow().len() + clock.vacated.borrow().len());
