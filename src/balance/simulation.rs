@@ -27,7 +27,7 @@ const DEVIATIONS: f64 = 1.96;
 
 /// What is tried.
 #[derive(Clone, Copy, Debug)]
-pub struct Trial {
+pub struct SimulatedLoad {
     /// Of one run.
     pub sessions: NonZeroU32,
     /// For `least_conn`: sessions that are active at each moment. As one comes, one ends, whichever it is, as sessions of
@@ -84,7 +84,7 @@ impl Simulation {
     /// # Cost
     /// Some 5 million choices, or 50 runs if those are more: below a second up to 100,000 sessions.
     #[must_use]
-    pub fn forecast(&self, trial: Trial, rng: &mut Rng) -> Vec<Forecast> {
+    pub fn forecast(&self, load: SimulatedLoad, rng: &mut Rng) -> Vec<Forecast> {
         let snapshot = Arc::clone(&self.pool.cell.load());
         let mut indices: HashMap<BackendKey, usize> = HashMap::new();
         indices.extend(
@@ -92,18 +92,18 @@ impl Simulation {
         );
         let index = |member: &Member| indices[&member.backend.key()];
 
-        let runs = Self::runs(trial.sessions);
+        let runs = Self::runs(load.sessions);
         let mut tallies = vec![Tally::default(); snapshot.members().len()];
         let mut active = Vec::new();
         if self.balance == Balance::LeastConn {
             // Twice as many as are active, so that the first ones, who came to an empty pool, have gone but for some.
-            for _ in 0..2 * u64::from(trial.active.get()) {
-                self.session(&snapshot, trial, &mut active, rng);
+            for _ in 0..2 * u64::from(load.active.get()) {
+                self.session(&snapshot, load, &mut active, rng);
             }
         }
         for _ in 0..runs {
-            for _ in 0..trial.sessions.get() {
-                if let Some(member) = self.session(&snapshot, trial, &mut active, rng) {
+            for _ in 0..load.sessions.get() {
+                if let Some(member) = self.session(&snapshot, load, &mut active, rng) {
                     tallies[index(member)].run += 1;
                 }
             }
@@ -124,9 +124,9 @@ impl Simulation {
                 let (mean, deviation) = tally.mean_and_deviation(runs);
                 let share = match &of_grid {
                     Some(hits) => f64::from(hits[index]) / f64::from(1u32 << GRID_BITS),
-                    None => mean / f64::from(trial.sessions.get()),
+                    None => mean / f64::from(load.sessions.get()),
                 };
-                let expected = share * f64::from(trial.sessions.get());
+                let expected = share * f64::from(load.sessions.get());
                 Forecast {
                     id: member.backend.id().clone(),
                     share,
@@ -165,14 +165,14 @@ impl Simulation {
     fn session<'a>(
         &self,
         snapshot: &'a Snapshot,
-        trial: Trial,
+        load: SimulatedLoad,
         active: &mut Vec<Active>,
         rng: &mut Rng,
     ) -> Option<&'a Member> {
         let client = IpAddr::from(Ipv4Addr::from_bits(rng.u32(..)));
         let member = self.pool.choose(snapshot, &[], self.pool.point(client, rng.u64(..)))?;
         if self.balance == Balance::LeastConn {
-            if active.len() >= trial.active.get() as usize {
+            if active.len() >= load.active.get() as usize {
                 // Any of them.
                 active.swap_remove(rng.usize(..active.len()));
             }
@@ -227,13 +227,13 @@ mod tests {
         Table::new(weights.iter().enumerate().map(member).collect())
     }
 
-    fn trial(active: u32) -> Trial {
+    fn load(active: u32) -> SimulatedLoad {
         let number = |number| NonZeroU32::new(number).expect("not zero");
-        Trial { sessions: number(SESSIONS), active: number(active) }
+        SimulatedLoad { sessions: number(SESSIONS), active: number(active) }
     }
 
     fn forecast(balance: Balance, weights: &[f64]) -> Vec<Forecast> {
-        Simulation::new(balance, table(weights)).forecast(trial(900), &mut Rng::with_seed(7))
+        Simulation::new(balance, table(weights)).forecast(load(900), &mut Rng::with_seed(7))
     }
 
     #[test]
@@ -269,7 +269,7 @@ mod tests {
     fn with_few_active_sessions_least_conn_prefers_the_heavier_one() {
         let simulation = Simulation::new(Balance::LeastConn, table(&[100.0, 300.0]));
         let shares = |active| {
-            let forecasts = simulation.forecast(trial(active), &mut Rng::with_seed(7));
+            let forecasts = simulation.forecast(load(active), &mut Rng::with_seed(7));
             forecasts.iter().map(|forecast| forecast.share).collect::<Vec<_>>()
         };
         assert!(shares(1)[0] < 0.15, "{:?}", shares(1));
@@ -305,7 +305,7 @@ mod tests {
         let members = ["db.internal:80", "10.0.0.1:80"]
             .map(|id| (id.parse().expect("an address"), Weight::new(1.0).expect("a weight")));
         let simulation = Simulation::new(Balance::WeightedRandom, Table::new(members.into()));
-        let forecasts = simulation.forecast(trial(1), &mut Rng::with_seed(7));
+        let forecasts = simulation.forecast(load(1), &mut Rng::with_seed(7));
         assert!(forecasts.iter().all(|forecast| (forecast.share - 0.5).abs() < 1e-5), "{forecasts:?}");
     }
 

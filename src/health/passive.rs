@@ -19,7 +19,7 @@ use tracing::info;
 
 use super::lines::{self, Lines};
 use crate::balance::backend::Target;
-use crate::balance::backend::{Ejection, Probe, ProbeNumber};
+use crate::balance::backend::{Ejection, TrialNumber, TrialProgress};
 use crate::balance::pool::Pool;
 use crate::balance::snapshot::Member;
 use crate::balance::{BackendId, Outlier};
@@ -70,7 +70,7 @@ struct Known {
     /// Put off by each look that finds it in the table and still ejected.
     forgotten_at: Instant,
     /// Its newest probe that has connected, and when that was seen.
-    connected: Option<(ProbeNumber, Instant)>,
+    connected: Option<(TrialNumber, Instant)>,
 }
 
 /// What a look decides for one backend.
@@ -150,7 +150,7 @@ impl Ejections {
                         out += usize::from(counts);
                         self.eject(&target);
                     }
-                    Verdict::Probe => target.condition().set_ejection(Ejection::Probing),
+                    Verdict::Probe => target.condition().set_ejection(Ejection::Trial),
                     Verdict::TakeBack => self.take_back(&target),
                 }
                 changed = true;
@@ -180,15 +180,15 @@ impl Ejections {
                 let is_over = member.wants_sessions() && !condition.fails_checks();
                 if is_over { Verdict::Probe } else { Verdict::Stay }
             }
-            Ejection::Probing => {
+            Ejection::Trial => {
                 let known = self.known(target, now);
-                let (number, probe) = condition.probe();
+                let (number, probe) = condition.trial();
                 match probe {
-                    Probe::Failed => Verdict::Eject,
+                    TrialProgress::Failed => Verdict::Eject,
                     _ if condition.fails_checks() => Verdict::Stay,
-                    Probe::Wanted | Probe::Begun => Verdict::Stay,
-                    Probe::Succeeded => Verdict::TakeBack,
-                    Probe::Connected => {
+                    TrialProgress::Wanted | TrialProgress::Begun => Verdict::Stay,
+                    TrialProgress::Succeeded => Verdict::TakeBack,
+                    TrialProgress::Connected => {
                         let seen = known.connected.filter(|(of, _)| *of == number);
                         let (_, since) = *known.connected.insert(seen.unwrap_or((number, now)));
                         if now - since >= PROBE_PATIENCE {
@@ -225,7 +225,7 @@ impl Ejections {
     fn eject(&mut self, target: &Target) {
         let (now, condition, key) = (Instant::now(), target.condition(), key(target));
         let failures = condition.failures(target.reached());
-        let again = condition.ejection() == Ejection::Probing;
+        let again = condition.ejection() == Ejection::Trial;
         let forgiven = |known: &Known| !again && known.until <= now;
         let times = match self.known.get(&key) {
             Some(known) if !forgiven(known) => known.times + 1,

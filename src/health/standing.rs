@@ -21,7 +21,7 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// Makes the pool's snapshot again while a slow start lasts. Never ends.
 pub async fn grow(pool: Arc<Pool>) {
-    let mut standing = pool.cell.standing();
+    let mut standing = pool.cell.status();
     let step = (pool.cell.policy().slow_start / STEPS).max(SHORTEST_STEP);
     loop {
         if standing.borrow_and_update().ramps {
@@ -35,7 +35,7 @@ pub async fn grow(pool: Arc<Pool>) {
 
 /// Says when too little of the pool is healthy, so that health is ignored. Never ends.
 pub async fn watch_fail_open(pool: Arc<Pool>) {
-    let mut standing = pool.cell.standing();
+    let mut standing = pool.cell.status();
     let mut told = false;
     let mut lines = LogLimiter::new(MOST_LINES);
     loop {

@@ -16,7 +16,7 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// Watches one pool. Never ends.
 pub async fn watch(pool: Arc<Pool>) {
-    let mut standing = pool.cell.standing();
+    let mut standing = pool.cell.status();
     // A pool that begins with one backend has never had more: that is no news, nor is it that it gets a second one.
     let mut has_had_one = pool.cell.load().members().len() < 2;
     let mut told = if has_had_one { Usable::One } else { Usable::Several };

@@ -313,7 +313,7 @@ fn applied(cell: &Cell) -> (u64, ContentHash) {
 
 /// A name that cannot stand in a report (a socket's path may hold anything) is left out of it.
 fn leaving(cell: &Cell) -> String {
-    let mut leaving = cell.leaving();
+    let mut leaving = cell.draining();
     leaving.retain(|(id, _)| !id.as_str().contains(|c: char| c.is_whitespace() || c == LEAVING));
     leaving.sort_by(|a, b| b.1.cmp(&a.1).then_with(|| a.0.cmp(&b.0)));
     let named = leaving.iter().take(MOST_LEAVING).map(|(id, sessions)| format!("{LEAVING}{id}={sessions}"));

@@ -34,7 +34,7 @@ pub async fn close(worker: Rc<Worker>, pool: Arc<Pool>, settle_time: Duration) {
         return;
     }
     let spread = (timeout / 10).max(SHORTEST_SPREAD);
-    let mut leavers = pool.cell.leavers().watch();
+    let mut leavers = pool.cell.draining_backends().watch();
     // Of a step, while some are due.
     let mut most = 0;
     let mut next_step: Option<Instant> = None;
@@ -83,7 +83,7 @@ struct Due {
 fn due(leavers: &[(BackendKey, Weak<Backend>)], timeout: Duration, now: Instant) -> Due {
     let mut due = Due { whose: Vec::new(), next: None };
     for backend in leavers.iter().filter_map(|(_, backend)| backend.upgrade()) {
-        let Some(until) = backend.leaving.since().map(|since| since + timeout) else { continue };
+        let Some(until) = backend.draining.since().map(|since| since + timeout) else { continue };
         if until > now {
             due.next = Some(due.next.map_or(until, |next| next.min(until)));
         } else if backend.active() > 0 {

@@ -41,16 +41,16 @@ pub(super) async fn wait(
     loop {
         let turn = poll_fn(|cx| match client.poll_left(cx) {
             Poll::Ready(()) => Poll::Ready(Err(CloseReason::QueueLeft)),
-            Poll::Pending => place.poll_turn(cx).map(Ok),
+            Poll::Pending => place.poll_woken(cx).map(Ok),
         });
         timeout_at(until, turn).await.unwrap_or(Err(CloseReason::QueueTimeout))?;
         let now = Instant::now();
-        match pool.pick_in_turn(report.client(), tried, worker.random(), now).await {
+        match pool.pick_for_waiter(report.client(), tried, worker.random(), now).await {
             Ok(pick) => {
                 place.served();
                 return Ok(pick);
             }
-            Err(NoPick::Nobody) => return Err(nobody),
+            Err(NoPick::NoBackend) => return Err(nobody),
             // It may be this session's turn again at once, for as long as others come in between.
             Err(NoPick::Full) if now >= until => return Err(CloseReason::QueueTimeout),
             Err(NoPick::Full) => place.found_none(!tried.is_empty()),

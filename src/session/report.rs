@@ -12,8 +12,8 @@ use super::failures::Failures;
 use crate::balance::Weight;
 use crate::balance::backend::Active;
 use crate::balance::backend::Cause;
-use crate::balance::backend::{AddressNumber, ProbePermit};
-use crate::balance::backend::{Failure, Probe, ProbeNumber};
+use crate::balance::backend::{AddressNumber, TrialPermit};
+use crate::balance::backend::{Failure, TrialNumber, TrialProgress};
 use crate::balance::pool::{Pick, Source};
 use crate::observe::counters::Counter;
 use crate::relay::{Ended, Limits, Meter, Shared, Side, Tally};
@@ -111,7 +111,7 @@ pub(super) struct Report {
     /// Of its name, the address that was tried last, or is tried first.
     address: Option<AddressNumber>,
     /// The session is to show whether that, or else the backend, is back.
-    probe: Option<ProbeNumber>,
+    probe: Option<TrialNumber>,
     /// Of the backend, when it was picked.
     weight: Weight,
     /// Who named it.
@@ -163,13 +163,13 @@ impl Report {
         let pool = self.context.pool.counters.of(self.context.worker.id);
         pool.picks[pick.source as usize].add(1);
         self.backend = Some(pick.backend);
-        self.is_to_show(pick.probe.and_then(ProbePermit::address), pick.probe);
+        self.is_to_show(pick.trial.and_then(TrialPermit::address), pick.trial);
         (self.weight, self.source) = (pick.weight, pick.source);
     }
 
     /// Before it waits for a place elsewhere, others may have the one at the backend that was tried.
     pub(super) fn gives_back(&mut self) {
-        self.probed(Probe::Wanted);
+        self.probed(TrialProgress::Wanted);
         (self.backend, self.address, self.probe) = (None, None, None);
     }
 
@@ -179,18 +179,18 @@ impl Report {
     }
 
     /// What the session got with its pick, if it is to show whether the backend is back.
-    pub(super) fn permit(&self) -> Option<ProbePermit> {
-        self.probe.map(|number| ProbePermit::new(number, self.address))
+    pub(super) fn permit(&self) -> Option<TrialPermit> {
+        self.probe.map(|number| TrialPermit::new(number, self.address))
     }
 
-    fn is_to_show(&mut self, address: Option<AddressNumber>, permit: Option<ProbePermit>) {
-        (self.address, self.probe) = (address, permit.map(ProbePermit::number));
+    fn is_to_show(&mut self, address: Option<AddressNumber>, permit: Option<TrialPermit>) {
+        (self.address, self.probe) = (address, permit.map(TrialPermit::number));
     }
 
     /// The session goes on to this address of the backend's name, with the permit to show whether that is back, if it has one.
-    pub(super) fn tries_address(&mut self, address: Option<AddressNumber>, permit: Option<ProbePermit>) {
+    pub(super) fn tries_address(&mut self, address: Option<AddressNumber>, permit: Option<TrialPermit>) {
         if permit.is_none() {
-            self.probed(Probe::Wanted);
+            self.probed(TrialProgress::Wanted);
         }
         self.is_to_show(address, permit);
     }
@@ -215,7 +215,7 @@ impl Report {
             if let Some(address) = self.address {
                 backend.count_connected_at(address);
             }
-            self.probed(Probe::Connected);
+            self.probed(TrialProgress::Connected);
         }
     }
 
@@ -229,14 +229,14 @@ impl Report {
                 }
                 Some(address) => self.context.pool.failed_at(backend.backend(), address, failure, cause),
             }
-            self.probed(Probe::Failed);
+            self.probed(TrialProgress::Failed);
         }
     }
 
     /// The session has come so far, if it is to show whether the backend is back.
-    fn probed(&self, to: Probe) {
+    fn probed(&self, to: TrialProgress) {
         if let (Some(backend), Some(permit)) = (&self.backend, self.permit()) {
-            self.context.pool.probed(backend, permit, to);
+            self.context.pool.report_trial(backend, permit, to);
         }
     }
 
@@ -305,7 +305,7 @@ impl Drop for Report {
             match self.reason {
                 _ if self.tally.to_client > 0 => {
                     self.answered_at_address();
-                    self.probed(Probe::Succeeded);
+                    self.probed(TrialProgress::Succeeded);
                 }
                 CloseReason::Relayed(Ended::Reset(Side::Backend)) => {
                     self.failed(Failure::Reset, relay_error.unwrap_or(Cause::RESET));
@@ -314,12 +314,12 @@ impl Drop for Report {
                 CloseReason::Relayed(Ended::Finished | Ended::IdleTimeout) => {
                     counters.answered.add(1);
                     self.answered_at_address();
-                    self.probed(Probe::Succeeded);
+                    self.probed(TrialProgress::Succeeded);
                 }
                 _ => {}
             }
         }
-        self.probed(Probe::Wanted);
+        self.probed(TrialProgress::Wanted);
         if let Some(log) = &worker.access_log {
             let term = self.term();
             let error = match self.reason {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
 use super::backend::Backend;
-use super::slots::Places;
+use super::slots::Slots;
 
 /// A session at a backend, counted as active from the pick to its end. Another backend is another one's.
 #[derive(Debug)]
@@ -16,11 +16,11 @@ impl Active {
     #[inline]
     #[must_use]
     pub fn take(backend: &Arc<Backend>) -> Option<Self> {
-        let Places { active, most, .. } = backend.places();
-        if *most == 0 {
+        let Slots { active, limit, .. } = backend.slots();
+        if *limit == 0 {
             active.fetch_add(1, Relaxed);
         } else {
-            let one_more = |active| (active < *most).then_some(active + 1);
+            let one_more = |active| (active < *limit).then_some(active + 1);
             active.fetch_update(SeqCst, SeqCst, one_more).ok()?;
         }
         Some(Self(Arc::clone(backend)))
@@ -43,8 +43,8 @@ impl Deref for Active {
 
 impl Drop for Active {
     fn drop(&mut self) {
-        let Places { active, most, queue } = self.0.places();
-        if *most == 0 {
+        let Slots { active, limit, queue } = self.0.slots();
+        if *limit == 0 {
             active.fetch_sub(1, Relaxed);
         } else {
             queue.free(|| {

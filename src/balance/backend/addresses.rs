@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use tokio::time::Instant;
 
-use super::condition::{Condition, Ejection, ProbeNumber};
+use super::condition::{Condition, Ejection, TrialNumber};
 use super::presence::REMEMBERED_FOR;
 
 /// Addresses that one name does not have any more and that are remembered.
@@ -33,22 +33,22 @@ pub struct AddressNumber(NonZeroU16);
 
 /// A session's permission to show whether an address is back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ProbePermit {
-    pub(in crate::balance) number: ProbeNumber,
+pub struct TrialPermit {
+    pub(in crate::balance) number: TrialNumber,
     /// `None`: the backend's own address.
     pub(in crate::balance) address: Option<AddressNumber>,
 }
 
-impl ProbePermit {
+impl TrialPermit {
     /// The parts of one that was given out, put together again.
     #[must_use]
-    pub fn new(number: ProbeNumber, address: Option<AddressNumber>) -> Self {
+    pub fn new(number: TrialNumber, address: Option<AddressNumber>) -> Self {
         Self { number, address }
     }
 
     /// Which probe it is.
     #[must_use]
-    pub fn number(self) -> ProbeNumber {
+    pub fn number(self) -> TrialNumber {
         self.number
     }
 
@@ -84,13 +84,13 @@ impl NamedAddress {
         self.answered.fetch_add(1, Relaxed);
     }
 
-    pub(in crate::balance) fn is_probing(&self) -> bool {
-        self.condition.ejection() == Ejection::Probing && !self.condition.fails_checks()
+    pub(in crate::balance) fn is_on_trial(&self) -> bool {
+        self.condition.ejection() == Ejection::Trial && !self.condition.fails_checks()
     }
 
-    pub(in crate::balance) fn take_probe(&self) -> Option<ProbePermit> {
-        let number = if self.is_probing() { self.condition.take_probe()? } else { return None };
-        Some(ProbePermit { number, address: Some(self.number) })
+    pub(in crate::balance) fn take_trial(&self) -> Option<TrialPermit> {
+        let number = if self.is_on_trial() { self.condition.take_trial()? } else { return None };
+        Some(TrialPermit { number, address: Some(self.number) })
     }
 }
 

@@ -9,12 +9,12 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use arc_swap::ArcSwap;
 use tokio::time::Instant;
 
-use super::addresses::{AddressNumber, Addresses, Endpoint, NamedAddress, ProbePermit};
-use super::condition::{Condition, Ejection, Probe, Reached};
-use super::presence::{Leaving, Presence};
+use super::addresses::{AddressNumber, Addresses, Endpoint, NamedAddress, TrialPermit};
+use super::condition::{Condition, Ejection, Reached, TrialProgress};
+use super::presence::{DrainingSince, Presence};
 use super::route::Route;
 
-use super::slots::Places;
+use super::slots::Slots;
 use crate::balance::values::{Address, BackendId};
 use crate::observe::counters::{BackendCounters, PerWorker};
 
@@ -47,27 +47,27 @@ pub struct Backend {
     addresses: ArcSwap<Addresses>,
     /// Rotates over `addresses`.
     turn: AtomicUsize,
-    places: Places,
+    slots: Slots,
     presence: Presence,
     /// What is known of it. The health and the ejection of a DNS name are those of its addresses: see [`Backend::is_usable`].
     pub condition: Condition,
     /// Whether its sessions are to end.
-    pub leaving: Leaving,
+    pub draining: DrainingSince,
     /// What the workers count of it.
     pub counters: PerWorker<BackendCounters>,
 }
 
 impl Backend {
-    pub(super) fn new(id: BackendId, workers: usize, places: Places) -> Self {
+    pub(super) fn new(id: BackendId, workers: usize, slots: Slots) -> Self {
         Self {
             key: BackendKey::new(),
             id,
             addresses: ArcSwap::default(),
             turn: AtomicUsize::new(0),
-            places,
+            slots,
             presence: Presence::default(),
             condition: Condition::default(),
-            leaving: Leaving::default(),
+            draining: DrainingSince::default(),
             counters: PerWorker::new(workers),
         }
     }
@@ -88,12 +88,12 @@ impl Backend {
     /// Sessions that it has, those that are about to connect among them.
     #[must_use]
     pub fn active(&self) -> u32 {
-        self.places.active()
+        self.slots.active()
     }
 
     #[inline]
-    pub(in crate::balance) fn places(&self) -> &Places {
-        &self.places
+    pub(in crate::balance) fn slots(&self) -> &Slots {
+        &self.slots
     }
 
     pub(in crate::balance) fn presence(&self) -> &Presence {
@@ -120,7 +120,7 @@ impl Backend {
     /// Where the next session connects to. `permit` is what it got with its pick.
     #[inline]
     #[must_use]
-    pub fn route(&self, permit: Option<ProbePermit>) -> Route {
+    pub fn route(&self, permit: Option<TrialPermit>) -> Route {
         match self.id.address() {
             Address::Socket(address) => Route::own(Endpoint::Tcp(*address)),
             Address::Unix(path) => Route::own(Endpoint::Unix(path.clone())),
@@ -142,39 +142,39 @@ impl Backend {
     }
 
     /// It gets one session, which shows whether it is back, and no others.
-    pub(in crate::balance) fn is_probing(&self) -> bool {
+    pub(in crate::balance) fn is_on_trial(&self) -> bool {
         if !self.is_name() {
-            return self.condition.ejection() == Ejection::Probing && !self.condition.fails_checks();
+            return self.condition.ejection() == Ejection::Trial && !self.condition.fails_checks();
         }
-        !self.is_usable() && self.addresses.load().current().iter().any(|known| known.is_probing())
+        !self.is_usable() && self.addresses.load().current().iter().any(|known| known.is_on_trial())
     }
 
     /// For the one session that a probing backend gets. It is to say what becomes of it, and to end its probe.
-    pub(in crate::balance) fn take_probe(&self) -> Option<ProbePermit> {
+    pub(in crate::balance) fn take_trial(&self) -> Option<TrialPermit> {
         if self.is_name() {
-            return self.addresses.load().current().iter().find_map(|known| known.take_probe());
+            return self.addresses.load().current().iter().find_map(|known| known.take_trial());
         }
-        self.condition.take_probe().map(|number| ProbePermit { number, address: None })
+        self.condition.take_trial().map(|number| TrialPermit { number, address: None })
     }
 
     /// Sessions are just finding out whether it is back, or have found out.
-    pub(in crate::balance) fn is_probed(&self) -> bool {
+    pub(in crate::balance) fn has_trial_session(&self) -> bool {
         if !self.is_name() {
-            return self.condition.is_probed();
+            return self.condition.has_trial_session();
         }
         let addresses = self.addresses.load();
-        let waits = |known: &Arc<NamedAddress>| known.is_probing() && !known.condition.is_probed();
+        let waits = |known: &Arc<NamedAddress>| known.is_on_trial() && !known.condition.has_trial_session();
         !addresses.current().iter().any(waits)
     }
 
     /// The session with this permit has come so far; `Wanted`: it is over. False: its probe is over.
-    pub(in crate::balance) fn move_probe(&self, permit: ProbePermit, to: Probe) -> bool {
+    pub(in crate::balance) fn move_trial(&self, permit: TrialPermit, to: TrialProgress) -> bool {
         let moved = |condition: &Condition| match to {
-            Probe::Wanted => {
-                condition.end_probe(permit.number);
+            TrialProgress::Wanted => {
+                condition.end_trial(permit.number);
                 true
             }
-            to => condition.move_probe(permit.number, to),
+            to => condition.move_trial(permit.number, to),
         };
         match permit.address {
             None => moved(&self.condition),
@@ -292,12 +292,12 @@ mod tests {
         let [a, b] = addresses([1, 2]);
         backend.set_resolved(vec![a, b]);
         let targets: Vec<_> = Target::all_of(&backend).collect();
-        targets[1].condition().set_ejection(Ejection::Probing);
+        targets[1].condition().set_ejection(Ejection::Trial);
         let mut route = backend.route(None);
         let permit = route.take_permit().expect("a probe is wanted");
         assert_eq!((route.endpoint(), route.len()), (Some(&Endpoint::Tcp(b)), 2));
         assert_eq!(tries(&backend), [Endpoint::Tcp(a)], "one session probes");
-        assert!(backend.move_probe(permit, Probe::Wanted));
+        assert!(backend.move_trial(permit, TrialProgress::Wanted));
         assert_eq!(tries(&backend), [Endpoint::Tcp(b), Endpoint::Tcp(a)]);
     }
 

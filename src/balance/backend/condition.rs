@@ -32,12 +32,12 @@ pub enum Ejection {
     /// It gets no sessions until its time has come.
     Ejected = 1,
     /// It gets one session, which shows whether it is back.
-    Probing = 2,
+    Trial = 2,
 }
 
 /// How far the session has come that shows whether a probing backend is back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Probe {
+pub enum TrialProgress {
     /// The next session is to show it.
     Wanted = 0,
     /// A session has been given out, and is about to connect.
@@ -50,7 +50,7 @@ pub enum Probe {
     Failed = 4,
 }
 
-impl Probe {
+impl TrialProgress {
     fn of(state: u32) -> Self {
         match state % 8 {
             0 => Self::Wanted,
@@ -65,9 +65,9 @@ impl Probe {
 /// Which of a backend's probes a session is. One that was overtaken by the next has no say any more. Two bytes are what a session has
 /// left for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ProbeNumber(NonZeroU16);
+pub struct TrialNumber(NonZeroU16);
 
-impl ProbeNumber {
+impl TrialNumber {
     const FIRST: Self = Self(NonZeroU16::MIN);
 
     fn of(state: u32) -> Self {
@@ -78,8 +78,8 @@ impl ProbeNumber {
         self.0.checked_add(1).map_or(Self::FIRST, Self)
     }
 
-    fn with(self, probe: Probe) -> u32 {
-        u32::from(self.0.get()) << 8 | probe as u32
+    fn with(self, progress: TrialProgress) -> u32 {
+        u32::from(self.0.get()) << 8 | progress as u32
     }
 }
 
@@ -130,8 +130,8 @@ pub struct Reached {
 pub struct Condition {
     health: AtomicU8,
     ejection: AtomicU8,
-    /// The number of the newest probe, and how far it has come: see [`ProbeNumber::with`].
-    probe: AtomicU32,
+    /// The number of the newest probe, and how far it has come: see [`TrialNumber::with`].
+    trial: AtomicU32,
     connects: Row,
     resets: Row,
     /// Checks in a row that spoke against its health as it stands; written by the control plane.
@@ -164,7 +164,7 @@ impl Default for Condition {
         Self {
             health: AtomicU8::new(Health::Unchecked as u8),
             ejection: AtomicU8::new(Ejection::None as u8),
-            probe: AtomicU32::new(0),
+            trial: AtomicU32::new(0),
             connects: Row::default(),
             resets: Row::default(),
             checks_against: AtomicU32::new(0),
@@ -194,7 +194,7 @@ impl Condition {
     pub fn ejection(&self) -> Ejection {
         match self.ejection.load(Relaxed) {
             1 => Ejection::Ejected,
-            2 => Ejection::Probing,
+            2 => Ejection::Trial,
             _ => Ejection::None,
         }
     }
@@ -244,50 +244,52 @@ impl Condition {
     /// It is ejected, probed or taken back. The next snapshot goes by it.
     pub fn set_ejection(&self, ejection: Ejection) {
         // A session that probes until now has no say in what comes.
-        let next = ProbeNumber::of(self.probe.load(Relaxed)).next();
-        self.probe.store(next.with(Probe::Wanted), Relaxed);
+        let next = TrialNumber::of(self.trial.load(Relaxed)).next();
+        self.trial.store(next.with(TrialProgress::Wanted), Relaxed);
         self.forget_failures();
         self.ejection.store(ejection as u8, Relaxed);
     }
 
     /// For the one session that a probing backend gets. It is to say what becomes of it, and to end its probe.
-    pub(in crate::balance) fn take_probe(&self) -> Option<ProbeNumber> {
-        let state = self.probe.load(Relaxed);
-        if Probe::of(state) != Probe::Wanted {
+    pub(in crate::balance) fn take_trial(&self) -> Option<TrialNumber> {
+        let state = self.trial.load(Relaxed);
+        if TrialProgress::of(state) != TrialProgress::Wanted {
             return None;
         }
-        let number = ProbeNumber::of(state).next();
-        let begun = number.with(Probe::Begun);
-        self.probe.compare_exchange(state, begun, Relaxed, Relaxed).is_ok().then_some(number)
+        let number = TrialNumber::of(state).next();
+        let begun = number.with(TrialProgress::Begun);
+        self.trial.compare_exchange(state, begun, Relaxed, Relaxed).is_ok().then_some(number)
     }
 
     /// The session with this probe has come so far. False: its probe is over.
-    pub(in crate::balance) fn move_probe(&self, number: ProbeNumber, to: Probe) -> bool {
-        let moved = |state| (ProbeNumber::of(state) == number).then_some(number.with(to));
-        self.probe.fetch_update(Relaxed, Relaxed, moved).is_ok()
+    pub(in crate::balance) fn move_trial(&self, number: TrialNumber, to: TrialProgress) -> bool {
+        let moved = |state| (TrialNumber::of(state) == number).then_some(number.with(to));
+        self.trial.fetch_update(Relaxed, Relaxed, moved).is_ok()
     }
 
     /// The session with this probe is over. Where it showed nothing, the next one is to.
-    pub(in crate::balance) fn end_probe(&self, number: ProbeNumber) {
-        let showed_nothing = |state| matches!(Probe::of(state), Probe::Begun | Probe::Connected);
+    pub(in crate::balance) fn end_trial(&self, number: TrialNumber) {
+        let showed_nothing =
+            |state| matches!(TrialProgress::of(state), TrialProgress::Begun | TrialProgress::Connected);
         let wanted = |state| {
-            (ProbeNumber::of(state) == number && showed_nothing(state)).then_some(number.with(Probe::Wanted))
+            (TrialNumber::of(state) == number && showed_nothing(state))
+                .then_some(number.with(TrialProgress::Wanted))
         };
         // What is left otherwise is for whoever decides.
-        let _ = self.probe.fetch_update(Relaxed, Relaxed, wanted);
+        let _ = self.trial.fetch_update(Relaxed, Relaxed, wanted);
     }
 
     /// The newest probe, and how far it has come.
     #[must_use]
-    pub fn probe(&self) -> (ProbeNumber, Probe) {
-        let state = self.probe.load(Relaxed);
-        (ProbeNumber::of(state), Probe::of(state))
+    pub fn trial(&self) -> (TrialNumber, TrialProgress) {
+        let state = self.trial.load(Relaxed);
+        (TrialNumber::of(state), TrialProgress::of(state))
     }
 
     /// A session is just finding out whether it is back, or has found out.
     #[must_use]
-    pub fn is_probed(&self) -> bool {
-        self.probe().1 != Probe::Wanted
+    pub fn has_trial_session(&self) -> bool {
+        self.trial().1 != TrialProgress::Wanted
     }
 
     /// A session failed. Returns how many did in a row; `reached` is what the others have reached so far.
@@ -366,19 +368,20 @@ mod tests {
     #[test]
     fn one_session_probes_and_one_that_was_overtaken_has_no_say() {
         let condition = Condition::default();
-        condition.set_ejection(Ejection::Probing);
-        let first = condition.take_probe().expect("it is wanted");
-        assert_eq!((condition.take_probe(), condition.is_probed()), (None, true));
-        assert!(condition.move_probe(first, Probe::Connected));
-        condition.end_probe(first);
-        let second = condition.take_probe().expect("the first one showed nothing");
+        condition.set_ejection(Ejection::Trial);
+        let first = condition.take_trial().expect("it is wanted");
+        assert_eq!((condition.take_trial(), condition.has_trial_session()), (None, true));
+        assert!(condition.move_trial(first, TrialProgress::Connected));
+        condition.end_trial(first);
+        let second = condition.take_trial().expect("the first one showed nothing");
         assert!(
-            !condition.move_probe(first, Probe::Failed) && condition.move_probe(second, Probe::Succeeded)
+            !condition.move_trial(first, TrialProgress::Failed)
+                && condition.move_trial(second, TrialProgress::Succeeded)
         );
-        condition.end_probe(second);
-        assert_eq!(condition.probe(), (second, Probe::Succeeded), "whoever decides is to see it");
+        condition.end_trial(second);
+        assert_eq!(condition.trial(), (second, TrialProgress::Succeeded), "whoever decides is to see it");
         condition.set_ejection(Ejection::Ejected);
-        assert!(!condition.move_probe(second, Probe::Failed) && !condition.is_probed());
+        assert!(!condition.move_trial(second, TrialProgress::Failed) && !condition.has_trial_session());
     }
 
     #[tokio::test(start_paused = true)]

@@ -14,11 +14,11 @@ mod slots;
 mod target;
 
 pub use active::Active;
-pub use addresses::{AddressNumber, Endpoint, ProbePermit};
+pub use addresses::{AddressNumber, Endpoint, TrialPermit};
 pub use backend::{Backend, BackendKey};
 pub use cause::{Cause, LastCause};
-pub use condition::{Condition, Ejection, Failure, Health, Probe, ProbeNumber, Reached};
-pub use presence::Leaving;
+pub use condition::{Condition, Ejection, Failure, Health, Reached, TrialNumber, TrialProgress};
+pub use presence::DrainingSince;
 pub use registry::Registry;
 pub use route::Route;
 pub use target::Target;

@@ -29,9 +29,9 @@ static EPOCH: LazyLock<Instant> = LazyLock::new(Instant::now);
 
 /// Since when one backend is leaving. Written by the control plane.
 #[derive(Debug, Default)]
-pub struct Leaving(AtomicU64);
+pub struct DrainingSince(AtomicU64);
 
-impl Leaving {
+impl DrainingSince {
     /// `None`: it takes sessions.
     #[must_use]
     pub fn since(&self) -> Option<Instant> {

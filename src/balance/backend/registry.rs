@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use super::backend::Backend;
 use super::departed::Departed;
-use super::slots::Places;
+use super::slots::Slots;
 use crate::balance::queue::Queue;
 use crate::balance::values::{BackendId, Balance, Policy};
 
@@ -63,8 +63,8 @@ impl Registry {
         if known.backends.len() > known.sweep_above {
             known.sweep(|backend| backend.strong_count() > 0);
         }
-        let places = Places::new(self.policy.capacity.max_connections, Arc::clone(&self.queue));
-        let backend = Arc::new(Backend::new(id.clone(), self.workers, places));
+        let slots = Slots::new(self.policy.capacity.max_connections, Arc::clone(&self.queue));
+        let backend = Arc::new(Backend::new(id.clone(), self.workers, slots));
         known.backends.insert(id.clone(), Arc::downgrade(&backend));
         backend
     }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::addresses::{AddressNumber, Addresses, Endpoint, NamedAddress, ProbePermit};
+use super::addresses::{AddressNumber, Addresses, Endpoint, NamedAddress, TrialPermit};
 
 /// The addresses that a session tries at one backend, in order.
 #[derive(Debug)]
@@ -11,7 +11,7 @@ pub struct Route {
     /// Of a name, the last one first; `first` is in there.
     named: Vec<Arc<NamedAddress>>,
     /// The session is to show whether the first address is back.
-    permit: Option<ProbePermit>,
+    permit: Option<TrialPermit>,
 }
 
 impl Route {
@@ -22,13 +22,13 @@ impl Route {
     /// Through those of `addresses` that are usable, of which `turn` says the first. Before them comes the address that the
     /// session has the permit `given` for, or one that waits for a session to show that it is back. Where there is none of
     /// all these, health is ignored.
-    pub(in crate::balance) fn named(addresses: &Addresses, turn: usize, given: Option<ProbePermit>) -> Self {
+    pub(in crate::balance) fn named(addresses: &Addresses, turn: usize, given: Option<TrialPermit>) -> Self {
         let current = addresses.current();
         let is_usable = |known: &&Arc<NamedAddress>| known.condition.is_usable();
         let mut named: Vec<_> = current.iter().filter(is_usable).cloned().collect();
         let mut permit = given;
         if permit.is_none() && !named.is_empty() && named.len() < current.len() {
-            permit = current.iter().find_map(|known| known.take_probe());
+            permit = current.iter().find_map(|known| known.take_trial());
         }
         let probed = permit.and_then(|permit| addresses.find(permit.address?)).cloned();
         if named.is_empty() && probed.is_none() {
@@ -67,7 +67,7 @@ impl Route {
     }
 
     /// The permit that the session has for the address that is tried now, told once.
-    pub fn take_permit(&mut self) -> Option<ProbePermit> {
+    pub fn take_permit(&mut self) -> Option<TrialPermit> {
         self.permit.take()
     }
 

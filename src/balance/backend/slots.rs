@@ -16,17 +16,17 @@ use crate::balance::queue::Queue;
 /// read at each pick.
 #[derive(Debug)]
 #[repr(align(128))]
-pub(in crate::balance) struct Places {
+pub(in crate::balance) struct Slots {
     pub(super) active: AtomicU32,
     /// 0: any number.
-    pub(super) most: u32,
+    pub(super) limit: u32,
     /// Who waits for one: the pool's.
     pub(super) queue: Arc<Queue>,
 }
 
-impl Places {
-    pub(in crate::balance) fn new(most: u32, queue: Arc<Queue>) -> Self {
-        Self { active: AtomicU32::new(0), most, queue }
+impl Slots {
+    pub(in crate::balance) fn new(limit: u32, queue: Arc<Queue>) -> Self {
+        Self { active: AtomicU32::new(0), limit, queue }
     }
 
     #[inline]
@@ -36,17 +36,17 @@ impl Places {
 
     /// It may have only so many sessions.
     pub(in crate::balance) fn has_limit(&self) -> bool {
-        self.most > 0
+        self.limit > 0
     }
 
     /// `None`: it has as many sessions as it may have.
     #[inline]
     pub(in crate::balance) fn active_unless_full(&self) -> Option<u32> {
         let active = self.active.load(Relaxed);
-        (self.most == 0 || active < self.most).then_some(active)
+        (self.limit == 0 || active < self.limit).then_some(active)
     }
 
     pub(in crate::balance) fn is_full(&self) -> bool {
-        self.most > 0 && self.active.load(SeqCst) >= self.most
+        self.limit > 0 && self.active.load(SeqCst) >= self.limit
     }
 }

@@ -13,7 +13,7 @@ use arc_swap::{ArcSwap, Guard};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::draining::Leavers;
+use super::draining::DrainingBackends;
 use crate::balance::backend::Registry;
 use crate::balance::queue::Queue;
 use crate::balance::snapshot::{Origin, Snapshot, Unusable, Usable};
@@ -23,7 +23,7 @@ const NEVER: u64 = u64::MAX;
 
 /// What of a snapshot goes on by itself, or is worth a line in the log.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Standing {
+pub struct SnapshotStatus {
     /// See [`Snapshot::fails_open`].
     pub fails_open: bool,
     /// See [`Snapshot::ramps`].
@@ -46,9 +46,9 @@ pub struct Cell {
     /// Says that names have other addresses.
     readdressed: watch::Sender<()>,
     /// Says what of the newest snapshot the control plane has to act on.
-    standing: watch::Sender<Standing>,
+    status: watch::Sender<SnapshotStatus>,
     /// Says whose sessions are to end.
-    leavers: Leavers,
+    draining_backends: DrainingBackends,
     /// Milliseconds from `epoch` to the last confirmation, or [`NEVER`].
     confirmed: AtomicU64,
     epoch: Instant,
@@ -83,8 +83,8 @@ impl Cell {
             queue,
             published: watch::Sender::new(SystemTime::now()),
             readdressed: watch::Sender::default(),
-            standing: watch::Sender::default(),
-            leavers: Leavers::default(),
+            status: watch::Sender::default(),
+            draining_backends: DrainingBackends::default(),
             confirmed: AtomicU64::new(NEVER),
             epoch: Instant::now(),
         }
@@ -188,14 +188,14 @@ impl Cell {
 
     /// Hears when a slow start or the fail-open begins and ends. It works for as long as the cell lives.
     #[must_use]
-    pub fn standing(&self) -> watch::Receiver<Standing> {
-        self.standing.subscribe()
+    pub fn status(&self) -> watch::Receiver<SnapshotStatus> {
+        self.status.subscribe()
     }
 
     /// The backends that are leaving; none where `drain.timeout` is zero.
     #[must_use]
-    pub fn leavers(&self) -> &Leavers {
-        &self.leavers
+    pub fn draining_backends(&self) -> &DrainingBackends {
+        &self.draining_backends
     }
 
     /// What a table means here.
@@ -209,19 +209,19 @@ impl Cell {
         let (was, is) = (before.members_and_stand_ins(), next.members_and_stand_ins());
         let was = was.map(|member| (&member.backend, member.state == AdminState::Ready));
         self.registry.follow(next.version, was, is.map(|member| &member.backend));
-        let standing = Standing { fails_open: next.fails_open, ramps: next.ramps, usable: next.usable() };
+        let status = SnapshotStatus { fails_open: next.fails_open, ramps: next.ramps, usable: next.usable() };
         if !self.policy.drain_timeout.is_zero() {
-            self.leavers.look(&next, &self.registry);
+            self.draining_backends.look(&next, &self.registry);
         }
         self.newest.store(Arc::new(next));
         self.queue.renewed();
-        self.standing.send_if_modified(|before| std::mem::replace(before, standing) != standing);
+        self.status.send_if_modified(|before| std::mem::replace(before, status) != status);
     }
 
     /// The backends that somebody has put into drain or maint, and those that have sessions though they are to have no new ones
     /// (at weight zero, or no members any more); each with its sessions.
     #[must_use]
-    pub fn leaving(&self) -> Vec<(BackendId, u32)> {
+    pub fn draining(&self) -> Vec<(BackendId, u32)> {
         let newest = self.load();
         let (mut told, mut leaving) = (HashSet::new(), Vec::new());
         for member in newest.members_and_stand_ins() {

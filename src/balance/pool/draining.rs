@@ -15,9 +15,9 @@ use crate::balance::snapshot::Snapshot;
 
 /// Those that are leaving, as long as somebody else holds them.
 #[derive(Debug, Default)]
-pub struct Leavers(watch::Sender<Box<[(BackendKey, Weak<Backend>)]>>);
+pub struct DrainingBackends(watch::Sender<Box<[(BackendKey, Weak<Backend>)]>>);
 
-impl Leavers {
+impl DrainingBackends {
     /// Hears whenever they are others. It works for as long as the pool lives.
     #[must_use]
     pub fn watch(&self) -> watch::Receiver<Box<[(BackendKey, Weak<Backend>)]>> {
@@ -31,9 +31,9 @@ impl Leavers {
         let mut leaving = Vec::new();
         for backend in registry.living_in_any_order() {
             if in_use.contains(&backend.key()) {
-                backend.leaving.end();
+                backend.draining.end();
             } else {
-                backend.leaving.begin(now);
+                backend.draining.begin(now);
                 leaving.push(backend);
             }
         }
@@ -75,10 +75,14 @@ mod tests {
     fn leaving(cell: &Cell) -> Vec<(String, u64)> {
         // A backend that is only remembered has no sessions to close.
         let used = cell.registry().living();
-        let leavers = cell.leavers().watch();
-        let living = leavers.borrow().iter().filter_map(|(_, backend)| backend.upgrade()).collect::<Vec<_>>();
+        let draining_backends = cell.draining_backends().watch();
+        let living = draining_backends
+            .borrow()
+            .iter()
+            .filter_map(|(_, backend)| backend.upgrade())
+            .collect::<Vec<_>>();
         let living: Vec<_> = living.iter().filter(|b| used.iter().any(|used| Arc::ptr_eq(used, b))).collect();
-        let seconds = |backend: &Backend| backend.leaving.since().expect("it leaves").elapsed().as_secs();
+        let seconds = |backend: &Backend| backend.draining.since().expect("it leaves").elapsed().as_secs();
         let mut named: Vec<_> = living.iter().map(|b| (b.id().to_string(), seconds(b))).collect();
         named.sort();
         named
@@ -138,6 +142,6 @@ mod tests {
     fn without_a_timeout_nobody_is_looked_at() {
         let cell = cell(&[("10.0.0.1:80", 1.0)], Duration::ZERO);
         cell.publish(table(&[("10.0.0.1:80", 0.0)]));
-        assert!(cell.load().members()[0].backend.leaving.since().is_none());
+        assert!(cell.load().members()[0].backend.draining.since().is_none());
     }
 }

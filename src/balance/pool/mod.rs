@@ -8,6 +8,6 @@ pub mod lua_pick;
 mod pool;
 mod take;
 
-pub use cell::{Cell, Standing};
-pub use draining::Leavers;
+pub use cell::{Cell, SnapshotStatus};
+pub use draining::DrainingBackends;
 pub use pool::{NoPick, Pick, Pool, PoolCounters, Source, Sync};

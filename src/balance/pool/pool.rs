@@ -11,7 +11,7 @@ use super::cell::Cell;
 use super::lua_pick::LuaPicker;
 use super::take::{take, take_another};
 use crate::balance::backend::{
-    Active, AddressNumber, Backend, Cause, Failure, Probe, ProbePermit, Registry, Target,
+    Active, AddressNumber, Backend, Cause, Failure, Registry, Target, TrialPermit, TrialProgress,
 };
 use crate::balance::queue::Queue;
 use crate::balance::snapshot::{Member, Origin, Snapshot, client_hash};
@@ -65,7 +65,7 @@ pub struct Pick {
     /// The session's place there.
     pub backend: Active,
     /// The session is to show whether the backend is back. Nobody else does until [`Pool::probed`] hears what became of it.
-    pub probe: Option<ProbePermit>,
+    pub trial: Option<TrialPermit>,
     /// The weight it was picked by.
     pub weight: Weight,
     /// Who named it.
@@ -76,7 +76,7 @@ pub struct Pick {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NoPick {
     /// None has any weight, or none is left to try.
-    Nobody,
+    NoBackend,
     /// Those that are have as many sessions as they may have, or others wait for a place already.
     Full,
 }
@@ -184,7 +184,7 @@ impl Pool {
     ///
     /// # Errors
     /// As there.
-    pub async fn pick_in_turn(
+    pub async fn pick_for_waiter(
         &self,
         client: SocketAddr,
         tried: &[BackendId],
@@ -206,7 +206,7 @@ impl Pool {
             return None;
         }
         let pick = self.pick_from_cell(tried, point, true);
-        let is_said = self.sync.is_none() || tried.is_empty() || !matches!(pick, Err(NoPick::Nobody));
+        let is_said = self.sync.is_none() || tried.is_empty() || !matches!(pick, Err(NoPick::NoBackend));
         is_said.then_some(pick)
     }
 
@@ -224,12 +224,12 @@ impl Pool {
     /// # Cancel safety
     /// Dropping the future gives up the answer of Redis.
     pub async fn pick_by_redis(&self, tried: &[BackendId], point: u64, now: Instant) -> Result<Pick, NoPick> {
-        let mut none = NoPick::Nobody;
+        let mut none = NoPick::NoBackend;
         if let Some(lua) = self.sync.as_ref().and_then(|sync| sync.lua.as_ref())
             && let Some((backend, weight)) = lua.pick(point, self.left_out(tried)).await
         {
             if let Some(backend) = Active::take(&backend) {
-                return Ok(Pick { backend, probe: None, weight, source: Source::Lua });
+                return Ok(Pick { backend, trial: None, weight, source: Source::Lua });
             }
             none = NoPick::Full;
         }
@@ -273,8 +273,8 @@ impl Pool {
 
     /// The session with this permit for `backend` has come so far; `Wanted`: it has ended, and where it showed nothing, the next one is
     /// to.
-    pub fn probed(&self, backend: &Backend, permit: ProbePermit, to: Probe) {
-        if backend.move_probe(permit, to) && to != Probe::Wanted {
+    pub fn report_trial(&self, backend: &Backend, permit: TrialPermit, to: TrialProgress) {
+        if backend.move_trial(permit, to) && to != TrialProgress::Wanted {
             self.suspicion.notify_one();
         }
     }
@@ -288,7 +288,7 @@ impl Pool {
     /// (of which it may know), that health speaks against or that are full.
     fn left_out(&self, tried: &[BackendId]) -> Vec<BackendId> {
         let snapshot = self.cell.load();
-        let full = snapshot.pickable().iter().filter(|member| member.backend.places().is_full());
+        let full = snapshot.pickable().iter().filter(|member| member.backend.slots().is_full());
         let out = |wants_sessions: bool| {
             snapshot.unusable().filter(move |member| member.wants_sessions() == wants_sessions)
         };
@@ -299,8 +299,8 @@ impl Pool {
     #[inline]
     fn pick_from_cell(&self, tried: &[BackendId], point: u64, fresh: bool) -> Result<Pick, NoPick> {
         let snapshot = self.cell.load();
-        let first = self.choose(&snapshot, tried, point).ok_or(NoPick::Nobody)?;
-        let (member, (backend, probe)) = match take(first) {
+        let first = self.choose(&snapshot, tried, point).ok_or(NoPick::NoBackend)?;
+        let (member, (backend, trial)) = match take(first) {
             Ok(place) => (first, place),
             Err(_) => take_another(&snapshot, tried, point, |point| self.draw(&snapshot, tried, point))
                 .map_err(|_| NoPick::Full)?,
@@ -312,7 +312,7 @@ impl Pool {
             (Origin::Redis, true) => Source::Snapshot,
             (Origin::Redis, false) => Source::Stale,
         };
-        Ok(Pick { backend, probe, weight: member.weight, source })
+        Ok(Pick { backend, trial, weight: member.weight, source })
     }
 
     /// What a session's choice goes by, where it is not the sequence: `random`, or who the client is.

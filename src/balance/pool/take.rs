@@ -1,7 +1,7 @@
 //! Finds a backend that takes a session.
 
-use crate::balance::backend::{Active, Probe, ProbePermit};
-use crate::balance::snapshot::{Member, Probing, Snapshot, mix};
+use crate::balance::backend::{Active, TrialPermit, TrialProgress};
+use crate::balance::snapshot::{Member, Snapshot, TrialMode, mix};
 use crate::balance::values::BackendId;
 
 /// Draws before all backends are looked at. Where half of the weight is full, one pick in sixteen comes that far.
@@ -13,24 +13,24 @@ pub(in crate::balance) enum Refusal {
     /// It has as many as it may have.
     Full,
     /// It was ejected, and has got the one session that shows whether it is back.
-    Probed,
+    OnTrial,
 }
 
 /// A place, and whether the session that has it is to show whether the backend is back.
-pub(in crate::balance) type Place = (Active, Option<ProbePermit>);
+pub(in crate::balance) type Taken = (Active, Option<TrialPermit>);
 
 /// A place at `member`'s backend.
 #[inline]
-pub(in crate::balance) fn take(member: &Member) -> Result<Place, Refusal> {
+pub(in crate::balance) fn take(member: &Member) -> Result<Taken, Refusal> {
     let active = || Active::take(&member.backend).ok_or(Refusal::Full);
-    if member.probing == Probing::No {
+    if member.trial == TrialMode::No {
         return Ok((active()?, None));
     }
-    let Some(permit) = member.backend.take_probe() else {
-        return if member.probing == Probing::Alone { Err(Refusal::Probed) } else { Ok((active()?, None)) };
+    let Some(permit) = member.backend.take_trial() else {
+        return if member.trial == TrialMode::Alone { Err(Refusal::OnTrial) } else { Ok((active()?, None)) };
     };
     let active = active().inspect_err(|_| {
-        member.backend.move_probe(permit, Probe::Wanted);
+        member.backend.move_trial(permit, TrialProgress::Wanted);
     })?;
     Ok((active, Some(permit)))
 }
@@ -47,7 +47,7 @@ pub(in crate::balance) fn take_another<'a>(
     tried: &[BackendId],
     point: u64,
     draw: impl Fn(u64) -> Option<&'a Member>,
-) -> Result<(&'a Member, Place), Refusal> {
+) -> Result<(&'a Member, Taken), Refusal> {
     let mut point = point;
     for _ in 0..REDRAWS {
         // Twice, as in all versions: proxies of a fleet that mixes them lead a client of `source_hash` to the same backend.
@@ -59,7 +59,8 @@ pub(in crate::balance) fn take_another<'a>(
         }
     }
     let refuses = |member: &Member| {
-        member.backend.places().is_full() || member.probing == Probing::Alone && member.backend.is_probed()
+        member.backend.slots().is_full()
+            || member.trial == TrialMode::Alone && member.backend.has_trial_session()
     };
     let is_tried = |member: &Member| tried.contains(member.backend.id());
     // The last one has just led to a backend that refused, so it is not as likely to lie anywhere.
@@ -69,14 +70,14 @@ pub(in crate::balance) fn take_another<'a>(
     {
         return Ok((member, place));
     }
-    let mut refusal = Refusal::Probed;
+    let mut refusal = Refusal::OnTrial;
     for member in snapshot.pickable().iter().filter(|member| !is_tried(member)) {
         match take(member) {
             Ok(place) => return Ok((member, place)),
             Err(Refusal::Full) => refusal = Refusal::Full,
-            Err(Refusal::Probed) => {}
+            Err(Refusal::OnTrial) => {}
         }
     }
-    let probed = draw(point).filter(|_| refusal == Refusal::Probed).ok_or(refusal)?;
+    let probed = draw(point).filter(|_| refusal == Refusal::OnTrial).ok_or(refusal)?;
     Active::take(&probed.backend).map(|active| (probed, (active, None))).ok_or(Refusal::Full)
 }

@@ -1,12 +1,12 @@
 //! The line of a pool whose backends are all full: who waits for a place, and whose turn it is.
 //!
-//! Places are not handed over, only turns: whose turn it is picks like everybody else, by the pool's balance, from the newest
+//! Slots are not handed over, only turns: whose turn it is picks like everybody else, by the pool's balance, from the newest
 //! snapshot. That a place became free is said by whoever gives it back (`places.rs`), that there may be any number of them by
 //! a new snapshot (`cell.rs`).
 //!
 //! Nobody overtakes: while somebody is in the line, those who come get in behind (`pool.rs`). The lock is touched only then:
 //! where nobody waits, giving back a place costs one look at an atomic. What must hold for no turn to be lost is said at
-//! `Line`; who waits, and what he watches meanwhile, is `session/queue.rs`'s.
+//! `Waiters`; who waits, and what he watches meanwhile, is `session/queue.rs`'s.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
@@ -23,7 +23,7 @@ pub struct Queue {
     /// How many are in the line. Written under the lock. In one order with the backends' counts (`SeqCst` there and here):
     /// either who gives back a place sees who waits, or who waits sees the place.
     waiting: AtomicU32,
-    line: Mutex<Line>,
+    line: Mutex<Waiters>,
 }
 
 /// Those who wait, the first one first.
@@ -35,7 +35,7 @@ pub struct Queue {
 /// - `more` is set, and all who are in the line have found nothing (they had tried those backends): who comes next is called;
 /// - somebody is called who has not seen all `changes`: he looks again before he believes that all is full.
 #[derive(Debug, Default)]
-struct Line {
+struct Waiters {
     entries: VecDeque<Entry>,
     /// How many of them are called.
     called: usize,
@@ -55,7 +55,7 @@ struct Entry {
     waker: Option<Waker>,
 }
 
-impl Line {
+impl Waiters {
     /// Where the one with this number stands. He is there until he leaves.
     fn at(&self, number: u64) -> usize {
         self.entries.binary_search_by_key(&number, |entry| entry.number).expect("it leaves by itself alone")
@@ -133,7 +133,7 @@ impl Queue {
 
     /// Gets in line. `None`: it is as long as it may be.
     #[must_use]
-    pub fn enter(self: &Arc<Self>) -> Option<InLine> {
+    pub fn enter(self: &Arc<Self>) -> Option<Ticket> {
         let mut line = self.lock();
         let waiting = u32::try_from(line.entries.len()).unwrap_or(u32::MAX);
         if waiting >= self.size {
@@ -148,7 +148,7 @@ impl Queue {
         line.entries.push_back(Entry { number, called, waker: None });
         self.waiting.store(waiting + 1, SeqCst);
         drop(line);
-        Some(InLine { queue: Arc::clone(self), number, seen: 0, served: false })
+        Some(Ticket { queue: Arc::clone(self), number, seen: 0, served: false })
     }
 
     fn leave(&self, number: u64, served: bool) {
@@ -166,13 +166,13 @@ impl Queue {
         drop(entry);
     }
 
-    fn lock(&self) -> MutexGuard<'_, Line> {
+    fn lock(&self) -> MutexGuard<'_, Waiters> {
         self.line.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// After the lock is given back: who is woken on another thread would wait for it first.
-fn wake(line: MutexGuard<'_, Line>, waker: Option<Waker>) {
+fn wake(line: MutexGuard<'_, Waiters>, waker: Option<Waker>) {
     drop(line);
     if let Some(waker) = waker {
         waker.wake();
@@ -181,7 +181,7 @@ fn wake(line: MutexGuard<'_, Line>, waker: Option<Waker>) {
 
 /// A session's place in the line; it leaves when dropped.
 #[derive(Debug)]
-pub struct InLine {
+pub struct Ticket {
     queue: Arc<Queue>,
     number: u64,
     /// The line's changes when the turn began.
@@ -189,9 +189,9 @@ pub struct InLine {
     served: bool,
 }
 
-impl InLine {
-    /// Ready once it is this session's turn to pick. Then either [`InLine::found_none`] or the drop follows.
-    pub fn poll_turn(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+impl Ticket {
+    /// Ready once it is this session's turn to pick. Then either [`Ticket::found_none`] or the drop follows.
+    pub fn poll_woken(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let mut line = self.queue.lock();
         let place = line.at(self.number);
         if line.entries[place].called {
@@ -230,7 +230,7 @@ impl InLine {
     }
 }
 
-impl Drop for InLine {
+impl Drop for Ticket {
     fn drop(&mut self) {
         self.queue.leave(self.number, self.served);
     }

@@ -49,20 +49,20 @@ fn pick(pool: &Pool) -> Result<Pick, NoPick> {
     pick_for(pool, CLIENT, &[])
 }
 
-fn pick_in_turn(pool: &Pool) -> Result<Pick, NoPick> {
-    at_once(pool.pick_in_turn(SocketAddr::from((CLIENT, 1)), &[], fastrand::u64(..), Instant::now()))
+fn pick_for_waiter(pool: &Pool) -> Result<Pick, NoPick> {
+    at_once(pool.pick_for_waiter(SocketAddr::from((CLIENT, 1)), &[], fastrand::u64(..), Instant::now()))
 }
 
-fn has_turn(place: &mut InLine) -> bool {
-    place.poll_turn(&mut Context::from_waker(Waker::noop())).is_ready()
+fn has_turn(place: &mut Ticket) -> bool {
+    place.poll_woken(&mut Context::from_waker(Waker::noop())).is_ready()
 }
 
-fn turns(line: &mut [InLine]) -> Vec<bool> {
+fn turns(line: &mut [Ticket]) -> Vec<bool> {
     line.iter_mut().map(has_turn).collect()
 }
 
 /// A line whose first has looked, and found that all is full.
-fn full_line(queue: &Arc<Queue>, length: usize) -> Vec<InLine> {
+fn full_line(queue: &Arc<Queue>, length: usize) -> Vec<Ticket> {
     let mut line: Vec<_> = (0..length).map(|_| queue.enter().expect("room")).collect();
     assert!(has_turn(&mut line[0]), "who comes first looks himself");
     line[0].found_none(false);
@@ -159,7 +159,7 @@ fn a_new_table_serves_one_after_the_other_until_all_is_full() {
     pool.cell.publish(table(4));
     let mut picks = Vec::new();
     while has_turn(&mut line[0]) {
-        match pick_in_turn(&pool) {
+        match pick_for_waiter(&pool) {
             Ok(pick) => {
                 picks.push(pick);
                 line.remove(0).served();
@@ -226,11 +226,11 @@ fn a_probed_backend_is_taken_only_where_the_others_are_not_merely_full() {
         let living = pool.registry.living();
         living.into_iter().find(|backend| *backend.id() == id(n)).expect("it lives")
     });
-    probed.condition.set_ejection(Ejection::Probing);
+    probed.condition.set_ejection(Ejection::Trial);
     pool.cell.refresh();
     let place = crate::balance::backend::Active::take(&other).expect("a place");
     let probe = pick(&pool).expect("the probe");
-    assert!(probe.probe.is_some());
+    assert!(probe.trial.is_some());
     drop(probe);
     assert_eq!(pick(&pool).expect_err("the other is full"), NoPick::Full);
     drop(place);
@@ -253,18 +253,18 @@ fn wait(pool: &Pool) -> (u64, Pick) {
     let waker = Waker::from(Arc::new(Unpark(thread::current())));
     let limit = Instant::now() + PATIENCE;
     loop {
-        while place.poll_turn(&mut Context::from_waker(&waker)).is_pending() {
+        while place.poll_woken(&mut Context::from_waker(&waker)).is_pending() {
             thread::park_timeout(Duration::from_secs(1));
             assert!(Instant::now() < limit, "a turn was lost: {:?}", pool.queue());
         }
-        match pick_in_turn(pool) {
+        match pick_for_waiter(pool) {
             Ok(pick) => {
                 let number = place.number;
                 place.served();
                 return (number, pick);
             }
             Err(NoPick::Full) => place.found_none(false),
-            Err(NoPick::Nobody) => panic!("all have weight"),
+            Err(NoPick::NoBackend) => panic!("all have weight"),
         }
     }
 }

@@ -11,7 +11,7 @@
 //! No allocation and no lock. Shares and ties come from `shares.rs`.
 
 use super::maglev::mix;
-use super::member::{Member, Probing};
+use super::member::{Member, TrialMode};
 use super::shares::Shares;
 use crate::balance::values::BackendId;
 
@@ -42,7 +42,7 @@ impl LeastConn {
         let weights = || members.iter().map(|member| member.effective_weight.get());
         let largest = weights().fold(0.0, f64::max);
         let may_refuse =
-            |member: &Member| member.probing == Probing::Alone || member.backend.places().has_limit();
+            |member: &Member| member.trial == TrialMode::Alone || member.backend.slots().has_limit();
         Self {
             costs: weights().map(|weight| (largest / weight).min(COST_MAX)).collect(),
             none_refuses: !members.iter().any(may_refuse),
@@ -74,7 +74,7 @@ impl LeastConn {
         tried: &[BackendId],
     ) -> Option<usize> {
         let ties = if self.none_refuses && tried.is_empty() {
-            self.least_loaded(members, |member, cost| load(member.backend.places().active(), cost))
+            self.least_loaded(members, |member, cost| load(member.backend.slots().active(), cost))
         } else {
             self.least_loaded(members, |member, cost| load_of(member, cost, tried).unwrap_or(f64::INFINITY))
         };
@@ -177,9 +177,9 @@ fn load(active: u32, cost: f64) -> f64 {
 /// `None`: the backend was tried, or would refuse the session.
 #[inline]
 fn load_of(member: &Member, cost: f64, tried: &[BackendId]) -> Option<f64> {
-    let active = member.backend.places().active_unless_full()?;
-    let is_probed = member.probing == Probing::Alone && member.backend.is_probed();
-    if is_probed || !tried.is_empty() && tried.contains(member.backend.id()) {
+    let active = member.backend.slots().active_unless_full()?;
+    let has_trial_session = member.trial == TrialMode::Alone && member.backend.has_trial_session();
+    if has_trial_session || !tried.is_empty() && tried.contains(member.backend.id()) {
         return None;
     }
     Some(load(active, cost))

@@ -22,7 +22,7 @@ pub(in crate::balance) struct Maglev(Box<[u32]>);
 /// Whose turn it is: the one who is least far ahead of its share.
 #[derive(Debug, PartialEq)]
 struct Turn {
-    /// Places, with the next one, divided by the weight.
+    /// Slots, with the next one, divided by the weight.
     time: f64,
     index: u32,
 }

@@ -22,12 +22,12 @@ pub struct Member {
     /// What is wanted of it: it has an effective weight only where it is ready.
     pub state: AdminState,
     /// It was ejected, and one session is to show whether it is back.
-    pub probing: Probing,
+    pub trial: TrialMode,
 }
 
 /// Which sessions a backend gets, as far as its ejection goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Probing {
+pub enum TrialMode {
     /// All or none, as its effective weight says.
     No,
     /// One, to show whether it is back.
@@ -61,7 +61,7 @@ pub(in crate::balance) fn known(table: &Table, registry: &Registry) -> Box<[Memb
         weight: *weight,
         effective_weight: Weight::ZERO,
         state: table.state(id),
-        probing: Probing::No,
+        trial: TrialMode::No,
     };
     table.members().iter().map(member).collect()
 }
@@ -73,13 +73,13 @@ pub(in crate::balance) fn weigh(members: &mut [Member], policy: &Policy) -> Weig
     let now = Instant::now();
     for member in members {
         let condition = &member.backend.condition;
-        member.probing = match member.backend.is_probing() {
-            true if fails_open => Probing::AmongOthers,
-            true => Probing::Alone,
-            false => Probing::No,
+        member.trial = match member.backend.is_on_trial() {
+            true if fails_open => TrialMode::AmongOthers,
+            true => TrialMode::Alone,
+            false => TrialMode::No,
         };
         member.effective_weight = Weight::ZERO;
-        let is_picked = fails_open || member.backend.is_usable() || member.probing == Probing::Alone;
+        let is_picked = fails_open || member.backend.is_usable() || member.trial == TrialMode::Alone;
         if !is_picked || !member.wants_sessions() || !member.backend.is_reachable() {
             continue;
         }

@@ -10,6 +10,6 @@ mod snapshot;
 mod usability;
 
 pub(in crate::balance) use maglev::{client_hash, mix};
-pub use member::{Member, Probing};
+pub use member::{Member, TrialMode};
 pub use snapshot::{Origin, Snapshot};
 pub use usability::{Reason, Reasons, Refusal, Unusable, Usable};

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::member::{Member, Probing};
+use super::member::{Member, TrialMode};
 use super::snapshot::Snapshot;
 use crate::balance::backend::{Cause, Condition, Ejection, Target};
 use crate::balance::values::{AdminState, BackendId};
@@ -93,7 +93,7 @@ impl Reasons {
             of_address(|condition| match condition.ejection() {
                 Ejection::None => None,
                 Ejection::Ejected => Some(Reason::Ejected(condition.session_error.get())),
-                Ejection::Probing => Some(Reason::Trial(condition.session_error.get())),
+                Ejection::Trial => Some(Reason::Trial(condition.session_error.get())),
             }),
         ];
         Self { reasons }
@@ -143,7 +143,7 @@ impl Unusable {
 
 /// One session to show whether it is back is not enough.
 fn is_usable(member: &Member) -> bool {
-    !member.effective_weight.is_zero() && member.probing != Probing::Alone
+    !member.effective_weight.is_zero() && member.trial != TrialMode::Alone
 }
 
 impl Snapshot {

@@ -17,7 +17,7 @@ use super::arguments::Target;
 use super::escape::{json_text, word};
 use super::members::parse_members;
 use super::settings::find_pool;
-use crate::balance::simulation::{Forecast, Simulation, Trial};
+use crate::balance::simulation::{Forecast, SimulatedLoad, Simulation};
 use crate::balance::{AdminState, BackendId, Balance, Table, Weight};
 use crate::cli::print;
 use crate::config::{Pool, Redis};
@@ -75,7 +75,7 @@ type Share = f64;
 
 struct Answer {
     now: Option<Now>,
-    trial: Trial,
+    trial: SimulatedLoad,
     rows: Vec<Row>,
     moved_clients: Option<Share>,
 }
@@ -138,7 +138,8 @@ fn forecast(
     let weighty = then.members().iter().filter(|(_, weight)| !weight.is_zero()).count();
     let usual = u32::try_from(weighty).unwrap_or(u32::MAX).saturating_mul(ACTIVE_EACH).min(MOST);
     let at_least_one = |number| NonZeroU32::new(number).unwrap_or(NonZeroU32::MIN);
-    let trial = Trial { sessions: at_least_one(sessions), active: at_least_one(active.unwrap_or(usual)) };
+    let trial =
+        SimulatedLoad { sessions: at_least_one(sessions), active: at_least_one(active.unwrap_or(usual)) };
     let forecast_of = |simulation: &Simulation| simulation.forecast(trial, &mut Rng::with_seed(SEED));
 
     let (mut now_by_id, mut moved_clients) = (HashMap::new(), None);
@@ -165,7 +166,7 @@ impl Answer {
     }
 
     fn text(&self, pool: &Pool) -> String {
-        let Trial { sessions, active } = self.trial;
+        let SimulatedLoad { sessions, active } = self.trial;
         let mut text = format!("pool {}, balance {}", pool.name, pool.balance.name());
         text += &match &self.now {
             Some(Now { version: Some(version), .. }) => {

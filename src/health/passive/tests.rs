@@ -5,7 +5,7 @@ use std::num::NonZeroU32;
 
 use crate::balance::backend::Backend;
 use crate::balance::backend::Cause;
-use crate::balance::backend::ProbePermit;
+use crate::balance::backend::TrialPermit;
 use crate::balance::backend::{Failure, Health};
 use crate::balance::pool::Pick;
 use crate::balance::{AdminState, Balance, Policy, Table, Weight};
@@ -92,24 +92,24 @@ struct Session {
 }
 
 impl Session {
-    fn probed(&self, to: Probe) {
-        if let Some(probe) = self.pick.probe {
-            self.pool.probed(&self.pick.backend, probe, to);
+    fn probed(&self, to: TrialProgress) {
+        if let Some(probe) = self.pick.trial {
+            self.pool.report_trial(&self.pick.backend, probe, to);
         }
     }
 
     fn failed(&self, failure: Failure) {
-        match self.pick.probe.and_then(ProbePermit::address) {
+        match self.pick.trial.and_then(TrialPermit::address) {
             None => self.pool.failed(&self.pick.backend, failure),
             Some(address) => self.pool.failed_at(self.pick.backend.backend(), address, failure, Cause::RESET),
         }
-        self.probed(Probe::Failed);
+        self.probed(TrialProgress::Failed);
     }
 }
 
 impl Drop for Session {
     fn drop(&mut self) {
-        self.probed(Probe::Wanted);
+        self.probed(TrialProgress::Wanted);
     }
 }
 
@@ -121,13 +121,13 @@ async fn three_failures_eject_and_one_session_brings_it_back() {
     assert_eq!(ejections.fail(&backend, 1), Ejection::Ejected);
     assert_eq!(ejections.picked().await, ["10.0.0.2:80"]);
     assert_eq!(ejections.after(7 * SECOND, &backend).await, Ejection::Ejected);
-    assert_eq!(ejections.after(3 * SECOND, &backend).await, Ejection::Probing);
+    assert_eq!(ejections.after(3 * SECOND, &backend).await, Ejection::Trial);
 
     let probe = ejections.probing_session(&backend).await;
     assert_eq!(ejections.picked().await, ["10.0.0.2:80"], "one session probes");
-    probe.probed(Probe::Connected);
-    assert_eq!(ejections.after(SECOND / 2, &backend).await, Ejection::Probing);
-    probe.probed(Probe::Succeeded);
+    probe.probed(TrialProgress::Connected);
+    assert_eq!(ejections.after(SECOND / 2, &backend).await, Ejection::Trial);
+    probe.probed(TrialProgress::Succeeded);
     assert_eq!(ejections.after(SECOND / 50, &backend).await, Ejection::None);
     assert_eq!(ejections.picked().await, ["10.0.0.1:80", "10.0.0.2:80"]);
     assert_eq!(backend.condition.ejections.get(), 1);
@@ -151,11 +151,11 @@ async fn a_probe_that_fails_makes_the_next_ejection_longer_until_a_good_time_for
     }
     while ejections.after(10 * SECOND, &backend).await == Ejection::Ejected {}
     let probe = ejections.probing_session(&backend).await;
-    probe.probed(Probe::Succeeded);
+    probe.probed(TrialProgress::Succeeded);
     assert_eq!(ejections.after(SECOND / 50, &backend).await, Ejection::None);
     assert_eq!(ejections.after(400 * SECOND, &backend).await, Ejection::None);
     ejections.fail(&backend, 3);
-    assert_eq!(ejections.after(11 * SECOND, &backend).await, Ejection::Probing);
+    assert_eq!(ejections.after(11 * SECOND, &backend).await, Ejection::Trial);
 }
 
 #[tokio::test(start_paused = true)]
@@ -167,19 +167,15 @@ async fn a_probe_that_shows_nothing_is_repeated_and_one_that_lives_for_a_second_
     for connects in [false, true] {
         let probe = ejections.probing_session(&backend).await;
         if connects {
-            probe.probed(Probe::Connected);
+            probe.probed(TrialProgress::Connected);
         }
-        assert_eq!(ejections.after(SECOND / 2, &backend).await, Ejection::Probing);
+        assert_eq!(ejections.after(SECOND / 2, &backend).await, Ejection::Trial);
         assert_eq!(ejections.picked().await, ["10.0.0.2:80"]);
     }
     let probe = ejections.probing_session(&backend).await;
-    probe.probed(Probe::Connected);
-    assert_eq!(ejections.after(SECOND / 50, &backend).await, Ejection::Probing);
-    assert_eq!(
-        ejections.after(SECOND / 2, &backend).await,
-        Ejection::Probing,
-        "that was another one's second"
-    );
+    probe.probed(TrialProgress::Connected);
+    assert_eq!(ejections.after(SECOND / 50, &backend).await, Ejection::Trial);
+    assert_eq!(ejections.after(SECOND / 2, &backend).await, Ejection::Trial, "that was another one's second");
     assert_eq!(ejections.after(SECOND / 2, &backend).await, Ejection::None);
 }
 
@@ -191,19 +187,19 @@ async fn sessions_that_began_before_the_probing_do_not_end_it() {
     let earlier = earlier.remove(0);
     assert!(Arc::ptr_eq(earlier.pick.backend.backend(), &backend));
     ejections.fail(&backend, 3);
-    assert_eq!(ejections.after(10 * SECOND, &backend).await, Ejection::Probing);
+    assert_eq!(ejections.after(10 * SECOND, &backend).await, Ejection::Trial);
     let probe = ejections.probing_session(&backend).await;
-    probe.probed(Probe::Connected);
-    earlier.probed(Probe::Succeeded);
-    assert_eq!(ejections.after(SECOND / 50, &backend).await, Ejection::Probing);
+    probe.probed(TrialProgress::Connected);
+    earlier.probed(TrialProgress::Succeeded);
+    assert_eq!(ejections.after(SECOND / 50, &backend).await, Ejection::Trial);
     earlier.failed(Failure::Reset);
-    assert_eq!(ejections.after(SECOND / 50, &backend).await, Ejection::Probing);
+    assert_eq!(ejections.after(SECOND / 50, &backend).await, Ejection::Trial);
     probe.failed(Failure::Reset);
     assert_eq!(ejections.after(SECOND / 50, &backend).await, Ejection::Ejected);
     // Nor does the probe of before.
-    assert_eq!(ejections.after(20 * SECOND, &backend).await, Ejection::Probing);
-    probe.probed(Probe::Succeeded);
-    assert_eq!(ejections.after(SECOND / 50, &backend).await, Ejection::Probing);
+    assert_eq!(ejections.after(20 * SECOND, &backend).await, Ejection::Trial);
+    probe.probed(TrialProgress::Succeeded);
+    assert_eq!(ejections.after(SECOND / 50, &backend).await, Ejection::Trial);
 }
 
 #[tokio::test(start_paused = true)]
@@ -212,10 +208,10 @@ async fn where_all_are_ejected_and_health_is_ignored_one_session_of_many_probes(
     let [first, second] = [0, 1].map(|n| ejections.backend(n));
     ejections.fail(&first, 3);
     ejections.fail(&second, 3);
-    assert_eq!(ejections.after(10 * SECOND, &first).await, Ejection::Probing);
+    assert_eq!(ejections.after(10 * SECOND, &first).await, Ejection::Trial);
     let sessions = ejections.sessions().await;
     for session in &sessions {
-        session.probed(Probe::Succeeded);
+        session.probed(TrialProgress::Succeeded);
     }
     assert_eq!(ejections.after(SECOND / 50, &first).await, Ejection::None);
     assert_eq!(second.condition.ejection(), Ejection::None);
@@ -230,7 +226,7 @@ async fn nobody_probes_where_the_checks_say_already_that_it_is_not_back() {
     assert_eq!(ejections.after(10 * SECOND, &backend).await, Ejection::Ejected);
     assert_eq!(ejections.picked().await, ["10.0.0.2:80"]);
     backend.condition.set_health(Health::Unchecked);
-    assert_eq!(ejections.after(SECOND, &backend).await, Ejection::Probing);
+    assert_eq!(ejections.after(SECOND, &backend).await, Ejection::Trial);
     // The checks find it out meanwhile.
     backend.condition.set_health(Health::Unhealthy);
     ejections.pool.cell.refresh();
@@ -250,7 +246,7 @@ async fn who_is_to_have_no_sessions_is_not_probed_until_he_is() {
     tokio::time::sleep(SECOND).await;
     pool.cell.publish(table(&[1, 2]));
     tokio::time::sleep(SECOND).await;
-    assert_eq!(backend.condition.ejection(), Ejection::Probing);
+    assert_eq!(backend.condition.ejection(), Ejection::Trial);
     running.abort();
 }
 
@@ -259,11 +255,11 @@ async fn who_is_probed_stays_so_for_as_long_as_no_session_comes() {
     let mut ejections = ejections(2, 50);
     let backend = ejections.backend(0);
     ejections.fail(&backend, 3);
-    assert_eq!(ejections.after(10 * SECOND, &backend).await, Ejection::Probing);
+    assert_eq!(ejections.after(10 * SECOND, &backend).await, Ejection::Trial);
     ejections.probing_session(&backend).await.failed(Failure::Connect);
     ejections.after(SECOND / 50, &backend).await;
     for _ in 0..2 {
-        assert_eq!(ejections.after(1_000 * SECOND, &backend).await, Ejection::Probing);
+        assert_eq!(ejections.after(1_000 * SECOND, &backend).await, Ejection::Trial);
         assert_eq!(
             ejections.known[&(backend.id().clone(), None)].times,
             2,
@@ -276,7 +272,7 @@ async fn who_is_probed_stays_so_for_as_long_as_no_session_comes() {
     ejections.after(1_000 * SECOND, &backend).await;
     assert!(ejections.known.is_empty());
     ejections.pool.cell.publish(table(&[1, 2]));
-    assert_eq!(ejections.after(SECOND, &backend).await, Ejection::Probing);
+    assert_eq!(ejections.after(SECOND, &backend).await, Ejection::Trial);
     let probe = ejections.probing_session(&backend).await;
     probe.failed(Failure::Connect);
     assert_eq!(ejections.after(SECOND / 50, &backend).await, Ejection::Ejected);
@@ -307,9 +303,9 @@ async fn who_stands_in_for_names_is_ejected_and_comes_back() {
     assert_eq!(ejections.picked().await, ["10.0.0.1:80", "10.0.0.2:80"], "the name is not resolved");
     assert_eq!(ejections.fail(&backend, 3), Ejection::Ejected);
     assert_eq!(ejections.picked().await, ["10.0.0.2:80"]);
-    assert_eq!(ejections.after(10 * SECOND, &backend).await, Ejection::Probing);
+    assert_eq!(ejections.after(10 * SECOND, &backend).await, Ejection::Trial);
     let probe = ejections.probing_session(&backend).await;
-    probe.probed(Probe::Succeeded);
+    probe.probed(TrialProgress::Succeeded);
     assert_eq!(ejections.after(SECOND / 50, &backend).await, Ejection::None);
     assert_eq!(ejections.picked().await, ["10.0.0.1:80", "10.0.0.2:80"]);
     // What is wanted of one counts, too.
@@ -397,6 +393,6 @@ async fn who_comes_back_to_the_table_after_its_ejection_is_probed_at_once() {
     tokio::time::sleep(20 * SECOND).await;
     pool.cell.publish(table(&[1, 2]));
     tokio::time::sleep(SECOND).await;
-    assert_eq!(backend.condition.ejection(), Ejection::Probing);
+    assert_eq!(backend.condition.ejection(), Ejection::Trial);
     running.abort();
 }

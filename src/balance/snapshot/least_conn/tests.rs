@@ -173,7 +173,7 @@ async fn while_one_session_probes_an_ejected_backend_the_least_busy_of_the_other
         busy.end_all_of(&id(n));
     }
     let ejected = busy.pool.registry.get_or_create(&id(2));
-    ejected.condition.set_ejection(Ejection::Probing);
+    ejected.condition.set_ejection(Ejection::Trial);
     busy.pool.cell.refresh();
     let begun = busy.begin(6).await;
     assert_eq!(begun, HashMap::from([(id(2), 1), (id(5), 5)]), "one session probes");

@@ -32,7 +32,7 @@ async fn an_address_of_a_name_is_ejected_alone_and_the_name_is_out_with_its_last
     sessions.retain(|session| Arc::ptr_eq(session.pick.backend.backend(), &name));
     assert_eq!(sessions.len(), 2, "one session an address");
     sessions[0].failed(Failure::Connect);
-    sessions[1].probed(Probe::Succeeded);
+    sessions[1].probed(TrialProgress::Succeeded);
     ejections.after(SECOND / 50, &name).await;
     let known: Vec<_> = Target::all_of(&name).map(|target| target.condition().ejection()).collect();
     assert_eq!(known, [Ejection::Ejected, Ejection::None]);
@@ -89,6 +89,6 @@ async fn an_ejected_address_that_a_lookup_takes_away_and_brings_back_is_tried_ag
     tokio::time::sleep(60 * SECOND).await;
     resolve(&[gone, other]);
     tokio::time::sleep(SECOND).await;
-    assert_eq!(states()[ejected], Ejection::Probing);
+    assert_eq!(states()[ejected], Ejection::Trial);
     running.abort();
 }
