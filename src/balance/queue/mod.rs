@@ -1,12 +1,13 @@
-//! The line of a pool whose backends are all full: who waits for a place, and whose turn it is.
+//! A pool's queue: the sessions that wait for a slot while all backends are full.
 //!
-//! Slots are not handed over, only turns: whose turn it is picks like everybody else, by the pool's balance, from the newest
-//! snapshot. That a place became free is said by whoever gives it back (`places.rs`), that there may be any number of them by
-//! a new snapshot (`cell.rs`).
+//! The queue does not hand over slots. It wakes a waiter, which then picks like any other session: by the
+//! pool's balance, from the newest snapshot. `backend/active.rs` reports a slot that became free;
+//! `pool/cell.rs` reports a new snapshot, which may have freed any number of them.
 //!
-//! Nobody overtakes: while somebody is in the line, those who come get in behind (`pool.rs`). The lock is touched only then:
-//! where nobody waits, giving back a place costs one look at an atomic. What must hold for no turn to be lost is said at
-//! `Waiters`; who waits, and what he watches meanwhile, is `session/queue.rs`'s.
+//! The order is first in, first out: while sessions wait, a new session goes to the end of the queue
+//! (`pool/pool.rs`). The lock is taken only then; without waiters, freeing a slot costs one atomic load.
+//! What keeps wake-ups from being lost is written at `Waiters`. `session/queue.rs` has the session's side:
+//! its timeout, and a client that leaves.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
@@ -16,67 +17,70 @@ use std::task::{Context, Poll, Waker};
 #[cfg(test)]
 mod tests;
 
-/// One pool's line, shared by all workers.
+/// The queue of one pool, shared by all workers.
 #[derive(Debug, Default)]
 pub struct Queue {
     size: u32,
-    /// How many are in the line. Written under the lock. In one order with the backends' counts (`SeqCst` there and here):
-    /// either who gives back a place sees who waits, or who waits sees the place.
+    /// The number of waiters, written under the lock. `SeqCst` here and on the slot counts puts both in one
+    /// order: either the session that frees a slot sees the waiter, or the waiter sees the free slot.
     waiting: AtomicU32,
-    line: Mutex<Waiters>,
+    waiters: Mutex<Waiters>,
 }
 
-/// Those who wait, the first one first.
+/// The waiters, the oldest first.
 ///
-/// At each moment, as far as places at backends are concerned that became free while somebody waited, one of these holds, so that
-/// none stays free while somebody waits who could take it:
-/// - as many are called as places are free;
-/// - `more` is set, and somebody is called: he is followed by the next one, if he finds a place;
-/// - `more` is set, and all who are in the line have found nothing (they had tried those backends): who comes next is called;
-/// - somebody is called who has not seen all `changes`: he looks again before he believes that all is full.
+/// No slot stays free while a session waits that could take it. To ensure this, at least one of these holds
+/// at each moment, for the slots that became free while sessions waited:
+/// - As many waiters are woken as slots are free.
+/// - `more` is set and a waiter is woken. If it finds a slot, the next one is woken after it.
+/// - `more` is set and each waiter has found nothing, since it had tried the free backends already. The next
+///   session that enters is woken.
+/// - A woken waiter has not seen all `changes`. It picks again before it accepts that all backends are full.
 #[derive(Debug, Default)]
 struct Waiters {
     entries: VecDeque<Entry>,
-    /// How many of them are called.
-    called: usize,
-    /// Of the one who comes next.
-    number: u64,
-    /// Counts whatever may have made places free.
+    /// How many entries are woken.
+    woken: usize,
+    /// The number of the next session that enters.
+    next_number: u64,
+    /// Counts the events that may have freed slots.
     changes: u64,
-    /// There may be places for which nobody was called.
+    /// Slots may be free for which no waiter was woken.
     more: bool,
 }
 
 #[derive(Debug)]
 struct Entry {
     number: u64,
-    /// It is his turn.
-    called: bool,
+    /// This waiter may pick now.
+    woken: bool,
     waker: Option<Waker>,
 }
 
 impl Waiters {
-    /// Where the one with this number stands. He is there until he leaves.
-    fn at(&self, number: u64) -> usize {
-        self.entries.binary_search_by_key(&number, |entry| entry.number).expect("it leaves by itself alone")
+    /// The position of the entry with this number.
+    fn position(&self, number: u64) -> usize {
+        self.entries.binary_search_by_key(&number, |entry| entry.number).expect("only its ticket removes it")
     }
 
-    /// Calls the first one from `start` on who is not called yet; where there is none, the next one who can be is to be.
-    fn call_from(&mut self, start: usize) -> Option<Waker> {
-        let Some(entry) = self.entries.range_mut(start..).find(|entry| !entry.called) else {
+    /// Wakes the first waiter at or behind `start` that is not woken yet. Without one, `more` lets the next
+    /// session that enters pick at once.
+    fn wake_from(&mut self, start: usize) -> Option<Waker> {
+        let Some(entry) = self.entries.range_mut(start..).find(|entry| !entry.woken) else {
             self.more = true;
             return None;
         };
-        entry.called = true;
-        self.called += 1;
+        entry.woken = true;
+        self.woken += 1;
         entry.waker.take()
     }
 
-    /// A place became free, or many. Where nobody knows how many are, one is called after the other, so that the first in line
-    /// picks first; else as many as there are places, at once.
+    /// Notes that slots may have become free. While `more` is set their number is unknown, so waiters are
+    /// woken one after the other and the oldest picks first; otherwise each call wakes one waiter for one
+    /// slot.
     fn changed(&mut self) -> Option<Waker> {
         self.changes += 1;
-        if self.more && self.called > 0 { None } else { self.call_from(0) }
+        if self.more && self.woken > 0 { None } else { self.wake_from(0) }
     }
 }
 
@@ -87,36 +91,36 @@ impl Queue {
         Self { size, ..Self::default() }
     }
 
-    /// How many wait now.
+    /// The number of waiters.
     #[must_use]
     pub fn waiting(&self) -> u32 {
         self.waiting.load(SeqCst)
     }
 
-    /// A place becomes free by `give_back`: the first who waits has his turn.
+    /// Frees one slot by calling `give_back`, and wakes the oldest waiter.
     #[inline]
     pub(in crate::balance) fn free(&self, give_back: impl FnOnce()) {
         if self.waiting() > 0 {
-            self.free_in_line(give_back);
+            self.free_for_waiters(give_back);
             return;
         }
         give_back();
-        // Somebody may have got in line meanwhile, and found the place or not.
+        // A session may have entered since the check, before or after the slot was free.
         self.renewed();
     }
 
-    /// In one step for those in the line: were the place there before its turn, who has a turn for other reasons would take it, and
-    /// two would be called for the next one.
+    /// Frees the slot and wakes a waiter under one lock. Otherwise a waiter that was woken for another
+    /// reason could take the slot in between, and the wake-up for it would be a second one.
     #[cold]
-    fn free_in_line(&self, give_back: impl FnOnce()) {
-        let mut line = self.lock();
+    fn free_for_waiters(&self, give_back: impl FnOnce()) {
+        let mut waiters = self.lock();
         give_back();
-        let waker = line.changed();
-        wake(line, waker);
+        let waker = waiters.changed();
+        wake(waiters, waker);
     }
 
-    /// Any number of places may have become free: those who wait have their turns one after the other, as long as there are
-    /// some.
+    /// Any number of slots may have become free: wakes the waiters one after the other, until one of them
+    /// finds no slot.
     pub(in crate::balance) fn renewed(&self) {
         if self.waiting() > 0 {
             self.change();
@@ -125,106 +129,109 @@ impl Queue {
 
     #[cold]
     fn change(&self) {
-        let mut line = self.lock();
-        line.more = true;
-        let waker = line.changed();
-        wake(line, waker);
+        let mut waiters = self.lock();
+        waiters.more = true;
+        let waker = waiters.changed();
+        wake(waiters, waker);
     }
 
-    /// Gets in line. `None`: it is as long as it may be.
+    /// Enters the queue. `None`: the queue is full.
     #[must_use]
     pub fn enter(self: &Arc<Self>) -> Option<Ticket> {
-        let mut line = self.lock();
-        let waiting = u32::try_from(line.entries.len()).unwrap_or(u32::MAX);
+        let mut waiters = self.lock();
+        let waiting = u32::try_from(waiters.entries.len()).unwrap_or(u32::MAX);
         if waiting >= self.size {
             return None;
         }
-        // What became free before the line began was told to nobody.
-        line.more |= waiting == 0;
-        let number = line.number;
-        line.number += 1;
-        let called = line.more && line.called == 0;
-        line.called += usize::from(called);
-        line.entries.push_back(Entry { number, called, waker: None });
+        // Slots that became free while the queue was empty woke no waiter.
+        waiters.more |= waiting == 0;
+        let number = waiters.next_number;
+        waiters.next_number += 1;
+        let woken = waiters.more && waiters.woken == 0;
+        waiters.woken += usize::from(woken);
+        waiters.entries.push_back(Entry { number, woken, waker: None });
         self.waiting.store(waiting + 1, SeqCst);
-        drop(line);
+        drop(waiters);
         Some(Ticket { queue: Arc::clone(self), number, seen: 0, served: false })
     }
 
     fn leave(&self, number: u64, served: bool) {
-        let mut line = self.lock();
-        let place = line.at(number);
-        let entry = line.entries.remove(place);
-        let called = entry.as_ref().is_some_and(|entry| entry.called);
-        line.called -= usize::from(called);
-        self.waiting.store(u32::try_from(line.entries.len()).unwrap_or(u32::MAX), SeqCst);
-        // Who was served has used up his turn; who leaves without gives it on.
-        let next = called && (line.more || !served);
-        let waker = if next { line.call_from(0) } else { None };
-        wake(line, waker);
-        // Its waker too: the last of a task's drops the task, and with it whatever gives back a place.
+        let mut waiters = self.lock();
+        let position = waiters.position(number);
+        let entry = waiters.entries.remove(position);
+        let woken = entry.as_ref().is_some_and(|entry| entry.woken);
+        waiters.woken -= usize::from(woken);
+        self.waiting.store(u32::try_from(waiters.entries.len()).unwrap_or(u32::MAX), SeqCst);
+        // A woken waiter that leaves without a slot passes its wake-up to the next one.
+        let next = woken && (waiters.more || !served);
+        let waker = if next { waiters.wake_from(0) } else { None };
+        wake(waiters, waker);
+        // After the lock is released: dropping the last waker of a task drops the task, which may free a
+        // slot and lock the queue.
         drop(entry);
     }
 
     fn lock(&self) -> MutexGuard<'_, Waiters> {
-        self.line.lock().unwrap_or_else(PoisonError::into_inner)
+        self.waiters.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// After the lock is given back: who is woken on another thread would wait for it first.
-fn wake(line: MutexGuard<'_, Waiters>, waker: Option<Waker>) {
-    drop(line);
+/// Wakes after the lock is released: a task that is woken on another thread would wait for the lock first.
+fn wake(waiters: MutexGuard<'_, Waiters>, waker: Option<Waker>) {
+    drop(waiters);
     if let Some(waker) = waker {
         waker.wake();
     }
 }
 
-/// A session's place in the line; it leaves when dropped.
+/// A session's ticket in the queue. Dropping it leaves the queue.
 #[derive(Debug)]
 pub struct Ticket {
     queue: Arc<Queue>,
     number: u64,
-    /// The line's changes when the turn began.
+    /// The queue's `changes` when this session was woken.
     seen: u64,
     served: bool,
 }
 
 impl Ticket {
-    /// Ready once it is this session's turn to pick. Then either [`Ticket::found_none`] or the drop follows.
+    /// Ready once the queue has woken this session to pick. The caller then picks, and calls
+    /// [`Ticket::found_none`] or drops the ticket.
     pub fn poll_woken(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let mut line = self.queue.lock();
-        let place = line.at(self.number);
-        if line.entries[place].called {
-            self.seen = line.changes;
+        let mut waiters = self.queue.lock();
+        let position = waiters.position(self.number);
+        if waiters.entries[position].woken {
+            self.seen = waiters.changes;
             return Poll::Ready(());
         }
-        let waker = &mut line.entries[place].waker;
+        let waker = &mut waiters.entries[position].waker;
         if !waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
             *waker = Some(cx.waker().clone());
         }
         Poll::Pending
     }
 
-    /// All was full. `has_tried`: at least for this session, which leaves out what it has tried; those behind may find a place.
+    /// The session was woken and found no slot. With `has_tried`, its pick left out the backends that it had
+    /// tried, so the waiters behind it may still find one.
     pub fn found_none(&mut self, has_tried: bool) {
-        let mut line = self.queue.lock();
-        if line.changes != self.seen {
-            // Something became free behind the back of the pick: it is still this session's turn.
+        let mut waiters = self.queue.lock();
+        if waiters.changes != self.seen {
+            // A slot may have become free after the pick: the session stays woken and picks again.
             return;
         }
-        let place = line.at(self.number);
-        line.entries[place].called = false;
-        line.called -= 1;
+        let position = waiters.position(self.number);
+        waiters.entries[position].woken = false;
+        waiters.woken -= 1;
         let waker = if has_tried {
-            line.call_from(place + 1)
+            waiters.wake_from(position + 1)
         } else {
-            line.more = false;
+            waiters.more = false;
             None
         };
-        wake(line, waker);
+        wake(waiters, waker);
     }
 
-    /// It has a place at a backend.
+    /// The session has a slot: leaves the queue without passing the wake-up on.
     pub fn served(mut self) {
         self.served = true;
     }

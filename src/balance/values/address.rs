@@ -1,7 +1,8 @@
-//! Where a backend is: `host:port`, `[v6]:port` or `unix:/path`, as written in Redis or in config.yaml.
+//! The address of a backend: `host:port`, `[v6]:port` or `unix:/path`, as written in Redis or in
+//! config.yaml.
 //!
-//! Parsing refuses whatever could not be connected to, and whatever must not reach a terminal or a log raw. Names are
-//! resolved elsewhere (`names/resolve.rs`), never by the data plane.
+//! Parsing refuses what cannot be connected to, and characters that must not reach a terminal or a log
+//! unescaped. Names are resolved elsewhere (`runtime/resolve.rs`), never by the data plane.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -20,7 +21,7 @@ const LABEL_MAX_BYTES: usize = 63;
 pub enum Address {
     /// An IPv4 or IPv6 address and a port.
     Socket(SocketAddr),
-    /// A DNS name and a port; resolved again and again while the backend is in use.
+    /// A DNS name and a port. The name is resolved again and again while the backend is in use.
     Name {
         /// The name as written.
         host: Arc<str>,
@@ -31,7 +32,7 @@ pub enum Address {
     Unix(PathBuf),
 }
 
-/// Why a text is no backend address. The message says what to write instead.
+/// Why a text is not a backend address. The message says what to write instead.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidAddress {
     /// Nothing follows the host.
@@ -46,10 +47,10 @@ pub enum InvalidAddress {
     /// An IPv6 address without brackets is ambiguous.
     #[error("an IPv6 address needs brackets: write [v6]:port")]
     UnbracketedV6,
-    /// A unix path that is relative, too long, or does not read as it is.
+    /// A unix path that is relative, too long, or has characters that do not print as themselves.
     #[error(
-        "its unix path must be absolute, at most 107 bytes, without spaces, quotes, backslashes and characters that do \
-         not print"
+        "its unix path must be absolute, at most 107 bytes, without spaces, quotes, backslashes and \
+         characters that do not print"
     )]
     BadPath,
 }
@@ -86,7 +87,7 @@ impl FromStr for Address {
 }
 
 fn parse_port(text: &str) -> Result<u16, InvalidAddress> {
-    // `u16::from_str` takes "+80", which no other program does.
+    // `u16::from_str` accepts "+80", which other programs do not.
     if !text.bytes().all(|b| b.is_ascii_digit()) {
         return Err(InvalidAddress::BadPort);
     }
@@ -104,13 +105,14 @@ fn parse_unix(path: &str) -> Result<Address, InvalidAddress> {
     Ok(Address::Unix(PathBuf::from(path)))
 }
 
-/// Addresses stand in log lines and metrics. A space would split a field there, U+202E turns a whole line around.
+/// Addresses appear in log lines and metrics. A space would split a field there, and U+202E reverses the
+/// rest of the line.
 fn reads_as_itself(character: char) -> bool {
     !character.is_whitespace() && character.escape_debug().eq([character])
 }
 
-/// Underscores are outside RFC 1123, yet container platforms hand out such names. A name whose last label is all digits
-/// is a mistyped IPv4 address (`10.0.0.256`), which a resolver would turn into a slow failure.
+/// Underscores are outside RFC 1123, but container platforms give out such names. A name whose last label is
+/// all digits is a mistyped IPv4 address (`10.0.0.256`), which a resolver would turn into a slow failure.
 fn is_dns_name(host: &str) -> bool {
     let name = host.strip_suffix('.').unwrap_or(host);
     let label_is_valid = |label: &str| {
@@ -142,7 +144,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn what_people_write_is_understood() {
+    fn addresses_as_people_write_them_are_parsed() {
         for text in [
             "10.0.0.1:80",
             "[::1]:5432",
@@ -160,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_connected_to_is_refused_with_its_reason() {
+    fn a_text_that_cannot_be_connected_to_is_refused_with_its_reason() {
         use InvalidAddress::*;
         let long_path = format!("unix:/{}", "x".repeat(107));
         let long_label = format!("{}:80", "x".repeat(64));
@@ -206,7 +208,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn parsing_never_panics_and_what_it_takes_prints_as_it_is(text in ".{0,40}|unix:/\\PC{0,20}|[0-9.:\\[\\]]{0,40}") {
+        fn parsing_never_panics_and_an_accepted_text_prints_as_itself(
+            text in ".{0,40}|unix:/\\PC{0,20}|[0-9.:\\[\\]]{0,40}"
+        ) {
             if let Ok(address) = text.parse::<Address>() {
                 let shown = address.to_string();
                 prop_assert!(!shown.contains(char::is_whitespace));

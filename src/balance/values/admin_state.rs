@@ -1,25 +1,25 @@
-//! What an operator wants of a backend, whatever its weight and its health.
+//! The state that an operator sets for a backend, apart from its weight and its health.
 
 use std::fmt;
 
-/// Where nothing is written, a backend is ready.
+/// A backend without an entry is ready.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum AdminState {
-    /// Sessions by its weight and health.
+    /// The backend gets sessions by its weight and health.
     #[default]
     Ready,
-    /// No new sessions, existing ones finish; it is still checked.
+    /// No new sessions; existing ones finish. The backend is still checked.
     Drain,
-    /// The same, and it is not checked: it may be switched off.
+    /// As `Drain`, and the backend is not checked: it may be switched off.
     Maint,
 }
 
 impl AdminState {
-    /// As in Redis, in commands and in metrics.
+    /// The names in Redis, in commands and in metrics.
     pub const NAMES: [(&str, Self); 3] =
         [("ready", Self::Ready), ("drain", Self::Drain), ("maint", Self::Maint)];
 
-    /// Of [`AdminState::NAMES`].
+    /// The name in [`AdminState::NAMES`].
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -29,7 +29,7 @@ impl AdminState {
         }
     }
 
-    /// The state of that name.
+    /// The state with this name.
     #[must_use]
     pub fn named(name: &str) -> Option<Self> {
         Self::NAMES.into_iter().find_map(|(known, state)| (known == name).then_some(state))

@@ -1,4 +1,5 @@
-//! A backend's name: the very text that stands in Redis or in config.yaml, proved to be an address.
+//! The name of a backend: the text from Redis or config.yaml, unchanged, with the address that it was parsed
+//! into.
 
 use std::borrow::Borrow;
 use std::fmt;
@@ -8,7 +9,8 @@ use std::sync::Arc;
 
 use super::{Address, InvalidAddress};
 
-/// Names one backend of a pool. Cheap to clone, compared by its text: `localhost:80` and `127.0.0.1:80` are two backends.
+/// The name of one backend of a pool. Cheap to clone and compared by its text: `localhost:80` and
+/// `127.0.0.1:80` are two backends.
 #[derive(Clone)]
 pub struct BackendId(Arc<Inner>);
 
@@ -18,13 +20,13 @@ struct Inner {
 }
 
 impl BackendId {
-    /// The member as it stands in Redis.
+    /// The text as it is in Redis or config.yaml.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0.text
     }
 
-    /// Where that is.
+    /// The parsed address.
     #[must_use]
     pub fn address(&self) -> &Address {
         &self.0.address

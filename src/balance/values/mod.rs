@@ -1,6 +1,6 @@
-//! What people write of a pool, as plain values: names, weights, states, the table made of them, and the pool's settings.
+//! What people write about a pool, as plain values: names, weights, states, tables and settings.
 //!
-//! Nothing here changes once it is made, and nothing here knows of sessions, sockets or health.
+//! They do not change once they are made, and know nothing of sessions, sockets or health.
 
 mod address;
 mod admin_state;

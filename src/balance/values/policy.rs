@@ -1,38 +1,41 @@
-//! What a pool makes of its table, beside the weights: the same for as long as the process lives.
+//! The settings of a pool that decide how its table is used. They stay the same for as long as the process
+//! lives.
 
 use std::num::NonZeroU32;
 use std::time::Duration;
 
-/// How a pool's table becomes a snapshot.
+/// How a pool uses its table.
 #[derive(Clone, Copy, Debug)]
 pub struct Policy {
-    /// How a backend is chosen.
+    /// How a backend is chosen for a session.
     pub balance: Balance,
-    /// Where less of the weight than this (0 to 1) is on healthy backends, health is ignored. 0: only where none is healthy.
+    /// Health is ignored while the healthy backends have less than this part (0 to 1) of the weight. 0: only
+    /// while no backend is healthy.
     pub fail_open: f64,
-    /// How long a backend that joined or recovered takes to its whole weight. Zero: none.
+    /// The time over which the weight of a backend that joined or recovered grows to its whole. Zero: it has
+    /// its whole weight at once.
     pub slow_start: Duration,
-    /// When a backend that fails sessions gets none for a while. `None`: never.
+    /// When a backend is ejected because sessions failed at it. `None`: never.
     pub outlier: Option<Outlier>,
-    /// How many sessions a backend may have, and who waits for a place.
+    /// How many sessions a backend may have, and how many may wait.
     pub capacity: Capacity,
-    /// After so long the sessions of a backend that is leaving are closed. Zero: never.
+    /// The sessions of a draining backend are closed after this time. Zero: never.
     pub drain_timeout: Duration,
 }
 
-/// When a backend is ejected for what its sessions saw: `pools.*.outlier`.
+/// When a backend is ejected because its sessions failed, and for how long: `pools.*.outlier`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Outlier {
-    /// So many sessions in a row that failed.
+    /// The number of failures in a row that ejects.
     pub consecutive_failures: NonZeroU32,
-    /// How long the first time; each further time longer by as much.
+    /// How long the first ejection lasts. Each further one lasts longer by as much.
     pub ejection: Duration,
-    /// Of the pool's backends, by number; more are not ejected at once.
+    /// At most this part of the pool's backends, counted by number, is ejected at once.
     pub max_ejected_percent: u32,
 }
 
 impl From<Balance> for Policy {
-    /// The rest as if there were no health, no limits and no drain.
+    /// A pool without health settings, limits and drain.
     fn from(balance: Balance) -> Self {
         Self {
             balance,
@@ -45,32 +48,35 @@ impl From<Balance> for Policy {
     }
 }
 
-/// How many sessions a backend may have, and who waits for a place: `pools.*.max_connections` and `queue`.
+/// How many sessions a backend may have, and how many sessions wait while all are full:
+/// `pools.*.max_connections` and `queue`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Capacity {
-    /// Of one backend; 0: any number.
+    /// The limit of one backend. 0: no limit.
     pub max_connections: u32,
-    /// Sessions of the pool that wait at most.
+    /// The number of sessions of the pool that may wait.
     pub queue_size: u32,
-    /// How long each waits at most.
+    /// The longest time that a session waits.
     pub queue_timeout: Duration,
 }
 
-/// How a pool chooses.
+/// How a pool chooses a backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Balance {
     /// Each pick is independent.
     WeightedRandom,
-    /// Picks are spread evenly: after any number of them each backend is within a few sessions of its exact share.
+    /// Picks are spread evenly: after any number of them, each backend is within a few sessions of its exact
+    /// share.
     WeightedRoundRobin,
-    /// The backend with the fewest active sessions for its weight: of all, or in large pools of some that are drawn by weight.
+    /// The backend with the fewest active sessions for its weight is picked: of all backends, or in large
+    /// pools of some that are drawn by weight.
     LeastConn,
-    /// A client's address always leads to the same backend, on every proxy of the fleet.
+    /// The address of a client always leads to the same backend, on every proxy of the fleet.
     SourceHash,
 }
 
 impl Balance {
-    /// As in config.yaml.
+    /// The names in config.yaml.
     pub const NAMES: [(&'static str, Self); 4] = [
         (Self::WeightedRandom.name(), Self::WeightedRandom),
         (Self::WeightedRoundRobin.name(), Self::WeightedRoundRobin),
@@ -78,7 +84,7 @@ impl Balance {
         (Self::SourceHash.name(), Self::SourceHash),
     ];
 
-    /// As in config.yaml.
+    /// The name in config.yaml.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {

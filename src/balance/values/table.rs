@@ -1,24 +1,25 @@
-//! What is written of one pool, in Redis or in config.yaml: which backend has which weight, and which is not to be used.
+//! The table of one pool, as Redis or config.yaml has it: the weight of each member, and the members that
+//! are in drain or maint.
 
 use std::sync::Arc;
 
 use super::{AdminState, BackendId, Weight};
 
-/// Backends and their weights, each backend once, in the order of their names: two tables that say the same are equal. A clone
-/// shares them.
+/// Members with their weights, each once, sorted by name. Two tables with the same content are equal. Clones
+/// share their memory.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Table {
     members: Arc<[(BackendId, Weight)]>,
-    /// Those that are not ready, whether they are members or not.
+    /// The backends that are not ready, members or not.
     states: Arc<[(BackendId, AdminState)]>,
 }
 
 impl Table {
-    /// Takes members in any order. A backend that is named twice keeps the later weight.
+    /// Makes a table of members in any order. A backend that occurs twice keeps the later weight.
     #[must_use]
     pub fn new(mut members: Vec<(BackendId, Weight)>) -> Self {
-        // A stable sort keeps equals in the order they came; `dedup_by` drops its first argument, the later one, so
-        // the weights are swapped first.
+        // A stable sort keeps the order of equal names. `dedup_by` drops its first argument, the later
+        // entry, so the later weight is copied first.
         members.sort_by(|(a, _), (b, _)| a.cmp(b));
         members.dedup_by(|later, kept| {
             let same = later.0 == kept.0;
@@ -30,7 +31,7 @@ impl Table {
         Self { members: members.into(), states: Arc::default() }
     }
 
-    /// The same members, of which these are not ready; each is named once.
+    /// The same members with these states; each backend occurs at most once.
     #[must_use]
     pub fn with_states(self, mut states: Vec<(BackendId, AdminState)>) -> Self {
         states.retain(|(_, state)| *state != AdminState::Ready);
@@ -38,32 +39,33 @@ impl Table {
         Self { states: states.into(), ..self }
     }
 
-    /// True where one is a clone of the other: cheaper than a comparison. False says nothing.
+    /// True if one is a clone of the other, which is cheaper to find out than equality. If false, they may
+    /// still be equal.
     #[must_use]
     pub fn is_clone_of(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.members, &other.members) && Arc::ptr_eq(&self.states, &other.states)
     }
 
-    /// What is wanted of a backend.
+    /// The state of `backend`.
     #[must_use]
     pub fn state(&self, backend: &BackendId) -> AdminState {
-        let place = self.states.binary_search_by(|(id, _)| id.cmp(backend));
-        place.map_or(AdminState::Ready, |place| self.states[place].1)
+        let index = self.states.binary_search_by(|(id, _)| id.cmp(backend));
+        index.map_or(AdminState::Ready, |index| self.states[index].1)
     }
 
-    /// Those that are not ready, in the order of their names.
+    /// The backends that are not ready, sorted by name.
     #[must_use]
     pub fn states(&self) -> &[(BackendId, AdminState)] {
         &self.states
     }
 
-    /// In the order of their names.
+    /// The members, sorted by name.
     #[must_use]
     pub fn members(&self) -> &[(BackendId, Weight)] {
         &self.members
     }
 
-    /// True when nothing is written.
+    /// True if the table has no members.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.members.is_empty()
@@ -75,7 +77,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tables_that_say_the_same_are_equal_and_the_later_weight_counts() {
+    fn tables_with_the_same_content_are_equal_and_the_later_weight_counts() {
         let member =
             |text: &str, weight| (text.parse().expect("an address"), Weight::new(weight).expect("a weight"));
         let (a, b) = (member("a:1", 1.0), member("b:1", 2.0));

@@ -1,4 +1,4 @@
-//! What an operator wrote beside a backend, once it is known to be possible.
+//! The weight of a backend, checked.
 
 use std::fmt;
 
@@ -14,14 +14,14 @@ pub struct Weight(f64);
 pub struct InvalidWeight(pub f64);
 
 impl Weight {
-    /// No new sessions.
+    /// The weight that asks for no new sessions.
     pub const ZERO: Self = Self(0.0);
 
     /// # Errors
     /// Negative, infinite and not-a-number are refused.
     pub fn new(value: f64) -> Result<Self, InvalidWeight> {
         if value.is_finite() && value >= 0.0 {
-            // `-0.0 >= 0.0` holds; adding 0.0 turns it into the one zero that prints as "0".
+            // `-0.0 >= 0.0` is true. Adding 0.0 turns -0.0 into 0.0, which prints as "0".
             Ok(Self(value + 0.0))
         } else {
             Err(InvalidWeight(value))
@@ -34,7 +34,7 @@ impl Weight {
         self.0
     }
 
-    /// `factor` (above 0, at most 1) of it; never zero where it is not.
+    /// The weight times `factor`, which is above 0 and at most 1. The result is zero only if the weight is.
     #[must_use]
     pub fn scaled(self, factor: f64) -> Self {
         if self.is_zero() { self } else { Self((self.0 * factor).max(f64::from_bits(1))) }
@@ -70,7 +70,7 @@ mod tests {
             assert_eq!(Weight::new(good).map(Weight::get), Ok(good.abs()));
         }
         for bad in [-1.0, f64::INFINITY, f64::NEG_INFINITY, f64::NAN] {
-            assert!(Weight::new(bad).is_err(), "{bad} was taken");
+            assert!(Weight::new(bad).is_err(), "{bad} was accepted");
         }
         assert_eq!(Weight::new(-0.0).expect("zero is a weight").to_string(), "0");
     }
