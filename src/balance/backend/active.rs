@@ -1,4 +1,4 @@
-//! A session at a backend.
+//! A session that holds a slot of a backend, from its pick to its end.
 
 use std::ops::Deref;
 use std::sync::Arc;
@@ -7,12 +7,12 @@ use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use super::backend::Backend;
 use super::slots::Slots;
 
-/// A session at a backend, counted as active from the pick to its end. Another backend is another one's.
+/// Holds one slot of a backend. Dropping it frees the slot. A retry at another backend takes another one.
 #[derive(Debug)]
 pub struct Active(Arc<Backend>);
 
 impl Active {
-    /// Takes a place. `None`: the backend has as many sessions as it may have.
+    /// Takes a slot, at the cost of one atomic add where slots are unlimited. `None`: all slots are taken.
     #[inline]
     #[must_use]
     pub fn take(backend: &Arc<Backend>) -> Option<Self> {
@@ -26,7 +26,7 @@ impl Active {
         Some(Self(Arc::clone(backend)))
     }
 
-    /// Where.
+    /// The backend that the slot belongs to.
     #[must_use]
     pub fn backend(&self) -> &Arc<Backend> {
         &self.0

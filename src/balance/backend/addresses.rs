@@ -1,8 +1,8 @@
-//! Where a backend is reached: at its own address, or at the addresses that its name has.
+//! The addresses of a backend: its own, or those that its DNS name resolved to.
 //!
-//! What sessions and checks find out belongs to an address, since the addresses of one name live and die apart. Each address
-//! of a name has a [`Condition`] of its own, which it keeps for as long as lookups name it and for a while longer. A backend
-//! without a name has one address, and its condition is the backend's.
+//! The addresses of one name fail and recover independently, so each has a [`Condition`] of its own. It
+//! keeps the condition for as long as lookups return the address, and for some minutes after. A backend
+//! without a name has one address, whose condition is the backend's.
 
 use std::net::SocketAddr;
 use std::num::NonZeroU16;
@@ -15,10 +15,10 @@ use tokio::time::Instant;
 use super::condition::{Condition, Ejection, TrialNumber};
 use super::presence::REMEMBERED_FOR;
 
-/// Addresses that one name does not have any more and that are remembered.
+/// The most removed addresses of one name that are remembered.
 const MOST_REMOVED: usize = 64;
 
-/// Where to connect to, right now.
+/// An address to connect to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Endpoint {
     /// TCP.
@@ -27,11 +27,12 @@ pub enum Endpoint {
     Unix(PathBuf),
 }
 
-/// Names one address of a backend's name for as long as that is known. Two bytes are what a session has left for it.
+/// Identifies one address of a backend's name for as long as it is known. Two bytes, since a session has no
+/// room for more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AddressNumber(NonZeroU16);
 
-/// A session's permission to show whether an address is back.
+/// Makes a session the trial session of a backend or of one address of its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TrialPermit {
     pub(in crate::balance) number: TrialNumber,
@@ -40,19 +41,19 @@ pub struct TrialPermit {
 }
 
 impl TrialPermit {
-    /// The parts of one that was given out, put together again.
+    /// Puts a permit together again from its parts.
     #[must_use]
     pub fn new(number: TrialNumber, address: Option<AddressNumber>) -> Self {
         Self { number, address }
     }
 
-    /// Which probe it is.
+    /// The number of the trial.
     #[must_use]
     pub fn number(self) -> TrialNumber {
         self.number
     }
 
-    /// The address of the backend's name that is probed. `None`: the backend's own.
+    /// The address that is on trial. `None`: the backend's own.
     #[must_use]
     pub fn address(self) -> Option<AddressNumber> {
         self.address
@@ -74,12 +75,12 @@ impl NamedAddress {
         Endpoint::Tcp(self.address)
     }
 
-    /// A session has connected there.
+    /// Counts a session that has connected.
     pub(in crate::balance) fn count_connected(&self) {
         self.connected.fetch_add(1, Relaxed);
     }
 
-    /// A session that was answered has ended.
+    /// Counts a session that was answered, when it ends.
     pub(in crate::balance) fn count_answered(&self) {
         self.answered.fetch_add(1, Relaxed);
     }
@@ -94,11 +95,11 @@ impl NamedAddress {
     }
 }
 
-/// The addresses of one name, as the last lookup found them, in their order. Replaced as a whole by the control plane.
+/// The addresses of one name, in the order of the last lookup. The control plane replaces it as a whole.
 #[derive(Debug, Default)]
 pub(in crate::balance) struct Addresses {
     current: Box<[Arc<NamedAddress>]>,
-    /// Those that a lookup does not name any more, and since when.
+    /// The addresses that the last lookup did not return, and since when.
     removed: Vec<(Instant, Arc<NamedAddress>)>,
     last_number: u16,
 }
@@ -108,7 +109,7 @@ impl Addresses {
         &self.current
     }
 
-    /// The same ones, sorted and named once.
+    /// True if the current addresses equal `addresses`, which are sorted and without duplicates.
     pub(in crate::balance) fn are(&self, addresses: &[SocketAddr]) -> bool {
         self.current.iter().map(|known| known.address).eq(addresses.iter().copied())
     }
@@ -118,7 +119,8 @@ impl Addresses {
         self.current.iter().chain(removed).find(|known| known.number == number)
     }
 
-    /// What follows once a lookup has found `addresses`, sorted and each named once. Those that are known keep their condition.
+    /// The addresses after a lookup has returned `addresses`, which are sorted and without duplicates. Known
+    /// addresses keep their condition.
     pub(in crate::balance) fn next(&self, addresses: &[SocketAddr], now: Instant) -> Self {
         let mut last_number = self.last_number;
         let mut removed = self.removed.clone();
@@ -127,8 +129,8 @@ impl Addresses {
         for address in addresses {
             let known = self.current.iter().find(|known| known.address == *address).cloned();
             let known = known.or_else(|| {
-                let place = removed.iter().position(|(_, known)| known.address == *address)?;
-                Some(removed.remove(place).1)
+                let index = removed.iter().position(|(_, known)| known.address == *address)?;
+                Some(removed.remove(index).1)
             });
             current.push(known.unwrap_or_else(|| {
                 let number = self.free_number(&mut last_number);
@@ -147,7 +149,8 @@ impl Addresses {
         Self { current: current.into(), removed, last_number }
     }
 
-    /// A number that no known address has. There are more numbers than addresses that fit into an answer of a name server.
+    /// A number that no known address has. One is always free: an answer of a name server has room for fewer
+    /// addresses than there are numbers.
     fn free_number(&self, last: &mut u16) -> AddressNumber {
         loop {
             let next =

@@ -1,6 +1,7 @@
-//! A backend as long as it lives: through any number of snapshots, and until its last session ends.
+//! One backend, from the table that first names it until its last session ends and it is forgotten.
 //!
-//! Whatever must survive a weight change (health, counters, resolved addresses) is kept here, not in the snapshot.
+//! What must survive a weight change (health, counters, resolved addresses) is kept here and not in the
+//! snapshot.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -13,18 +14,18 @@ use super::addresses::{AddressNumber, Addresses, Endpoint, NamedAddress, TrialPe
 use super::condition::{Condition, Ejection, Reached, TrialProgress};
 use super::presence::{DrainingSince, Presence};
 use super::route::Route;
-
 use super::slots::Slots;
 use crate::balance::values::{Address, BackendId};
 use crate::observe::counters::{BackendCounters, PerWorker};
 
-/// Identifies a [`Backend`] for as long as the process lives, among the backends of all pools: a backend that comes back after it
-/// was forgotten has another key. A session's entry in the worker's idle clock has room for it, but not for a name.
+/// Identifies a [`Backend`] object among those of all pools, for as long as the process lives. A backend
+/// that returns after it was forgotten is a new object with a new key. A session's entry in the idle clock
+/// has room for a key, but not for a name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BackendKey(u64);
 
 impl BackendKey {
-    /// A key that no other backend has.
+    /// Makes a key that no other backend has.
     fn new() -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         Self(NEXT.fetch_add(1, Relaxed))
@@ -43,17 +44,18 @@ impl BackendKey {
 pub struct Backend {
     key: BackendKey,
     id: BackendId,
-    /// For a DNS name: what it last resolved to; empty until it first did.
+    /// What a DNS name resolved to last. Empty until the first answer, and for a backend without a name.
     addresses: ArcSwap<Addresses>,
-    /// Rotates over `addresses`.
-    turn: AtomicUsize,
+    /// Counts the sessions of a DNS name, so that they rotate over its addresses.
+    rotation: AtomicUsize,
     slots: Slots,
     presence: Presence,
-    /// What is known of it. The health and the ejection of a DNS name are those of its addresses: see [`Backend::is_usable`].
+    /// Its health and its ejection. Those of a DNS name are kept with each of its addresses: see
+    /// [`Backend::is_usable`].
     pub condition: Condition,
-    /// Whether its sessions are to end.
+    /// Since when its sessions may be closed.
     pub draining: DrainingSince,
-    /// What the workers count of it.
+    /// What each worker counts of this backend.
     pub counters: PerWorker<BackendCounters>,
 }
 
@@ -63,7 +65,7 @@ impl Backend {
             key: BackendKey::new(),
             id,
             addresses: ArcSwap::default(),
-            turn: AtomicUsize::new(0),
+            rotation: AtomicUsize::new(0),
             slots,
             presence: Presence::default(),
             condition: Condition::default(),
@@ -72,20 +74,20 @@ impl Backend {
         }
     }
 
-    /// Tells this object from all other backends.
+    /// Identifies this object among all backends.
     #[inline]
     #[must_use]
     pub fn key(&self) -> BackendKey {
         self.key
     }
 
-    /// Its name.
+    /// The name of the backend.
     #[must_use]
     pub fn id(&self) -> &BackendId {
         &self.id
     }
 
-    /// Sessions that it has, those that are about to connect among them.
+    /// The sessions that hold a slot, including those that are still connecting.
     #[must_use]
     pub fn active(&self) -> u32 {
         self.slots.active()
@@ -100,7 +102,7 @@ impl Backend {
         &self.presence
     }
 
-    /// What its sessions have reached so far.
+    /// How many sessions have connected and were answered so far.
     #[must_use]
     pub fn reached(&self) -> Reached {
         Reached {
@@ -117,7 +119,7 @@ impl Backend {
         self.addresses.load_full()
     }
 
-    /// Where the next session connects to. `permit` is what it got with its pick.
+    /// The addresses that the next session connects to. `permit` came with its pick.
     #[inline]
     #[must_use]
     pub fn route(&self, permit: Option<TrialPermit>) -> Route {
@@ -125,13 +127,14 @@ impl Backend {
             Address::Socket(address) => Route::own(Endpoint::Tcp(*address)),
             Address::Unix(path) => Route::own(Endpoint::Unix(path.clone())),
             Address::Name { .. } => {
-                let turn = self.turn.fetch_add(1, Relaxed);
-                Route::named(&self.addresses.load(), turn, permit)
+                let rotation = self.rotation.fetch_add(1, Relaxed);
+                Route::named(&self.addresses.load(), rotation, permit)
             }
         }
     }
 
-    /// Sessions may be sent there: neither checks nor sessions speak against it, or against one of the addresses of its name.
+    /// True if sessions may be sent to the backend: its checks do not fail and it is not ejected. A DNS name
+    /// is usable if one of its addresses is, or if it has not been resolved.
     #[must_use]
     pub fn is_usable(&self) -> bool {
         if !self.is_name() {
@@ -141,7 +144,7 @@ impl Backend {
         addresses.current().is_empty() || addresses.current().iter().any(|known| known.condition.is_usable())
     }
 
-    /// It gets one session, which shows whether it is back, and no others.
+    /// True if the backend gets one trial session and no others.
     pub(in crate::balance) fn is_on_trial(&self) -> bool {
         if !self.is_name() {
             return self.condition.ejection() == Ejection::Trial && !self.condition.fails_checks();
@@ -149,7 +152,8 @@ impl Backend {
         !self.is_usable() && self.addresses.load().current().iter().any(|known| known.is_on_trial())
     }
 
-    /// For the one session that a probing backend gets. It is to say what becomes of it, and to end its probe.
+    /// Gives out the trial session, if there is none yet. The caller reports its progress by
+    /// [`Backend::move_trial`] and ends it with `TrialProgress::Wanted`.
     pub(in crate::balance) fn take_trial(&self) -> Option<TrialPermit> {
         if self.is_name() {
             return self.addresses.load().current().iter().find_map(|known| known.take_trial());
@@ -157,7 +161,7 @@ impl Backend {
         self.condition.take_trial().map(|number| TrialPermit { number, address: None })
     }
 
-    /// Sessions are just finding out whether it is back, or have found out.
+    /// True if each address on trial has its trial session, or a result of it.
     pub(in crate::balance) fn has_trial_session(&self) -> bool {
         if !self.is_name() {
             return self.condition.has_trial_session();
@@ -167,7 +171,8 @@ impl Backend {
         !addresses.current().iter().any(waits)
     }
 
-    /// The session with this permit has come so far; `Wanted`: it is over. False: its probe is over.
+    /// Notes how far the trial session with this permit has come. `Wanted`: the session is over. Returns
+    /// false if its trial has ended already.
     pub(in crate::balance) fn move_trial(&self, permit: TrialPermit, to: TrialProgress) -> bool {
         let moved = |condition: &Condition| match to {
             TrialProgress::Wanted => {
@@ -182,7 +187,7 @@ impl Backend {
         }
     }
 
-    /// `None`: the name does not have that address any more.
+    /// Calls `what` with this address of its name. `None`: the name does not have the address any more.
     pub(in crate::balance) fn at_address<T>(
         &self,
         number: AddressNumber,
@@ -191,26 +196,26 @@ impl Backend {
         self.addresses.load().find(number).map(|known| what(known))
     }
 
-    /// A session has connected to that address of its name.
+    /// Counts a session that connected to this address of its name.
     pub fn count_connected_at(&self, number: AddressNumber) {
         self.at_address(number, NamedAddress::count_connected);
     }
 
-    /// A session that was answered at that address of its name has ended.
+    /// Counts a session that was answered at this address of its name, when it ends.
     pub fn count_answered_at(&self, number: AddressNumber) {
         self.at_address(number, NamedAddress::count_answered);
     }
 
-    /// False for a name that never resolved: picking it could only fail.
+    /// False for a name that was never resolved, which no session could connect to.
     #[must_use]
     pub fn is_reachable(&self) -> bool {
         !self.is_name() || !self.addresses.load().current().is_empty()
     }
 
-    /// Replaces what its name resolved to, also by more or fewer addresses; none at all change nothing. Returns true if they are
-    /// others than before.
+    /// Replaces the addresses of its name. An empty answer changes nothing. Returns true if the addresses
+    /// differ from those before.
     pub fn set_resolved(&self, mut addresses: Vec<SocketAddr>) -> bool {
-        // Resolvers rotate their answers; sorted, the same answer twice is seen as the same.
+        // Resolvers rotate their answers. Sorted, two answers with the same addresses are equal.
         addresses.sort_unstable();
         addresses.dedup();
         let before = self.addresses.load_full();
@@ -243,7 +248,7 @@ mod tests {
         assert_eq!(backend.active(), 0);
     }
 
-    /// Where the next session connects to, in order.
+    /// The addresses that the next session tries, in order.
     fn tries(backend: &Backend) -> Vec<Endpoint> {
         let mut route = backend.route(None);
         let mut tries = Vec::new();
@@ -259,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_is_reachable_once_resolved_and_gives_its_addresses_in_turn() {
+    fn a_name_is_reachable_once_resolved_and_rotates_over_its_addresses() {
         let backend = Registry::new(1).get_or_create(&id("db.internal:5432"));
         assert_eq!((tries(&backend), backend.is_reachable()), (vec![], false));
         let [a, b] = addresses([1, 2]);
@@ -271,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn sessions_leave_out_a_dead_address_and_take_the_others_in_turn_until_none_is_left() {
+    fn sessions_skip_a_dead_address_and_rotate_over_the_others_until_none_is_left() {
         let backend = Registry::new(1).get_or_create(&id("db.internal:5432"));
         let [a, b, c] = addresses([1, 2, 3]);
         backend.set_resolved(vec![a, b, c]);
@@ -287,22 +292,22 @@ mod tests {
     }
 
     #[test]
-    fn one_session_probes_an_address_and_goes_on_to_the_others_if_it_fails() {
+    fn one_trial_session_tries_an_ejected_address_and_goes_on_to_the_others_if_it_fails() {
         let backend = Registry::new(1).get_or_create(&id("db.internal:5432"));
         let [a, b] = addresses([1, 2]);
         backend.set_resolved(vec![a, b]);
         let targets: Vec<_> = Target::all_of(&backend).collect();
         targets[1].condition().set_ejection(Ejection::Trial);
         let mut route = backend.route(None);
-        let permit = route.take_permit().expect("a probe is wanted");
+        let permit = route.take_permit().expect("a trial session is wanted");
         assert_eq!((route.endpoint(), route.len()), (Some(&Endpoint::Tcp(b)), 2));
-        assert_eq!(tries(&backend), [Endpoint::Tcp(a)], "one session probes");
+        assert_eq!(tries(&backend), [Endpoint::Tcp(a)], "there is one trial session");
         assert!(backend.move_trial(permit, TrialProgress::Wanted));
         assert_eq!(tries(&backend), [Endpoint::Tcp(b), Endpoint::Tcp(a)]);
     }
 
     #[test]
-    fn an_address_keeps_its_condition_through_lookups_and_a_new_one_has_none() {
+    fn an_address_keeps_its_condition_through_lookups_and_a_new_address_starts_unchecked() {
         let backend = Registry::new(1).get_or_create(&id("db.internal:5432"));
         let [a, b, c] = addresses([1, 2, 3]);
         backend.set_resolved(vec![a]);
@@ -323,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_always_has_other_addresses_fills_no_memory() {
+    fn a_name_whose_addresses_always_change_does_not_fill_the_memory() {
         let backend = Registry::new(1).get_or_create(&id("db.internal:5432"));
         for n in 0..200_000u32 {
             backend.set_resolved(vec![SocketAddr::from((n.to_be_bytes(), 80))]);

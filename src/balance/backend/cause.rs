@@ -1,4 +1,4 @@
-//! Why a session or a check failed, in 16 bits: small enough for an atomic, and written only when something fails.
+//! Why a session or a check failed, in 16 bits: small enough for an atomic, and written only on a failure.
 
 use std::fmt;
 use std::io;
@@ -6,12 +6,12 @@ use std::sync::atomic::{AtomicU16, Ordering::Relaxed};
 
 use serde::{Serialize, Serializer};
 
-/// The kernel's errno, or one of a few causes that have none.
+/// An errno of the kernel, or one of some causes of ours that have no errno.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cause(u16);
 
 impl Cause {
-    /// Nothing came in time, whether the kernel or the proxy gave up first.
+    /// No answer came in time, whether the kernel or the proxy gave up first.
     pub const TIMED_OUT: Self = Self(110);
     /// The peer sent a reset.
     pub const RESET: Self = Self(104);
@@ -23,7 +23,7 @@ impl Cause {
     pub const NO_ANSWER: Self = Self::own(3);
     /// A check's connection was closed before the expected answer came.
     pub const CLOSED: Self = Self::own(4);
-    /// A check got another answer than the expected one.
+    /// A check got an answer other than the expected one.
     pub const WRONG_ANSWER: Self = Self::own(5);
     /// An error without an errno.
     pub const OTHER: Self = Self::own(6);
@@ -52,7 +52,7 @@ impl From<&io::Error> for Cause {
     }
 }
 
-/// `connection refused`: the kernel's words, without the number and in lower case.
+/// The text of the kernel without the number and in lower case: `connection refused`.
 impl fmt::Display for Cause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match *self {
@@ -82,17 +82,18 @@ impl Serialize for Cause {
     }
 }
 
-/// The newest cause of one kind. Any thread may write it; the control plane reads it for the log and for reports.
+/// The newest cause of one kind. Any thread writes it; the control plane reads it for the log and for
+/// reports.
 #[derive(Debug, Default)]
 pub struct LastCause(AtomicU16);
 
 impl LastCause {
-    /// Something failed for this cause.
+    /// Notes that something failed for this cause.
     pub fn set(&self, cause: Cause) {
         self.0.store(cause.0, Relaxed);
     }
 
-    /// `None`: nothing has failed yet.
+    /// The newest cause. `None`: nothing has failed yet.
     #[must_use]
     pub fn get(&self) -> Option<Cause> {
         Cause::of_errno(self.0.load(Relaxed))

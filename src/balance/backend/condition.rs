@@ -1,7 +1,8 @@
-//! What is known of a backend's health: by checks, by what its sessions saw, and since when it is back.
+//! The health of a backend: what its checks found, whether it is ejected, and how far its slow start is.
 //!
-//! It belongs to the backend, so it outlives any number of snapshots. The control plane decides; sessions only count their
-//! failures, which costs those that succeed nothing: a row of failures ends where a counter that they keep anyway has moved on.
+//! It belongs to the backend, so it outlives snapshots. The control plane decides on health and ejection;
+//! sessions only count their failures. A successful session costs nothing extra: a row of failures ends when
+//! a counter of successes that is kept anyway has moved on.
 
 use std::num::NonZeroU16;
 use std::sync::LazyLock;
@@ -16,37 +17,37 @@ use crate::observe::counters::Counter;
 /// What active checks found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Health {
-    /// Not answered yet, or never asked: usable until then.
+    /// No check has answered yet, or the backend is not checked. It is usable.
     Unchecked = 0,
-    /// It passes.
+    /// Its checks pass.
     Healthy = 1,
-    /// It fails.
+    /// Its checks fail.
     Unhealthy = 2,
 }
 
-/// What is made of a backend that failed sessions.
+/// Whether a backend is ejected because sessions failed at it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ejection {
-    /// It takes sessions.
+    /// The backend is not ejected.
     None = 0,
-    /// It gets no sessions until its time has come.
+    /// The backend is ejected and gets no sessions.
     Ejected = 1,
-    /// It gets one session, which shows whether it is back.
+    /// The ejection is over on trial: the backend gets one session, which shows whether it works again.
     Trial = 2,
 }
 
-/// How far the session has come that shows whether a probing backend is back.
+/// How far the trial session of a backend has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TrialProgress {
-    /// The next session is to show it.
+    /// There is no trial session; the next session becomes it.
     Wanted = 0,
-    /// A session has been given out, and is about to connect.
+    /// The trial session has been picked, and is about to connect.
     Begun = 1,
-    /// It has connected.
+    /// The session has connected.
     Connected = 2,
-    /// It was answered, or ended without the backend's fault.
+    /// The session was answered, or ended without the backend's fault.
     Succeeded = 3,
-    /// It failed by the backend's fault.
+    /// The session failed by the backend's fault.
     Failed = 4,
 }
 
@@ -62,8 +63,8 @@ impl TrialProgress {
     }
 }
 
-/// Which of a backend's probes a session is. One that was overtaken by the next has no say any more. Two bytes are what a session has
-/// left for it.
+/// The number of a trial. A session with the number of an earlier trial has no effect any more. Two bytes,
+/// since a session has no room for more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TrialNumber(NonZeroU16);
 
@@ -86,23 +87,24 @@ impl TrialNumber {
 /// How a session failed by its backend's fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Failure {
-    /// It could not connect.
+    /// The session could not connect.
     Connect,
-    /// The backend reset it before it sent a byte.
+    /// The backend reset the session before it sent a byte.
     Reset,
 }
 
-/// A row of failures of one kind.
+/// Counts failures of one kind in a row.
 #[derive(Debug, Default)]
 struct Row {
     failures: AtomicU32,
-    /// What had succeeded when the last one happened; where that has moved on, the row has ended.
+    /// The count of successes at the last failure. Once that count has moved on, the row has ended.
     succeeded: AtomicU64,
 }
 
 impl Row {
     fn failed(&self, succeeded: u64) -> u32 {
-        // Two sessions that fail at the same moment right after a success may both begin the row: it is one too short then.
+        // Two sessions that fail at the same moment right after a success may both start the row. It is one
+        // too short then.
         if self.succeeded.swap(succeeded, Relaxed) == succeeded {
             self.failures.fetch_add(1, Relaxed).saturating_add(1)
         } else {
@@ -116,47 +118,48 @@ impl Row {
     }
 }
 
-/// What sessions of a backend have reached, over all workers.
+/// How many sessions of a backend have connected and were answered, over all workers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Reached {
-    /// That connected.
+    /// Sessions that connected.
     pub connected: u64,
-    /// Of which the backend sent a byte, or which ended without its fault.
+    /// Of those, the sessions that the backend sent a byte to, or that ended without its fault.
     pub answered: u64,
 }
 
-/// One backend's.
+/// The condition of one backend, or of one address of its name.
 #[derive(Debug)]
 pub struct Condition {
     health: AtomicU8,
     ejection: AtomicU8,
-    /// The number of the newest probe, and how far it has come: see [`TrialNumber::with`].
+    /// The number and the progress of the newest trial: see [`TrialNumber::with`].
     trial: AtomicU32,
     connects: Row,
     resets: Row,
-    /// Checks in a row that spoke against its health as it stands; written by the control plane.
+    /// The number of checks in a row with a result that differs from the health. Written by the control
+    /// plane.
     checks_against: AtomicU32,
-    /// [`millis`] of the moment at which it joined or recovered, times two; the lowest bit: it is held back since. 0: it was
-    /// there from the beginning.
+    /// When the backend joined or recovered, as [`millis`] times two. The lowest bit is set while it is in
+    /// its slow start. 0: it was there from the beginning.
     begun: AtomicU64,
-    /// Why a session failed last by the backend's fault.
+    /// The cause of the last session that failed by the backend's fault.
     pub session_error: LastCause,
-    /// Why a check failed last.
+    /// The cause of the last check that failed.
     pub check_error: LastCause,
-    /// Checks that passed and that failed; written by the control plane.
+    /// The number of checks that passed and that failed. Written by the control plane.
     pub checks: [Counter; 2],
-    /// How often it was ejected; written by the control plane.
+    /// The number of ejections. Written by the control plane.
     pub ejections: Counter,
 }
 
-/// Milliseconds since the process asked first, and one more.
+/// Milliseconds since the first call in this process, plus one.
 fn millis(now: Instant) -> u64 {
     static EPOCH: LazyLock<Instant> = LazyLock::new(Instant::now);
     u64::try_from(now.saturating_duration_since(*EPOCH).as_millis()).unwrap_or(u64::MAX - 1) + 1
 }
 
-/// The share of its weight that a backend has at the very beginning of its slow start. A smaller one would keep it from any session in
-/// a small pool for as long as it takes to grow.
+/// The part of its weight with which a backend begins its slow start. With a smaller part, a backend of a
+/// small pool would get no session for most of the slow start.
 const RAMP_BEGINS_AT: f64 = 0.1;
 
 impl Default for Condition {
@@ -188,7 +191,7 @@ impl Condition {
         }
     }
 
-    /// What is made of its failures.
+    /// Whether the backend is ejected.
     #[inline]
     #[must_use]
     pub fn ejection(&self) -> Ejection {
@@ -199,38 +202,38 @@ impl Condition {
         }
     }
 
-    /// Sessions may be sent there: neither its checks nor its sessions speak against it.
+    /// True if sessions may be sent to the backend: its checks do not fail and it is not ejected.
     #[must_use]
     pub fn is_usable(&self) -> bool {
         !self.fails_checks() && self.ejection() == Ejection::None
     }
 
-    /// Its checks speak against it, so no session is sent there, not even to probe it.
+    /// True if its checks fail. Then it gets no session, not even a trial session.
     #[must_use]
     pub fn fails_checks(&self) -> bool {
         self.health() == Health::Unhealthy
     }
 
-    /// A check has decided. The next snapshot goes by it.
+    /// Sets what checks have found. It takes effect with the next snapshot.
     pub fn set_health(&self, health: Health) {
         if self.fails_checks() && health != Health::Unhealthy {
-            // What sessions saw meanwhile is no reason to eject it now.
+            // Failures of sessions while the checks failed are no reason to eject the backend now.
             self.forget_failures();
         }
         self.health.store(health as u8, Relaxed);
     }
 
-    /// A check did not end as its health says. Returns how many did not in a row.
+    /// Counts a check with a result that differs from the health. Returns how many did so in a row.
     pub fn count_check_against(&self) -> u32 {
         self.checks_against.fetch_add(1, Relaxed).saturating_add(1)
     }
 
-    /// A check ended as its health says, or has changed it.
+    /// Ends that row: a check had the result that the health says, or has changed the health.
     pub fn forget_checks_against(&self) {
         self.checks_against.store(0, Relaxed);
     }
 
-    /// The last checks, fewer than decide, did not end as its health says.
+    /// True if the last checks differed from the health, but too few of them to change it.
     #[must_use]
     pub fn is_in_doubt(&self) -> bool {
         self.checks_against.load(Relaxed) > 0
@@ -241,16 +244,16 @@ impl Condition {
         self.resets.failures.store(0, Relaxed);
     }
 
-    /// It is ejected, probed or taken back. The next snapshot goes by it.
+    /// Ejects the backend, puts it on trial or takes it back. It takes effect with the next snapshot.
     pub fn set_ejection(&self, ejection: Ejection) {
-        // A session that probes until now has no say in what comes.
+        // With a new trial number, an earlier trial session has no effect any more.
         let next = TrialNumber::of(self.trial.load(Relaxed)).next();
         self.trial.store(next.with(TrialProgress::Wanted), Relaxed);
         self.forget_failures();
         self.ejection.store(ejection as u8, Relaxed);
     }
 
-    /// For the one session that a probing backend gets. It is to say what becomes of it, and to end its probe.
+    /// Gives out the trial session if none is under way. The caller reports its progress and ends it.
     pub(in crate::balance) fn take_trial(&self) -> Option<TrialNumber> {
         let state = self.trial.load(Relaxed);
         if TrialProgress::of(state) != TrialProgress::Wanted {
@@ -261,13 +264,14 @@ impl Condition {
         self.trial.compare_exchange(state, begun, Relaxed, Relaxed).is_ok().then_some(number)
     }
 
-    /// The session with this probe has come so far. False: its probe is over.
+    /// Notes how far the trial session with this number has come. Returns false if its trial has ended.
     pub(in crate::balance) fn move_trial(&self, number: TrialNumber, to: TrialProgress) -> bool {
         let moved = |state| (TrialNumber::of(state) == number).then_some(number.with(to));
         self.trial.fetch_update(Relaxed, Relaxed, moved).is_ok()
     }
 
-    /// The session with this probe is over. Where it showed nothing, the next one is to.
+    /// The trial session with this number is over. If it had no result, the next session becomes the trial
+    /// session.
     pub(in crate::balance) fn end_trial(&self, number: TrialNumber) {
         let showed_nothing =
             |state| matches!(TrialProgress::of(state), TrialProgress::Begun | TrialProgress::Connected);
@@ -275,24 +279,25 @@ impl Condition {
             (TrialNumber::of(state) == number && showed_nothing(state))
                 .then_some(number.with(TrialProgress::Wanted))
         };
-        // What is left otherwise is for whoever decides.
+        // A result stays until the control plane has acted on it.
         let _ = self.trial.fetch_update(Relaxed, Relaxed, wanted);
     }
 
-    /// The newest probe, and how far it has come.
+    /// The number and the progress of the newest trial.
     #[must_use]
     pub fn trial(&self) -> (TrialNumber, TrialProgress) {
         let state = self.trial.load(Relaxed);
         (TrialNumber::of(state), TrialProgress::of(state))
     }
 
-    /// A session is just finding out whether it is back, or has found out.
+    /// True if a trial session is under way, or has ended with a result.
     #[must_use]
     pub fn has_trial_session(&self) -> bool {
         self.trial().1 != TrialProgress::Wanted
     }
 
-    /// A session failed. Returns how many did in a row; `reached` is what the others have reached so far.
+    /// Counts a session that failed. Returns how many did so in a row; `reached` is what other sessions have
+    /// reached so far.
     pub fn failed(&self, failure: Failure, reached: Reached) -> u32 {
         match failure {
             Failure::Connect => self.connects.failed(reached.connected),
@@ -300,46 +305,48 @@ impl Condition {
         }
     }
 
-    /// How many failed in a row, of the kind of which more did.
+    /// The length of the longer one of the two rows of failures.
     #[must_use]
     pub fn failures(&self, reached: Reached) -> u32 {
         self.connects.length(reached.connected).max(self.resets.length(reached.answered))
     }
 
-    /// It joined the pool or recovered: its weight begins to grow.
+    /// The backend joined the pool or recovered: its slow start begins.
     pub fn begin_ramp(&self, now: Instant) {
-        self.begun.store(millis(now) << 1 | HELD_BACK, Relaxed);
+        self.begun.store(millis(now) << 1 | IN_SLOW_START, Relaxed);
     }
 
-    /// It joined a pool in which no other backend has been for long: it has its whole weight at once.
+    /// The backend joined a pool in which no other backend has been for long: it has its whole weight at
+    /// once.
     pub(in crate::balance) fn begin_whole(&self, now: Instant) {
         self.begun.store(millis(now) << 1, Relaxed);
     }
 
-    /// It has its whole weight from now on, though it joined or recovered a short time ago.
+    /// Ends the slow start early: the backend has its whole weight from now on.
     pub(in crate::balance) fn end_ramp(&self) {
-        self.begun.fetch_and(!HELD_BACK, Relaxed);
+        self.begun.fetch_and(!IN_SLOW_START, Relaxed);
     }
 
-    /// It joined or recovered so long ago that another one may start slowly beside it.
+    /// True if the backend joined or recovered at least `slow_start` ago, so that another one may start
+    /// slowly beside it.
     pub(in crate::balance) fn is_settled(&self, slow_start: Duration, now: Instant) -> bool {
         let begun = self.begun.load(Relaxed);
         begun == 0 || since(begun, now) >= slow_start
     }
 
-    /// The part of its weight that it has in its slow start, and 1 after it.
+    /// The part of its weight that the backend has: 0.1 to 1 during its slow start, 1 after it.
     #[must_use]
     pub fn ramp(&self, slow_start: Duration, now: Instant) -> f64 {
         let begun = self.begun.load(Relaxed);
-        if begun & HELD_BACK == 0 || slow_start.is_zero() {
+        if begun & IN_SLOW_START == 0 || slow_start.is_zero() {
             return 1.0;
         }
         (since(begun, now).as_secs_f64() / slow_start.as_secs_f64()).clamp(RAMP_BEGINS_AT, 1.0)
     }
 }
 
-/// In [`Condition::begun`], beside the milliseconds: it has only a part of its weight.
-const HELD_BACK: u64 = 1;
+/// The lowest bit of [`Condition::begun`]: the backend is in its slow start.
+const IN_SLOW_START: u64 = 1;
 
 fn since(begun: u64, now: Instant) -> Duration {
     Duration::from_millis(millis(now).saturating_sub(begun >> 1))
@@ -356,7 +363,7 @@ mod tests {
         assert_eq!([0, 1].map(|_| condition.failed(Failure::Connect, reached)), [1, 2]);
         assert_eq!([0, 1].map(|_| condition.failed(Failure::Reset, reached)), [1, 2]);
         reached.connected += 1;
-        // It connects, and resets each session.
+        // The backend accepts connections and resets each session.
         assert_eq!(condition.failures(reached), 2);
         assert_eq!(condition.failed(Failure::Connect, reached), 1);
         assert_eq!(condition.failed(Failure::Reset, reached), 3);
@@ -366,29 +373,33 @@ mod tests {
     }
 
     #[test]
-    fn one_session_probes_and_one_that_was_overtaken_has_no_say() {
+    fn there_is_one_trial_session_and_an_earlier_one_has_no_effect() {
         let condition = Condition::default();
         condition.set_ejection(Ejection::Trial);
-        let first = condition.take_trial().expect("it is wanted");
+        let first = condition.take_trial().expect("a trial session is wanted");
         assert_eq!((condition.take_trial(), condition.has_trial_session()), (None, true));
         assert!(condition.move_trial(first, TrialProgress::Connected));
         condition.end_trial(first);
-        let second = condition.take_trial().expect("the first one showed nothing");
+        let second = condition.take_trial().expect("the first one had no result");
         assert!(
             !condition.move_trial(first, TrialProgress::Failed)
                 && condition.move_trial(second, TrialProgress::Succeeded)
         );
         condition.end_trial(second);
-        assert_eq!(condition.trial(), (second, TrialProgress::Succeeded), "whoever decides is to see it");
+        assert_eq!(
+            condition.trial(),
+            (second, TrialProgress::Succeeded),
+            "the control plane is to see the result"
+        );
         condition.set_ejection(Ejection::Ejected);
         assert!(!condition.move_trial(second, TrialProgress::Failed) && !condition.has_trial_session());
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_ramp_grows_from_a_tenth_to_the_whole() {
+    async fn a_slow_start_grows_from_a_tenth_to_the_whole() {
         let (condition, second) = (Condition::default(), Duration::from_secs(1));
         let ramp = |after: u32| condition.ramp(10 * second, Instant::now() + after * second);
-        assert_eq!(ramp(0), 1.0, "one that was there from the beginning has its whole weight");
+        assert_eq!(ramp(0), 1.0, "a backend that was there from the beginning has its whole weight");
         condition.begin_ramp(Instant::now());
         assert_eq!([ramp(0), ramp(5), ramp(10), ramp(1000)], [0.1, 0.5, 1.0, 1.0]);
         assert_eq!(condition.ramp(Duration::ZERO, Instant::now()), 1.0);

@@ -1,8 +1,9 @@
-//! Remembers the backends that left a pool's table for a while.
+//! Remembers the backends that left a pool's table, for [`REMEMBERED_FOR`].
 //!
-//! A tool that writes its table anew (DEL, then one ZADD a member) makes each member leave and return within milliseconds. What
-//! is known of a backend (health, ejection, slow start, counters, resolved addresses) is kept in the backend itself, so it is
-//! enough to keep that alive. A remembered backend is not checked, not picked and has no metrics.
+//! A tool that rewrites its table (`DEL`, then one `ZADD` for each member) makes each member leave and
+//! return within milliseconds. What is known of a backend (health, ejection, slow start, counters, resolved
+//! addresses) is kept in the backend, so it is enough to hold a reference to it. A remembered backend is not
+//! checked, not picked and has no metrics.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -13,12 +14,12 @@ use tokio::time::Instant;
 use super::backend::Backend;
 use super::presence::REMEMBERED_FOR;
 
-/// Backends that are remembered of a pool: so many, or as many times its members as stands below, whichever is more. One is
-/// about 2 kB with two workers.
+/// The number of departed backends that are remembered: at least this many, or [`REMEMBERED_PER_MEMBER`]
+/// times the members of the largest recent table. One takes about 2 kB with two workers.
 const LEAST_REMEMBERED: usize = 1_024;
 const REMEMBERED_PER_MEMBER: usize = 2;
 
-/// The backends that left one pool's table, by the order in which they left.
+/// The departed backends of one pool, in the order in which they left.
 #[derive(Debug)]
 pub(in crate::balance) struct Departed {
     backends: BTreeMap<u64, Departure>,
@@ -30,7 +31,7 @@ pub(in crate::balance) struct Departed {
 struct Departure {
     backend: Arc<Backend>,
     at: Instant,
-    /// It was in neither drain nor maint.
+    /// It was neither in drain nor in maint.
     was_ready: bool,
 }
 
@@ -41,8 +42,8 @@ impl Default for Departed {
 }
 
 impl Departed {
-    /// Goes by the snapshot `version` with the backends `now`, after the one with the backends `before`: those that left are
-    /// remembered, those that returned are in use again. `before` says of each whether it was ready.
+    /// Notes the change to snapshot `version`: backends in `before` alone are remembered from now on,
+    /// backends in `now` are not departed any more. `before` has with each backend whether it was ready.
     pub(in crate::balance) fn follow<'a>(
         &mut self,
         version: u64,
@@ -61,7 +62,7 @@ impl Departed {
         let at = Instant::now();
         let most = REMEMBERED_PER_MEMBER * self.largest.with(members, at);
         for (backend, was_ready) in before {
-            // A stand-in may be named twice.
+            // A stand-in may occur twice in `before`.
             let is_here = backend.presence().snapshot.load(Relaxed) == version;
             if is_here || backend.presence().departure.load(Relaxed) != 0 {
                 continue;
@@ -76,7 +77,7 @@ impl Departed {
         self.forget_old(at);
     }
 
-    /// Forgets those that left too long ago.
+    /// Forgets the backends that left at least [`REMEMBERED_FOR`] ago.
     pub(in crate::balance) fn forget_old(&mut self, now: Instant) {
         let is_old = |departure: &Departure| now.saturating_duration_since(departure.at) >= REMEMBERED_FOR;
         while self.backends.first_key_value().is_some_and(|(_, departure)| is_old(departure)) {
@@ -90,32 +91,34 @@ impl Departed {
         }
     }
 
-    /// True for a backend that is remembered, and that was ready when it left.
+    /// True for a remembered backend that was ready when it left.
     pub(in crate::balance) fn was_ready(&self, backend: &Backend) -> bool {
         let departure = backend.presence().departure.load(Relaxed);
         departure != 0 && self.backends.get(&departure).is_some_and(|departure| departure.was_ready)
     }
 }
 
-/// The members of the largest table of the last minutes: a table that was deleted has none, and its backends are remembered.
+/// The number of members of the largest table of the last minutes. The newest table does not do: a deleted
+/// one has no members, and its backends are to be remembered.
 #[derive(Debug)]
 struct LargestTable {
     now: usize,
     before: usize,
-    turned: Instant,
+    period_began: Instant,
 }
 
 impl LargestTable {
     fn new() -> Self {
-        Self { now: 0, before: 0, turned: Instant::now() }
+        Self { now: 0, before: 0, period_began: Instant::now() }
     }
 
-    /// The size of the largest one, of which the newest has so many `members`.
+    /// Takes in a table with this number of `members`, and returns the number of the largest recent one.
     fn with(&mut self, members: usize, now: Instant) -> usize {
-        if now.saturating_duration_since(self.turned) >= REMEMBERED_FOR {
-            // What was largest until now is so for the table that is replaced, too.
+        if now.saturating_duration_since(self.period_began) >= REMEMBERED_FOR {
+            // The largest size of the period that ends counts for the next one too, since its table may have
+            // lasted until now.
             self.before = std::mem::take(&mut self.now);
-            self.turned = now;
+            self.period_began = now;
         }
         self.now = self.now.max(members);
         self.now.max(self.before)
@@ -137,7 +140,7 @@ mod tests {
         format!("10.0.{}.{}:80", n / 250, n % 250).parse().expect("an address")
     }
 
-    /// Members of these numbers, each with the weight 100.
+    /// A table of the members with these numbers, each with the weight 100.
     fn table(members: impl IntoIterator<Item = usize>) -> Table {
         let weight = Weight::new(100.0).expect("a weight");
         Table::new(members.into_iter().map(|n| (id(n), weight)).collect())
@@ -149,7 +152,7 @@ mod tests {
         cell
     }
 
-    /// The effective weights, in the order of the names.
+    /// The effective weights, sorted by name.
     fn weights(cell: &Cell) -> Vec<f64> {
         let snapshot = cell.load();
         let mut members: Vec<_> = snapshot.members().iter().collect();
@@ -164,13 +167,13 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_member_that_returns_within_minutes_is_what_it_was() {
+    async fn a_member_that_returns_within_minutes_keeps_its_condition() {
         let cell = cell(3, Duration::ZERO);
         backend(&cell, 0).condition.set_health(Health::Unhealthy);
         backend(&cell, 1).condition.set_ejection(Ejection::Ejected);
         backend(&cell, 2).condition.ejections.add(7);
         cell.publish(table([9]));
-        assert_eq!(cell.registry().living().len(), 1, "what is remembered has no metrics");
+        assert_eq!(cell.registry().living().len(), 1, "a backend that is only remembered has no metrics");
         tokio::time::advance(REMEMBERED_FOR - SECOND).await;
         cell.publish(table(0..3));
         assert_eq!(weights(&cell), [0.0, 0.0, 100.0]);
@@ -189,8 +192,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_session_keeps_the_counters_of_a_member_that_was_away_for_long_but_not_its_place_in_the_slow_start()
-     {
+    async fn a_session_keeps_the_counters_of_a_long_absent_member_but_the_slow_start_begins_again() {
         let cell = cell(2, 10 * SECOND);
         let held = backend(&cell, 0);
         cell.publish(table([1]));
@@ -225,7 +227,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_table_that_grows_from_empty_one_by_one_begins_no_slow_start() {
-        // Redis has said that it holds nothing: kept, and refused.
+        // Redis has answered that the table is empty: the pool keeps its table, or refuses sessions.
         for is_published in [false, true] {
             let policy = Policy { slow_start: 10 * SECOND, ..Balance::WeightedRandom.into() };
             let cell = Cell::new(Table::default(), policy, 1);
@@ -243,7 +245,7 @@ mod tests {
             cell.refresh();
             assert_eq!(weights(&cell), [100.0; 8]);
             cell.publish(table(0..9));
-            assert_eq!(weights(&cell)[8], 10.0, "the others have been there for long");
+            assert_eq!(weights(&cell)[8], 10.0, "the others were there for longer than slow_start");
         }
     }
 
@@ -258,7 +260,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn members_that_were_held_back_have_their_whole_weight_when_the_others_are_gone() {
+    async fn members_in_slow_start_get_their_whole_weight_when_the_others_are_gone() {
         let cell = cell(1, 10 * SECOND);
         cell.publish(table([0, 10]));
         assert_eq!(weights(&cell), [100.0, 10.0]);
@@ -278,14 +280,14 @@ mod tests {
     }
 
     #[test]
-    fn members_that_come_and_go_fill_no_memory() {
+    fn members_that_come_and_go_do_not_fill_the_memory() {
         let cell = cell(1, Duration::ZERO);
         for n in 1..10_000 {
             cell.publish(table([n]));
         }
         assert_eq!(cell.registry().living().len(), 1);
         assert_eq!(cell.registry().known(), LEAST_REMEMBERED + 1);
-        // A large table is remembered whole.
+        // All members of a large table are remembered.
         cell.publish(table(0..5_000));
         cell.publish(table([0]));
         cell.publish(table([1]));
@@ -294,7 +296,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_table_at_rest_forgets_a_large_one_after_its_time() {
+    async fn after_some_minutes_an_unchanged_table_lets_a_large_former_one_be_forgotten() {
         let cell = cell(5_000, Duration::ZERO);
         cell.publish(table([1]));
         tokio::time::advance(REMEMBERED_FOR).await;

@@ -1,4 +1,5 @@
-//! What the newest snapshot says of a backend: whether it is in there, and since when it is to lose its sessions.
+//! What the newest snapshot says of a backend: whether the backend is in it, and since when the backend is
+//! draining.
 
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -6,20 +7,20 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// A backend that was away for longer is new when it returns.
+/// How long a backend, or an address of a name, is remembered after it left. Returning later, it is new.
 pub(super) const REMEMBERED_FOR: Duration = Duration::from_secs(300);
 
 /// Whether a backend is in the newest snapshot. Written by the control plane.
 #[derive(Debug, Default)]
 pub(in crate::balance) struct Presence {
-    /// The version of the newest snapshot that it was in.
+    /// The version of the newest snapshot that has the backend.
     pub(super) snapshot: AtomicU64,
-    /// Its key in [`Departed`]; 0: it is not in there.
+    /// The key in `Departed`, or 0 if the backend is not in there.
     pub(super) departure: AtomicU64,
 }
 
 impl Presence {
-    /// 1 while the backend is remembered, which is one reference beside those that use it.
+    /// The references that the memory of departed backends holds: 1 while the backend is in it, else 0.
     pub(in crate::balance) fn references(&self) -> usize {
         usize::from(self.departure.load(Relaxed) != 0)
     }
@@ -27,19 +28,19 @@ impl Presence {
 
 static EPOCH: LazyLock<Instant> = LazyLock::new(Instant::now);
 
-/// Since when one backend is leaving. Written by the control plane.
+/// Since when one backend is draining. Written by the control plane.
 #[derive(Debug, Default)]
 pub struct DrainingSince(AtomicU64);
 
 impl DrainingSince {
-    /// `None`: it takes sessions.
+    /// `None`: the backend is not draining.
     #[must_use]
     pub fn since(&self) -> Option<Instant> {
         let millis = self.0.load(Relaxed);
         (millis > 0).then(|| *EPOCH + Duration::from_millis(millis - 1))
     }
 
-    /// It was in use until `now`, if it was.
+    /// Starts draining at `now`, unless it has started already.
     pub(in crate::balance) fn begin(&self, now: Instant) {
         if self.0.load(Relaxed) == 0 {
             let millis = u64::try_from(now.saturating_duration_since(*EPOCH).as_millis());

@@ -1,4 +1,7 @@
-//! The living backends of one pool, by name.
+//! Finds the living backends of one pool by name, and makes those that do not exist yet.
+//!
+//! It holds them weakly: a backend lives as long as a snapshot, a session or the memory of departed backends
+//! (`departed.rs`) refers to it.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -11,7 +14,7 @@ use super::slots::Slots;
 use crate::balance::queue::Queue;
 use crate::balance::values::{BackendId, Balance, Policy};
 
-/// The living backends of one pool, by name. Only the control plane asks it.
+/// The living backends of one pool, by name. Used by the control plane alone.
 #[derive(Debug)]
 pub struct Registry {
     workers: usize,
@@ -23,13 +26,14 @@ pub struct Registry {
 #[derive(Debug, Default)]
 struct Known {
     backends: HashMap<BackendId, Weak<Backend>>,
-    /// Those of them that are remembered.
+    /// The backends that left the table and are remembered.
     departed: Departed,
-    /// Above so many, the dead are dropped: seldom enough that each new backend pays for a few looks at most.
+    /// Dead entries are removed when there are more entries than this. The number doubles with the living
+    /// ones, so each new backend pays for a few entries on average.
     sweep_above: usize,
 }
 
-/// So that a small pool is not swept for each new backend.
+/// The least room between two sweeps, so that a small pool is not swept for each new backend.
 const SWEEP_LEAST: usize = 64;
 
 impl Known {
@@ -40,26 +44,28 @@ impl Known {
 }
 
 impl Registry {
-    /// An empty registry of a pool without limits and without a queue. Its backends have counters for `workers` threads.
+    /// An empty registry of a pool without limits and without a queue. Its backends have counters for
+    /// `workers` threads.
     #[must_use]
     pub fn new(workers: usize) -> Self {
         Self::of_pool(workers, Arc::new(Balance::WeightedRandom.into()), Arc::default())
     }
 
-    /// An empty registry of the pool with this policy. A backend that gets a free slot tells `queue`.
+    /// An empty registry of a pool with this policy. Its backends report free slots to `queue`.
     #[must_use]
     pub fn of_pool(workers: usize, policy: Arc<Policy>, queue: Arc<Queue>) -> Self {
         Self { workers, policy, queue, known: Mutex::default() }
     }
 
-    /// The living backend of that name, or a new one.
+    /// Returns the living backend with this name, or makes one.
     #[must_use]
     pub fn get_or_create(&self, id: &BackendId) -> Arc<Backend> {
         let mut known = self.lock();
         if let Some(backend) = known.backends.get(id).and_then(Weak::upgrade) {
             return backend;
         }
-        // Not only when someone scrapes: names that come and go would fill the memory of a proxy that nobody watches.
+        // Sweeps here as well as in a scrape: names that come and go would fill the memory of a proxy that
+        // is never scraped.
         if known.backends.len() > known.sweep_above {
             known.sweep(|backend| backend.strong_count() > 0);
         }
@@ -69,8 +75,8 @@ impl Registry {
         backend
     }
 
-    /// Goes by the snapshot `version`, which has the backends `now` and follows one with the backends `before`, of which each
-    /// was ready or not.
+    /// Notes the change to snapshot `version`, from the backends `before` (each with whether it was ready)
+    /// to the backends `now`.
     pub(in crate::balance) fn follow<'a>(
         &self,
         version: u64,
@@ -85,7 +91,7 @@ impl Registry {
         self.lock().departed.forget_old(now);
     }
 
-    /// True for a backend that left the table a short time ago, and that was ready then.
+    /// True for a remembered backend that was ready when it left the table.
     pub(in crate::balance) fn left_ready(&self, backend: &Backend) -> bool {
         backend.presence().references() > 0 && self.lock().departed.was_ready(backend)
     }
@@ -94,14 +100,14 @@ impl Registry {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How many there are in memory.
+    /// The number of entries in memory.
     #[cfg(test)]
     pub(in crate::balance) fn known(&self) -> usize {
         self.lock().backends.len()
     }
 
-    /// All that a snapshot or a session still holds, in the order of their names; not those that are only remembered. Forgets
-    /// the others.
+    /// The backends that a snapshot or a session uses, sorted by name. Backends that are only remembered are
+    /// not among them. Removes dead entries and outdated memories.
     #[must_use]
     pub fn living(&self) -> Vec<Arc<Backend>> {
         let mut living = self.living_in_any_order();
@@ -109,7 +115,7 @@ impl Registry {
         living
     }
 
-    /// The same, not sorted.
+    /// As [`Registry::living`], unsorted.
     pub(in crate::balance) fn living_in_any_order(&self) -> Vec<Arc<Backend>> {
         let mut known = self.lock();
         known.departed.forget_old(Instant::now());
@@ -117,7 +123,7 @@ impl Registry {
         known.sweep(|backend| {
             let backend = backend.upgrade();
             let is_alive = backend.is_some();
-            // The reference of this line is one of them.
+            // One reference is the `upgrade` above; the memory of a departed backend is another.
             let is_used =
                 |backend: &Arc<Backend>| Arc::strong_count(backend) > 1 + backend.presence().references();
             living.extend(backend.filter(is_used));
@@ -136,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn a_backend_lives_as_long_as_someone_holds_it_and_returns_as_itself() {
+    fn a_backend_lives_as_long_as_it_is_referred_to_and_is_found_by_name_meanwhile() {
         let registry = Registry::new(1);
         let first = registry.get_or_create(&id("10.0.0.1:80"));
         assert!(Arc::ptr_eq(&first, &registry.get_or_create(&id("10.0.0.1:80"))));
@@ -145,14 +151,14 @@ mod tests {
     }
 
     #[test]
-    fn backends_that_come_and_go_are_forgotten_though_nobody_asks() {
+    fn backends_that_come_and_go_are_removed_without_a_scrape() {
         let registry = Registry::new(1);
         let stay: Vec<_> =
             (0..100).map(|port| registry.get_or_create(&id(&format!("10.0.0.1:{}", 1 + port)))).collect();
         for port in 1..50_000 {
             drop(registry.get_or_create(&id(&format!("10.0.0.2:{port}"))));
         }
-        let known = registry.known.lock().expect("nobody panics with it").backends.len();
+        let known = registry.known.lock().expect("no thread panics while it holds the lock").backends.len();
         assert!(known <= 2 * stay.len() + SWEEP_LEAST + 1, "{known} are known, {} live", stay.len());
         assert_eq!(registry.living().len(), stay.len());
     }

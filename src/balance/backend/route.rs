@@ -8,9 +8,9 @@ use super::addresses::{AddressNumber, Addresses, Endpoint, NamedAddress, TrialPe
 #[derive(Debug)]
 pub struct Route {
     first: Option<Endpoint>,
-    /// Of a name, the last one first; `first` is in there.
+    /// The addresses of a name, the next one last; `first` is among them.
     named: Vec<Arc<NamedAddress>>,
-    /// The session is to show whether the first address is back.
+    /// The session is the trial session of the first address.
     permit: Option<TrialPermit>,
 }
 
@@ -19,10 +19,14 @@ impl Route {
         Self { first: Some(endpoint), named: Vec::new(), permit: None }
     }
 
-    /// Through those of `addresses` that are usable, of which `turn` says the first. Before them comes the address that the
-    /// session has the permit `given` for, or one that waits for a session to show that it is back. Where there is none of
-    /// all these, health is ignored.
-    pub(in crate::balance) fn named(addresses: &Addresses, turn: usize, given: Option<TrialPermit>) -> Self {
+    /// A route over the usable ones of `addresses`, of which `rotation` chooses the first. The address on
+    /// trial comes before them: the one that the permit `given` is for, else one that waits for a trial
+    /// session. Without any of these, health is ignored and all addresses are tried.
+    pub(in crate::balance) fn named(
+        addresses: &Addresses,
+        rotation: usize,
+        given: Option<TrialPermit>,
+    ) -> Self {
         let current = addresses.current();
         let is_usable = |known: &&Arc<NamedAddress>| known.condition.is_usable();
         let mut named: Vec<_> = current.iter().filter(is_usable).cloned().collect();
@@ -30,48 +34,49 @@ impl Route {
         if permit.is_none() && !named.is_empty() && named.len() < current.len() {
             permit = current.iter().find_map(|known| known.take_trial());
         }
-        let probed = permit.and_then(|permit| addresses.find(permit.address?)).cloned();
-        if named.is_empty() && probed.is_none() {
+        let on_trial = permit.and_then(|permit| addresses.find(permit.address?)).cloned();
+        if named.is_empty() && on_trial.is_none() {
             named = current.to_vec();
         }
-        // A session with a permit takes no turn, and the last one is the first to be tried.
-        let turns = turn % named.len().max(1);
-        named.rotate_left(turns);
+        // `reverse` makes the address that was rotated to the front the last one, which is tried first. The
+        // address on trial goes behind it.
+        let first = rotation % named.len().max(1);
+        named.rotate_left(first);
         named.reverse();
-        named.extend(probed);
+        named.extend(on_trial);
         Self { first: named.last().map(|known| known.endpoint()), named, permit }
     }
 
-    /// How many there are.
+    /// The number of addresses left.
     #[must_use]
     pub fn len(&self) -> usize {
         if self.named.is_empty() { usize::from(self.first.is_some()) } else { self.named.len() }
     }
 
-    /// True for a name that has not been resolved.
+    /// True for a name that has not been resolved, and at the end.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.first.is_none()
     }
 
-    /// The one that is tried now. `None`: there is no other.
+    /// The address to try now. `None`: no address is left.
     #[must_use]
     pub fn endpoint(&self) -> Option<&Endpoint> {
         self.first.as_ref()
     }
 
-    /// Which one that is among those of the backend's name.
+    /// The number of that address among those of the backend's name.
     #[must_use]
     pub fn address(&self) -> Option<AddressNumber> {
         self.named.last().map(|known| known.number)
     }
 
-    /// The permit that the session has for the address that is tried now, told once.
+    /// Takes the permit for the address that is tried now, if the session has one.
     pub fn take_permit(&mut self) -> Option<TrialPermit> {
         self.permit.take()
     }
 
-    /// Goes on to the next one.
+    /// Goes on to the next address.
     pub fn advance(&mut self) {
         self.named.pop();
         self.first = self.named.last().map(|known| known.endpoint());

@@ -1,8 +1,6 @@
-//! A session's place at a backend: taken by the pick, given back when the session ends.
+//! The slots of a backend: how many are taken, and how many there are.
 //!
-//! Whatever may refuse a session though the backend has weight is asked here and nowhere else: `max_connections`, and the one
-//! session that probes an ejected backend. Where nothing is limited, a place costs one atomic add. Where the first choice
-//! refuses, others are drawn; a pick that says that all are full has asked each of them.
+//! `active.rs` takes and frees them. Which backend a session takes a slot at is decided in `pool/take.rs`.
 
 use std::sync::Arc;
 use std::sync::atomic::{
@@ -12,15 +10,16 @@ use std::sync::atomic::{
 
 use crate::balance::queue::Queue;
 
-/// One backend's places. Written at each session's begin and end, of all workers, so it shares no cache line with what is
-/// read at each pick.
+/// The slots of one backend. All workers write them at the begin and the end of each session, so they share
+/// no cache line with what is read at each pick.
 #[derive(Debug)]
 #[repr(align(128))]
 pub(in crate::balance) struct Slots {
     pub(super) active: AtomicU32,
-    /// 0: any number.
+    /// 0: no limit. A copy of the policy's `max_connections`: reading it there would cost each session
+    /// another load.
     pub(super) limit: u32,
-    /// Who waits for one: the pool's.
+    /// The queue of the pool, which is notified of each freed slot.
     pub(super) queue: Arc<Queue>,
 }
 
@@ -34,12 +33,12 @@ impl Slots {
         self.active.load(Relaxed)
     }
 
-    /// It may have only so many sessions.
+    /// True if the number of slots is limited.
     pub(in crate::balance) fn has_limit(&self) -> bool {
         self.limit > 0
     }
 
-    /// `None`: it has as many sessions as it may have.
+    /// The number of sessions. `None`: all slots are taken.
     #[inline]
     pub(in crate::balance) fn active_unless_full(&self) -> Option<u32> {
         let active = self.active.load(Relaxed);

@@ -1,4 +1,4 @@
-//! One address of a backend with what is known of it.
+//! One address of a backend with its condition: what checks and ejections work on.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -9,17 +9,17 @@ use super::backend::Backend;
 use super::condition::{Condition, Reached};
 use crate::balance::values::Address;
 
-/// One address of a backend with what is known of it: its own, or one of those that its name has.
+/// One address of a backend with its condition: the backend's own address, or one of those of its name.
 #[derive(Clone, Debug)]
 pub struct Target {
     backend: Arc<Backend>,
     named: Option<Arc<NamedAddress>>,
-    /// The name has others beside it.
+    /// The name has other addresses as well.
     is_one_of_several: bool,
 }
 
 impl Target {
-    /// All addresses of `backend`; none while its name has not been resolved.
+    /// All addresses of `backend`. None while its name has not been resolved.
     pub fn all_of(backend: &Arc<Backend>) -> impl Iterator<Item = Self> + use<> {
         let is_name = matches!(backend.id().address(), Address::Name { .. });
         let addresses = is_name.then(|| backend.addresses());
@@ -32,19 +32,19 @@ impl Target {
         })
     }
 
-    /// Whose address it is.
+    /// The backend that has this address.
     #[must_use]
     pub fn backend(&self) -> &Arc<Backend> {
         &self.backend
     }
 
-    /// What is known of it.
+    /// The condition of the address.
     #[must_use]
     pub fn condition(&self) -> &Condition {
         self.named.as_ref().map_or(&self.backend.condition, |named| &named.condition)
     }
 
-    /// Where to connect to.
+    /// The address to connect to.
     #[must_use]
     pub fn endpoint(&self) -> Endpoint {
         match (&self.named, self.backend.id().address()) {
@@ -55,7 +55,7 @@ impl Target {
         }
     }
 
-    /// The address among those of a name. `None`: the backend's own.
+    /// The address, if it is one of a name. `None`: the backend's own.
     #[must_use]
     pub fn named_address(&self) -> Option<SocketAddr> {
         self.named.as_ref().map(|named| named.address)
@@ -65,17 +65,18 @@ impl Target {
         self.named.as_ref().is_some_and(|named| named.number == number)
     }
 
-    /// The address, where it is one of several: a line of the log says then which one it is about.
+    /// The address, if its name has several: then a log line names the one that it is about.
     #[must_use]
     pub fn address_of_several(&self) -> Option<SocketAddr> {
         self.named_address().filter(|_| self.is_one_of_several)
     }
 
-    /// What its sessions have reached so far.
+    /// How many sessions have connected and were answered so far.
     #[must_use]
     pub fn reached(&self) -> Reached {
         match &self.named {
-            // Each answer is counted when its session ends. A name with one address has better figures: its own.
+            // An address counts an answer only when the session ends. With a single address, the backend's
+            // own counters are exact and are used instead.
             Some(named) if self.is_one_of_several => {
                 Reached { connected: named.connected.load(Relaxed), answered: named.answered.load(Relaxed) }
             }
