@@ -1,43 +1,45 @@
 //! Finds the backend with the fewest active sessions for its weight.
 //!
-//! Up to [`EXACT_MAX`] backends, each is looked at, so the choice is the least of all. In larger pools it is the least of
-//! [`DRAWS`] that are drawn by weight. Backends that would refuse the session (full, or ejected with a probe under way) are
-//! skipped in both cases.
+//! With up to [`EXACT_MAX`] backends each one is looked at, so the choice is the least loaded of all. In
+//! larger pools it is the least loaded of [`DRAWS`] that are drawn by weight. Backends that would refuse the
+//! session (all slots taken, or a trial session under way) are skipped in both cases.
 //!
-//! The count of a backend is of all workers, and is taken with the choice (`places.rs`), before the session connects. Workers
-//! that choose at the same moment may still see the same counts: a backend is chosen at most as many times too often as there
-//! are workers.
+//! The session count of a backend includes all workers, and the slot is taken with the choice
+//! (`pool/take.rs`), before the session connects. Workers that choose at the same moment may still see the
+//! same counts: a backend is chosen too often by at most the number of workers.
 //!
-//! No allocation and no lock. Shares and ties come from `shares.rs`.
+//! No allocation and no lock. Draws and ties go by `shares.rs`.
 
 use super::maglev::mix;
 use super::member::{Member, TrialMode};
 use super::shares::Shares;
 use crate::balance::values::BackendId;
 
-/// So many fit into one word of marks. Each costs a read of its count, which another worker may have changed.
+/// The number of bits in a word of marks. Each backend costs a read of its count, which another worker may
+/// have changed.
 const EXACT_MAX: usize = 64;
 
-/// So many loads are computed before they are compared with the least. Divides [`EXACT_MAX`].
+/// The number of loads that are computed before they are compared with the least. Divides [`EXACT_MAX`].
 const BLOCK: usize = 8;
 
-/// The choice in larger pools. With 2, 4, 6 and 8 of them the busiest of 100 backends, each with 50 sessions in the mean, has 1.06,
-/// 1.03, 1.02 and 1.02 times the mean; each draw is a look into memory that is most often not in the cache.
+/// The number of draws in larger pools. With 2, 4, 6 and 8 draws the busiest of 100 backends, with 50
+/// sessions each on average, has 1.06, 1.03, 1.02 and 1.02 times the mean. Each draw reads memory that is
+/// rarely in the cache.
 const DRAWS: usize = 4;
 
 /// Keeps the load of a backend with a tiny weight finite: a load is at most 2³² sessions times this.
 const COST_MAX: f64 = f64::MAX / (1u64 << 33) as f64;
 
-/// What one more session costs each backend that may be picked: the largest weight divided by its own.
+/// The cost of one more session at each backend that may be picked: the largest weight divided by its own.
 #[derive(Debug)]
 pub(in crate::balance) struct LeastConn {
     costs: Box<[f64]>,
-    /// No backend has a limit or a probe, so none needs to be asked whether it would refuse a session.
+    /// No backend has a limit or is on trial, so no session will be refused.
     none_refuses: bool,
 }
 
 impl LeastConn {
-    /// The effective weights of `members` are > 0; the same members are passed to [`LeastConn::pick`].
+    /// `members` have effective weights > 0. [`LeastConn::pick`] is given the same members.
     pub(in crate::balance) fn new(members: &[Member]) -> Self {
         let weights = || members.iter().map(|member| member.effective_weight.get());
         let largest = weights().fold(0.0, f64::max);
@@ -49,8 +51,9 @@ impl LeastConn {
         }
     }
 
-    /// The index of the backend to take, leaving out those in `tried`; ties are broken by weight, with `point` as the random
-    /// number. `members` and `shares` are those that this was made from. `None`: none is left that would take a session.
+    /// The index of the backend to take, without those in `tried`. Ties are broken by weight, with `point`
+    /// as the random number. `members` and `shares` are those that this was made from. `None`: no backend is
+    /// left that would take a session.
     #[inline]
     pub(in crate::balance) fn pick(
         &self,
@@ -87,10 +90,10 @@ impl LeastConn {
         Some(shares.at_among(point, ties))
     }
 
-    /// All that have the least load, a bit each. None has where each load is infinite.
+    /// The backends with the least load, one bit each. No bit is set if each load is infinite.
     ///
-    /// The loads of a block are computed without a branch: one on each load would be mispredicted whenever the least changes, and
-    /// the reads of the counts behind it would begin late.
+    /// The loads of a block are computed without a branch. A branch on each load would be mispredicted
+    /// whenever the least changes, and the reads of the next counts would start late.
     #[inline]
     fn least_loaded(&self, members: &[Member], load: impl Fn(&Member, f64) -> f64) -> u64 {
         let mut least = Least { load: f64::INFINITY, ties: 0 };
@@ -115,7 +118,7 @@ impl LeastConn {
         if least.load.is_finite() { least.ties } else { 0 }
     }
 
-    /// Draws the same backend twice rather than looking whether it was drawn: that only makes the choice one draw poorer.
+    /// May draw the same backend twice: checking for that would cost more than the one draw that it wastes.
     fn least_of_some(
         &self,
         members: &[Member],
@@ -132,7 +135,7 @@ impl LeastConn {
             {
                 chosen = Some((load, index));
             }
-            // Not from `point` itself: what is drawn after a refusal (`places.rs`) goes that way.
+            // Not from `point` itself: the draws after a refusal (`pool/take.rs`) are made from that.
             (drawn, next) = (next, mix(next));
         }
         chosen.map(|(_, index)| index)
@@ -142,15 +145,15 @@ impl LeastConn {
 /// The least load so far.
 struct Least {
     load: f64,
-    /// All that have it, a bit each.
+    /// The backends with that load, one bit each.
     ties: u64,
 }
 
 impl Least {
-    /// `loads` are those of the backends from `first` on.
+    /// Takes in the loads of the backends from `first` on.
     #[inline]
     fn look(&mut self, loads: &[f64; BLOCK], first: usize) {
-        // Not `f64::min`, which costs more instructions for the sake of NaN: no load is one.
+        // Not `f64::min`, which takes more instructions for NaN: no load is NaN.
         let smaller = |a: f64, b: f64| if a < b { a } else { b };
         let [a, b, c, d, e, f, g, h] = *loads;
         let low = smaller(smaller(a, b), smaller(c, d));
@@ -162,19 +165,20 @@ impl Least {
         if load < self.load {
             *self = Self { load, ties: 0 };
         }
-        for (place, one) in loads.iter().enumerate() {
-            self.ties |= u64::from(*one == load) << (first + place);
+        for (index, one) in loads.iter().enumerate() {
+            self.ties |= u64::from(*one == load) << (first + index);
         }
     }
 }
 
-/// With the session that is to come, else the lighter ones would get the first sessions like the heavy ones.
+/// Includes the session that is to come. Otherwise the lighter backends of an empty pool would get sessions
+/// as often as the heavy ones.
 #[inline]
 fn load(active: u32, cost: f64) -> f64 {
     (f64::from(active) + 1.0) * cost
 }
 
-/// `None`: the backend was tried, or would refuse the session.
+/// The load of a backend. `None`: it was tried, or would refuse the session.
 #[inline]
 fn load_of(member: &Member, cost: f64, tried: &[BackendId]) -> Option<f64> {
     let active = member.backend.slots().active_unless_full()?;

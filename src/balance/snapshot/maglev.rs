@@ -1,10 +1,13 @@
-//! Which backend a client belongs to, the same on every proxy of a fleet that has the same table.
+//! Finds the backend of a client: the same one on every proxy of a fleet that has the same table.
 //!
-//! Maglev (Eisenbud and others, NSDI 2016): each backend has an order of its own, made of its name, in which it wants the places
-//! of a table; they take turns, the heavier ones more often, until all places are taken. A client's address names a place. A
-//! backend that goes leaves its places to the others, whose own hardly move, and the same is true of a weight that changes.
+//! Maglev hashing (Eisenbud and others, NSDI 2016): each backend has a permutation of the entries of a
+//! table, made from its name. The backends fill the table step by step, each taking the first free entry of
+//! its permutation, and heavier ones do so more often. The hash of a client's address names an entry. When a
+//! backend leaves, the others take over its entries and keep nearly all of their own; the same holds for a
+//! changed weight.
 //!
-//! The hashes must never change: proxies of two versions in one fleet would send one client to two backends.
+//! The hashes must never change: in a fleet with two versions, two proxies would send a client to two
+//! backends.
 
 use std::cmp::{Ordering, Reverse};
 use std::collections::BinaryHeap;
@@ -12,95 +15,97 @@ use std::net::IpAddr;
 
 use sha1_smol::Sha1;
 
-/// A prime, so that each step visits all places; a share is exact to 1 ÷ 65,537.
-const PLACES: usize = 65_537;
+/// The number of entries. A prime, so that each step width visits all of them. A share is exact to 1 ÷
+/// 65,537.
+const ENTRIES: usize = 65_537;
 
-/// The places, each with the index of the one who has it.
+/// The entries: each has the index of its backend.
 #[derive(Debug)]
 pub(in crate::balance) struct Maglev(Box<[u32]>);
 
-/// Whose turn it is: the one who is least far ahead of its share.
+/// A backend that has yet to take its next entry. The one that is least far ahead of its share comes first.
 #[derive(Debug, PartialEq)]
-struct Turn {
-    /// Slots, with the next one, divided by the weight.
-    time: f64,
+struct Candidate {
+    /// Its number of entries, including the next one, divided by its weight.
+    progress: f64,
     index: u32,
 }
 
-impl Eq for Turn {}
+impl Eq for Candidate {}
 
-impl PartialOrd for Turn {
+impl PartialOrd for Candidate {
     fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
         Some(self.cmp(other))
     }
 }
 
-impl Ord for Turn {
+impl Ord for Candidate {
     fn cmp(&self, other: &Self) -> Ordering {
-        self.time.total_cmp(&other.time).then(self.index.cmp(&other.index))
+        self.progress.total_cmp(&other.progress).then(self.index.cmp(&other.index))
     }
 }
 
-/// The order in which one backend wants the places.
-struct Wish {
+/// The permutation of one backend, and how far it is used up.
+struct Permutation {
     next: usize,
     step: usize,
-    has: u32,
+    taken: u32,
 }
 
-impl Wish {
+impl Permutation {
     fn of(name: &str) -> Self {
         let digest = Sha1::from(name).digest().bytes();
         let number = |from: usize| {
             digest[from..from + 8].iter().fold(0u64, |number, byte| number << 8 | u64::from(*byte))
         };
         let within = |number: u64, size: usize| ((u128::from(number) * size as u128) >> 64) as usize;
-        Self { next: within(number(0), PLACES), step: 1 + within(number(8), PLACES - 1), has: 0 }
+        Self { next: within(number(0), ENTRIES), step: 1 + within(number(8), ENTRIES - 1), taken: 0 }
     }
 }
 
 impl Maglev {
-    /// Of names and their weights, which are finite and > 0, in an order that all proxies share. There are at most `u32::MAX`.
-    /// Of more than 65,537 the lightest get none.
+    /// Builds the table from names and their weights, which are finite and > 0, in an order that all proxies
+    /// share. There are at most `u32::MAX` of them. With more than 65,537, the lightest get no entry.
     ///
     /// # Cost
-    /// A few milliseconds: it is built by the control plane.
+    /// A few milliseconds: the control plane builds it.
     pub(in crate::balance) fn new<'a>(members: impl Iterator<Item = (&'a str, f64)>) -> Self {
-        let (mut wishes, weights): (Vec<Wish>, Vec<f64>) =
-            members.map(|(name, weight)| (Wish::of(name), weight)).unzip();
-        if wishes.is_empty() {
+        let (mut permutations, weights): (Vec<Permutation>, Vec<f64>) =
+            members.map(|(name, weight)| (Permutation::of(name), weight)).unzip();
+        if permutations.is_empty() {
             return Self(Box::default());
         }
-        // Of the heaviest, so that neither huge nor tiny weights lose the difference of one place.
+        // Relative to the heaviest, so that neither huge nor tiny weights lose the difference of one entry.
         let heaviest = weights.iter().copied().fold(0.0, f64::max);
-        let time = |index: usize, places: u32| f64::from(places) / (weights[index] / heaviest);
-        let mut turns: BinaryHeap<Reverse<Turn>> = (0..wishes.len())
-            .map(|index| Reverse(Turn { time: time(index, 1), index: index as u32 }))
+        let progress = |index: usize, entries: u32| f64::from(entries) / (weights[index] / heaviest);
+        let mut candidates: BinaryHeap<Reverse<Candidate>> = (0..permutations.len())
+            .map(|index| Reverse(Candidate { progress: progress(index, 1), index: index as u32 }))
             .collect();
-        let mut places = vec![u32::MAX; PLACES];
-        for _ in 0..PLACES {
-            let Some(mut turn) = turns.peek_mut() else { break };
-            let index = turn.0.index as usize;
-            let wish = &mut wishes[index];
-            while places[wish.next] != u32::MAX {
-                wish.next = (wish.next + wish.step) % PLACES;
+        let mut entries = vec![u32::MAX; ENTRIES];
+        for _ in 0..ENTRIES {
+            let Some(mut candidate) = candidates.peek_mut() else { break };
+            let index = candidate.0.index as usize;
+            let permutation = &mut permutations[index];
+            while entries[permutation.next] != u32::MAX {
+                permutation.next = (permutation.next + permutation.step) % ENTRIES;
             }
-            places[wish.next] = index as u32;
-            wish.has += 1;
-            turn.0.time = time(index, wish.has + 1);
+            entries[permutation.next] = index as u32;
+            permutation.taken += 1;
+            candidate.0.progress = progress(index, permutation.taken + 1);
         }
-        Self(places.into())
+        Self(entries.into())
     }
 
-    /// The index of the one that a client with this hash belongs to. `None`: there are none.
+    /// The index of the backend of a client with this hash. `None`: there are no backends.
     #[inline]
     pub(in crate::balance) fn at(&self, hash: u64) -> Option<usize> {
-        let place = ((u128::from(hash) * self.0.len() as u128) >> 64) as usize;
-        self.0.get(place).map(|index| *index as usize)
+        let entry = ((u128::from(hash) * self.0.len() as u128) >> 64) as usize;
+        self.0.get(entry).map(|index| *index as usize)
     }
 }
 
-/// Of a client's address, without its port: even over all of `u64`. An IPv4 address has the same hash where it comes in by IPv6.
+/// The hash of a client's address without its port, evenly distributed over `u64`. An IPv4-mapped IPv6
+/// address has the hash of the IPv4 address.
 #[inline]
 #[must_use]
 pub(in crate::balance) fn client_hash(client: IpAddr) -> u64 {
@@ -113,7 +118,7 @@ pub(in crate::balance) fn client_hash(client: IpAddr) -> u64 {
     }
 }
 
-/// The finalizer of SplitMix64: each bit of the answer depends on each bit of the question.
+/// The finalizer of SplitMix64: each bit of the result depends on each bit of the argument.
 #[inline]
 #[must_use]
 pub(in crate::balance) fn mix(bits: u64) -> u64 {
@@ -138,18 +143,18 @@ mod tests {
 
     fn shares(maglev: &Maglev, members: usize) -> Vec<f64> {
         let mut shares = vec![0.0; members];
-        maglev.0.iter().for_each(|index| shares[*index as usize] += 1.0 / PLACES as f64);
+        maglev.0.iter().for_each(|index| shares[*index as usize] += 1.0 / ENTRIES as f64);
         shares
     }
 
-    /// The share of places that another has.
+    /// The part of the entries that another backend has.
     fn moved(a: &Maglev, b: &Maglev, name_of_b: impl Fn(u32) -> u32) -> f64 {
         let moved = a.0.iter().zip(&b.0).filter(|(a, b)| **a != name_of_b(**b)).count();
-        moved as f64 / PLACES as f64
+        moved as f64 / ENTRIES as f64
     }
 
     #[test]
-    fn one_of_ten_that_goes_takes_hardly_more_clients_along_than_it_has() {
+    fn when_one_of_ten_backends_leaves_hardly_more_clients_move_than_its_own() {
         let names = names(10);
         let before = maglev(&names, &[1.0; 10]);
         for gone in 0..10 {
@@ -161,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn half_a_weight_moves_little_more_than_the_share_that_it_must() {
+    fn halving_a_weight_moves_little_more_than_the_share_that_must_move() {
         let names = names(10);
         let before = maglev(&names, &[1.0; 10]);
         let mut weights = [1.0; 10];
@@ -173,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_fleet_agrees_on_does_not_change_with_the_version() {
+    fn the_backend_of_a_client_does_not_change_with_the_version() {
         let maglev = maglev(&names(5), &[1.0, 2.0, 3.0, 4.0, 5.0]);
         let clients = ["192.0.2.1", "192.0.2.2", "::ffff:192.0.2.2", "2001:db8::1", "2001:db8::2"];
         let hashes = clients.map(|client| client_hash(client.parse().expect("an address")));
@@ -182,20 +187,21 @@ mod tests {
     }
 
     #[test]
-    fn without_members_it_names_nobody() {
+    fn without_members_no_backend_is_named() {
         assert_eq!(maglev(&[], &[]).at(7), None);
     }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(16))]
         #[test]
-        fn each_has_its_share_of_the_places(weights in prop::collection::vec(1e-3..1e3, 1..40)) {
+        fn each_backend_has_its_share_of_the_entries(weights in prop::collection::vec(1e-3..1e3, 1..40)) {
             let total: f64 = weights.iter().sum();
             let shares = shares(&maglev(&names(weights.len()), &weights), weights.len());
             for (share, weight) in shares.iter().zip(&weights) {
-                // To two places: one for the part of a place that its weight comes to, one for the turn in which the table
-                // is full. 1.83 places were seen.
-                prop_assert!((share - weight / total).abs() <= 2.0 / PLACES as f64, "{share} {}", weight / total);
+                // Within two entries: one for the fraction of an entry that its weight comes to, one for the
+                // step at which the table is full. 1.83 entries were seen.
+                let expected = weight / total;
+                prop_assert!((share - expected).abs() <= 2.0 / ENTRIES as f64, "{share} {expected}");
             }
         }
     }

@@ -1,4 +1,5 @@
-//! What a backend's weight is worth in a snapshot: weight × admin state × health × slow start, decided here and nowhere else.
+//! Computes effective weights: weight × admin state × health × slow start. No other file decides what a
+//! weight is worth.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -12,48 +13,48 @@ use crate::balance::values::{AdminState, BackendId, Policy, Table, Weight};
 /// One backend of a snapshot.
 #[derive(Clone, Debug)]
 pub struct Member {
-    /// The backend itself.
+    /// The backend.
     pub backend: Arc<Backend>,
-    /// What is written.
+    /// The weight in the table.
     pub weight: Weight,
-    /// What picks use: zero while a name does not resolve or its health speaks against it, less than what is written in its
-    /// slow start.
+    /// The weight that picks use: 0 while the backend is not ready, unhealthy or unresolved, and a part of
+    /// `weight` in its slow start.
     pub effective_weight: Weight,
-    /// What is wanted of it: it has an effective weight only where it is ready.
+    /// The state that the operator set. The effective weight is 0 unless it is ready.
     pub state: AdminState,
-    /// It was ejected, and one session is to show whether it is back.
+    /// Whether the backend gets a trial session.
     pub trial: TrialMode,
 }
 
-/// Which sessions a backend gets, as far as its ejection goes.
+/// Whether a backend gets a trial session after its ejection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TrialMode {
-    /// All or none, as its effective weight says.
+    /// No trial session.
     No,
-    /// One, to show whether it is back.
+    /// The trial session and no others.
     Alone,
-    /// The others besides, since health is ignored. Without it, a pool whose backends are all ejected would never have a healthy one
-    /// again.
+    /// The trial session, and others too, since health is ignored. Without a trial session, a pool whose
+    /// backends are all ejected would never have a healthy one again.
     AmongOthers,
 }
 
 impl Member {
-    /// It is to have sessions, if it can: it has weight and is ready.
+    /// True if the table wants sessions for it: it has a weight and is ready.
     #[must_use]
     pub fn wants_sessions(&self) -> bool {
         !self.weight.is_zero() && self.state == AdminState::Ready
     }
 }
 
-/// What was found while weights were weighed.
+/// What [`weigh`] found out about the pool.
 pub(in crate::balance) struct Weighed {
-    /// Too little of the weight is on healthy backends, so health is ignored.
+    /// Health is ignored, since too little of the weight is on healthy backends.
     pub(in crate::balance) fails_open: bool,
-    /// A weight still grows.
+    /// A backend is in its slow start.
     pub(in crate::balance) ramps: bool,
 }
 
-/// The members of a table, not weighed yet.
+/// The members of `table`, without effective weights yet.
 pub(in crate::balance) fn known(table: &Table, registry: &Registry) -> Box<[Member]> {
     registry.forget_old(Instant::now());
     let member = |(id, weight): &(BackendId, Weight)| Member {
@@ -66,7 +67,7 @@ pub(in crate::balance) fn known(table: &Table, registry: &Registry) -> Box<[Memb
     table.members().iter().map(member).collect()
 }
 
-/// Sets the effective weight of each.
+/// Sets the effective weight of each member.
 pub(in crate::balance) fn weigh(members: &mut [Member], policy: &Policy) -> Weighed {
     let fails_open = fails_open(members, policy);
     let mut ramps = false;
@@ -90,12 +91,13 @@ pub(in crate::balance) fn weigh(members: &mut [Member], policy: &Policy) -> Weig
     Weighed { fails_open, ramps }
 }
 
-/// Is health to be ignored? Not where no weight is written: then there is no backend to send sessions to.
+/// True if health is to be ignored. Not if no backend has a weight: then there is none to send sessions to.
 fn fails_open(members: &[Member], policy: &Policy) -> bool {
     let in_use = || members.iter().filter(|member| member.wants_sessions() && member.backend.is_reachable());
     let largest = in_use().map(|member| member.weight.get()).fold(0.0, f64::max);
-    // Divided by the largest, the sum of huge weights is finite and that of tiny ones is not rounded away. A tiny weight beside a
-    // huge one may then come to nothing, so whether any backend is healthy is not read off the sum.
+    // Weights are divided by the largest, so that the sum of huge ones stays finite and that of tiny ones is
+    // not rounded to 0. A tiny weight beside a huge one may still be rounded away, so the sum does not tell
+    // whether any backend is healthy.
     let (mut healthy, mut all, mut any_healthy) = (0.0, 0.0, false);
     for member in in_use() {
         let part = member.weight.get() / largest;
@@ -108,11 +110,12 @@ fn fails_open(members: &[Member], policy: &Policy) -> bool {
     all > 0.0 && (!any_healthy || healthy < policy.fail_open * all)
 }
 
-/// Begins the slow start of those that were not there `before`, or not ready. One that left a short time ago and returns goes on
-/// by the clock that it had.
+/// Begins the slow start of the backends that were not members `before`, or not ready. A backend that left a
+/// short time ago and returns continues its slow start.
 ///
-/// A backend is held back only where another one can take its part: one that gets sessions, and has done so for `slow_start`.
-/// A pool that is new as a whole, also one that is written member by member, has its whole weight at once.
+/// A backend starts slowly only if another one can carry its part: one that gets sessions, and has done so
+/// for `slow_start`. In a new pool, also one that is written member by member, all backends have their whole
+/// weight at once.
 pub(in crate::balance) fn begin_ramps(
     before: &[Member],
     members: &[Member],
@@ -132,10 +135,10 @@ pub(in crate::balance) fn begin_ramps(
             && member.backend.condition.is_settled(slow_start, now)
             && !is_new(member)
     };
-    let is_held_back = members.iter().any(can_spare);
+    let starts_slowly = members.iter().any(can_spare);
     for member in members.iter().filter(is_ready) {
         let condition = &member.backend.condition;
-        match (is_new(member), is_held_back) {
+        match (is_new(member), starts_slowly) {
             (true, true) => condition.begin_ramp(now),
             (true, false) => condition.begin_whole(now),
             (false, true) => {}
@@ -159,7 +162,7 @@ mod tests {
         Table::new(weights.iter().map(member).collect())
     }
 
-    /// The effective weights, by the last number of the address.
+    /// The effective weights, sorted by the last number of the address.
     fn effective(snapshot: &Snapshot) -> Vec<(String, f64)> {
         let weight = |m: &Member| (m.backend.id().as_str()[7..8].to_owned(), m.effective_weight.get());
         let mut weights: Vec<_> = snapshot.members().iter().map(weight).collect();
@@ -180,7 +183,7 @@ mod tests {
     fn health_counts_until_too_little_weight_is_left() {
         let (registry, table) = (Registry::new(1), table(&[(1, 60.0), (2, 30.0), (3, 10.0), (4, 0.0)]));
         let policy = Policy { fail_open: 0.2, ..Balance::WeightedRandom.into() };
-        // Backends live as long as somebody holds them.
+        // Keeps the backends alive, with the health that is set below.
         let _living = Snapshot::new(1, Origin::Redis, &table, policy, &registry);
         let seen = |policy: Policy| {
             let snapshot = Snapshot::new(1, Origin::Redis, &table, policy, &registry);
@@ -219,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn a_healthy_backend_of_a_tiny_weight_is_one_beside_unhealthy_ones_of_huge_weights() {
+    fn a_healthy_backend_with_a_tiny_weight_counts_beside_unhealthy_ones_with_huge_weights() {
         let (registry, table) = (Registry::new(1), table(&[(1, 1.7e308), (2, 1.7e308), (3, 5e-324)]));
         let _living = Snapshot::new(1, Origin::Redis, &table, Balance::WeightedRandom, &registry);
         set_health(&registry, 1, Health::Unhealthy);
@@ -238,7 +241,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn who_joins_starts_slowly_and_no_change_of_weights_makes_it_begin_again() {
+    async fn a_joining_backend_starts_slowly_and_changes_of_weights_do_not_restart_it() {
         let (registry, second) = (Registry::new(1), Duration::from_secs(1));
         let policy = Policy { slow_start: 10 * second, ..Balance::WeightedRandom.into() };
         let next = |snapshot: &Snapshot, weights: &[(u8, f64)]| {
@@ -246,7 +249,11 @@ mod tests {
         };
         let configured = Snapshot::new(1, Origin::Configured, &table(&[(9, 1.0)]), policy, &registry);
         let first = next(&configured, &[(1, 100.0), (2, 100.0), (9, 1.0)]);
-        assert_eq!((weights(&first), first.ramps), (vec![100.0, 100.0, 1.0], false), "the first of Redis");
+        assert_eq!(
+            (weights(&first), first.ramps),
+            (vec![100.0, 100.0, 1.0], false),
+            "the first table from Redis"
+        );
 
         let joined = next(&first, &[(1, 100.0), (2, 100.0), (3, 100.0)]);
         assert_eq!((weights(&joined), joined.ramps), (vec![100.0, 100.0, 10.0], true));
@@ -261,11 +268,11 @@ mod tests {
         assert_eq!((weights(&all_new), all_new.ramps), (vec![5.0, 5.0], false));
         tokio::time::advance(10 * second).await;
         let back = next(&all_new, &[(1, 100.0), (4, 5.0)]);
-        assert_eq!(weights(&back), [10.0, 5.0], "one that is not remembered has joined");
+        assert_eq!(weights(&back), [10.0, 5.0], "a backend that is not remembered has joined");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn who_is_ready_again_starts_slowly_and_who_gets_weight_again_does_not() {
+    async fn a_backend_that_is_ready_again_starts_slowly_and_one_that_gets_weight_again_does_not() {
         let (registry, second) = (Registry::new(1), Duration::from_secs(1));
         let policy = Policy { slow_start: 10 * second, ..Balance::WeightedRandom.into() };
         let id: BackendId = "10.0.0.1:80".parse().expect("an address");
@@ -286,6 +293,10 @@ mod tests {
             tokio::time::advance(5 * second).await;
         }
         let zero = next(&first, 0.0, AdminState::Ready);
-        assert_eq!(weights(&next(&zero, 100.0, AdminState::Ready)), [100.0, 100.0], "a weight is a weight");
+        assert_eq!(
+            weights(&next(&zero, 100.0, AdminState::Ready)),
+            [100.0, 100.0],
+            "a weight alone starts nothing"
+        );
     }
 }

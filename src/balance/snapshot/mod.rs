@@ -1,4 +1,9 @@
-//! A table made ready for picking: what each weight comes to, and the four ways to choose a backend by it.
+//! A table made ready for picking: what the weight of each backend comes to, and the four ways to choose a
+//! backend by it.
+//!
+//! `member.rs` computes the effective weights, `snapshot.rs` builds the immutable snapshot. Each way to
+//! choose has a file: `shares.rs` (`weighted_random`), `sequence.rs` (`weighted_round_robin`),
+//! `least_conn.rs`, `maglev.rs` (`source_hash`).
 
 mod least_conn;
 mod maglev;

@@ -1,15 +1,17 @@
-//! The points that `weighted_round_robin` picks at: evenly spread over the line at every moment.
+//! The points that `weighted_round_robin` picks at, evenly spread at every moment.
 //!
-//! A generalised van der Corput sequence: the number of the pick, written in base 36, each digit replaced by Faure's
-//! permutation, read backwards behind the point. Of all such sequences with a short table it is the one whose points stray
-//! least from an even spread (H. Faure, "Good permutations for extreme discrepancy", J. Number Theory 42, 1992). The
-//! golden ratio's multiples, which need one addition a pick, stray up to 3.69 within 1,000 picks and 6.69 within 1,000,000;
-//! these stray 3.42 and 5.78, which this file's tests compute exactly.
+//! A generalised van der Corput sequence: the number of the pick is written in base 36, each digit is
+//! replaced by Faure's permutation, and the digits in reverse order are the fraction of the point. Of all
+//! such sequences with a short table, its points deviate least from an even spread (H. Faure, "Good
+//! permutations for extreme discrepancy", J. Number Theory 42, 1992). Multiples of the golden ratio, which
+//! need one addition for each pick, deviate up to 3.69 sessions within 1,000 picks and 6.69 within
+//! 1,000,000; this sequence deviates 3.42 and 5.78, which the tests of this file compute exactly.
 //!
-//! A pool's snapshots share one sequence. One each, begun again with every change of a weight, would be no better than chance
-//! where weights, health or a slow start change all the time: at 2 picks for each change, the counts of 60,000 picks stray 150
-//! from their shares. From any other pick on than the first they stray at most twice as far as from the first, since what comes
-//! between two picks is the difference of two beginnings.
+//! The snapshots of a pool share one sequence. A sequence that restarts with each change of a weight would
+//! be no better than chance where weights, health or a slow start change all the time: with one change every
+//! 2 picks, the counts of 60,000 picks deviate by 150 from their shares. From any later pick on, the
+//! deviation is at most twice that from the first pick, since a range of picks is the difference of two
+//! ranges that start at the first one.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
@@ -24,7 +26,7 @@ const PERMUTED: [u8; BASE] = [
 const PAIRS: usize = BASE * BASE;
 /// For each pair of digits (the lower one first), their permuted reverse: 0 to 1,295.
 const REVERSED: [u16; PAIRS] = reversed();
-/// What one unit of a pair is worth: 2⁶⁴ ÷ 1,296, ÷ 1,296², …
+/// The value of one unit of each pair: 2⁶⁴ ÷ 1,296, ÷ 1,296², …
 const WORTH: [u64; 6] = worth();
 
 const fn reversed() -> [u16; PAIRS] {
@@ -40,16 +42,16 @@ const fn reversed() -> [u16; PAIRS] {
 const fn worth() -> [u64; 6] {
     let mut worth = [0; 6];
     let mut unit = 1u128 << 64;
-    let mut place = 0;
-    while place < worth.len() {
+    let mut index = 0;
+    while index < worth.len() {
         unit /= PAIRS as u128;
-        worth[place] = unit as u64;
-        place += 1;
+        worth[index] = unit as u64;
+        index += 1;
     }
     worth
 }
 
-/// One pool's sequence, shared by all workers.
+/// The sequence of one pool, shared by all workers.
 #[derive(Debug)]
 pub(in crate::balance) struct Sequence {
     phase: u64,
@@ -57,7 +59,7 @@ pub(in crate::balance) struct Sequence {
 }
 
 impl Default for Sequence {
-    /// Begins anywhere, so that the proxies of a fleet do not move in step.
+    /// Starts at a random phase, so that the proxies of a fleet do not pick in step.
     fn default() -> Self {
         Self::with_phase(fastrand::u64(..))
     }
@@ -75,7 +77,8 @@ impl Sequence {
     }
 }
 
-/// The point of the pick of that number, from 0. After 2⁶² picks (a million a second for 146,000 years) it repeats.
+/// The point of a pick by its number, from 0. It repeats after 2⁶² picks: a million a second for 146,000
+/// years.
 #[inline]
 fn point(mut number: u64) -> u64 {
     let mut point = 0u64;
@@ -95,9 +98,10 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// How far the count of the first `n` points within any stretch of the line strays at most from `n` × its width. The
-    /// phase does not matter: a stretch that it pushes over the end of the line is the complement of one that it does not.
-    fn worst_stray_by_sorting(n: u32) -> f64 {
+    /// The largest deviation of the count of the first `n` points within any interval from `n` × its width.
+    /// The phase does not matter: an interval that it wraps around is the complement of one that it does
+    /// not.
+    fn worst_deviation_by_sorting(n: u32) -> f64 {
         let mut points: Vec<u64> = (0..u64::from(n)).map(point).collect();
         points.sort_unstable();
         let (mut above, mut below) = (0f64, 0f64);
@@ -109,13 +113,14 @@ mod tests {
         above + below
     }
 
-    /// The same for every `n` up to `most`, by Faure's theorem: a sum over the digits, of how far the permutation's own
-    /// points stray (ψ⁺ and ψ⁻ in the paper).
-    fn worst_strays(most: u32) -> impl Iterator<Item = f64> {
-        // For each count k of the permutation's points and each border h, how many of the first k lie below h.
+    /// The same for each `n` up to `most`, by Faure's theorem: a sum over the digits of how far the points
+    /// of the permutation deviate (ψ⁺ and ψ⁻ in the paper).
+    fn worst_deviations(most: u32) -> impl Iterator<Item = f64> {
+        // For each count k of points of the permutation and each border h: how many of the first k are below
+        // h.
         let below =
             |k: usize, h: usize| PERMUTED[..k].iter().filter(|digit| usize::from(**digit) < h).count() as f64;
-        // Between k/36 and (k+1)/36 each φ is a line, given by its value at 0 and its slope.
+        // Between k/36 and (k+1)/36 each φ is a straight line, given by its value at 0 and its slope.
         let lines: Vec<Vec<(f64, f64)>> = (0..BASE)
             .map(|k| {
                 let line = |h: usize| {
@@ -128,7 +133,7 @@ mod tests {
                 (0..BASE).map(line).collect()
             })
             .collect();
-        let stray = move |x: f64| {
+        let deviation = move |x: f64| {
             let values = lines[((x * BASE as f64) as usize).min(BASE - 1)]
                 .iter()
                 .map(|(at_0, slope)| at_0 + slope * x);
@@ -138,32 +143,32 @@ mod tests {
         };
         (1..=most).map(move |n| {
             let n = f64::from(n);
-            (1..=12).map(|digit| stray((n / (BASE as f64).powi(digit)).fract())).sum()
+            (1..=12).map(|digit| deviation((n / (BASE as f64).powi(digit)).fract())).sum()
         })
     }
 
     #[test]
     fn the_theorem_agrees_with_counting() {
-        for (n, by_theorem) in (1u32..).zip(worst_strays(1_500)) {
-            let counted = worst_stray_by_sorting(n);
+        for (n, by_theorem) in (1u32..).zip(worst_deviations(1_500)) {
+            let counted = worst_deviation_by_sorting(n);
             assert!((by_theorem - counted).abs() < 1e-6, "{n}: {by_theorem} against {counted}");
         }
     }
 
     #[test]
-    fn no_table_strays_more_than_three_and_a_half_sessions_in_a_thousand_picks() {
-        let worst = worst_strays(1_000).fold(0.0, f64::max);
+    fn no_table_deviates_by_more_than_three_and_a_half_sessions_in_a_thousand_picks() {
+        let worst = worst_deviations(1_000).fold(0.0, f64::max);
         assert!(worst <= 3.5 && worst > 3.4, "{worst}");
     }
 
     #[test]
-    fn no_table_strays_more_than_six_sessions_in_a_million_picks() {
-        let worst = worst_strays(1_000_000).fold(0.0, f64::max);
+    fn no_table_deviates_by_more_than_six_sessions_in_a_million_picks() {
+        let worst = worst_deviations(1_000_000).fold(0.0, f64::max);
         assert!(worst <= 6.0 && worst > 5.7, "{worst}");
     }
 
-    /// The farthest that any backend strays from its exact share within `picks` picks.
-    fn worst_stray(weights: &[f64], sequence: &Sequence, picks: u32) -> f64 {
+    /// The largest deviation of any backend from its exact share within `picks` picks.
+    fn worst_deviation(weights: &[f64], sequence: &Sequence, picks: u32) -> f64 {
         let shares = Shares::new(weights);
         let total: f64 = weights.iter().sum();
         let mut counts = vec![0u32; weights.len()];
@@ -178,32 +183,35 @@ mod tests {
     }
 
     #[test]
-    fn tables_on_which_the_golden_ratio_strays_farther_are_kept_to() {
+    fn tables_on_which_the_golden_ratio_deviates_farther_stay_within_the_bounds() {
         let thousand = Sequence::with_phase(3_141_294_019_496_022_584);
-        assert!(worst_stray(&[446.559, 553.441], &thousand, 1_000) <= 3.5);
+        assert!(worst_deviation(&[446.559, 553.441], &thousand, 1_000) <= 3.5);
         let million = Sequence::with_phase(3_151_075_642_752_061_505);
-        assert!(worst_stray(&[276.392_814, 723.607_186], &million, 1_000_000) <= 6.0);
+        assert!(worst_deviation(&[276.392_814, 723.607_186], &million, 1_000_000) <= 6.0);
     }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(300))]
         #[test]
-        fn whatever_the_table_and_the_phase_a_thousand_picks_keep_to_it(
-            weights in prop::collection::vec(prop_oneof![1.0..1000.0, (1u32..10).prop_map(f64::from)], 1..=10),
+        fn with_any_table_and_phase_a_thousand_picks_stay_within_the_bound(
+            weights in
+                prop::collection::vec(prop_oneof![1.0..1000.0, (1u32..10).prop_map(f64::from)], 1..=10),
             phase in any::<u64>(),
         ) {
-            let stray = worst_stray(&weights, &Sequence::with_phase(phase), 1_000);
-            prop_assert!(stray <= 3.5, "strayed {stray}");
+            let deviation = worst_deviation(&weights, &Sequence::with_phase(phase), 1_000);
+            prop_assert!(deviation <= 3.5, "deviated by {deviation}");
         }
 
         #[test]
-        fn from_any_pick_on_a_thousand_keep_to_it_twice_over(
-            weights in prop::collection::vec(1.0..1000.0, 1..=10), before in 0u32..100_000, phase in any::<u64>()
+        fn from_any_pick_on_a_thousand_stay_within_twice_the_bound(
+            weights in prop::collection::vec(1.0..1000.0, 1..=10),
+            before in 0u32..100_000,
+            phase in any::<u64>(),
         ) {
             let sequence = Sequence::with_phase(phase);
             sequence.picks.store(before.into(), Relaxed);
-            let stray = worst_stray(&weights, &sequence, 1_000);
-            prop_assert!(stray <= 7.0, "strayed {stray}");
+            let deviation = worst_deviation(&weights, &sequence, 1_000);
+            prop_assert!(deviation <= 7.0, "deviated by {deviation}");
         }
     }
 
@@ -227,8 +235,8 @@ mod tests {
             )
         });
         for (count, weight) in counts.iter().zip(weights) {
-            let stray = (f64::from(*count) - 100_000.0 * weight / 9.5).abs();
-            assert!(stray <= 6.0, "strayed {stray}: {counts:?}");
+            let deviation = (f64::from(*count) - 100_000.0 * weight / 9.5).abs();
+            assert!(deviation <= 6.0, "deviated by {deviation}: {counts:?}");
         }
     }
 

@@ -1,21 +1,23 @@
-//! Weights as stretches of the line from 0 to 2⁶⁴: a point on the line names a backend.
+//! Weights as intervals of the numbers from 0 to 2⁶⁴. A point is one such number; it names the backend with
+//! the interval that it is in.
 //!
-//! A lookup costs the same at 10 and at 10,000 backends: the guide table (Chen and Asau, 1974) says where to begin from
-//! the point's top bits, and as it has as many cells as there are backends, on average less than one step is left.
-//! An alias table would be as fast, but it scatters a backend over the line, and the even spread of `sequence.rs` needs
-//! each backend to be one stretch.
+//! A lookup costs the same with 10 and with 10,000 backends. The lookup table (Chen and Asau, 1974) gives
+//! the first interval to search, by the top bits of the point. It has at least as many cells as there are
+//! backends, so on average less than one step is left. An alias table would be as fast, but it scatters a
+//! backend over many intervals, and the even spread of `sequence.rs` needs one interval for each backend.
 
-/// The lookup table of one set of weights. Built once, then only read.
+/// The intervals of one set of weights. Built once, then only read.
 #[derive(Debug, Default)]
 pub(in crate::balance) struct Shares {
-    /// Where each stretch ends (exclusive); the last is `u64::MAX`.
+    /// The end (exclusive) of each interval; the last is `u64::MAX`.
     ends: Box<[u64]>,
-    /// For each cell of `2^shift` points, the first stretch that ends beyond the cell's start.
-    guide: Box<[u32]>,
+    /// The lookup table: for each cell of `2^shift` points, the first interval that ends beyond the start of
+    /// the cell.
+    lookup: Box<[u32]>,
     shift: u32,
 }
 
-/// Beyond this many candidates a binary search is cheaper than a walk.
+/// With more candidates than this, a binary search is cheaper than a walk.
 const WALK_MAX: usize = 8;
 
 impl Shares {
@@ -42,43 +44,43 @@ impl Shares {
 
         let cells = weights.len().next_power_of_two().max(2);
         let shift = 64 - cells.trailing_zeros();
-        let mut stretch = 0;
-        let guide = (0..cells as u64)
+        let mut index = 0;
+        let lookup = (0..cells as u64)
             .map(|cell| {
-                while ends[stretch] <= cell << shift {
-                    stretch += 1;
+                while ends[index] <= cell << shift {
+                    index += 1;
                 }
-                stretch as u32
+                index as u32
             })
             .collect();
-        Self { ends, guide, shift }
+        Self { ends, lookup, shift }
     }
 
-    /// The stretch that holds `point`; `None` if there are no stretches.
+    /// The interval that holds `point`. `None`: there are no intervals.
     #[inline]
     pub(in crate::balance) fn at(&self, point: u64) -> Option<usize> {
         let cell = (point >> self.shift) as usize;
-        let mut stretch = *self.guide.get(cell)? as usize;
-        let last = match self.guide.get(cell + 1) {
+        let mut index = *self.lookup.get(cell)? as usize;
+        let last = match self.lookup.get(cell + 1) {
             Some(&next) => next as usize,
             None => self.ends.len() - 1,
         };
-        if last - stretch > WALK_MAX {
-            let within = &self.ends[stretch..last];
-            return Some(stretch + within.partition_point(|&end| end <= point));
+        if last - index > WALK_MAX {
+            let within = &self.ends[index..last];
+            return Some(index + within.partition_point(|&end| end <= point));
         }
-        while stretch < last && self.ends[stretch] <= point {
-            stretch += 1;
+        while index < last && self.ends[index] <= point {
+            index += 1;
         }
-        Some(stretch)
+        Some(index)
     }
 
-    /// The stretch that `point` names among the first 64, once those whose bit in `among` is not set are cut out. At least one
-    /// bit is set, and none beyond the last stretch.
+    /// The interval at `point` among those of the first 64 whose bit in `among` is set, in proportion to
+    /// their widths. At least one bit is set, and none beyond the last interval.
     #[inline]
     pub(in crate::balance) fn at_among(&self, point: u64, among: u64) -> usize {
         let width = |i: usize| self.ends[i] - if i == 0 { 0 } else { self.ends[i - 1] };
-        // All of them together are at most the whole line, which fits.
+        // Their sum is at most the width of all intervals, which fits.
         let total: u64 = set_bits(among).map(width).sum();
         let mut target = ((u128::from(point) * u128::from(total)) >> 64) as u64;
         for i in set_bits(among) {
@@ -87,12 +89,12 @@ impl Shares {
             }
             target -= width(i);
         }
-        // All are too narrow to hold a point: any of them.
+        // All are too narrow to hold a point: any of them will do.
         among.trailing_zeros() as usize
     }
 
-    /// The stretch that `point` names once the stretches for which `excluded` holds are cut out and the rest is
-    /// stretched to fill the line. Walks all stretches: for retries.
+    /// The interval at `point` without those for which `excluded` is true, whose widths the others share in
+    /// proportion. Visits all intervals: for retries.
     pub(in crate::balance) fn at_excluding(
         &self,
         point: u64,
@@ -112,7 +114,7 @@ impl Shares {
     }
 }
 
-/// The places of the bits that are set, the lowest first.
+/// The positions of the set bits, the lowest first.
 fn set_bits(mut bits: u64) -> impl Iterator<Item = usize> {
     std::iter::from_fn(move || {
         let lowest = (bits != 0).then(|| bits.trailing_zeros() as usize)?;
@@ -137,7 +139,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_guide_table_agrees_with_the_definition(weights in weights(), points in prop::collection::vec(any::<u64>(), 50)) {
+        fn the_lookup_table_agrees_with_the_definition(
+            weights in weights(), points in prop::collection::vec(any::<u64>(), 50)
+        ) {
             let shares = Shares::new(&weights);
             for point in points.into_iter().chain([0, 1, u64::MAX]).chain(shares.ends.iter().copied()) {
                 prop_assert_eq!(shares.at(point), Some(by_definition(&shares, point)), "point {}", point);
@@ -145,7 +149,7 @@ mod tests {
         }
 
         #[test]
-        fn each_stretch_is_as_wide_as_its_share(weights in prop::collection::vec(0.001..1000.0, 1..200)) {
+        fn each_interval_is_as_wide_as_its_share(weights in prop::collection::vec(0.001..1000.0, 1..200)) {
             let shares = Shares::new(&weights);
             let total: f64 = weights.iter().sum();
             let mut start = 0;
@@ -156,15 +160,15 @@ mod tests {
         }
 
         #[test]
-        fn what_is_excluded_is_never_named_and_the_rest_keeps_its_proportions(
+        fn an_excluded_backend_is_never_named_and_the_others_keep_their_proportions(
             weights in prop::collection::vec(0.5..100.0, 2..20), out in 0usize..20, point in any::<u64>()
         ) {
             let out = out % weights.len();
             let shares = Shares::new(&weights);
             let named = shares.at_excluding(point, |i| i == out);
             prop_assert!(named.is_some() && named != Some(out));
-            // The same point on a line made without the excluded weight names the same backend, but for rounding at
-            // the borders.
+            // The same point among intervals that are made without the excluded weight names the same
+            // backend, except for rounding at the borders.
             let rest: Vec<f64> = (0..weights.len()).filter(|&i| i != out).map(|i| weights[i]).collect();
             let alone = Shares::new(&rest);
             let back = |i: usize| if i < out { i } else { i + 1 };
@@ -174,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_named_where_nothing_is_left() {
+    fn without_intervals_no_backend_is_named() {
         assert_eq!(Shares::new(&[]).at(0), None);
         assert_eq!(Shares::new(&[]).at_excluding(0, |_| false), None);
         assert_eq!(Shares::new(&[1.0, 2.0]).at_excluding(7, |_| true), None);

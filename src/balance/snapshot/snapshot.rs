@@ -1,8 +1,7 @@
-//! A table made ready for picking: immutable, swapped in whole.
+//! An immutable, pick-ready form of a table.
 //!
-//! A pick is one point and one lookup; it allocates nothing and locks nothing. Points come from the caller, so a seed
-//! replays a run. Snapshots are published through `cell.rs`. What
-//! a weight is worth is `member.rs`'s.
+//! A pick is one point and one lookup, without allocation and without a lock. Points come from the caller,
+//! so a seed replays a run. `pool/cell.rs` publishes snapshots. `member.rs` decides what a weight is worth.
 
 use std::sync::Arc;
 
@@ -15,19 +14,19 @@ use super::shares::Shares;
 use crate::balance::backend::Registry;
 use crate::balance::values::{BackendId, Balance, Policy, Table};
 
-/// Where a snapshot's table was written.
+/// Where a snapshot's table comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Origin {
-    /// In config.yaml.
+    /// From config.yaml.
     Configured,
-    /// In Redis, before this process began; it was found in a file of `state_dir`.
+    /// From a file in `state_dir`: what Redis held before this process began.
     Saved,
-    /// In Redis.
+    /// From Redis.
     Redis,
 }
 
 impl Origin {
-    /// As in the log.
+    /// The name in the log.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -38,34 +37,36 @@ impl Origin {
     }
 }
 
-/// One pool's backends at one moment.
+/// The backends of one pool at one moment.
 #[derive(Debug)]
 pub struct Snapshot {
-    /// Counts the snapshots of this pool from 1.
+    /// The number of this snapshot among those of its pool, from 1.
     pub version: u64,
-    /// Where the table was written.
+    /// Where the table comes from.
     pub origin: Origin,
-    /// Too little of the weight is on healthy backends, so health is ignored.
+    /// Health is ignored, since too little of the weight is on healthy backends.
     pub fails_open: bool,
-    /// A weight still grows: the snapshot is to be made again soon.
+    /// A backend is in its slow start, so the snapshot has to be made again soon.
     pub ramps: bool,
-    /// Those that may be picked come first, so that a stretch of `shares` is an index here.
+    /// Members that may be picked come first, so that an interval of `shares` is an index here.
     members: Box<[Member]>,
-    /// Those of the snapshot before, while no member that has a weight can be reached; else none. Weighed and ordered as members.
+    /// The backends of the snapshot before, while no member with a weight can be reached; otherwise empty.
+    /// Weighed and ordered like members.
     stand_ins: Box<[Member]>,
-    /// Over the stand-ins where there are any, else over the members.
+    /// Over the stand-ins if there are any, else over the members.
     shares: Shares,
-    /// Where `weighted_round_robin` stands: one for all snapshots of a pool, so that a change of weights does not begin the spread
-    /// again.
+    /// The sequence of `weighted_round_robin`. All snapshots of a pool share it, so that a change of weights
+    /// does not restart the spread.
     sequence: Arc<Sequence>,
-    /// Over the same as `shares`, for `source_hash` alone.
+    /// Over the same backends as `shares`, for `source_hash` alone.
     maglev: Option<Maglev>,
-    /// Over the same as `shares`, for `least_conn` alone.
+    /// Over the same backends as `shares`, for `least_conn` alone.
     least_conn: Option<LeastConn>,
 }
 
 impl Snapshot {
-    /// Makes `table` ready. Takes the living backends from `registry`, so that what they know of themselves stays.
+    /// Makes a first snapshot of `table`. Backends that live already are taken from `registry`, with their
+    /// health and counters.
     #[must_use]
     pub fn new(
         version: u64,
@@ -78,14 +79,15 @@ impl Snapshot {
         Self::of(members, version, origin, &policy, Arc::default())
     }
 
-    /// Makes `table` ready to follow this snapshot.
+    /// Makes the snapshot of `table` that follows this one.
     ///
-    /// Backends that it did not know, or that were not ready, begin their slow start, if another one can take their part
-    /// (`member.rs`).
+    /// Backends that are new, or were not ready, begin their slow start if another backend can carry their
+    /// part (`member.rs`).
     ///
-    /// Where it gives weight to names alone and none of them has been resolved, which takes a moment for new ones, the
-    /// backends that this snapshot picks from stand in, so that the swap of a backend for a name loses no session. Not
-    /// those that `table` puts at weight zero: they get no new sessions, whatever else is wrong.
+    /// If `table` gives weight to DNS names alone and none of them is resolved yet, the backends that this
+    /// snapshot picks from stand in for them. Resolving takes a moment, and replacing a backend by a name is
+    /// to lose no session. Backends that `table` itself names do not stand in, as it may give them the
+    /// weight 0.
     #[must_use]
     pub fn next(
         &self,
@@ -98,8 +100,8 @@ impl Snapshot {
         self.next_or_first(origin, table, policy, registry, is_first)
     }
 
-    /// The same, where the caller knows whether the table is the first that this process sees of its source: then its backends
-    /// may have been in use for long, and none of them starts slowly.
+    /// As [`Snapshot::next`], for a caller that knows whether the table is the first one that this process
+    /// reads from its source. Then its backends may have been in use for long, and none starts slowly.
     pub(in crate::balance) fn next_or_first(
         &self,
         origin: Origin,
@@ -119,7 +121,7 @@ impl Snapshot {
             let written = table.members();
             let is_written =
                 |member: &Member| written.binary_search_by(|(id, _)| id.cmp(member.backend.id())).is_ok();
-            // Also those that are out for now: they may be back before the names are.
+            // Also backends that are unusable now: they may recover before the names are resolved.
             let can_be = |m: &&Member| m.wants_sessions() && m.backend.is_reachable() && !is_written(m);
             let stand_in =
                 |member: &Member| Member { state: table.state(member.backend.id()), ..member.clone() };
@@ -163,20 +165,20 @@ impl Snapshot {
         }
     }
 
-    /// Those that sessions are sent to, and those among them that are out: the members, or those that stand in for them.
+    /// The backends that picks choose from, usable or not: the members, or their stand-ins.
     #[must_use]
     pub fn picked_from(&self) -> &[Member] {
         if self.stand_ins.is_empty() { &self.members } else { &self.stand_ins }
     }
 
-    /// The next point of an even spread, for [`Snapshot::pick`].
+    /// The next point of the even spread, for [`Snapshot::pick`].
     #[inline]
     #[must_use]
     pub fn next_point(&self) -> u64 {
         self.sequence.next()
     }
 
-    /// The backend that `point` names, leaving out those in `tried`. `None`: none is left.
+    /// The backend at `point`, without those in `tried`. `None`: none is left.
     #[inline]
     #[must_use]
     pub fn pick(&self, point: u64, tried: &[BackendId]) -> Option<&Member> {
@@ -189,7 +191,8 @@ impl Snapshot {
         index.map(|i| &members[i])
     }
 
-    /// The backend that `point` names, leaving out those for which `leaves_out` holds. Walks all of them. `None`: none is left.
+    /// The backend at `point`, without those for which `leaves_out` is true. Visits all of them. `None`:
+    /// none is left.
     pub(in crate::balance) fn pick_where(
         &self,
         point: u64,
@@ -199,19 +202,19 @@ impl Snapshot {
         self.shares.at_excluding(point, |i| leaves_out(&members[i])).map(|i| &members[i])
     }
 
-    /// All that may be picked.
+    /// The backends that may be picked.
     pub(in crate::balance) fn pickable(&self) -> &[Member] {
         pickable(self.picked_from())
     }
 
-    /// All that are to have sessions, healthy or not, and the stand-ins among them.
+    /// The members and stand-ins that have a weight and are ready, healthy or not.
     pub(in crate::balance) fn in_use(&self) -> impl Iterator<Item = &Member> {
         self.members_and_stand_ins().filter(|member| member.wants_sessions())
     }
 
-    /// The backend with the fewest active sessions for its weight (of all, or in a large pool of some that `point` draws), leaving
-    /// out those in `tried` and those that would refuse the session. Where all that are left would refuse it, one of them.
-    /// `None`: none is left.
+    /// The backend with the fewest active sessions for its weight: of all, or in a large pool of some that
+    /// `point` draws. Backends in `tried` and those that would refuse the session are left out; if all that
+    /// are left would refuse it, one of them is returned. `None`: none is left.
     #[inline]
     #[must_use]
     pub fn pick_least_busy(&self, point: u64, tried: &[BackendId]) -> Option<&Member> {
@@ -220,8 +223,8 @@ impl Snapshot {
         least.map(|index| &members[index]).or_else(|| self.pick(point, tried))
     }
 
-    /// The one that a client with this hash belongs to; where that is in `tried`, the client's next one, by weight. `None`: none is
-    /// left.
+    /// The backend of a client with this hash. If that is in `tried`, another one by weight, the same each
+    /// time. `None`: none is left.
     #[inline]
     #[must_use]
     pub fn pick_for(&self, client: u64, tried: &[BackendId]) -> Option<&Member> {
@@ -229,20 +232,21 @@ impl Snapshot {
         if tried.contains(own.backend.id()) { self.pick(mix(client), tried) } else { Some(own) }
     }
 
-    /// Those that have weight, and are not to be picked: they are not ready, or health speaks against them and is not ignored.
+    /// The members that have a weight and are not picked: they are not ready, or they are unhealthy and
+    /// health is not ignored.
     pub fn unusable(&self) -> impl Iterator<Item = &Member> {
         let is_out =
             |member: &&Member| !member.wants_sessions() || !self.fails_open && !member.backend.is_usable();
         self.members.iter().filter(|member| !member.weight.is_zero()).filter(is_out)
     }
 
-    /// All backends of the table, those at weight zero too.
+    /// All members of the table, also those with the weight 0.
     #[must_use]
     pub fn members(&self) -> &[Member] {
         &self.members
     }
 
-    /// The members, and after them those that stand in for them.
+    /// The members, then the stand-ins.
     pub fn members_and_stand_ins(&self) -> impl Iterator<Item = &Member> {
         self.members.iter().chain(&self.stand_ins)
     }

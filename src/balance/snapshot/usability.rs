@@ -1,4 +1,5 @@
-//! Which backends of a snapshot get sessions, and why the others get none: for the log and for the report of this proxy.
+//! Which backends of a snapshot get sessions, and why the others get none: for the log and for the report of
+//! this proxy.
 
 use std::fmt;
 
@@ -7,12 +8,12 @@ use super::snapshot::Snapshot;
 use crate::balance::backend::{Cause, Condition, Ejection, Target};
 use crate::balance::values::{AdminState, BackendId};
 
-/// How many backends get sessions, as far as it is worth a line in the log.
+/// How many backends get sessions, as far as the log distinguishes it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Usable {
-    /// Sessions are refused.
+    /// None: sessions are refused.
     None,
-    /// If this one fails too, health is ignored or sessions fail.
+    /// One: if it fails too, health is ignored or sessions fail.
     One,
     /// Two or more, or health is ignored.
     #[default]
@@ -22,11 +23,11 @@ pub enum Usable {
 /// One reason why a backend gets no sessions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reason {
-    /// Its checks fail; the last one for this cause.
+    /// Its checks fail. The cause is that of the last failure.
     Unhealthy(Option<Cause>),
-    /// Its sessions failed; the last one for this cause.
+    /// It is ejected. The cause is that of the last session that failed.
     Ejected(Option<Cause>),
-    /// It was ejected, and its next session is to show whether it is back.
+    /// It is on trial after an ejection: it gets one session. The cause is as with `Ejected`.
     Trial(Option<Cause>),
     /// Its name has no address yet.
     Unresolved,
@@ -39,7 +40,7 @@ pub enum Reason {
 }
 
 impl Reason {
-    /// Without spaces.
+    /// The name in log and report, without spaces.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -53,7 +54,7 @@ impl Reason {
         }
     }
 
-    /// What failed last.
+    /// The cause of the last failure.
     #[must_use]
     pub fn cause(self) -> Option<Cause> {
         match self {
@@ -63,7 +64,8 @@ impl Reason {
     }
 }
 
-/// All reasons why one backend gets no sessions: what people wrote first, then what this proxy found out.
+/// All reasons why one backend gets no sessions: first those from Redis or config.yaml, then those that this
+/// proxy has found out.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Reasons {
     reasons: [Option<Reason>; 5],
@@ -77,7 +79,8 @@ impl Reasons {
             AdminState::Drain => Some(Reason::Drain),
             AdminState::Maint => Some(Reason::Maint),
         };
-        // A name is out where all of its addresses are: the reasons are those of the first ones.
+        // A name is unusable if all of its addresses are. Each reason is that of the first address that has
+        // it.
         let health_counts = !fails_open && !backend.is_usable();
         let of_address = |reason: fn(&Condition) -> Option<Reason>| {
             let mut targets = Target::all_of(backend).filter(|_| health_counts);
@@ -99,7 +102,7 @@ impl Reasons {
         Self { reasons }
     }
 
-    /// In their order.
+    /// The reasons, in their order.
     pub fn iter(&self) -> impl Iterator<Item = Reason> {
         self.reasons.iter().flatten().copied()
     }
@@ -108,7 +111,7 @@ impl Reasons {
         self.iter().next().is_none()
     }
 
-    /// False where everything of it stands in Redis.
+    /// True if this proxy has found out one of the reasons.
     fn is_of_this_proxy(&self) -> bool {
         self.reasons[2..].iter().any(Option::is_some)
     }
@@ -117,16 +120,16 @@ impl Reasons {
 /// The backends that get no sessions from this proxy.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Unusable {
-    /// Those that only this proxy knows of first; in the order of their names.
+    /// Backends with a reason that this proxy has found out first; each group sorted by name.
     pub backends: Vec<(BackendId, Reasons)>,
-    /// How many more there are.
+    /// The number of further backends.
     pub more: usize,
-    /// Too little of the pool is healthy, so health is ignored.
+    /// Health is ignored, since too little of the pool is healthy.
     pub fails_open: bool,
 }
 
 impl Unusable {
-    /// The members of `newest` that get no sessions, at most so many of them.
+    /// The members of `newest` that get no sessions, at most `most` of them.
     pub(in crate::balance) fn of(newest: &Snapshot, most: usize) -> Self {
         let gets_none = |member: &&Member| !is_usable(member);
         let of = |member: &Member| (member.backend.id().clone(), Reasons::of(member, newest.fails_open));
@@ -141,7 +144,7 @@ impl Unusable {
     }
 }
 
-/// One session to show whether it is back is not enough.
+/// True if the member gets sessions. A single trial session does not count.
 fn is_usable(member: &Member) -> bool {
     !member.effective_weight.is_zero() && member.trial != TrialMode::Alone
 }
@@ -163,7 +166,7 @@ impl Snapshot {
         self.picked_from().iter().filter(|member| is_usable(member))
     }
 
-    /// Why no backend gets sessions, where none does.
+    /// Why no backend gets sessions, if none does.
     #[must_use]
     pub fn refusal(&self) -> Refusal {
         let has_weight = |member: &Member| !member.weight.is_zero();
@@ -179,16 +182,16 @@ impl Snapshot {
     }
 }
 
-/// Why a pool refuses its sessions. Not for its health: where no backend is healthy, health is ignored.
+/// Why a pool refuses its sessions. Health is never the reason: if no backend is healthy, health is ignored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refusal {
     /// The table has no members.
     Empty,
     /// All weights are 0.
     AllZero,
-    /// All that have a weight are in drain or maint.
+    /// All members with a weight are in drain or maint.
     NoneReady,
-    /// The names of those that are to have sessions have no address.
+    /// All members with a weight that are ready are names without an address.
     Unresolved,
 }
 
@@ -217,8 +220,8 @@ mod tests {
         Table::new(members.iter().map(member).collect())
     }
 
-    /// `name reason:cause reason …`.
-    fn told(cell: &Cell, most: usize) -> (Vec<String>, usize) {
+    /// Each backend as `name reason:cause reason …`.
+    fn reported(cell: &Cell, most: usize) -> (Vec<String>, usize) {
         let Unusable { backends, more, .. } = cell.unusable(most);
         let line = |(id, why): &(BackendId, Reasons)| {
             why.iter().fold(id.to_string(), |line, reason| match reason.cause() {
@@ -230,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn every_reason_is_told_and_what_only_this_proxy_knows_comes_first() {
+    fn every_reason_is_reported_and_those_that_only_this_proxy_knows_come_first() {
         let members = [
             ("10.0.0.1:80", 0.0),
             ("10.0.0.2:80", 1.0),
@@ -254,20 +257,20 @@ mod tests {
             "10.0.0.1:80 weight_0",
             "10.0.0.3:80 drain",
         ];
-        assert_eq!(told(&cell, 10), (all.map(String::from).to_vec(), 0));
-        assert_eq!(told(&cell, 1), (all[..1].iter().map(|text| (*text).to_owned()).collect(), 3));
+        assert_eq!(reported(&cell, 10), (all.map(String::from).to_vec(), 0));
+        assert_eq!(reported(&cell, 1), (all[..1].iter().map(|text| (*text).to_owned()).collect(), 3));
         assert_eq!(cell.load().usable(), Usable::One);
 
-        // Health is ignored: the unhealthy one has sessions.
+        // Health is ignored, so the unhealthy backend gets sessions.
         backend("10.0.0.4:80").condition.set_health(Health::Unhealthy);
         cell.refresh();
-        assert_eq!(told(&cell, 10).0, all[1..].iter().map(|text| (*text).to_owned()).collect::<Vec<_>>());
+        assert_eq!(reported(&cell, 10).0, all[1..].iter().map(|text| (*text).to_owned()).collect::<Vec<_>>());
         assert!(cell.unusable(10).fails_open);
         assert_eq!(cell.load().usable(), Usable::Several);
     }
 
     #[test]
-    fn a_name_is_told_once_all_of_its_addresses_are_out_with_the_cause_at_one_of_them() {
+    fn a_name_is_reported_once_all_of_its_addresses_are_unusable_with_the_cause_of_one_of_them() {
         let cell = Cell::new(table(&[("db.test:80", 1.0), ("10.0.0.1:80", 1.0)]), Balance::WeightedRandom, 1);
         let name = cell.registry().get_or_create(&"db.test:80".parse().expect("a name"));
         name.set_resolved([1, 2].map(|n| std::net::SocketAddr::from(([10, 0, 1, n], 80))).to_vec());
@@ -275,7 +278,7 @@ mod tests {
             target.condition().session_error.set(Cause::RESET);
             target.condition().set_ejection(Ejection::Ejected);
             cell.refresh();
-            told(&cell, 10).0
+            reported(&cell, 10).0
         });
         assert_eq!(out.next(), Some(vec![]), "its other address gets its sessions");
         assert_eq!(out.next(), Some(vec!["db.test:80 ejected:connection reset by peer".to_owned()]));

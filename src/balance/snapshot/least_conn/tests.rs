@@ -1,4 +1,4 @@
-//! Pools whose sessions begin and end: which backend gets the next one.
+//! Pools with sessions that begin and end: which backend gets the next one.
 
 use std::collections::HashMap;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -18,7 +18,7 @@ fn id(n: usize) -> BackendId {
     format!("10.0.{}.{}:80", n / 250, n % 250).parse().expect("an address")
 }
 
-/// The weights are those of backends 0, 1, 2 and so on.
+/// A table whose weights are those of backends 0, 1, 2 and so on.
 fn table(weights: &[f64]) -> Table {
     let member = |(n, weight): (usize, &f64)| (id(n), Weight::new(*weight).expect("a weight"));
     Table::new(weights.iter().enumerate().map(member).collect())
@@ -30,7 +30,7 @@ fn policy() -> Policy {
 
 fn pool(policy: Policy, weights: &[f64]) -> Pool {
     let pool = Pool::new("web".into(), policy, table(weights), None, 1);
-    // A slow start begins with a table of the source that the one before came from.
+    // A slow start begins only with a table from the same source as the one before.
     pool.cell.publish(table(weights));
     pool
 }
@@ -78,7 +78,7 @@ impl Busy {
 }
 
 #[tokio::test]
-async fn one_that_lost_its_sessions_gets_all_new_ones_until_it_has_as_many_as_the_others() {
+async fn a_backend_that_lost_its_sessions_gets_all_new_ones_until_it_has_as_many_as_the_others() {
     for backends in [20, EXACT_MAX] {
         let mut busy = Busy::new(policy(), &vec![1.0; backends]);
         busy.begin(50 * backends).await;
@@ -90,14 +90,15 @@ async fn one_that_lost_its_sessions_gets_all_new_ones_until_it_has_as_many_as_th
     }
 }
 
-/// Of more than 64 each session looks at some; two of them would bring the one that lost its sessions 2 % of the new ones.
+/// With more than 64 backends, each session looks at some of them. With two draws, the backend that lost its
+/// sessions would get 2 % of the new ones.
 #[tokio::test]
-async fn in_a_large_pool_one_that_lost_its_sessions_gets_several_times_its_share() {
+async fn in_a_large_pool_a_backend_that_lost_its_sessions_gets_several_times_its_share() {
     let mut busy = Busy::new(policy(), &[1.0; 100]);
     busy.begin(5_000).await;
     busy.end_all_of(&id(3));
     let regained = busy.begin(1_000).await.remove(&id(3)).unwrap_or_default();
-    // 48 of them in the mean, until it has as many as the others; six standard deviations below that are 12.
+    // It gets 48 on average, until it has as many as the others. Six standard deviations below that are 12.
     assert!(regained >= 30, "{regained} of 1,000");
 }
 
@@ -151,7 +152,7 @@ async fn weights_of_any_size_are_obeyed() {
 async fn full_backends_are_skipped_and_the_least_busy_of_the_others_is_taken() {
     let capacity = Capacity { max_connections: 4, ..Capacity::default() };
     for backends in [10, 100] {
-        // For its weight the first is the least busy one, but for its limit.
+        // By its weight the first backend is the least busy one, but it has a limit.
         let mut weights = vec![1.0; backends];
         weights[0] = 100.0;
         let mut busy = Busy::new(Policy { capacity, ..policy() }, &weights);
@@ -159,14 +160,14 @@ async fn full_backends_are_skipped_and_the_least_busy_of_the_others_is_taken() {
             busy.try_begin().await.expect("some have room");
         }
         assert_eq!(busy.active(), vec![4; backends]);
-        assert_eq!(busy.try_begin().await, Err(NoPick::Full), "not that there is none");
+        assert_eq!(busy.try_begin().await, Err(NoPick::Full), "full, not without backends");
         busy.end_all_of(&id(7));
         assert_eq!(busy.try_begin().await, Ok(id(7)));
     }
 }
 
 #[tokio::test]
-async fn while_one_session_probes_an_ejected_backend_the_least_busy_of_the_others_is_taken() {
+async fn while_an_ejected_backend_has_its_trial_session_the_least_busy_of_the_others_is_taken() {
     let mut busy = Busy::new(policy(), &[1.0; 10]);
     busy.begin(50).await;
     for n in [2, 5] {
@@ -176,7 +177,7 @@ async fn while_one_session_probes_an_ejected_backend_the_least_busy_of_the_other
     ejected.condition.set_ejection(Ejection::Trial);
     busy.pool.cell.refresh();
     let begun = busy.begin(6).await;
-    assert_eq!(begun, HashMap::from([(id(2), 1), (id(5), 5)]), "one session probes");
+    assert_eq!(begun, HashMap::from([(id(2), 1), (id(5), 5)]), "there is one trial session");
 }
 
 #[tokio::test]
@@ -193,7 +194,7 @@ async fn a_retry_takes_the_least_busy_of_those_that_were_not_tried() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_joiner_in_its_slow_start_gets_its_share_so_far_and_no_flood() {
+async fn a_joining_backend_in_its_slow_start_gets_its_share_so_far_and_no_flood() {
     let policy = Policy { slow_start: Duration::from_secs(100), ..policy() };
     let mut busy = Busy::new(policy, &[1.0; 19]);
     busy.begin(50 * 19).await;
@@ -208,7 +209,7 @@ async fn a_joiner_in_its_slow_start_gets_its_share_so_far_and_no_flood() {
     assert!((28..=36).contains(&joiner(&busy)), "half of 66: {}", joiner(&busy));
 }
 
-/// Each choice counts at once, so what one thread has chosen the others see, but for what is being chosen at that moment.
+/// Each choice counts at once, so other threads see it, except for the choices that are made at that moment.
 #[test]
 fn workers_that_choose_at_the_same_time_spread_over_equal_backends() {
     const WORKERS: u32 = 8;
@@ -236,14 +237,14 @@ fn workers_that_choose_at_the_same_time_spread_over_equal_backends() {
     let snapshot = pool.cell.load();
     let active = || snapshot.members().iter().map(|member| member.backend.active());
     let (least, most) = (active().min().expect("some"), active().max().expect("some"));
-    // No session has ended, so a count that was seen was at most the least of all at the choice.
+    // No session has ended, so each count that a thread saw was at most the least of all at its choice.
     assert!(most - least <= WORKERS, "{least} to {most}");
     drop(sessions);
     assert_eq!(active().sum::<u32>(), 0);
 }
 
 #[tokio::test]
-async fn a_backend_that_is_not_to_have_sessions_is_not_the_least_busy_one() {
+async fn a_backend_in_drain_is_never_the_least_busy_one() {
     let mut busy = Busy::new(policy(), &[1.0, 1.0, 1.0, 0.0]);
     busy.pool.cell.publish(table(&[1.0, 1.0, 1.0, 0.0]).with_states(vec![(id(0), AdminState::Drain)]));
     busy.begin(20).await;

@@ -1,4 +1,5 @@
-//! What a snapshot makes of a table: who gets sessions, in which shares, and which names are stood in for.
+//! What a snapshot makes of a table: which backends get sessions, in which shares, and when backends stand
+//! in for names.
 
 use super::*;
 use crate::balance::backend::Active;
@@ -28,7 +29,8 @@ fn all_weights_zero_picks_nothing() {
 proptest! {
     #[test]
     fn a_backend_at_weight_zero_is_never_picked(
-        weights in prop::collection::vec(prop_oneof![Just(0.0), 0.001..1000.0], 1..50), points in prop::collection::vec(any::<u64>(), 100)
+        weights in prop::collection::vec(prop_oneof![Just(0.0), 0.001..1000.0], 1..50),
+        points in prop::collection::vec(any::<u64>(), 100),
     ) {
         let snapshot = snapshot(&weights);
         for point in points {
@@ -43,8 +45,9 @@ proptest! {
     }
 }
 
-/// Pearson's statistic over the backends, compared with the normal approximation of the chi-square distribution
-/// (Wilson and Hilferty) at one in a million: a sound picker fails this once in a million seeds.
+/// Pearson's statistic over the backends, compared with the normal approximation of the chi-square
+/// distribution (Wilson and Hilferty) at one in a million: a sound picker fails this once in a million
+/// seeds.
 #[test]
 fn random_picks_follow_the_weights_by_chi_square_up_to_ten_thousand_backends() {
     let seed = fastrand::u64(..);
@@ -75,9 +78,10 @@ fn random_picks_follow_the_weights_by_chi_square_up_to_ten_thousand_backends() {
     }
 }
 
-/// Sessions come and go at random, 50 for each backend in the mean; heavier backends are to have more of them.
+/// Sessions begin and end at random, 50 for each backend on average; heavier backends are to have more of
+/// them.
 #[test]
-fn of_100_backends_none_is_much_busier_for_its_weight_than_the_mean_of_all() {
+fn of_100_backends_none_is_much_busier_for_its_weight_than_the_mean() {
     let seed = fastrand::u64(..);
     let mut rng = fastrand::Rng::with_seed(seed);
     for spread in [0.0, 3.0] {
@@ -111,7 +115,7 @@ fn a_client_keeps_its_backend_and_has_the_same_next_one_when_that_fails() {
         let mut tried: Vec<BackendId> = Vec::new();
         for _ in 0..3 {
             let picked = id(first.pick_for(client, &tried)).expect("some are left");
-            assert_eq!(id(second.pick_for(client, &tried)), Some(picked.clone()), "of another proxy");
+            assert_eq!(id(second.pick_for(client, &tried)), Some(picked.clone()), "on another proxy");
             assert!(!tried.contains(&picked));
             tried.push(picked);
         }
@@ -150,7 +154,7 @@ fn written(members: &[(&str, f64)]) -> Table {
 }
 
 #[test]
-fn the_backends_before_stand_in_while_a_table_has_only_unresolved_names() {
+fn former_backends_stand_in_while_a_table_has_only_unresolved_names() {
     let registry = Registry::new(1);
     let picked = |snapshot: &Snapshot| snapshot.pick(7, &[]).map(|m| m.backend.id().to_string());
     let old = Some("10.0.0.1:80".to_owned());
