@@ -1,9 +1,16 @@
 //! Picks a backend for a new session.
 //!
-//! Pure but for the clock that tells a fresh snapshot from a stale one: no socket, no Redis. The folders stand one above the
-//! other, and each names those below it alone: [`values`] (what is written), [`queue`] (sessions that wait), [`backend`]
-//! (what outlives snapshots), [`snapshot`] (what is picked from), [`pool`] (where snapshots are published, and the order in
-//! which sources are asked) and [`simulation`] (what would come of a table). Tables come in through Redis or config.yaml.
+//! No socket and no Redis; the clock is read only to tell a fresh snapshot from a stale one. Each folder
+//! uses those named before it, and never one named after it:
+//!
+//! - [`values`]: what people write (names, weights, tables, settings)
+//! - [`queue`]: sessions that wait for a slot
+//! - [`backend`]: a backend, its sessions and its health, which outlive snapshots
+//! - [`snapshot`]: a table made ready for picking
+//! - [`pool`]: where snapshots are published, and in which order sources are asked for a backend
+//! - [`simulation`]: what a table would do
+//!
+//! Tables come from `redis/sync.rs`, from `state/` or from config.yaml.
 
 pub mod backend;
 pub mod pool;

@@ -1,8 +1,9 @@
-//! What a table would do, found by letting a pool choose: the same code that chooses for sessions, on a pool of its own
-//! that nobody serves from.
+//! Shows what a table would do, by letting a pool choose: the code that chooses for sessions runs on a pool
+//! that serves none.
 //!
-//! Health is not known here: all backends are up, all names resolved, and nobody is in a slow start. Randomness comes from the
-//! caller, so a seed gives the same answer again. `cli/weights/simulate.rs` shows it to people.
+//! Health is not known here: all backends are up, all names are resolved, and there is no slow start. Random
+//! numbers come from the caller, so a seed gives the same answer again. `statera weights simulate` prints
+//! the result.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -16,39 +17,39 @@ use crate::balance::pool::Pool;
 use crate::balance::snapshot::{Member, Snapshot};
 use crate::balance::values::{Address, BackendId, Balance, Policy, Table};
 
-/// Points at equal distances over all of `u64`: a share is exact to a millionth for each backend.
+/// Points at equal distances over `u64`: a share is exact to a millionth for each backend.
 const GRID_BITS: u32 = 20;
-/// Runs whose sessions make more choices than this are fewer.
+/// The number of choices in all runs, which limits the number of runs.
 const MOST_CHOICES: u32 = 4_000_000;
-/// So few leave the standard deviation uncertain by a tenth, so many by 4 %.
+/// With 50 runs the standard deviation is uncertain by a tenth, with 400 by 4 %.
 const RUNS: std::ops::RangeInclusive<u32> = 50..=400;
-/// Standard deviations to each side of the mean within which 95 of 100 runs lie.
+/// 95 of 100 runs are within this many standard deviations of the mean.
 const DEVIATIONS: f64 = 1.96;
 
-/// What is tried.
+/// The sessions that are simulated.
 #[derive(Clone, Copy, Debug)]
 pub struct SimulatedLoad {
-    /// Of one run.
+    /// The sessions of one run.
     pub sessions: NonZeroU32,
-    /// For `least_conn`: sessions that are active at each moment. As one comes, one ends, whichever it is, as sessions of
-    /// exponential length do on backends of one speed.
+    /// For `least_conn`: the sessions that are active at each moment. As one begins, another one ends,
+    /// chosen at random, as sessions of exponential length do on backends of one speed.
     pub active: NonZeroU32,
 }
 
 /// What one backend would get.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Forecast {
-    /// Its name.
+    /// The name of the backend.
     pub id: BackendId,
-    /// Of the sessions, 0 to 1.
+    /// Its part of the sessions, 0 to 1.
     pub share: f64,
-    /// Its sessions of one run: at least so many in all but one of 40 runs.
+    /// Its sessions in one run: at least this many in all but one of 40 runs.
     pub least: u32,
-    /// At most so many, likewise.
+    /// At most this many, likewise.
     pub most: u32,
 }
 
-/// One pool with one table.
+/// A pool with one table.
 #[derive(Debug)]
 pub struct Simulation {
     pool: Pool,
@@ -56,12 +57,12 @@ pub struct Simulation {
 }
 
 impl Simulation {
-    /// As a proxy with this policy would have it.
+    /// A pool as a proxy with this policy would have it.
     #[must_use]
     pub fn new(policy: impl Into<Policy>, table: Table) -> Self {
         let policy = policy.into();
         let pool = Pool::new("simulated".into(), policy, table, None, 1);
-        // Nobody connects to it: a name that has an address may be chosen.
+        // The address is never connected to: a name needs one to be chosen.
         let anywhere = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
         for member in pool.cell.load().members() {
             if matches!(member.backend.id().address(), Address::Name { .. }) {
@@ -72,17 +73,17 @@ impl Simulation {
         Self { pool, balance: policy.balance }
     }
 
-    /// How many runs it takes to know what one of so many sessions is like.
+    /// The number of runs, chosen so that all of them together make a bounded number of choices.
     #[must_use]
     pub fn runs(sessions: NonZeroU32) -> u32 {
         (MOST_CHOICES / sessions).clamp(*RUNS.start(), *RUNS.end())
     }
 
-    /// What each backend would get, in the order of their names. All shares are 0 where no weight is above it: such a pool
+    /// What each backend would get, sorted by name. If no weight is above 0, all shares are 0: such a pool
     /// refuses sessions.
     ///
     /// # Cost
-    /// Some 5 million choices, or 50 runs if those are more: below a second up to 100,000 sessions.
+    /// About 5 million choices, or 50 runs if those are more: less than a second up to 100,000 sessions.
     #[must_use]
     pub fn forecast(&self, load: SimulatedLoad, rng: &mut Rng) -> Vec<Forecast> {
         let snapshot = Arc::clone(&self.pool.cell.load());
@@ -96,7 +97,8 @@ impl Simulation {
         let mut tallies = vec![Tally::default(); snapshot.members().len()];
         let mut active = Vec::new();
         if self.balance == Balance::LeastConn {
-            // Twice as many as are active, so that the first ones, who came to an empty pool, have gone but for some.
+            // Twice as many as are active, so that most of the first ones, which came to an empty pool, have
+            // ended.
             for _ in 0..2 * u64::from(load.active.get()) {
                 self.session(&snapshot, load, &mut active, rng);
             }
@@ -139,7 +141,8 @@ impl Simulation {
         forecasts
     }
 
-    /// The share of clients that `other` would send to another backend, 0 to 1. `None`: this balance does not go by clients.
+    /// The part of the clients that `other` would send to another backend, 0 to 1. `None`: the balance is
+    /// not `source_hash`.
     #[must_use]
     pub fn moved_clients(&self, other: &Self) -> Option<f64> {
         if self.balance != Balance::SourceHash || other.balance != Balance::SourceHash {
@@ -155,13 +158,13 @@ impl Simulation {
         Some(moved.count() as f64 / f64::from(1u32 << GRID_BITS))
     }
 
-    /// Then shares are read off the grid: nothing that came before plays a part. The hashes of clients are even, as random
-    /// points are.
+    /// True if the choice depends on the point alone, and not on the sessions before. Then shares are
+    /// counted over the grid, since random points and the hashes of clients are evenly distributed.
     fn is_a_function_of_the_point(&self) -> bool {
         matches!(self.balance, Balance::WeightedRandom | Balance::SourceHash)
     }
 
-    /// The next session, of a client whom nobody has seen before.
+    /// The next session, of a new client.
     fn session<'a>(
         &self,
         snapshot: &'a Snapshot,
@@ -182,18 +185,18 @@ impl Simulation {
     }
 }
 
-/// Points in the middle of 2^[`GRID_BITS`] equal stretches.
+/// The middles of 2^[`GRID_BITS`] equal intervals.
 fn grid() -> impl Iterator<Item = u64> {
     let width = 1u64 << (u64::BITS - GRID_BITS);
-    (0..1u64 << GRID_BITS).map(move |stretch| stretch * width + width / 2)
+    (0..1u64 << GRID_BITS).map(move |index| index * width + width / 2)
 }
 
-/// One backend's sessions, run by run.
+/// The sessions of one backend, run by run.
 #[derive(Clone, Copy, Debug, Default)]
 struct Tally {
     run: u32,
     sum: u64,
-    /// Of squares; 400 runs of 2³² sessions fit.
+    /// The sum of squares; 400 runs of 2³² sessions fit.
     squares: u128,
 }
 
@@ -206,7 +209,7 @@ impl Tally {
 
     fn mean_and_deviation(&self, runs: u32) -> (f64, f64) {
         let mean = self.sum as f64 / f64::from(runs);
-        // In whole numbers: the difference of two large sums.
+        // In integers, since it is the difference of two large sums.
         let difference = u128::from(runs) * self.squares - u128::from(self.sum).pow(2);
         (mean, (difference as f64).sqrt() / f64::from(runs))
     }
@@ -237,13 +240,13 @@ mod tests {
     }
 
     #[test]
-    fn shares_are_those_of_the_weights_and_the_range_is_as_wide_as_the_balance_makes_it() {
+    fn shares_follow_the_weights_and_the_range_is_as_wide_as_the_balance_makes_it() {
         let weights = [0.0, 100.0, 300.0, 50.0];
         for (_, balance) in Balance::NAMES {
             let forecasts = forecast(balance, &weights);
             for (forecast, weight) in forecasts.iter().zip(weights) {
                 let share = weight / 450.0;
-                // Of `least_conn`: what the active sessions of a run's begin and end leave.
+                // For `least_conn`, the active sessions at the begin and the end of a run make a difference.
                 let exact = if balance == Balance::LeastConn { 0.01 } else { 1e-4 };
                 assert!((forecast.share - share).abs() < exact, "{balance:?}: {forecast:?}: {share}");
                 let binomial = (f64::from(SESSIONS) * share * (1.0 - share)).sqrt();
@@ -252,9 +255,10 @@ mod tests {
                     Balance::WeightedRandom | Balance::SourceHash => {
                         (0.8 * binomial - 1.0..=1.2 * binomial + 1.0).contains(&width)
                     }
-                    // It strays by 3.5 sessions at most from its begin, and by twice that from any other moment.
+                    // It deviates by at most 3.5 sessions from its start, and by twice that from any other
+                    // moment.
                     Balance::WeightedRoundRobin => width <= 4.0,
-                    // The more sessions stay, the more they leave to those who come to even out.
+                    // The more sessions stay, the less the new ones can even out.
                     Balance::LeastConn => width <= 1.2 * binomial + 1.0,
                 };
                 assert!(fits, "{balance:?}: {forecast:?}: {width} where a coin has {binomial}");
@@ -264,7 +268,7 @@ mod tests {
         }
     }
 
-    /// What no formula of shares would tell.
+    /// No formula of shares would show this.
     #[test]
     fn with_few_active_sessions_least_conn_prefers_the_heavier_one() {
         let simulation = Simulation::new(Balance::LeastConn, table(&[100.0, 300.0]));
@@ -292,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn where_nothing_has_a_weight_nobody_gets_anything() {
+    fn without_any_weight_no_backend_gets_sessions() {
         for (_, balance) in Balance::NAMES {
             for forecast in forecast(balance, &[0.0, 0.0]) {
                 assert_eq!((forecast.share, forecast.least, forecast.most), (0.0, 0, 0), "{balance:?}");
@@ -301,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_nobody_has_resolved_gets_its_share() {
+    fn an_unresolved_name_gets_its_share() {
         let members = ["db.internal:80", "10.0.0.1:80"]
             .map(|id| (id.parse().expect("an address"), Weight::new(1.0).expect("a weight")));
         let simulation = Simulation::new(Balance::WeightedRandom, Table::new(members.into()));

@@ -98,8 +98,8 @@ impl Departed {
     }
 }
 
-/// The number of members of the largest table of the last minutes. The newest table does not do: a deleted
-/// one has no members, and its backends are to be remembered.
+/// The number of members of the largest table of the last minutes. The newest table would not be enough: a
+/// deleted one has no members, and its backends are to be remembered.
 #[derive(Debug)]
 struct LargestTable {
     now: usize,

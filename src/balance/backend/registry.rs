@@ -106,8 +106,8 @@ impl Registry {
         self.lock().backends.len()
     }
 
-    /// The backends that a snapshot or a session uses, sorted by name. Backends that are only remembered are
-    /// not among them. Removes dead entries and outdated memories.
+    /// The backends that a snapshot or a session uses, sorted by name, without those that are only
+    /// remembered. Also removes dead entries, and forgets backends that left too long ago.
     #[must_use]
     pub fn living(&self) -> Vec<Arc<Backend>> {
         let mut living = self.living_in_any_order();
@@ -123,7 +123,7 @@ impl Registry {
         known.sweep(|backend| {
             let backend = backend.upgrade();
             let is_alive = backend.is_some();
-            // One reference is the `upgrade` above; the memory of a departed backend is another.
+            // One reference is that of `upgrade` above; the memory of departed backends has another.
             let is_used =
                 |backend: &Arc<Backend>| Arc::strong_count(backend) > 1 + backend.presence().references();
             living.extend(backend.filter(is_used));

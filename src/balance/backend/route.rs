@@ -38,8 +38,8 @@ impl Route {
         if named.is_empty() && on_trial.is_none() {
             named = current.to_vec();
         }
-        // `reverse` makes the address that was rotated to the front the last one, which is tried first. The
-        // address on trial goes behind it.
+        // The last address is tried first: `reverse` puts the rotated first one there, and the address on
+        // trial, which is appended, comes before it.
         let first = rotation % named.len().max(1);
         named.rotate_left(first);
         named.reverse();

@@ -1,8 +1,9 @@
-//! The snapshot cell: where the control plane leaves the newest snapshot and the data plane finds it.
+//! The snapshot cell: the control plane publishes the newest snapshot here, and the data plane reads it
+//! without waiting.
 //!
-//! Readers never wait. Beside the snapshot stands the moment when it was last known to equal its source, since that
-//! moves on while the snapshot stays the same: the moment when the question was asked, not when its answer came, so that
-//! an answer that was long under way makes nothing look younger than it is.
+//! Beside the snapshot is the moment at which it was last known to equal its source, since that moves on
+//! while the snapshot stays the same. It is the moment at which the source was asked, not at which it
+//! answered, so that a slow answer does not make the snapshot look younger than it is.
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -21,7 +22,7 @@ use crate::balance::values::{AdminState, BackendId, Policy, Table};
 
 const NEVER: u64 = u64::MAX;
 
-/// What of a snapshot goes on by itself, or is worth a line in the log.
+/// What the control plane has to act on or log about the newest snapshot.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SnapshotStatus {
     /// See [`Snapshot::fails_open`].
@@ -32,22 +33,23 @@ pub struct SnapshotStatus {
     pub usable: Usable,
 }
 
-/// One pool's newest snapshot.
+/// The newest snapshot of one pool.
 #[derive(Debug)]
 pub struct Cell {
     newest: ArcSwap<Snapshot>,
-    /// What the newest snapshot was made from, to make it again when a backend changes. Only publishers lock it.
+    /// The table of the newest snapshot, from which it is made again when a backend changes. Only publishers
+    /// lock it.
     table: Mutex<Table>,
     policy: Arc<Policy>,
     registry: Arc<Registry>,
     queue: Arc<Queue>,
-    /// Says when the newest table came.
+    /// Sends when the newest table was published.
     published: watch::Sender<SystemTime>,
-    /// Says that names have other addresses.
+    /// Sends that names have other addresses.
     readdressed: watch::Sender<()>,
-    /// Says what of the newest snapshot the control plane has to act on.
+    /// Sends the status of the newest snapshot, when it changes.
     status: watch::Sender<SnapshotStatus>,
-    /// Says whose sessions are to end.
+    /// Sends which backends are draining.
     draining_backends: DrainingBackends,
     /// Milliseconds from `epoch` to the last confirmation, or [`NEVER`].
     confirmed: AtomicU64,
@@ -55,7 +57,7 @@ pub struct Cell {
 }
 
 impl Cell {
-    /// A cell without a pool: with a registry and a queue of its own, which only the cell knows.
+    /// A cell without a pool, with a registry and a queue of its own.
     #[must_use]
     pub fn new(configured: Table, policy: impl Into<Policy>, workers: usize) -> Self {
         let policy = Arc::new(policy.into());
@@ -64,8 +66,8 @@ impl Cell {
         Self::of_pool(configured, policy, registry, queue)
     }
 
-    /// Begins with the table of config.yaml, which no source has confirmed. Each new snapshot takes its backends from `registry`
-    /// and wakes `queue`.
+    /// Starts with the table of config.yaml, which no source has confirmed. Each new snapshot takes its
+    /// backends from `registry` and wakes the waiters of `queue`.
     #[must_use]
     pub fn of_pool(
         configured: Table,
@@ -90,31 +92,33 @@ impl Cell {
         }
     }
 
-    /// The newest snapshot. Not for keeping across an `.await`: a guard that waits slows every other reader.
+    /// The newest snapshot. Do not keep it across an `.await`: a guard that is held makes every other reader
+    /// slower.
     #[inline]
     pub fn load(&self) -> Guard<Arc<Snapshot>> {
         self.newest.load()
     }
 
-    /// The pool's backends.
+    /// The living backends of the pool.
     #[must_use]
     pub fn registry(&self) -> &Registry {
         &self.registry
     }
 
-    /// Publishes what Redis holds now, see [`Cell::publish_as_of`].
+    /// Publishes what Redis holds now: see [`Cell::publish_as_of`].
     pub fn publish(&self, table: Table) -> bool {
         self.publish_as_of(table, Instant::now())
     }
 
-    /// Publishes what Redis answered to a question of the moment `asked`, which confirms it as of then. Returns true if that
-    /// made a new snapshot: an unchanged table makes none.
+    /// Publishes a table that Redis returned when it was asked at `asked`, and confirms it as of then.
+    /// Returns true if that made a new snapshot; an unchanged table makes none.
     pub fn publish_as_of(&self, table: Table, asked: Instant) -> bool {
         let mut current = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         let newest = self.newest.load();
         let changed = newest.origin != Origin::Redis || *current != table;
         if changed {
-            // After an answer without members Redis was watched: its next table is no first one, its backends are new.
+            // After a confirmed empty table, the next table is not the first one from Redis: its backends
+            // are new.
             let is_first = newest.origin != Origin::Redis && self.age().is_none();
             let (policy, registry) = (*self.policy, &self.registry);
             self.store(newest.next_or_first(Origin::Redis, &table, policy, registry, is_first));
@@ -125,7 +129,8 @@ impl Cell {
         changed
     }
 
-    /// Begins with what Redis held before this process did, unless Redis has spoken meanwhile. Nobody has confirmed it.
+    /// Publishes what Redis held before this process began, unless Redis has answered meanwhile. The table
+    /// is not confirmed.
     pub fn restore(&self, table: Table) {
         let mut current = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         let newest = self.newest.load();
@@ -136,19 +141,19 @@ impl Cell {
         }
     }
 
-    /// What the newest snapshot was made from. Cheap: tables share what they hold.
+    /// The table of the newest snapshot. Cheap, since tables share their memory.
     #[must_use]
     pub fn table(&self) -> Table {
         self.table.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Which backends of the newest table are not ready.
+    /// The backends of the newest table that are not ready.
     #[must_use]
     pub fn states(&self) -> Vec<(BackendId, AdminState)> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner).states().to_vec()
     }
 
-    /// The table stays, and these of its backends are not ready.
+    /// Keeps the members of the table and replaces the states of its backends.
     pub fn set_states(&self, states: Vec<(BackendId, AdminState)>) {
         let mut current = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         let table = current.clone().with_states(states);
@@ -160,14 +165,14 @@ impl Cell {
         }
     }
 
-    /// Hears of every new table from now on, and when it came. Who is slow hears of the newest alone. It works for as long
-    /// as the cell lives.
+    /// A receiver for the time at which each new table came, from now on. A slow reader sees only the
+    /// newest. It works as long as the cell lives.
     #[must_use]
     pub fn published(&self) -> watch::Receiver<SystemTime> {
         self.published.subscribe()
     }
 
-    /// Makes the snapshot again from the same table, because a backend changed.
+    /// Makes the snapshot again from the same table, because a backend has changed.
     pub fn refresh(&self) {
         let current = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         let newest = self.newest.load();
@@ -180,25 +185,26 @@ impl Cell {
         self.readdressed.send_replace(());
     }
 
-    /// Hears whenever names have other addresses. It works for as long as the cell lives.
+    /// A receiver that changes whenever names have other addresses. It works as long as the cell lives.
     #[must_use]
     pub fn readdressed(&self) -> watch::Receiver<()> {
         self.readdressed.subscribe()
     }
 
-    /// Hears when a slow start or the fail-open begins and ends. It works for as long as the cell lives.
+    /// A receiver for the status of the newest snapshot. It changes only with the status, and works as long
+    /// as the cell lives.
     #[must_use]
     pub fn status(&self) -> watch::Receiver<SnapshotStatus> {
         self.status.subscribe()
     }
 
-    /// The backends that are leaving; none where `drain.timeout` is zero.
+    /// The draining backends. None if `drain.timeout` is zero.
     #[must_use]
     pub fn draining_backends(&self) -> &DrainingBackends {
         &self.draining_backends
     }
 
-    /// What a table means here.
+    /// The settings of the pool.
     #[must_use]
     pub fn policy(&self) -> &Policy {
         &self.policy
@@ -211,55 +217,56 @@ impl Cell {
         self.registry.follow(next.version, was, is.map(|member| &member.backend));
         let status = SnapshotStatus { fails_open: next.fails_open, ramps: next.ramps, usable: next.usable() };
         if !self.policy.drain_timeout.is_zero() {
-            self.draining_backends.look(&next, &self.registry);
+            self.draining_backends.update(&next, &self.registry);
         }
         self.newest.store(Arc::new(next));
         self.queue.renewed();
         self.status.send_if_modified(|before| std::mem::replace(before, status) != status);
     }
 
-    /// The backends that somebody has put into drain or maint, and those that have sessions though they are to have no new ones
-    /// (at weight zero, or no members any more); each with its sessions.
+    /// The backends in drain or maint, and those with sessions that are to get no new ones (at weight 0, or
+    /// no members any more); each with the number of its sessions.
     #[must_use]
     pub fn draining(&self) -> Vec<(BackendId, u32)> {
         let newest = self.load();
-        let (mut told, mut leaving) = (HashSet::new(), Vec::new());
+        let (mut seen, mut draining) = (HashSet::new(), Vec::new());
         for member in newest.members_and_stand_ins() {
             let is_ready = member.state == AdminState::Ready;
             if !is_ready {
-                leaving.push((member.backend.id().clone(), member.backend.active()));
+                draining.push((member.backend.id().clone(), member.backend.active()));
             }
             if !is_ready || member.wants_sessions() {
-                told.insert(member.backend.key());
+                seen.insert(member.backend.key());
             }
         }
         for backend in self.registry.living_in_any_order() {
             let sessions = backend.active();
-            if sessions > 0 && !told.contains(&backend.key()) {
-                leaving.push((backend.id().clone(), sessions));
+            if sessions > 0 && !seen.contains(&backend.key()) {
+                draining.push((backend.id().clone(), sessions));
             }
         }
-        leaving
+        draining
     }
 
-    /// The members of the newest snapshot that get no sessions, at most so many of them.
+    /// The members of the newest snapshot that get no sessions, at most `most` of them.
     #[must_use]
     pub fn unusable(&self, most: usize) -> Unusable {
         Unusable::of(&self.load(), most)
     }
 
-    /// Notes that the newest snapshot is known, now, to be what Redis wants.
+    /// Confirms that the newest snapshot is what Redis holds now.
     pub fn confirm(&self) {
         self.confirm_as_of(Instant::now());
     }
 
-    /// Notes that the newest snapshot is known to be what Redis wanted at the moment `asked`, or later.
+    /// Confirms that the newest snapshot is what Redis held at `asked` or later.
     pub fn confirm_as_of(&self, asked: Instant) {
         let millis = asked.saturating_duration_since(self.epoch).as_millis();
         self.confirmed.store(u64::try_from(millis).unwrap_or(NEVER - 1), Relaxed);
     }
 
-    /// How long ago, at the most, the newest snapshot was last known to be what Redis wants. `None`: it never was.
+    /// The longest time since the newest snapshot was known to be what Redis holds. `None`: it was never
+    /// confirmed.
     #[must_use]
     pub fn age(&self) -> Option<Duration> {
         match self.confirmed.load(Relaxed) {
@@ -268,15 +275,16 @@ impl Cell {
         }
     }
 
-    /// True if the newest snapshot was known at most `max_stale` before `now` to be what Redis wants.
+    /// True if the newest snapshot was known to be what Redis holds at most `max_stale` before `now`.
     ///
-    /// The caller passes the time, since asking the clock costs more than a pick.
+    /// The caller passes the time: reading the clock costs more than a pick.
     #[inline]
     #[must_use]
     pub fn is_fresh_at(&self, now: Instant, max_stale: Duration) -> bool {
         match self.confirmed.load(Relaxed) {
             NEVER => false,
-            // A sum is compared, not a difference: subtracting two instants is a call that costs as much as the draw.
+            // Adds instead of subtracting: the difference of two instants is a function call that costs as
+            // much as the draw.
             millis => {
                 let until = self.epoch.checked_add(Duration::from_millis(millis).saturating_add(max_stale));
                 until.is_none_or(|until| now <= until)
@@ -309,7 +317,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn an_answer_is_as_old_as_its_question() {
+    async fn a_table_is_as_old_as_the_question_for_it() {
         let cell = Cell::new(table(1.0), Balance::WeightedRandom, 1);
         let second = Duration::from_secs(1);
         tokio::time::advance(second).await;
@@ -331,7 +339,7 @@ mod tests {
         let first = Arc::clone(&cell.load());
         assert_eq!((first.origin, first.members()[0].weight.get()), (Origin::Saved, 2.0));
         assert!(published.has_changed().expect("the cell lives"));
-        assert_eq!(cell.age(), None, "nobody has confirmed it");
+        assert_eq!(cell.age(), None, "it is not confirmed");
 
         published.mark_unchanged();
         assert!(cell.publish(table(2.0)), "the origin changes from the file to redis");
@@ -342,7 +350,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn everyone_who_listens_hears_of_a_new_table_and_of_no_unchanged_one() {
+    async fn each_receiver_is_told_of_a_new_table_and_not_of_an_unchanged_one() {
         let cell = Cell::new(table(1.0), Balance::WeightedRandom, 1);
         let listeners = [cell.published(), cell.published()];
         cell.publish(table(2.0));

@@ -1,7 +1,8 @@
-//! The near end of the Lua-pick channel: asks the control plane to let Redis pick.
+//! The sessions' end of the Lua-pick channel: asks the control plane to let Redis pick.
 //!
-//! Never a herd: at most `max_in_flight` sessions wait at once, each at most `timeout`; all others, and everyone while
-//! Redis is known not to answer, are told "no" at once. The far end is `redis/lua_pick.rs`.
+//! Bounded: at most `max_in_flight` sessions wait at once, each for at most `timeout`. Other sessions are
+//! refused at once, and so are all while Redis is known not to answer. `redis/lua_pick.rs` has the other
+//! end.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -14,13 +15,13 @@ use crate::balance::backend::Backend;
 use crate::balance::values::{BackendId, Weight};
 use crate::reactor::timeout_at;
 
-/// Says which pool a request is for. Never given to another pool, so that a request which is still on its
+/// Identifies the pool of a request. An id is never used for another pool: a request that is still on its
 /// way when its pool is removed cannot reach a pool that was added since, even under the same name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PoolId(u64);
 
 impl PoolId {
-    /// An id that no other pool of this process has.
+    /// Makes an id that no other pool of this process has.
     #[must_use]
     pub fn unique() -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(0);
@@ -28,73 +29,74 @@ impl PoolId {
     }
 }
 
-/// What Redis picked.
+/// What Redis picked. `None`: no pick.
 pub type LuaAnswer = Option<(Arc<Backend>, Weight)>;
 
-/// One question, on its way to Redis.
+/// One request, on its way to Redis.
 #[derive(Debug)]
 pub struct LuaRequest {
     /// The pool that the session belongs to.
     pub pool: PoolId,
     /// Uniform from 0 (inclusive) to 1 (exclusive).
     pub point: f64,
-    /// Not to be picked.
+    /// Backends that Redis is not to pick.
     pub tried: Vec<BackendId>,
-    /// Dropped without an answer: no pick.
+    /// Where the answer goes. Dropping it means no pick.
     pub answer: oneshot::Sender<LuaAnswer>,
-    /// The session's place among those that may wait; given back when the request is dropped.
-    _place: OwnedSemaphorePermit,
+    /// The permit to wait. Dropping the request gives it back.
+    _permit: OwnedSemaphorePermit,
 }
 
-/// Asks on behalf of one pool. All pools and workers share the channel and its bounds.
+/// Sends the requests of one pool. All pools and workers share the channel and its bounds.
 #[derive(Clone, Debug)]
 pub struct LuaPicker {
     pool: PoolId,
     requests: mpsc::Sender<LuaRequest>,
-    places: Arc<Semaphore>,
+    permits: Arc<Semaphore>,
     answering: Arc<AtomicBool>,
     timeout: Duration,
 }
 
-/// What the control plane holds of the channel.
+/// The control plane's end of the channel.
 #[derive(Debug)]
 pub struct LuaRequests {
-    /// Never longer than `max_in_flight`.
+    /// The requests, at most `max_in_flight`.
     pub queue: mpsc::Receiver<LuaRequest>,
-    /// Tells the sessions whether asking makes sense.
+    /// Set while Redis answers; sessions do not ask otherwise.
     pub answering: Arc<AtomicBool>,
 }
 
-/// Makes the channel. Every request is refused until the control plane sets `answering`. The picker is for a
+/// Makes the channel. Each request is refused until the control plane sets `answering`. The picker is for a
 /// pool with an id of its own; [`LuaPicker::for_pool`] makes those of other pools.
 #[must_use]
 pub fn channel(max_in_flight: usize, timeout: Duration) -> (LuaPicker, LuaRequests) {
     let (requests, queue) = mpsc::channel(max_in_flight);
     let answering = Arc::new(AtomicBool::new(false));
-    let places = Arc::new(Semaphore::new(max_in_flight));
+    let permits = Arc::new(Semaphore::new(max_in_flight));
     (
-        LuaPicker { pool: PoolId::unique(), requests, places, answering: Arc::clone(&answering), timeout },
+        LuaPicker { pool: PoolId::unique(), requests, permits, answering: Arc::clone(&answering), timeout },
         LuaRequests { queue, answering },
     )
 }
 
 impl LuaPicker {
-    /// The same channel, for the pool with this id.
+    /// A picker for the pool with this id, on the same channel.
     #[must_use]
     pub fn for_pool(&self, pool: PoolId) -> Self {
         Self { pool, ..self.clone() }
     }
 
-    /// Lets Redis pick at `point` (of 2⁶⁴). `None`: it did not, in time, or it is not to be asked now.
+    /// Lets Redis pick at `point` (of 2⁶⁴). `None`: Redis did not pick, did not answer in time, or is not to
+    /// be asked now.
     pub async fn pick(&self, point: u64, tried: Vec<BackendId>) -> LuaAnswer {
         if !self.answering.load(Relaxed) {
             return None;
         }
-        let place = Arc::clone(&self.places).try_acquire_owned().ok()?;
+        let permit = Arc::clone(&self.permits).try_acquire_owned().ok()?;
         let (answer, answered) = oneshot::channel();
-        // The upper 53 bits: what an f64 holds exactly, so the quotient stays below 1.
+        // The upper 53 bits, which an f64 holds exactly, so that the quotient stays below 1.
         let point = (point >> 11) as f64 / 2f64.powi(53);
-        let request = LuaRequest { pool: self.pool, point, tried, answer, _place: place };
+        let request = LuaRequest { pool: self.pool, point, tried, answer, _permit: permit };
         self.requests.try_send(request).ok()?;
         timeout_at(Instant::now() + self.timeout, answered).await.ok()?.ok()?
     }
@@ -105,7 +107,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn more_callers_than_places_are_sent_on_at_once() {
+    async fn callers_without_a_permit_get_no_pick_at_once() {
         let (picker, mut requests) = channel(2, Duration::from_millis(50));
         requests.answering.store(true, Relaxed);
         let started = tokio::time::Instant::now();
@@ -122,15 +124,16 @@ mod tests {
             assert!(task.await.expect("the task ends").is_none());
         }
         assert_eq!(started.elapsed(), Duration::from_millis(50));
-        // The places come back only when the requests themselves are gone: a frozen Redis is not asked again.
+        // Permits come back only when the requests themselves are dropped: a Redis that hangs is not asked
+        // again.
         assert!(picker.pick(0, Vec::new()).await.is_none());
         assert_eq!(started.elapsed(), Duration::from_millis(50));
         while requests.queue.try_recv().is_ok() {}
-        assert_eq!(picker.places.available_permits(), 2);
+        assert_eq!(picker.permits.available_permits(), 2);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn nobody_waits_while_redis_is_known_not_to_answer() {
+    async fn no_session_waits_while_redis_is_known_not_to_answer() {
         let (picker, mut requests) = channel(2, Duration::from_millis(50));
         let started = tokio::time::Instant::now();
         assert!(picker.pick(0, Vec::new()).await.is_none());

@@ -1,5 +1,8 @@
-//! A pool as sessions and the control plane see it: where its snapshots are published, and the order in which the sources of
-//! a pick are asked.
+//! A pool as sessions and the control plane see it.
+//!
+//! `pool.rs` has the pool and the order in which the sources of a pick are asked, `take.rs` finds a backend
+//! with a free slot, `cell.rs` publishes snapshots, `draining.rs` says which backends are to lose their
+//! sessions, and `lua_pick.rs` asks Redis to pick.
 
 mod cell;
 mod draining;

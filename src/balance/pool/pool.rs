@@ -18,27 +18,27 @@ use crate::balance::snapshot::{Member, Origin, Snapshot, client_hash};
 use crate::balance::values::{BackendId, Balance, Policy, Table, Weight};
 use crate::observe::counters::{Counter, PerWorker};
 
-/// Redis is told so many backends at most that health speaks against: each makes its work longer.
+/// At most this many unusable backends are named to Redis: each one makes the script slower.
 const LEFT_OUT_MAX: usize = 64;
 
-/// Who named the backend. The log and the metrics say it by [`Source::name`].
+/// Where a pick came from. Log and metrics use [`Source::name`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
     /// A snapshot that is known to equal Redis.
     Snapshot,
-    /// Redis itself, by the Lua script.
+    /// Redis, by the Lua script.
     Lua,
-    /// The last snapshot of Redis, however old: also one that was saved before this process began.
+    /// The last snapshot from Redis, however old, or one that was saved before this process began.
     Stale,
     /// The `backends` of config.yaml.
     Configured,
 }
 
 impl Source {
-    /// In the order of their declaration.
+    /// In the order of declaration.
     pub const ALL: [Self; 4] = [Self::Snapshot, Self::Lua, Self::Stale, Self::Configured];
 
-    /// As in the metrics' label and the access log.
+    /// The name in the metric's label and in the access log.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -53,7 +53,7 @@ impl Source {
 /// What one worker counts of one pool.
 #[derive(Debug, Default)]
 pub struct PoolCounters {
-    /// Backends named, by [`Source`].
+    /// Picks by [`Source`].
     pub picks: [Counter; 4],
     /// Sessions that waited in the queue.
     pub queued: Counter,
@@ -62,55 +62,57 @@ pub struct PoolCounters {
 /// A backend for a session.
 #[derive(Debug)]
 pub struct Pick {
-    /// The session's place there.
+    /// The session's slot at the backend.
     pub backend: Active,
-    /// The session is to show whether the backend is back. Nobody else does until [`Pool::probed`] hears what became of it.
+    /// The permit of the trial session, if the session is one. The backend gets no other trial session until
+    /// [`Pool::report_trial`] is told how it ended.
     pub trial: Option<TrialPermit>,
-    /// The weight it was picked by.
+    /// The weight that the backend was picked by.
     pub weight: Weight,
-    /// Who named it.
+    /// Where the pick came from.
     pub source: Source,
 }
 
 /// Why there is no backend for a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NoPick {
-    /// None has any weight, or none is left to try.
+    /// No backend has weight, or none is left to try.
     NoBackend,
-    /// Those that are have as many sessions as they may have, or others wait for a place already.
+    /// All slots are taken, or other sessions wait for one already.
     Full,
 }
 
 /// One pool, shared by all workers.
 #[derive(Debug)]
 pub struct Pool {
-    /// The key it stands under in config.yaml.
+    /// Its key in config.yaml.
     pub name: Arc<str>,
-    /// Its newest snapshot.
+    /// Publishes the newest snapshot.
     pub cell: Arc<Cell>,
-    /// Its backends that live.
+    /// Finds its living backends.
     pub registry: Arc<Registry>,
     queue: Arc<Queue>,
     has_limit: bool,
-    /// What the workers count of it.
+    /// What each worker counts of the pool.
     pub counters: PerWorker<PoolCounters>,
     balance: Balance,
     sync: Option<Sync>,
-    /// A backend failed so often that it may have to be ejected, or the session that probes one has come further.
+    /// Wakes the task that ejects backends: a row of failures is long enough to eject one, or a trial
+    /// session has come further.
     suspicion: Notify,
 }
 
-/// How a pool's table follows Redis.
+/// How the pool follows Redis.
 #[derive(Debug)]
 pub struct Sync {
-    /// A snapshot that was not confirmed for longer is stale.
+    /// A snapshot is stale if it was not confirmed for longer than this.
     pub max_stale: Duration,
-    /// `None`: Redis is not asked to pick.
+    /// Asks Redis to pick. `None`: the Lua pick is off.
     pub lua: Option<LuaPicker>,
 }
 
 impl Pool {
-    /// `sync` is `None` where the pool runs on its configured backends alone.
+    /// `sync` is `None` if the pool uses its configured backends alone.
     #[must_use]
     pub fn new(
         name: Arc<str>,
@@ -136,18 +138,19 @@ impl Pool {
         }
     }
 
-    /// A backend for `client` that is not in `tried`, with a place there; `random` is uniform over all of `u64`. A fresh snapshot is
-    /// asked first; where it is missing, stale or has none left, Redis; then the last snapshot however old, which at the start
-    /// is the saved or the configured one.
+    /// Picks a backend for `client` that is not in `tried`, and takes a slot there. `random` is uniform over
+    /// `u64`.
     ///
-    /// A fresh snapshot without any weight is an answer too ("no new sessions"), so nobody else is asked then.
+    /// A fresh snapshot is asked first. If it is missing or stale, or has no backend left, Redis is asked,
+    /// then the last snapshot however old, which at the start is the saved or the configured one. A fresh
+    /// snapshot without any weight is an answer ("no new sessions"): no other source is asked.
     ///
     /// # Errors
     /// `Full`: the session may wait in the [`Pool::queue`].
     ///
     /// # Cost
-    /// No allocation, no lock and no look at the clock while the snapshot is fresh. Otherwise at most
-    /// `lua_pick.timeout`. Where backends are full, some more draws, and at worst two looks at each of them.
+    /// While the snapshot is fresh: no allocation, no lock, and the clock is not read. Otherwise at most
+    /// `lua_pick.timeout`. If backends are full, some more draws, and at worst each backend is asked twice.
     pub async fn pick(
         &self,
         client: SocketAddr,
@@ -161,10 +164,10 @@ impl Pool {
         }
     }
 
-    /// The same as far as it needs no answer from Redis.
+    /// As [`Pool::pick`], as far as no answer from Redis is needed.
     ///
     /// # Errors
-    /// The point for [`Pool::pick_by_redis`], where no fresh snapshot has an answer.
+    /// The point for [`Pool::pick_by_redis`], if no fresh snapshot has an answer.
     #[inline]
     pub fn pick_or_point(
         &self,
@@ -180,10 +183,10 @@ impl Pool {
         self.pick_at_once(tried, point, now).ok_or(point)
     }
 
-    /// The same, for a session of the queue whose turn it is.
+    /// As [`Pool::pick`], for a session that the queue has woken.
     ///
     /// # Errors
-    /// As there.
+    /// As [`Pool::pick`].
     pub async fn pick_for_waiter(
         &self,
         client: SocketAddr,
@@ -198,16 +201,18 @@ impl Pool {
         }
     }
 
-    /// From a fresh snapshot, or one that never ages. `None`: there is none, or it has nobody left for a session that has tried some.
-    // Inlined, and no future of its own: each that a pick comes through copies it in pieces, for some 10 ns.
+    /// Picks from a fresh snapshot, or from one that never becomes stale. `None`: there is none, or the
+    /// session has tried all of its backends.
+    // Inlined, and without a future of its own: each future that returns a pick copies it in pieces, for
+    // about 10 ns.
     #[inline]
     fn pick_at_once(&self, tried: &[BackendId], point: u64, now: Instant) -> Option<Result<Pick, NoPick>> {
         if !self.is_fresh(now) {
             return None;
         }
         let pick = self.pick_from_cell(tried, point, true);
-        let is_said = self.sync.is_none() || tried.is_empty() || !matches!(pick, Err(NoPick::NoBackend));
-        is_said.then_some(pick)
+        let is_answer = self.sync.is_none() || tried.is_empty() || !matches!(pick, Err(NoPick::NoBackend));
+        is_answer.then_some(pick)
     }
 
     #[inline]
@@ -216,7 +221,7 @@ impl Pool {
         self.cell.is_fresh_at(now, sync.max_stale)
     }
 
-    /// Where no fresh snapshot has an answer: Redis, then the last snapshot however old.
+    /// Picks when no fresh snapshot has an answer: Redis, then the last snapshot however old.
     ///
     /// # Errors
     /// As [`Pool::pick`].
@@ -237,30 +242,30 @@ impl Pool {
             .map_err(|no| if no == NoPick::Full { no } else { none })
     }
 
-    /// Who waits for a place.
+    /// The sessions that wait for a slot.
     #[must_use]
     pub fn queue(&self) -> &Arc<Queue> {
         &self.queue
     }
 
-    /// True where a backend may have only so many sessions.
+    /// True if backends have a limit of sessions.
     #[must_use]
     pub fn has_limit(&self) -> bool {
         self.has_limit
     }
 
-    /// A session failed by the fault of `backend`, which has no name.
+    /// Counts a session that failed by the fault of `backend`, which is not a DNS name.
     pub fn failed(&self, backend: &Backend, failure: Failure) {
         let Some(outlier) = self.cell.policy().outlier else { return };
         let in_a_row = backend.condition.failed(failure, backend.reached());
-        // Who is out already cannot be ejected, and gets many sessions while health is ignored.
+        // An unusable backend cannot be ejected, but gets sessions while health is ignored.
         if in_a_row >= outlier.consecutive_failures.get() && backend.condition.is_usable() {
             self.suspicion.notify_one();
         }
     }
 
-    /// A session failed by the fault of one address of the name of `backend`. One that the name does not have any more is not
-    /// ejected.
+    /// Counts a session that failed by the fault of one address of a DNS name. An address that the name does
+    /// not have any more is not ejected.
     pub fn failed_at(&self, backend: &Arc<Backend>, address: AddressNumber, failure: Failure, cause: Cause) {
         let Some(target) = Target::all_of(backend).find(|target| target.is_number(address)) else { return };
         target.condition().session_error.set(cause);
@@ -271,21 +276,22 @@ impl Pool {
         }
     }
 
-    /// The session with this permit for `backend` has come so far; `Wanted`: it has ended, and where it showed nothing, the next one is
-    /// to.
+    /// Notes how far the trial session with this permit has come. `Wanted`: it has ended; if it had no
+    /// result, the next session becomes the trial session.
     pub fn report_trial(&self, backend: &Backend, permit: TrialPermit, to: TrialProgress) {
         if backend.move_trial(permit, to) && to != TrialProgress::Wanted {
             self.suspicion.notify_one();
         }
     }
 
-    /// Waits until a backend failed so often that it may have to be ejected, or until a probe has come further. Cancel safe.
+    /// Waits until a row of failures is long enough to eject a backend, or a trial session has come further.
+    /// Cancel safe.
     pub async fn suspicion(&self) {
         self.suspicion.notified().await;
     }
 
-    /// What Redis, which knows nothing of health and places, is not to pick: those in `tried`, and some of those that are not ready
-    /// (of which it may know), that health speaks against or that are full.
+    /// The backends that Redis is not to pick: those in `tried`, and some of those that are not ready,
+    /// unhealthy or full. Redis knows nothing of health and of slots.
     fn left_out(&self, tried: &[BackendId]) -> Vec<BackendId> {
         let snapshot = self.cell.load();
         let full = snapshot.pickable().iter().filter(|member| member.backend.slots().is_full());
@@ -301,13 +307,14 @@ impl Pool {
         let snapshot = self.cell.load();
         let first = self.choose(&snapshot, tried, point).ok_or(NoPick::NoBackend)?;
         let (member, (backend, trial)) = match take(first) {
-            Ok(place) => (first, place),
+            Ok(taken) => (first, taken),
             Err(_) => take_another(&snapshot, tried, point, |point| self.draw(&snapshot, tried, point))
                 .map_err(|_| NoPick::Full)?,
         };
         let source = match (snapshot.origin, fresh) {
             (Origin::Configured, _) => Source::Configured,
-            // However fresh: Redis confirms it only for want of members (`on_empty: keep_last`).
+            // Also while it is fresh: Redis confirms a saved table only when it has no members itself
+            // (`on_empty: keep_last`).
             (Origin::Saved, _) => Source::Stale,
             (Origin::Redis, true) => Source::Snapshot,
             (Origin::Redis, false) => Source::Stale,
@@ -315,13 +322,14 @@ impl Pool {
         Ok(Pick { backend, trial, weight: member.weight, source })
     }
 
-    /// What a session's choice goes by, where it is not the sequence: `random`, or who the client is.
+    /// The point that decides a session's choice: `random`, or the hash of the client's address.
+    /// `weighted_round_robin` uses its sequence instead.
     #[inline]
     pub(in crate::balance) fn point(&self, client: IpAddr, random: u64) -> u64 {
         if self.balance == Balance::SourceHash { client_hash(client) } else { random }
     }
 
-    /// The choice itself.
+    /// Chooses a backend, before it is asked for a slot.
     #[inline]
     pub(in crate::balance) fn choose<'a>(
         &self,
@@ -336,8 +344,9 @@ impl Pool {
         }
     }
 
-    /// A choice after one that did not do. It takes no point of the sequence: each failure would take the same next one, and the
-    /// backends that come behind the failing one in the sequence would get all its sessions. Nor is it the client's own.
+    /// Chooses again, by chance, after a refusal or a failure. The next point of the sequence would give all
+    /// sessions of a failing backend to the one that follows it there, and the client's own backend has been
+    /// tried.
     #[inline]
     fn draw<'a>(&self, snapshot: &'a Snapshot, tried: &[BackendId], point: u64) -> Option<&'a Member> {
         match self.balance {
@@ -378,7 +387,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn without_redis_the_configured_backends_serve_for_ever() {
+    async fn without_redis_the_configured_backends_never_become_stale() {
         let pool = pool(None);
         tokio::time::advance(Duration::from_secs(3600)).await;
         assert_eq!(pick(&pool, &[]).await, named("10.0.0.1:80", Source::Configured));
@@ -409,7 +418,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_saved_table_is_stale_even_where_an_emptied_redis_lets_it_stand() {
+    async fn a_saved_table_is_stale_even_while_an_empty_redis_keeps_it() {
         let pool = pool(Some(Sync { max_stale: MAX_STALE, lua: None }));
         pool.cell.restore(table(&[("10.0.0.9:80", 1.0)]));
         assert_eq!(pick(&pool, &[]).await, named("10.0.0.9:80", Source::Stale));
@@ -424,7 +433,7 @@ mod tests {
         let pool = pool(Some(Sync { max_stale: MAX_STALE, lua: Some(lua) }));
         pool.cell.publish(table(&[("10.0.0.2:80", 0.0)]));
         assert_eq!(pick(&pool, &[]).await, None);
-        assert!(requests.queue.try_recv().is_err(), "redis was asked although its table says: none");
+        assert!(requests.queue.try_recv().is_err(), "redis was asked although its table refuses sessions");
 
         pool.cell.publish(table(&[("10.0.0.2:80", 1.0)]));
         let tried = ["10.0.0.2:80".parse().expect("an address")];

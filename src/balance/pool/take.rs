@@ -1,25 +1,29 @@
-//! Finds a backend that takes a session.
+//! Takes a slot for a session: at the backend that was chosen, or at another one if that refuses.
+//!
+//! A backend with weight refuses a session for two reasons alone, and both are checked here: all its
+//! `max_connections` slots are taken, or it is on trial and has its trial session. After a refusal other
+//! backends are drawn. A pick that returns `Full` has asked each of them.
 
 use crate::balance::backend::{Active, TrialPermit, TrialProgress};
 use crate::balance::snapshot::{Member, Snapshot, TrialMode, mix};
 use crate::balance::values::BackendId;
 
-/// Draws before all backends are looked at. Where half of the weight is full, one pick in sixteen comes that far.
+/// Draws before all backends are asked. If half of the weight is full, one pick in sixteen gets that far.
 const REDRAWS: u32 = 3;
 
-/// Why a backend that has weight takes no session.
+/// Why a backend with weight refuses a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::balance) enum Refusal {
-    /// It has as many as it may have.
+    /// All its slots are taken.
     Full,
-    /// It was ejected, and has got the one session that shows whether it is back.
+    /// It is on trial and has its trial session.
     OnTrial,
 }
 
-/// A place, and whether the session that has it is to show whether the backend is back.
+/// A slot, and the permit of a trial session if the session is one.
 pub(in crate::balance) type Taken = (Active, Option<TrialPermit>);
 
-/// A place at `member`'s backend.
+/// Takes a slot at the backend of `member`.
 #[inline]
 pub(in crate::balance) fn take(member: &Member) -> Result<Taken, Refusal> {
     let active = || Active::take(&member.backend).ok_or(Refusal::Full);
@@ -35,12 +39,12 @@ pub(in crate::balance) fn take(member: &Member) -> Result<Taken, Refusal> {
     Ok((active, Some(permit)))
 }
 
-/// A place at another backend than the one that was chosen first, which refused: a few more are drawn by `draw`, then one by
-/// weight from those that do not seem to refuse, and then each is asked. Only if no other takes it, and none of them because
-/// it is full, does one get the session that has its probe already.
+/// Takes a slot at another backend, after the one that was chosen first has refused. A few more are drawn by
+/// `draw`, then one is drawn by weight among those that do not seem to refuse, and then each is asked. If
+/// all refuse and none of them is full, a backend on trial gets a second session.
 ///
 /// # Errors
-/// `Full` after each backend was full at some moment of the call.
+/// `Full`, after each backend was full at some moment of the call.
 #[cold]
 pub(in crate::balance) fn take_another<'a>(
     snapshot: &'a Snapshot,
@@ -50,12 +54,13 @@ pub(in crate::balance) fn take_another<'a>(
 ) -> Result<(&'a Member, Taken), Refusal> {
     let mut point = point;
     for _ in 0..REDRAWS {
-        // Twice, as in all versions: proxies of a fleet that mixes them lead a client of `source_hash` to the same backend.
+        // Twice, as in all versions: in a fleet with two versions, a client of `source_hash` must get the
+        // same backend.
         point = mix(mix(point));
         if let Some(member) = draw(point)
-            && let Ok(place) = take(member)
+            && let Ok(taken) = take(member)
         {
-            return Ok((member, place));
+            return Ok((member, taken));
         }
     }
     let refuses = |member: &Member| {
@@ -63,21 +68,21 @@ pub(in crate::balance) fn take_another<'a>(
             || member.trial == TrialMode::Alone && member.backend.has_trial_session()
     };
     let is_tried = |member: &Member| tried.contains(member.backend.id());
-    // The last one has just led to a backend that refused, so it is not as likely to lie anywhere.
+    // The last point has just led to a backend that refused, so it is not evenly distributed any more.
     point = mix(mix(point));
     if let Some(member) = snapshot.pick_where(point, |member| refuses(member) || is_tried(member))
-        && let Ok(place) = take(member)
+        && let Ok(taken) = take(member)
     {
-        return Ok((member, place));
+        return Ok((member, taken));
     }
     let mut refusal = Refusal::OnTrial;
     for member in snapshot.pickable().iter().filter(|member| !is_tried(member)) {
         match take(member) {
-            Ok(place) => return Ok((member, place)),
+            Ok(taken) => return Ok((member, taken)),
             Err(Refusal::Full) => refusal = Refusal::Full,
             Err(Refusal::OnTrial) => {}
         }
     }
-    let probed = draw(point).filter(|_| refusal == Refusal::OnTrial).ok_or(refusal)?;
-    Active::take(&probed.backend).map(|active| (probed, (active, None))).ok_or(Refusal::Full)
+    let on_trial = draw(point).filter(|_| refusal == Refusal::OnTrial).ok_or(refusal)?;
+    Active::take(&on_trial.backend).map(|active| (on_trial, (active, None))).ok_or(Refusal::Full)
 }
