@@ -109,6 +109,19 @@ const ARROWS: [(&str, &[&str]); 19] = [
     ),
 ];
 
+/// What each folder (or file) in `src/balance/` may name of the others, in the same order: from the leaves to the top.
+const BALANCE_ARROWS: [(&str, &[&str]); 6] = [
+    ("values", &[]),
+    ("queue", &[]),
+    ("backend", &["queue", "values"]),
+    ("snapshot", &["backend", "values"]),
+    ("pool", &["backend", "queue", "snapshot", "values"]),
+    ("simulation", &["backend", "pool", "snapshot", "values"]),
+];
+
+/// The most files of one inner folder that may name each other in a circle.
+const MOST_IN_CIRCLE: usize = 2;
+
 /// The folders that never name Redis, neither the folder `redis` nor the crate.
 const WITHOUT_REDIS: [&str; 8] =
     ["balance", "data_plane", "health", "listen", "reactor", "relay", "session", "state"];
@@ -145,6 +158,32 @@ fn the_folders_form_a_graph_without_circles() {
 }
 
 #[test]
+fn the_folders_in_balance_form_a_graph_without_circles() {
+    assert_eq!(upward_arrows(&BALANCE_ARROWS), [""; 0], "an arrow may only point to a row above its own");
+    let mut wrong = String::new();
+    let is_inner = |file: &&Source| file.module.len() >= 2 && file.module[0] == "balance";
+    // A file of tests may name what stands above it, as a module of tests in its file may.
+    let is_tested = |file: &&Source| file.module.last().is_some_and(|name| name != "tests");
+    for file in sources().iter().filter(is_inner).filter(is_tested) {
+        for (line, rule) in inner_violations(&BALANCE_ARROWS, &file.module, &file.text) {
+            writeln!(wrong, "{}:{line}: {rule}", file.path.display()).expect("memory");
+        }
+    }
+    assert!(wrong.is_empty(), "the arrows are in tests/architecture.rs\n{wrong}");
+}
+
+#[test]
+fn no_more_than_two_files_of_a_folder_in_balance_name_each_other_in_a_circle() {
+    let sources = sources();
+    for (folder, _) in BALANCE_ARROWS {
+        let is_in = |file: &&Source| file.module.get(..2) == Some(&["balance".to_owned(), folder.to_owned()]);
+        let files: Vec<_> = sources.iter().filter(is_in).map(|file| (&*file.module, &*file.text)).collect();
+        assert!(!files.is_empty(), "balance/{folder} is gone: take it out of the table");
+        assert_eq!(circles(&files), [[""; 0]; 0], "in balance/{folder}");
+    }
+}
+
+#[test]
 fn every_arrow_is_used() {
     let mut named = Vec::new();
     for file in sources() {
@@ -177,6 +216,29 @@ fn an_upward_arrow_is_found() {
         [("counters", &[]), ("session", &["metrics::text"]), ("metrics", &["session", "metrics", "gone"])];
     let found = ["session -> metrics::text", "metrics -> metrics", "metrics -> gone"];
     assert_eq!(upward_arrows(&circle), found, "up, to itself, and to no folder at all");
+}
+
+#[test]
+fn an_upward_arrow_and_a_circle_of_files_in_balance_are_found() {
+    let module = |path: &str| -> Vec<String> { path.split("::").map(str::to_owned).collect() };
+    let rules = |path: &str, code: &str| inner_violations(&BALANCE_ARROWS, &module(path), code).len();
+    for (path, bad) in [
+        ("balance::backend::slots", "use crate::balance::snapshot::Snapshot;"),
+        ("balance::snapshot::least_conn", "use crate::{config, balance::{values, pool::Cell}};"),
+        ("balance::queue", "fn f() { super::backend::Registry::new(1); }"),
+        ("balance::pool::cell", "use crate::balance::Table;"),
+    ] {
+        assert_eq!(rules(path, bad), 1, "{path}: {bad}");
+    }
+    let downward = "use super::slots::Slots; use crate::balance::{queue::Queue, values::Policy};\n\
+                    #[cfg(test)]\nmod tests { use crate::balance::pool::Cell; }";
+    assert_eq!(rules("balance::backend::registry", downward), 0);
+
+    let (a, b, c) = (module("balance::pool::a"), module("balance::pool::b"), module("balance::pool::c"));
+    let pair = [(&*a, "use super::b::B;"), (&*b, "use super::a::A;"), (&*c, "use super::a::A;")];
+    assert_eq!(circles(&pair), [[""; 0]; 0]);
+    let circle = [(&*a, "use super::b::B;"), (&*b, "use super::c::C;"), pair[2]];
+    assert_eq!(circles(&circle), [["pool::a", "pool::b", "pool::c"]]);
 }
 
 #[test]
@@ -227,6 +289,8 @@ struct Source {
     folder: Option<String>,
     /// How deep the file's module lies below the crate's root: `balance/pool.rs` is 2.
     depth: usize,
+    /// The path of the file's module: `balance`, `pool`.
+    module: Vec<String>,
     text: String,
 }
 
@@ -257,7 +321,7 @@ fn source(root: &Path, path: PathBuf) -> Source {
     if names.last().is_some_and(|name| ["mod", "lib", "main"].contains(&name.as_str())) {
         names.pop();
     }
-    Source { folder: names.first().cloned(), depth: names.len(), path, text }
+    Source { folder: names.first().cloned(), depth: names.len(), module: names, path, text }
 }
 
 /// Each name in a file of `folder` that the table does not allow: its line and the rule.
@@ -276,6 +340,92 @@ fn violations(folder: &str, depth: usize, text: &str) -> Vec<(usize, String)> {
     }
     wrong.sort();
     wrong
+}
+
+/// Each name in the file of `module`, which is in a folder with inner folders, that `table` does not allow:
+/// its line and the rule. A name of the outer folder itself, which knows all inner ones, is an upward arrow
+/// too.
+fn inner_violations(table: &[(&str, &[&str])], module: &[String], text: &str) -> Vec<(usize, String)> {
+    let tokens = without_tests(tokens(text));
+    let (root, folder) = (&module[0], &module[1]);
+    let (_, allowed) = table.iter().find(|(name, _)| name == folder).copied().unwrap_or((folder, &[]));
+    let mut wrong = Vec::new();
+    for (line, path) in absolute_paths(&tokens, module) {
+        let Some((first, rest)) = path.split_once("::") else { continue };
+        let is_allowed = |inner: &str| is_within(rest, inner);
+        if first == root && !is_allowed(folder) && !allowed.iter().any(|inner| is_allowed(inner)) {
+            wrong.push((line, format!("`{folder}` may not name `{path}`: it may {allowed:?}")));
+        }
+    }
+    wrong
+}
+
+/// The groups of more than [`MOST_IN_CIRCLE`] files that name each other in a circle, each file by its
+/// module.
+fn circles(files: &[(&[String], &str)]) -> Vec<Vec<String>> {
+    let names: Vec<String> = files.iter().map(|(module, _)| module.join("::")).collect();
+    let target = |path: &str| {
+        let named = names.iter().enumerate().filter(|(_, name)| is_within(path, name));
+        named.max_by_key(|(_, name)| name.len()).map(|(index, _)| index)
+    };
+    let named_by = |(module, text): &(&[String], &str)| -> Vec<usize> {
+        let tokens = without_tests(tokens(text));
+        let children = tokens.windows(2).filter(|pair| pair[0].1 == "mod").map(|pair| &pair[1].1);
+        let children: Vec<String> = children.map(|child| format!("{}::{child}", module.join("::"))).collect();
+        let used = |child: &String| {
+            let name = child.rsplit("::").next().unwrap_or_default();
+            tokens.windows(2).any(|pair| pair[0].1 == name && pair[1].1 == "::")
+        };
+        let paths = absolute_paths(&tokens, module).into_iter().map(|(_, path)| path);
+        paths
+            .chain(children.iter().filter(|child| used(child)).cloned())
+            .filter_map(|path| target(&path))
+            .collect()
+    };
+    let arrows: Vec<Vec<usize>> = files.iter().map(named_by).collect();
+    let reached = |from: usize| {
+        let (mut reached, mut open) = (vec![false; files.len()], vec![from]);
+        while let Some(file) = open.pop() {
+            for &next in &arrows[file] {
+                if !std::mem::replace(&mut reached[next], true) {
+                    open.push(next);
+                }
+            }
+        }
+        reached
+    };
+    let reached: Vec<Vec<bool>> = (0..files.len()).map(reached).collect();
+    let mut circles: Vec<Vec<String>> = Vec::new();
+    for (file, reached_by_file) in reached.iter().enumerate() {
+        let circle = (0..files.len()).filter(|&other| reached_by_file[other] && reached[other][file]);
+        let short = |index: usize| files[index].0[1..].join("::");
+        let mut circle: Vec<String> = circle.map(short).collect();
+        circle.sort();
+        if circle.len() > MOST_IN_CIRCLE && !circles.contains(&circle) {
+            circles.push(circle);
+        }
+    }
+    circles
+}
+
+/// All paths of the crate that the file of `module` names, as seen from the crate's root, each with its
+/// line.
+fn absolute_paths(tokens: &[(usize, String)], module: &[String]) -> Vec<(usize, String)> {
+    let mut paths = Vec::new();
+    for (at, (_, word)) in tokens.iter().enumerate() {
+        let is_root = word == "crate" || word == "super";
+        let begins_path = at == 0 || !["::", "in", "."].contains(&tokens[at - 1].1.as_str());
+        if !is_root || !begins_path || tokens.get(at + 1).is_none_or(|token| token.1 != "::") {
+            continue;
+        }
+        let (mut supers, mut start) = (usize::from(word == "super"), at + 2);
+        while word == "super" && tokens.get(start).is_some_and(|token| token.1 == "super") {
+            (supers, start) = (supers + 1, start + 2);
+        }
+        let base = if word == "crate" { 0 } else { module.len().saturating_sub(supers) };
+        read_tree(tokens, start, module[..base].join("::"), &mut paths);
+    }
+    paths
 }
 
 /// The paths below the crate's root that a file names, each with its line. `depth` is how deep the file's

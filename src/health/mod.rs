@@ -2,7 +2,7 @@
 //!
 //! [`active`] asks backends whether they live (`check.rs` is one such question), on a [`thread`] of its own; [`passive`] ejects those that fail their
 //! sessions, and [`standing`] lets weights grow and says when health is ignored. What they find is kept on the backend
-//! (`balance/condition.rs`), and becomes weight with the next snapshot (`balance/snapshot.rs`).
+//! (`balance/backend/condition.rs`), and becomes weight with the next snapshot (`balance/snapshot/snapshot.rs`).
 
 pub mod active;
 mod check;

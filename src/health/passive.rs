@@ -1,6 +1,6 @@
 //! Ejects backends that fail one session after the other, and takes them back once a session has shown that they are.
 //!
-//! Sessions count their failures on the backend (`balance/condition.rs`) and ring when a row is long enough. All that follows is
+//! Sessions count their failures on the backend (`balance/backend/condition.rs`) and ring when a row is long enough. All that follows is
 //! decided here. An ejected backend gets nothing for a time that grows with each ejection, then one session: the
 //! *probe*. If that ends well, or lives for a second, the backend is back; if it fails, the next ejection begins. The session knows
 //! that it is the probe, and rings when it has come further; what others do that began earlier says nothing.

@@ -3,9 +3,9 @@
 //!
 //! A name that fails to resolve keeps its last addresses. A name that never resolved has no share of its
 //! pool; while a table has nothing but such names, the backends of the table before serve
-//! (`balance/snapshot.rs`). The system's resolver does not report a time to live, so names are looked up
-//! again at a fixed interval. Each name has its own schedule and is used as soon as it resolves: a dead name
-//! holds back no other.
+//! (`balance/snapshot/snapshot.rs`). The system's resolver does not report a time to live, so names are
+//! looked up again at a fixed interval. Each name has its own schedule and is used as soon as it resolves: a
+//! dead name holds back no other.
 
 use std::collections::HashMap;
 use std::future::{Future, poll_fn};

@@ -4,7 +4,7 @@
 //! are spread over a tenth of the timeout, and over a second at least. A session that began when its backend was leaving already
 //! (Redis named it, while no fresh snapshot was there) has the same time from its own begin.
 //!
-//! Which backends leave is `balance/leaving.rs`'s; how a session is told, `relay/idle.rs`'s.
+//! Which backends leave is `balance/pool/draining.rs`'s; how a session is told, `relay/idle.rs`'s.
 
 use std::rc::Rc;
 use std::sync::{Arc, Weak};

@@ -1,6 +1,6 @@
 //! Waits for a place where all backends of the pool are full.
 //!
-//! The line itself is `balance/queue.rs`'s: who comes first, and whose turn it is. Here is what a session does in it: it waits for
+//! The line itself is `balance/queue/mod.rs`'s: who comes first, and whose turn it is. Here is what a session does in it: it waits for
 //! `queue.timeout` at most, and looks whether its client is still there, since a place in the line that nobody wants any more
 //! is somebody else's.
 

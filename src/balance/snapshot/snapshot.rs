@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::least_conn::LeastConn;
 use super::maglev::{Maglev, mix};
-pub use super::member::Member;
+use super::member::Member;
 use super::member::{Weighed, begin_ramps, known, weigh};
 use super::sequence::Sequence;
 use super::shares::Shares;

@@ -2,7 +2,7 @@
 //! config.yaml.
 //!
 //! Parsing refuses what cannot be connected to, and characters that must not reach a terminal or a log
-//! unescaped. Names are resolved elsewhere (`runtime/resolve.rs`), never by the data plane.
+//! unescaped. Names are resolved elsewhere (`names/resolve.rs`), never by the data plane.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};

@@ -7,7 +7,7 @@ use std::hash::{Hash, Hasher};
 use std::str::FromStr;
 use std::sync::Arc;
 
-use super::{Address, InvalidAddress};
+use super::address::{Address, InvalidAddress};
 
 /// The name of one backend of a pool. Cheap to clone and compared by its text: `localhost:80` and
 /// `127.0.0.1:80` are two backends.

@@ -3,7 +3,9 @@
 
 use std::sync::Arc;
 
-use super::{AdminState, BackendId, Weight};
+use super::admin_state::AdminState;
+use super::backend_id::BackendId;
+use super::weight::Weight;
 
 /// Members with their weights, each once, sorted by name. Two tables with the same content are equal. Clones
 /// share their memory.
