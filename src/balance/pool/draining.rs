@@ -14,14 +14,17 @@ use tokio::time::Instant;
 use crate::balance::backend::{Backend, BackendKey, Registry};
 use crate::balance::snapshot::Snapshot;
 
+/// Draining backends, sorted by their keys.
+pub type DrainingList = Box<[(BackendKey, Weak<Backend>)]>;
+
 /// The draining backends of one pool, without keeping them alive.
 #[derive(Debug, Default)]
-pub struct DrainingBackends(watch::Sender<Box<[(BackendKey, Weak<Backend>)]>>);
+pub struct DrainingBackends(watch::Sender<DrainingList>);
 
 impl DrainingBackends {
     /// A receiver for the draining backends. It works as long as the pool lives.
     #[must_use]
-    pub fn watch(&self) -> watch::Receiver<Box<[(BackendKey, Weak<Backend>)]>> {
+    pub fn watch(&self) -> watch::Receiver<DrainingList> {
         self.0.subscribe()
     }
 

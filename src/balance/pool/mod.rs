@@ -12,5 +12,5 @@ mod pool;
 mod take;
 
 pub use cell::{Cell, SnapshotStatus};
-pub use draining::DrainingBackends;
+pub use draining::{DrainingBackends, DrainingList};
 pub use pool::{NoPick, Pick, Pool, PoolCounters, Source, Sync};
