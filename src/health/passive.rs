@@ -104,7 +104,7 @@ impl Ejections {
             let next_look = self.next_look.unwrap_or_else(|| Instant::now() + Duration::from_secs(3600));
             let rung = async {
                 sleep_until(self.hears_from).await;
-                self.pool.suspicion().await;
+                self.pool.outlier_event().await;
             };
             tokio::select! {
                 () = rung => {}

@@ -99,7 +99,7 @@ pub struct Pool {
     sync: Option<Sync>,
     /// Wakes the task that ejects backends: a row of failures is long enough to eject one, or a trial
     /// session has come further.
-    suspicion: Notify,
+    outlier_event: Notify,
 }
 
 /// How the pool follows Redis.
@@ -130,7 +130,7 @@ impl Pool {
             balance: policy.balance,
             has_limit: policy.capacity.max_connections > 0,
             sync,
-            suspicion: Notify::new(),
+            outlier_event: Notify::new(),
             cell: Arc::new(Cell::of_pool(configured, policy, registry_of_cell, queue_of_cell)),
             registry,
             queue,
@@ -260,7 +260,7 @@ impl Pool {
         let in_a_row = backend.condition.failed(failure, backend.reached());
         // An unusable backend cannot be ejected, but gets sessions while health is ignored.
         if in_a_row >= outlier.consecutive_failures.get() && backend.condition.is_usable() {
-            self.suspicion.notify_one();
+            self.outlier_event.notify_one();
         }
     }
 
@@ -272,7 +272,7 @@ impl Pool {
         let Some(outlier) = self.cell.policy().outlier else { return };
         let in_a_row = target.condition().failed(failure, target.reached());
         if in_a_row >= outlier.consecutive_failures.get() && target.condition().is_usable() {
-            self.suspicion.notify_one();
+            self.outlier_event.notify_one();
         }
     }
 
@@ -280,14 +280,14 @@ impl Pool {
     /// result, the next session becomes the trial session.
     pub fn report_trial(&self, backend: &Backend, permit: TrialPermit, to: TrialProgress) {
         if backend.move_trial(permit, to) && to != TrialProgress::Wanted {
-            self.suspicion.notify_one();
+            self.outlier_event.notify_one();
         }
     }
 
     /// Waits until a row of failures is long enough to eject a backend, or a trial session has come further.
     /// Cancel safe.
-    pub async fn suspicion(&self) {
-        self.suspicion.notified().await;
+    pub async fn outlier_event(&self) {
+        self.outlier_event.notified().await;
     }
 
     /// The backends that Redis is not to pick: those in `tried`, and some of those that are not ready,

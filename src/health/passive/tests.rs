@@ -336,7 +336,7 @@ async fn looks_are_few_while_more_fail_than_may_be_ejected() {
 async fn who_is_out_already_rings_no_more_and_begins_anew_when_its_checks_pass() {
     let mut ejections = ejections(2, 50);
     let (pool, backend) = (Arc::clone(&ejections.pool), ejections.backend(0));
-    let rings = async || tokio::time::timeout(SECOND, pool.suspicion()).await.is_ok();
+    let rings = async || tokio::time::timeout(SECOND, pool.outlier_event()).await.is_ok();
     assert_eq!(ejections.fail(&backend, 3), Ejection::Ejected);
     assert!(rings().await);
     assert_eq!(ejections.fail(&backend, 10), Ejection::Ejected);
