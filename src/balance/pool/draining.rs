@@ -61,19 +61,12 @@ mod tests {
     use super::*;
     use crate::balance::backend::Health;
     use crate::balance::pool::Cell;
-    use crate::balance::values::{AdminState, BackendId, Balance, Policy, Table, Weight};
+    use crate::balance::values::{AdminState, BackendId, Balance, Policy, Table};
 
     const SECOND: Duration = Duration::from_secs(1);
 
-    fn table(members: &[(&str, f64)]) -> Table {
-        let member = |(text, weight): &(&str, f64)| {
-            (text.parse().expect("an address"), Weight::new(*weight).expect("a weight"))
-        };
-        Table::new(members.iter().map(member).collect())
-    }
-
     fn cell(members: &[(&str, f64)], drain_timeout: Duration) -> Cell {
-        Cell::new(table(members), Policy { drain_timeout, ..Balance::WeightedRandom.into() }, 1)
+        Cell::new(Table::of(members), Policy { drain_timeout, ..Balance::WeightedRandom.into() }, 1)
     }
 
     /// The names of the draining backends, and for how many seconds they have been draining.
@@ -103,14 +96,14 @@ mod tests {
         let cell = cell(&[("10.0.0.1:80", 1.0), ("10.0.0.2:80", 1.0), ("10.0.0.3:80", 1.0)], SECOND);
         let _session = cell.registry().get_or_create(&"10.0.0.1:80".parse().expect("an address"));
         assert_eq!(draining(&cell), []);
-        cell.publish(table(&[("10.0.0.2:80", 0.0), ("10.0.0.3:80", 1.0)]));
+        cell.publish(Table::of(&[("10.0.0.2:80", 0.0), ("10.0.0.3:80", 1.0)]));
         tokio::time::advance(5 * SECOND).await;
         assert_eq!(draining(&cell), named(&[("10.0.0.1:80", 5), ("10.0.0.2:80", 5)]));
-        cell.publish(table(&[("10.0.0.2:80", 0.0), ("10.0.0.3:80", 2.0)]));
+        cell.publish(Table::of(&[("10.0.0.2:80", 0.0), ("10.0.0.3:80", 2.0)]));
         assert_eq!(draining(&cell), named(&[("10.0.0.1:80", 5), ("10.0.0.2:80", 5)]), "the clocks go on");
-        cell.publish(table(&[("10.0.0.1:80", 0.0), ("10.0.0.2:80", 3.0)]));
+        cell.publish(Table::of(&[("10.0.0.1:80", 0.0), ("10.0.0.2:80", 3.0)]));
         assert_eq!(draining(&cell), named(&[("10.0.0.1:80", 5)]), "no session holds the third");
-        cell.publish(table(&[("10.0.0.2:80", 0.0)]));
+        cell.publish(Table::of(&[("10.0.0.2:80", 0.0)]));
         assert_eq!(draining(&cell), named(&[("10.0.0.1:80", 5), ("10.0.0.2:80", 0)]), "it begins anew");
     }
 
@@ -122,10 +115,10 @@ mod tests {
         tokio::time::advance(5 * SECOND).await;
         cell.set_states(vec![(one.clone(), AdminState::Maint)]);
         assert_eq!(draining(&cell), named(&[("10.0.0.1:80", 5)]), "the clock goes on");
-        cell.publish(table(&[("10.0.0.1:80", 0.0), ("10.0.0.2:80", 1.0)]).with_states(cell.states()));
+        cell.publish(Table::of(&[("10.0.0.1:80", 0.0), ("10.0.0.2:80", 1.0)]).with_states(cell.states()));
         cell.set_states(ready());
         assert_eq!(draining(&cell), named(&[("10.0.0.1:80", 5)]), "its weight is still zero");
-        cell.publish(table(&[("10.0.0.1:80", 2.0), ("10.0.0.2:80", 1.0)]));
+        cell.publish(Table::of(&[("10.0.0.1:80", 2.0), ("10.0.0.2:80", 1.0)]));
         assert_eq!(draining(&cell), []);
         cell.set_states(vec![(one, AdminState::Drain)]);
         assert_eq!(draining(&cell), named(&[("10.0.0.1:80", 0)]), "it begins anew");
@@ -139,15 +132,15 @@ mod tests {
         assert_eq!(draining(&cell), []);
         cell.load().members()[0].backend.condition.set_health(Health::Healthy);
         cell.refresh();
-        cell.publish(table(&[("10.0.0.1:80", 1.0), ("10.0.0.2:80", 1.0)]));
-        cell.publish(table(&[("new.internal:80", 1.0)]));
+        cell.publish(Table::of(&[("10.0.0.1:80", 1.0), ("10.0.0.2:80", 1.0)]));
+        cell.publish(Table::of(&[("new.internal:80", 1.0)]));
         assert_eq!(draining(&cell), [], "they serve until the name is known");
     }
 
     #[test]
     fn without_a_timeout_no_backend_is_marked() {
         let cell = cell(&[("10.0.0.1:80", 1.0)], Duration::ZERO);
-        cell.publish(table(&[("10.0.0.1:80", 0.0)]));
+        cell.publish(Table::of(&[("10.0.0.1:80", 0.0)]));
         assert!(cell.load().members()[0].backend.draining.since().is_none());
     }
 }

@@ -365,15 +365,8 @@ mod tests {
     const MAX_STALE: Duration = Duration::from_secs(5);
     const CLIENT: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 1);
 
-    fn table(members: &[(&str, f64)]) -> Table {
-        let member = |(text, weight): &(&str, f64)| {
-            (text.parse().expect("an address"), Weight::new(*weight).expect("a weight"))
-        };
-        Table::new(members.iter().map(member).collect())
-    }
-
     fn pool(sync: Option<Sync>) -> Pool {
-        let configured = table(&[("10.0.0.1:80", 1.0)]);
+        let configured = Table::of(&[("10.0.0.1:80", 1.0)]);
         Pool::new("web".into(), Balance::WeightedRandom, configured, sync, 1)
     }
 
@@ -399,7 +392,7 @@ mod tests {
         let pool = Arc::new(pool(Some(Sync { max_stale: MAX_STALE, lua: Some(lua) })));
         assert_eq!(pick(&pool, &[]).await, named("10.0.0.1:80", Source::Configured));
 
-        pool.cell.publish(table(&[("10.0.0.2:80", 1.0)]));
+        pool.cell.publish(Table::of(&[("10.0.0.2:80", 1.0)]));
         assert_eq!(pick(&pool, &[]).await, named("10.0.0.2:80", Source::Snapshot));
 
         tokio::time::advance(MAX_STALE + Duration::from_millis(1)).await;
@@ -420,7 +413,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_saved_table_is_stale_even_while_an_empty_redis_keeps_it() {
         let pool = pool(Some(Sync { max_stale: MAX_STALE, lua: None }));
-        pool.cell.restore(table(&[("10.0.0.9:80", 1.0)]));
+        pool.cell.restore(Table::of(&[("10.0.0.9:80", 1.0)]));
         assert_eq!(pick(&pool, &[]).await, named("10.0.0.9:80", Source::Stale));
         pool.cell.confirm();
         assert_eq!(pick(&pool, &[]).await, named("10.0.0.9:80", Source::Stale));
@@ -431,11 +424,11 @@ mod tests {
         let (lua, mut requests) = lua_pick::channel(4, Duration::from_millis(50));
         requests.answering.store(true, Relaxed);
         let pool = pool(Some(Sync { max_stale: MAX_STALE, lua: Some(lua) }));
-        pool.cell.publish(table(&[("10.0.0.2:80", 0.0)]));
+        pool.cell.publish(Table::of(&[("10.0.0.2:80", 0.0)]));
         assert_eq!(pick(&pool, &[]).await, None);
         assert!(requests.queue.try_recv().is_err(), "redis was asked although its table refuses sessions");
 
-        pool.cell.publish(table(&[("10.0.0.2:80", 1.0)]));
+        pool.cell.publish(Table::of(&[("10.0.0.2:80", 1.0)]));
         let tried = ["10.0.0.2:80".parse().expect("an address")];
         assert_eq!(pick(&pool, &tried).await, None);
         assert_eq!(requests.queue.try_recv().expect("redis was asked").tried, tried);

@@ -211,14 +211,7 @@ mod tests {
     use super::*;
     use crate::balance::backend::Health;
     use crate::balance::pool::Cell;
-    use crate::balance::values::{Balance, Table, Weight};
-
-    fn table(members: &[(&str, f64)]) -> Table {
-        let member = |(text, weight): &(&str, f64)| {
-            (text.parse().expect("an address"), Weight::new(*weight).expect("a weight"))
-        };
-        Table::new(members.iter().map(member).collect())
-    }
+    use crate::balance::values::{Balance, Table};
 
     /// Each backend as `name reason:cause reason …`.
     fn reported(cell: &Cell, most: usize) -> (Vec<String>, usize) {
@@ -241,7 +234,7 @@ mod tests {
             ("a.test:80", 1.0),
             ("10.0.0.4:80", 5.0),
         ];
-        let cell = Cell::new(table(&members), Balance::WeightedRandom, 1);
+        let cell = Cell::new(Table::of(&members), Balance::WeightedRandom, 1);
         let drained = vec![("10.0.0.3:80".parse().expect("an address"), AdminState::Drain)];
         cell.set_states(drained);
         let backend = |id: &str| cell.registry().get_or_create(&id.parse().expect("an address"));
@@ -271,7 +264,8 @@ mod tests {
 
     #[test]
     fn a_name_is_reported_once_all_of_its_addresses_are_unusable_with_the_cause_of_one_of_them() {
-        let cell = Cell::new(table(&[("db.test:80", 1.0), ("10.0.0.1:80", 1.0)]), Balance::WeightedRandom, 1);
+        let cell =
+            Cell::new(Table::of(&[("db.test:80", 1.0), ("10.0.0.1:80", 1.0)]), Balance::WeightedRandom, 1);
         let name = cell.registry().get_or_create(&"db.test:80".parse().expect("a name"));
         name.set_resolved([1, 2].map(|n| std::net::SocketAddr::from(([10, 0, 1, n], 80))).to_vec());
         let mut out = Target::all_of(&name).map(|target| {
@@ -287,14 +281,14 @@ mod tests {
     #[test]
     fn a_refusal_names_its_reason() {
         let of = |members: &[(&str, f64)]| {
-            let cell = Cell::new(table(members), Balance::WeightedRandom, 1);
+            let cell = Cell::new(Table::of(members), Balance::WeightedRandom, 1);
             let newest = cell.load();
             (newest.usable(), newest.refusal())
         };
         assert_eq!(of(&[]), (Usable::None, Refusal::Empty));
         assert_eq!(of(&[("10.0.0.1:80", 0.0)]), (Usable::None, Refusal::AllZero));
         assert_eq!(of(&[("a.test:80", 1.0), ("10.0.0.1:80", 0.0)]), (Usable::None, Refusal::Unresolved));
-        let cell = Cell::new(table(&[("10.0.0.1:80", 1.0)]), Balance::WeightedRandom, 1);
+        let cell = Cell::new(Table::of(&[("10.0.0.1:80", 1.0)]), Balance::WeightedRandom, 1);
         cell.set_states(vec![("10.0.0.1:80".parse().expect("an address"), AdminState::Maint)]);
         assert_eq!((cell.load().usable(), cell.load().refusal()), (Usable::None, Refusal::NoneReady));
     }

@@ -75,6 +75,17 @@ impl Table {
 }
 
 #[cfg(test)]
+impl Table {
+    /// A table of these addresses and weights, for tests.
+    pub(crate) fn of(members: &[(&str, f64)]) -> Self {
+        let member = |(text, weight): &(&str, f64)| {
+            (text.parse().expect("an address"), Weight::new(*weight).expect("a weight"))
+        };
+        Self::new(members.iter().map(member).collect())
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

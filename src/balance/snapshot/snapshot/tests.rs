@@ -128,7 +128,7 @@ fn stand_ins_serve_each_client_by_its_address_too() {
     let registry = Registry::new(1);
     let first = Snapshot::new(1, Origin::Redis, &table(&[1.0; 5]), Balance::SourceHash, &registry);
     let waiting =
-        first.next(Origin::Redis, &written(&[("new.internal:80", 1.0)]), Balance::SourceHash, &registry);
+        first.next(Origin::Redis, &Table::of(&[("new.internal:80", 1.0)]), Balance::SourceHash, &registry);
     for client in (0..1_000).map(mix) {
         let [before, now] = [&first, &waiting].map(|s| s.pick_for(client, &[]).expect("one").backend.id());
         assert_eq!(before, now);
@@ -146,21 +146,14 @@ fn a_name_that_does_not_resolve_has_no_share_until_it_does() {
     assert!(Snapshot::new(2, Origin::Redis, &table, RANDOM, &registry).pick(0, &[]).is_some());
 }
 
-fn written(members: &[(&str, f64)]) -> Table {
-    let member = |(text, weight): &(&str, f64)| {
-        (text.parse().expect("an address"), Weight::new(*weight).expect("a weight"))
-    };
-    Table::new(members.iter().map(member).collect())
-}
-
 #[test]
 fn former_backends_stand_in_while_a_table_has_only_unresolved_names() {
     let registry = Registry::new(1);
     let picked = |snapshot: &Snapshot| snapshot.pick(7, &[]).map(|m| m.backend.id().to_string());
     let old = Some("10.0.0.1:80".to_owned());
-    let first = Snapshot::new(1, Origin::Redis, &written(&[("10.0.0.1:80", 1.0)]), RANDOM, &registry);
+    let first = Snapshot::new(1, Origin::Redis, &Table::of(&[("10.0.0.1:80", 1.0)]), RANDOM, &registry);
 
-    let name = written(&[("new.internal:80", 1.0)]);
+    let name = Table::of(&[("new.internal:80", 1.0)]);
     let waiting = first.next(Origin::Redis, &name, RANDOM, &registry);
     assert_eq!((picked(&waiting), waiting.version, waiting.members().len()), (old.clone(), 2, 1));
     assert!(waiting.pick(7, &["10.0.0.1:80".parse().expect("an address")]).is_none());
@@ -172,13 +165,13 @@ fn former_backends_stand_in_while_a_table_has_only_unresolved_names() {
     let resolved = still.next(Origin::Redis, &name, RANDOM, &registry);
     assert_eq!(picked(&resolved), Some("new.internal:80".to_owned()));
 
-    let zero = written(&[("other.internal:80", 0.0)]);
+    let zero = Table::of(&[("other.internal:80", 0.0)]);
     assert_eq!(
         picked(&first.next(Origin::Redis, &zero, RANDOM, &registry)),
         None,
         "all weights zero refuses"
     );
-    let drained = written(&[("10.0.0.1:80", 0.0), ("other.internal:80", 1.0)]);
+    let drained = Table::of(&[("10.0.0.1:80", 0.0), ("other.internal:80", 1.0)]);
     assert_eq!(
         picked(&first.next(Origin::Redis, &drained, RANDOM, &registry)),
         None,
