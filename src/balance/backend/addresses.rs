@@ -12,8 +12,9 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use tokio::time::Instant;
 
-use super::condition::{Condition, Ejection, TrialNumber};
+use super::condition::{Condition, Ejection};
 use super::presence::REMEMBERED_FOR;
+use super::trial::TrialNumber;
 
 /// The most removed addresses of one name that are remembered.
 const MOST_REMOVED: usize = 64;

@@ -11,10 +11,11 @@ use arc_swap::ArcSwap;
 use tokio::time::Instant;
 
 use super::addresses::{AddressNumber, Addresses, Endpoint, NamedAddress, TrialPermit};
-use super::condition::{Condition, Ejection, Reached, TrialProgress};
+use super::condition::{Condition, Ejection, Reached};
 use super::presence::{DrainingSince, Presence};
 use super::route::Route;
 use super::slots::Slots;
+use super::trial::TrialProgress;
 use crate::balance::values::{Address, BackendId};
 use crate::observe::counters::{BackendCounters, PerWorker};
 

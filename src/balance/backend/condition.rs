@@ -4,7 +4,6 @@
 //! sessions only count their failures. A successful session costs nothing extra: a row of failures ends when
 //! a counter of successes that is kept anyway has moved on.
 
-use std::num::NonZeroU16;
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
@@ -12,6 +11,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::cause::LastCause;
+use super::trial::{TrialNumber, TrialProgress};
 use crate::observe::counters::Counter;
 
 /// What active checks found.
@@ -34,54 +34,6 @@ pub enum Ejection {
     Ejected = 1,
     /// The ejection is over on trial: the backend gets one session, which shows whether it works again.
     Trial = 2,
-}
-
-/// How far the trial session of a backend has come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum TrialProgress {
-    /// There is no trial session; the next session becomes it.
-    Wanted = 0,
-    /// The trial session has been picked, and is about to connect.
-    Begun = 1,
-    /// The session has connected.
-    Connected = 2,
-    /// The session was answered, or ended without the backend's fault.
-    Succeeded = 3,
-    /// The session failed by the backend's fault.
-    Failed = 4,
-}
-
-impl TrialProgress {
-    fn of(state: u32) -> Self {
-        match state % 8 {
-            0 => Self::Wanted,
-            1 => Self::Begun,
-            2 => Self::Connected,
-            3 => Self::Succeeded,
-            _ => Self::Failed,
-        }
-    }
-}
-
-/// The number of a trial. A session with the number of an earlier trial has no effect any more. Two bytes,
-/// since a session has no room for more.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct TrialNumber(NonZeroU16);
-
-impl TrialNumber {
-    const FIRST: Self = Self(NonZeroU16::MIN);
-
-    fn of(state: u32) -> Self {
-        u16::try_from(state >> 8).ok().and_then(NonZeroU16::new).map_or(Self::FIRST, Self)
-    }
-
-    fn next(self) -> Self {
-        self.0.checked_add(1).map_or(Self::FIRST, Self)
-    }
-
-    fn with(self, progress: TrialProgress) -> u32 {
-        u32::from(self.0.get()) << 8 | progress as u32
-    }
 }
 
 /// How a session failed by its backend's fault.

@@ -15,13 +15,15 @@ mod registry;
 mod route;
 mod slots;
 mod target;
+mod trial;
 
 pub use active::Active;
 pub use addresses::{AddressNumber, Endpoint, TrialPermit};
 pub use backend::{Backend, BackendKey};
 pub use cause::{Cause, LastCause};
-pub use condition::{Condition, Ejection, Failure, Health, Reached, TrialNumber, TrialProgress};
+pub use condition::{Condition, Ejection, Failure, Health, Reached};
 pub use presence::DrainingSince;
 pub use registry::Registry;
 pub use route::Route;
 pub use target::Target;
+pub use trial::{TrialNumber, TrialProgress};

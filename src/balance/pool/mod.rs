@@ -7,10 +7,12 @@
 mod cell;
 mod draining;
 pub mod lua_pick;
+mod pick;
 #[expect(clippy::module_inception, reason = "the folder has the name of its main type")]
 mod pool;
 mod take;
 
 pub use cell::{Cell, SnapshotStatus};
 pub use draining::{DrainingBackends, DrainingList};
-pub use pool::{NoPick, Pick, Pool, PoolCounters, Source, Sync};
+pub use pick::{NoPick, Pick, PoolCounters, Source};
+pub use pool::{Pool, Sync};

@@ -9,78 +9,18 @@ use tokio::time::Instant;
 
 use super::cell::Cell;
 use super::lua_pick::LuaPicker;
+use super::pick::{NoPick, Pick, PoolCounters, Source};
 use super::take::{take, take_another};
 use crate::balance::backend::{
     Active, AddressNumber, Backend, Cause, Failure, Registry, Target, TrialPermit, TrialProgress,
 };
 use crate::balance::queue::Queue;
 use crate::balance::snapshot::{Member, Origin, Snapshot, client_hash};
-use crate::balance::values::{BackendId, Balance, Policy, Table, Weight};
-use crate::observe::counters::{Counter, PerWorker};
+use crate::balance::values::{BackendId, Balance, Policy, Table};
+use crate::observe::counters::PerWorker;
 
 /// At most this many unusable backends are named to Redis: each one makes the script slower.
 const LEFT_OUT_MAX: usize = 64;
-
-/// Where a pick came from. Log and metrics use [`Source::name`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Source {
-    /// A snapshot that is known to equal Redis.
-    Snapshot,
-    /// Redis, by the Lua script.
-    Lua,
-    /// The last snapshot from Redis, however old, or one that was saved before this process began.
-    Stale,
-    /// The `backends` of config.yaml.
-    Configured,
-}
-
-impl Source {
-    /// In the order of declaration.
-    pub const ALL: [Self; 4] = [Self::Snapshot, Self::Lua, Self::Stale, Self::Configured];
-
-    /// The name in the metric's label and in the access log.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Snapshot => "snapshot",
-            Self::Lua => "lua",
-            Self::Stale => "stale",
-            Self::Configured => "configured",
-        }
-    }
-}
-
-/// What one worker counts of one pool.
-#[derive(Debug, Default)]
-pub struct PoolCounters {
-    /// Picks by [`Source`].
-    pub picks: [Counter; 4],
-    /// Sessions that waited in the queue.
-    pub queued: Counter,
-}
-
-/// A backend for a session.
-#[derive(Debug)]
-pub struct Pick {
-    /// The session's slot at the backend.
-    pub backend: Active,
-    /// The permit of the trial session, if the session is one. The backend gets no other trial session until
-    /// [`Pool::report_trial`] is told how it ended.
-    pub trial: Option<TrialPermit>,
-    /// The weight that the backend was picked by.
-    pub weight: Weight,
-    /// Where the pick came from.
-    pub source: Source,
-}
-
-/// Why there is no backend for a session.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum NoPick {
-    /// No backend has weight, or none is left to try.
-    NoBackend,
-    /// All slots are taken, or other sessions wait for one already.
-    Full,
-}
 
 /// One pool, shared by all workers.
 #[derive(Debug)]
@@ -360,6 +300,7 @@ impl Pool {
 mod tests {
     use super::super::lua_pick;
     use super::*;
+    use crate::balance::values::Weight;
     use std::sync::atomic::Ordering::Relaxed;
 
     const MAX_STALE: Duration = Duration::from_secs(5);
