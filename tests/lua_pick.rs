@@ -13,8 +13,8 @@ use crate::support::{
     Backend, LEAST_RIGHTS, Link, Passing, Proxy, Redis, dead_address, eventually, greeting, seed,
 };
 
-const SCRIPT: &str = include_str!("../src/redis/pick.lua");
-/// As `src/redis/lua_pick.rs` calls it.
+const SCRIPT: &str = include_str!("../src/redis/pick/pick.lua");
+/// As `src/redis/pick/lua_pick.rs` calls it.
 const LARGEST_WHOLE: usize = 500;
 const HEAVIEST: usize = 100;
 const STATES: &str = "{t}:states";

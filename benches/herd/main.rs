@@ -30,7 +30,7 @@ const DOWN: Duration = Duration::from_secs(3);
 const BACK: Duration = Duration::from_secs(7);
 const WINDOW: Duration = Duration::from_millis(100);
 const PICKS: u32 = 1_000;
-const PICK: &str = include_str!("../../src/redis/pick.lua");
+const PICK: &str = include_str!("../../src/redis/pick/pick.lua");
 
 fn fill(connection: &mut Connection, members: u32) -> Result<()> {
     let script = "redis.call('DEL', KEYS[1]) for i = 1, ARGV[1] do redis.call('ZADD', KEYS[1], 1 + i % 7, \

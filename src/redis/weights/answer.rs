@@ -8,8 +8,8 @@ use redis::{FromRedisValue as _, Value};
 use super::refusal::{WeightsError, of_script};
 use super::{MOST_CHANGES, MOST_CHANGES_BYTES};
 use crate::balance::Table;
-use crate::redis::content::ContentHash;
-use crate::redis::decode;
+use crate::redis::fleet::content::ContentHash;
+use crate::redis::schema::decode;
 
 /// One member's change. Weights are texts, since they may be no weights (`inf`); `None`: the member was or is not there.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]

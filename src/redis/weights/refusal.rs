@@ -4,9 +4,9 @@ use redis::{ErrorKind, RedisError, ServerErrorKind};
 
 use super::{LONGEST_NAME, MOST_TABLE_BYTES};
 use crate::config::RedisAddress;
-use crate::redis::companion::Companions;
-use crate::redis::connection;
-use crate::redis::trouble::tells_of_rights;
+use crate::redis::schema::companion::Companions;
+use crate::redis::wire::connection;
+use crate::redis::wire::error::tells_of_rights;
 
 /// Why weights could not be read or changed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -205,7 +205,7 @@ fn too_large(key: &str, longest: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::redis::trouble::Trouble;
+    use crate::redis::wire::error::Trouble;
 
     #[test]
     fn a_slot_that_moves_is_no_reason_to_fear_for_the_change() {

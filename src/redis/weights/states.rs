@@ -5,7 +5,7 @@ use redis::Value;
 use super::Ledger;
 use super::refusal::{self, WeightsError};
 use crate::balance::{AdminState, BackendId};
-use crate::redis::decode::printable;
+use crate::redis::schema::decode::printable;
 
 const SCRIPT: &str = include_str!("states.lua");
 /// States that are read at once.

@@ -1,0 +1,403 @@
+//! Tells, under a lease, which table this proxy has applied. `applied/reports.rs` reads what all have told.
+//!
+//! On a connection of its own, at its own pace: however fast weights change, a pool is reported four times a second at
+//! most. A user that may not write says so once; nothing else depends on these reports. A proxy that dies is forgotten
+//! when its lease ends, one that drains takes its reports back.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::Duration;
+
+use redis::{ErrorKind, RedisError, ServerErrorKind};
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, timeout};
+use tracing::{debug, info};
+
+use super::content::ContentHash;
+pub use super::reports::{Report, Reports};
+pub(in crate::redis) use super::reports::{question, reports};
+use super::unusable;
+use crate::balance::cell::Cell;
+use crate::config::Redis;
+use crate::control::backoff::{Backoff, jittered};
+use crate::redis::schema::companion::Companions;
+use crate::redis::schema::followed::Followed;
+use crate::redis::topology::parts;
+use crate::redis::topology::parts::Parts;
+use crate::redis::topology::primary::Primary;
+use crate::redis::wire::connection::{self, Connection};
+use crate::redis::wire::error::Trouble;
+use crate::redis::wire::reconnect::{FIRST_PAUSE, LONGEST_PAUSE};
+
+const SCRIPT: &str = include_str!("applied.lua");
+/// Between two looks at the snapshots: one atomic load each.
+const LOOK: Duration = Duration::from_millis(50);
+/// Between two reports of one pool, at least.
+const REST: Duration = Duration::from_millis(250);
+/// A report that took long is followed by a rest of so many times that, though no longer than until the lease is to be renewed:
+/// whatever makes it long, one proxy takes a twentieth of the server's time at most.
+const REST_PER_REPORT: u32 = 20;
+/// Between two reports of what has not changed. A lease outlives two that are lost.
+const RENEWAL: Duration = Duration::from_secs(5);
+pub(super) const LEASE: Duration = Duration::from_secs(15);
+/// Between two looks at who is leaving, which are looks over all backends.
+const LEAVING_LOOK: Duration = Duration::from_millis(500);
+/// After a change in who is leaving, it is told once more: whoever waits for a last session believes no report that was made sooner than
+/// [`LANDING`] after he wrote.
+const REPEAT: Duration = Duration::from_millis(1500);
+/// So long after a proxy has heard that a backend is to get no sessions, the picks that were under way have landed, so that its sessions
+/// are all counted: a worker picks in a moment, and Redis within `lua_pick.timeout` (50 ms, unless somebody wrote more).
+pub const LANDING: Duration = Duration::from_secs(1);
+/// Stands before each backend in a report.
+pub(super) const LEAVING: char = ';';
+/// Stands before the number of those that are left out.
+pub(super) const UNNAMED: char = '+';
+/// Backends that are leaving in one report, those with the most sessions first: a report has some 25 kB at most.
+const MOST_LEAVING: usize = 1_000;
+/// Taking reports back must not hold anything up.
+const LEAVING_TIME: Duration = Duration::from_secs(1);
+
+/// Reports what is applied of `followed` until `leaving` is ready, then takes the reports back.
+pub async fn run(
+    settings: &Arc<Redis>,
+    followed: &[Followed],
+    parts: &Parts,
+    leaving: impl Future<Output = ()>,
+) {
+    let (proxy, told) = (proxy_name(), Arc::new(AtomicBool::new(false)));
+    let has_reported: Arc<[AtomicBool]> = followed.iter().map(|_| AtomicBool::new(false)).collect();
+    let (leave, leaves) = watch::channel(false);
+    let over = async {
+        leaving.await;
+        leave.send_replace(true);
+    };
+    parts::each(parts.written(), over, |part| {
+        let (settings, followed) = (Arc::clone(settings), part.of(followed));
+        let (proxy, told, mut leaves) = (proxy.clone(), Arc::clone(&told), leaves.clone());
+        let has_reported = Arc::clone(&has_reported);
+        async move {
+            let (settings, primary) = (&settings, &part.primary);
+            let has_reported: Vec<&AtomicBool> = part.places.iter().map(|p| &has_reported[*p]).collect();
+            let (followed, told) = (&*followed, &*told);
+            let mut reporter =
+                Reporter { settings, followed, primary, proxy, told, has_reported, connection: None };
+            tokio::select! {
+                () = reporter.report_for_ever() => {}
+                _ = leaves.wait_for(|leaves| *leaves) => {}
+            }
+            // Where Redis does not answer any more, the leases end.
+            let _ = timeout(LEAVING_TIME, reporter.leave()).await;
+        }
+    })
+    .await;
+}
+
+pub(super) fn command(eval: &str, key: &str) -> redis::Cmd {
+    let mut command = redis::cmd(eval);
+    command.arg(SCRIPT).arg(1).arg(key);
+    command
+}
+
+fn proxy_name() -> String {
+    let system = rustix::system::uname();
+    let host: String = system
+        .nodename()
+        .to_string_lossy()
+        .chars()
+        .map(|c| if c.is_ascii_graphic() && c != '/' { c } else { '_' })
+        .collect();
+    format!("{host}/{}/{:04x}", std::process::id(), fastrand::u16(..))
+}
+
+struct Reporter<'a> {
+    settings: &'a Redis,
+    followed: &'a [Followed],
+    primary: &'a Primary,
+    proxy: String,
+    /// What is missing was said.
+    told: &'a AtomicBool,
+    /// By pool: over whichever connection.
+    has_reported: Vec<&'a AtomicBool>,
+    connection: Option<Connection>,
+}
+
+/// What was last said of one pool.
+#[derive(Default)]
+struct Said {
+    /// The snapshot that `hash` is of.
+    version: u64,
+    hash: Option<ContentHash>,
+    leaving: String,
+    unusable: String,
+    repeat: Option<Instant>,
+    next_look: Option<Instant>,
+    rests_until: Option<Instant>,
+    renewal: Option<Instant>,
+    reports: u32,
+}
+
+impl Reporter<'_> {
+    async fn report_for_ever(&mut self) {
+        let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+        loop {
+            let (primary, address) = (self.primary, self.primary.known().await);
+            let pause = match primary.open(self.settings, &address, |_| {}).await {
+                Ok(connection) => {
+                    let begun = Instant::now();
+                    let error = tokio::select! {
+                        error = self.report(connection) => error,
+                        () = primary.moved_from(&address) => Trouble::Moved.into(),
+                    };
+                    if begun.elapsed() > LONGEST_PAUSE {
+                        backoff.reset();
+                    }
+                    debug!(%error, "not reported what is applied");
+                    match Refusal::of(&error) {
+                        Some(Refusal::NeedsAPerson) => {
+                            if !self.told.swap(true, Relaxed) {
+                                self.say_what_is_missing(&error);
+                            }
+                            jittered(RENEWAL)
+                        }
+                        // Not later than that: it is missed as soon as the others report again.
+                        Some(Refusal::IsTold | Refusal::Other) => jittered(RENEWAL),
+                        None => backoff.pause(),
+                    }
+                }
+                // The watching connection says what is wrong, and says it once.
+                Err(_) => backoff.pause(),
+            };
+            self.connection = None;
+            sleep(pause).await;
+        }
+    }
+
+    fn say_what_is_missing(&self, error: &RedisError) {
+        let key = self.followed.first().map(|followed| Companions::of(&followed.key).applied);
+        let key = key.unwrap_or_default();
+        let cure = if connection::is_of_rights(error) {
+            format!(
+                "to be seen, grant the ACL user +eval +time +hset +hdel +hget +hstrlen +hscan +pexpire ~{key}"
+            )
+        } else {
+            format!("{key}, or that of another pool, holds something else than a hash: delete it")
+        };
+        info!(%error, cure, "cannot report which weights are applied: `statera weights set --wait` does not see this proxy");
+    }
+
+    /// Ends with the error after which this connection is of no use.
+    async fn report(&mut self, connection: Connection) -> RedisError {
+        let followed = self.followed;
+        let connection = self.connection.insert(connection);
+        let mut said: Vec<Said> = followed.iter().map(|_| Said::default()).collect();
+        loop {
+            for ((Followed { key, cell, .. }, said), has_reported) in
+                followed.iter().zip(&mut said).zip(&self.has_reported)
+            {
+                let Some(hash) = said.news(cell, Instant::now()) else { continue };
+                let turn = match said.reports {
+                    1 if has_reported.swap(true, Relaxed) => "again",
+                    1 => "first",
+                    _ => "",
+                };
+                let mut report = command("EVAL", &Companions::of(key).applied);
+                report.arg("report").arg(&self.proxy).arg(hash).arg(LEASE.as_millis() as u64);
+                report.arg(turn);
+                let asked = Instant::now();
+                if let Err(error) = report.query_async::<()>(connection).await {
+                    return error;
+                }
+                said.rest_after(asked.elapsed());
+            }
+            sleep(LOOK).await;
+        }
+    }
+
+    async fn leave(&mut self) {
+        let Some(connection) = &mut self.connection else { return };
+        for Followed { key, .. } in self.followed {
+            let applied = Companions::of(key).applied;
+            if command("EVAL", &applied)
+                .arg("leave")
+                .arg(&self.proxy)
+                .query_async::<()>(connection)
+                .await
+                .is_err()
+            {
+                return;
+            }
+        }
+    }
+}
+
+/// Why the server refuses a report, and what it means for the next one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Refusal {
+    /// A right is missing, or the key holds something else: nobody else would say so.
+    NeedsAPerson,
+    /// The server is a node of a cluster, and not followed as one: the watching connection says so.
+    IsTold,
+    /// It may do later: a lack of memory, say.
+    Other,
+}
+
+impl Refusal {
+    /// `None`: it is none, or one that ends with a failover.
+    fn of(error: &RedisError) -> Option<Self> {
+        use ServerErrorKind::{Ask, ClusterDown, Moved, ReadOnly};
+        match error.kind() {
+            ErrorKind::Server(ClusterDown | ReadOnly) => None,
+            ErrorKind::Server(Moved | Ask) => Some(Self::IsTold),
+            _ if connection::is_of_rights(error) => Some(Self::NeedsAPerson),
+            _ if error.code() == Some("WRONGTYPE") || error.to_string().contains("WRONGTYPE") => {
+                Some(Self::NeedsAPerson)
+            }
+            _ => connection::is_refusal(error).then_some(Self::Other),
+        }
+    }
+}
+
+impl Said {
+    /// What is to be reported now, if anything.
+    fn news(&mut self, cell: &Cell, now: Instant) -> Option<String> {
+        if self.rests_until.is_some_and(|rested| now < rested) {
+            return None;
+        }
+        let version = cell.load().version;
+        let mut is_due = self.renewal.is_none_or(|renewal| renewal <= now);
+        if self.repeat.is_some_and(|repeat| repeat <= now) {
+            (self.repeat, self.next_look) = (None, None);
+            is_due = true;
+        }
+        if version != self.version {
+            // A new table may have new states.
+            self.next_look = None;
+            let (version, hash) = applied(cell);
+            is_due |= self.hash.as_ref() != Some(&hash);
+            (self.version, self.hash) = (version, Some(hash));
+        }
+        if self.next_look.is_none_or(|look| look <= now) {
+            let leaving = leaving(cell);
+            if self.leaving != leaving {
+                is_due = true;
+                self.repeat = Some(now + REPEAT);
+            }
+            (self.leaving, self.next_look) = (leaving, Some(now + LEAVING_LOOK));
+            let unusable = unusable::report(cell, LEAVING);
+            is_due |= self.unusable != unusable;
+            self.unusable = unusable;
+        }
+        let hash = self.hash.as_ref().filter(|_| is_due)?;
+        let content = format!("{hash}{}{}", self.leaving, self.unusable);
+        self.rests_until = Some(now + REST);
+        self.renewal = Some(now + jittered(RENEWAL));
+        self.reports += 1;
+        Some(content)
+    }
+
+    /// A report took so long.
+    fn rest_after(&mut self, took: Duration) {
+        let rest = (took * REST_PER_REPORT).clamp(REST, RENEWAL);
+        self.rests_until = Some(Instant::now() + rest);
+        // What has not changed is not told before that either.
+        self.renewal = self.renewal.max(self.rests_until);
+    }
+}
+
+fn applied(cell: &Cell) -> (u64, ContentHash) {
+    let snapshot = cell.load();
+    let members = snapshot.members().iter().map(|member| (member.backend.id().as_str(), member.weight));
+    (snapshot.version, ContentHash::of(members))
+}
+
+/// A name that cannot stand in a report (a socket's path may hold anything) is left out of it.
+fn leaving(cell: &Cell) -> String {
+    let mut leaving = cell.draining();
+    leaving.retain(|(id, _)| !id.as_str().contains(|c: char| c.is_whitespace() || c == LEAVING));
+    leaving.sort_by(|a, b| b.1.cmp(&a.1).then_with(|| a.0.cmp(&b.0)));
+    let named = leaving.iter().take(MOST_LEAVING).map(|(id, sessions)| format!("{LEAVING}{id}={sessions}"));
+    let mut text: String = named.collect();
+    if leaving.len() > MOST_LEAVING {
+        text += &format!("{LEAVING}{UNNAMED}{}", leaving.len() - MOST_LEAVING);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::balance::{Balance, Table, Weight};
+
+    #[test]
+    fn only_what_a_person_must_mend_makes_a_proxy_silent_for_long() {
+        for (answer, refusal) in [
+            ("NOPERM this user has no permissions to run the 'eval' command", Some(Refusal::NeedsAPerson)),
+            (
+                "ERR ACL failure in script: User a has no permissions to run the 'time' command",
+                Some(Refusal::NeedsAPerson),
+            ),
+            (
+                "WRONGTYPE Operation against a key holding the wrong kind of value",
+                Some(Refusal::NeedsAPerson),
+            ),
+            ("MOVED 1 10.0.0.2:6379", Some(Refusal::IsTold)),
+            ("OOM command not allowed when used memory > 'maxmemory'.", Some(Refusal::Other)),
+            ("CLUSTERDOWN Hash slot not served", None),
+            ("CLUSTERDOWN The cluster is down", None),
+            ("READONLY You can't write against a read only replica.", None),
+            ("LOADING Redis is loading the dataset in memory", None),
+        ] {
+            let value = redis::parse_redis_value(format!("-{answer}\r\n").as_bytes()).expect("an answer");
+            let error = value.extract_error().expect_err("an error");
+            assert_eq!(Refusal::of(&error), refusal, "{answer}");
+        }
+        assert_eq!(Refusal::of(&Trouble::Moved.into()), None);
+    }
+
+    fn table(weight: f64) -> Table {
+        Table::new(vec![("10.0.0.1:80".parse().expect("an address"), Weight::new(weight).expect("a weight"))])
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_change_is_reported_at_once_a_burst_of_them_once_a_rest_and_nothing_once_a_renewal() {
+        let cell = Cell::new(table(1.0), Balance::WeightedRandom, 1);
+        let mut said = Said::default();
+        let mut news = |cell: &Cell| said.news(cell, Instant::now());
+        let first = news(&cell).expect("the first is news");
+        assert_eq!(first, format!("{};!", applied(&cell).1));
+        assert_eq!(news(&cell), None);
+
+        tokio::time::advance(REST).await;
+        let mut reports = 0;
+        for weight in 2..1_000 {
+            cell.publish(table(f64::from(weight)));
+            reports += u32::from(news(&cell).is_some());
+        }
+        assert_eq!(reports, 1);
+        tokio::time::advance(REST).await;
+        let last = news(&cell).expect("where the burst ended is news");
+        assert_eq!(last, format!("{};!", applied(&cell).1));
+
+        cell.refresh();
+        tokio::time::advance(REST).await;
+        assert_eq!(news(&cell), None, "a snapshot of the same table is none");
+        tokio::time::advance(RENEWAL * 2).await;
+        assert_eq!(news(&cell), Some(last));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_report_that_took_long_is_followed_by_a_rest_of_twenty_times_that_and_a_lease_is_renewed() {
+        let cell = Cell::new(table(1.0), Balance::WeightedRandom, 1);
+        for (took, rest) in [(1, 250), (13, 260), (100, 2_000), (9_000, 5_000)] {
+            let mut said = Said::default();
+            said.news(&cell, Instant::now()).expect("the first is news");
+            said.rest_after(Duration::from_millis(took));
+            cell.publish(table(took as f64 + 0.5));
+            tokio::time::advance(Duration::from_millis(rest - 1)).await;
+            assert_eq!(said.news(&cell, Instant::now()), None, "{took} ms");
+            tokio::time::advance(Duration::from_millis(1)).await;
+            assert!(said.news(&cell, Instant::now()).is_some(), "{took} ms");
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! What a proxy reports of the backends that get no sessions from it, as a part of its report in `{servers}:applied`.
+//!
+//! Each entry stands after [`MARK`]: first an empty one, or [`FAILS_OPEN`]; then `backend=reason,reason`, each reason with its
+//! cause after a colon; then `+N`, how many more there are. Readers that do not know the mark pass over all of it, and a report
+//! without it is one of an older proxy.
+
+use std::fmt::Write as _;
+
+use crate::balance::pool::Cell;
+use crate::balance::snapshot::{Reason, Unusable};
+
+/// Begins each entry, after what parts the entries of a report.
+const MARK: char = '!';
+/// Health is ignored.
+const FAILS_OPEN: &str = "fail_open";
+/// Backends that are named: with names of usual length a report grows by 6 kB at most.
+const MOST_NAMED: usize = 100;
+
+/// The backends that get no sessions from one proxy, as it has reported them. Everything in it may have been written by any
+/// client of Redis.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct UnusableReport {
+    /// Too little of the pool is healthy, so this proxy ignores health.
+    pub fails_open: bool,
+    /// Each with its reasons.
+    pub backends: Vec<(String, Vec<ReportedReason>)>,
+    /// How many more there are.
+    pub more: usize,
+}
+
+/// One reason: `unhealthy`, `ejected`, `trial`, `unresolved`, `drain`, `maint` or `weight_0`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ReportedReason {
+    /// Its name.
+    pub name: String,
+    /// What failed last.
+    pub cause: Option<String>,
+}
+
+/// The part of a report. A name with a space or `parts` in it, which cannot stand there, is left out.
+pub(in crate::redis) fn report(cell: &Cell, parts: char) -> String {
+    let Unusable { backends, more, fails_open } = cell.unusable(MOST_NAMED);
+    let mut text = format!("{parts}{MARK}{}", if fails_open { FAILS_OPEN } else { "" });
+    for (backend, reasons) in &backends {
+        if backend.as_str().contains(|c: char| c.is_whitespace() || c == parts) {
+            continue;
+        }
+        let reasons: Vec<String> = reasons.iter().map(word).collect();
+        // Writing to a String cannot fail.
+        let _ = write!(text, "{parts}{MARK}{backend}={}", reasons.join(","));
+    }
+    if more > 0 {
+        let _ = write!(text, "{parts}{MARK}+{more}");
+    }
+    text
+}
+
+fn word(reason: Reason) -> String {
+    match reason.cause() {
+        Some(cause) => format!("{}:{}", reason.name(), cause.to_string().replace(' ', "_")),
+        None => reason.name().to_owned(),
+    }
+}
+
+/// Takes in one entry of a report. False: it is not of this kind.
+pub(in crate::redis) fn take(known: &mut Option<UnusableReport>, entry: &str) -> bool {
+    let Some(entry) = entry.strip_prefix(MARK) else { return false };
+    let known = known.get_or_insert_default();
+    if entry == FAILS_OPEN {
+        known.fails_open = true;
+    } else if let Some(more) = entry.strip_prefix('+').and_then(|more| more.parse().ok()) {
+        known.more = more;
+    } else if let Some((backend, reasons)) = entry.rsplit_once('=') {
+        known.backends.push((backend.to_owned(), reasons.split(',').map(reason).collect()));
+    }
+    true
+}
+
+fn reason(word: &str) -> ReportedReason {
+    let (name, cause) = word.split_once(':').map_or((word, None), |(name, cause)| (name, Some(cause)));
+    ReportedReason { name: name.to_owned(), cause: cause.map(|cause| cause.replace('_', " ")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::balance::backend::Cause;
+    use crate::balance::backend::Health;
+    use crate::balance::{Balance, Table, Weight};
+
+    fn cell(members: &[(String, f64)]) -> Cell {
+        let member = |(text, weight): &(String, f64)| {
+            (text.parse().expect("an address"), Weight::new(*weight).expect("a weight"))
+        };
+        Cell::new(Table::new(members.iter().map(member).collect()), Balance::WeightedRandom, 1)
+    }
+
+    fn read(text: &str) -> Option<UnusableReport> {
+        let mut known = None;
+        for entry in text.split(';').skip(1) {
+            assert!(take(&mut known, entry), "{entry}");
+        }
+        known
+    }
+
+    #[test]
+    fn what_is_reported_is_read_again() {
+        let cell = cell(&[
+            ("unix:/a=b".to_owned(), 1.0),
+            ("unix:/c;e".to_owned(), 0.0),
+            ("b:1".to_owned(), 0.0),
+            ("10.0.0.1:80".to_owned(), 1.0),
+        ]);
+        let backend = cell.registry().get_or_create(&"unix:/a=b".parse().expect("an address"));
+        backend.condition.set_health(Health::Unhealthy);
+        backend.condition.check_error.set(Cause::NO_ANSWER);
+        cell.refresh();
+        let text = report(&cell, ';');
+        assert_eq!(text, ";!;!b:1=weight_0,unresolved;!unix:/a=b=unhealthy:no_answer_in_time");
+        let reason = |name: &str, cause: Option<&str>| ReportedReason {
+            name: name.to_owned(),
+            cause: cause.map(str::to_owned),
+        };
+        let known = read(&text).expect("it tells");
+        let of_b = vec![reason("weight_0", None), reason("unresolved", None)];
+        let of_a = vec![reason("unhealthy", Some("no answer in time"))];
+        assert_eq!(known.backends, [("b:1".to_owned(), of_b), ("unix:/a=b".to_owned(), of_a)]);
+        assert_eq!((known.more, known.fails_open), (0, false));
+    }
+
+    #[test]
+    fn a_report_is_bounded_and_counts_the_others() {
+        let members: Vec<_> = (0..5_000).map(|n| (format!("10.0.{}.{}:80", n / 200, n % 200), 0.0)).collect();
+        let text = report(&cell(&members), ';');
+        assert!(text.len() < 6_000 && text.ends_with(";!+4900"), "{} bytes", text.len());
+        let known = read(&text).expect("it tells");
+        assert_eq!((known.backends.len(), known.more), (MOST_NAMED, 4_900));
+    }
+
+    #[test]
+    fn a_report_of_an_older_proxy_tells_nothing() {
+        let mut known = None;
+        assert!(!take(&mut known, "10.0.0.1:80=5") && !take(&mut known, "+7"));
+        assert_eq!(known, None);
+    }
+}

@@ -1,0 +1,15 @@
+//! Follows the tables of all pools: notices changes, reads whole tables, and publishes them as snapshots.
+//!
+//! Start with `watch.rs` (the life of a connection), then `sync.rs` (read, decode, publish).
+
+mod changes;
+mod event_rest;
+mod flags;
+mod mode;
+mod rest;
+mod schedule;
+mod states;
+mod sync;
+mod table_log;
+mod table_read;
+pub mod watch;

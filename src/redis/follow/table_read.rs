@@ -1,0 +1,103 @@
+//! Asks Redis for a pool's table and its admin states. Several pools are asked for at once; `sync.rs` takes the answers in.
+
+use std::time::Duration;
+
+use redis::{RedisError, Value};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use super::states;
+use super::sync::MAX_MEMBERS;
+use crate::redis::schema::followed::Followed;
+use crate::redis::wire::connection::{self, Connection};
+
+/// What to ask for.
+#[derive(Clone, Debug)]
+pub(in crate::redis) struct Question {
+    pub(in crate::redis) followed: Followed,
+    /// The key had more than [`MAX_MEMBERS`] when it was last read: they are counted first.
+    pub(in crate::redis) counts_first: bool,
+    /// The admin states are left alone for a while.
+    pub(in crate::redis) skips_states: bool,
+}
+
+/// An answer.
+#[derive(Debug)]
+pub(in crate::redis) struct Asked {
+    /// When the question was asked.
+    pub(in crate::redis) at: Instant,
+    /// Until all was answered.
+    pub(in crate::redis) took: Duration,
+    pub(in crate::redis) table: Result<Answer, RedisError>,
+    /// `None` where they were not asked for.
+    pub(in crate::redis) states: Option<states::Read>,
+}
+
+/// What Redis says of a table.
+#[derive(Debug)]
+pub(in crate::redis) enum Answer {
+    /// The answer to ZRANGE … WITHSCORES.
+    Members(Value),
+    /// It still has more than [`MAX_MEMBERS`].
+    TooMany,
+}
+
+/// Asks all `questions` at once, and returns the answers in their order.
+pub(in crate::redis) async fn ask(connection: &Connection, questions: Vec<Question>) -> Vec<Asked> {
+    let mut tasks = JoinSet::new();
+    let mut asked = Vec::with_capacity(questions.len());
+    let count = questions.len();
+    for (turn, question) in questions.into_iter().enumerate() {
+        let connection = connection.clone();
+        if count == 1 {
+            asked.push((turn, question.ask(connection).await));
+        } else {
+            tasks.spawn(async move { (turn, question.ask(connection).await) });
+        }
+    }
+    asked.extend(tasks.join_all().await);
+    asked.sort_unstable_by_key(|(turn, _)| *turn);
+    asked.into_iter().map(|(_, asked)| asked).collect()
+}
+
+impl Question {
+    async fn ask(self, mut connection: Connection) -> Asked {
+        let Self { followed, counts_first, skips_states } = self;
+        let begun = Instant::now();
+        if counts_first {
+            let is_known = match has_too_many(&mut connection, &followed.key).await {
+                Ok(false) => None,
+                Ok(true) => Some(Ok(Answer::TooMany)),
+                Err(error) => Some(Err(error)),
+            };
+            if let Some(table) = is_known {
+                return Asked { at: begun, took: begun.elapsed(), table, states: None };
+            }
+        }
+        let at = Instant::now();
+        let mut zrange = redis::cmd("ZRANGE");
+        zrange.arg(&followed.key).arg(0).arg(MAX_MEMBERS).arg("WITHSCORES");
+        let beside = connection.clone();
+        // Both are sent at once, in this order.
+        let (mut table, states): (Result<Value, RedisError>, _) =
+            tokio::join!(zrange.query_async(&mut connection), async {
+                if skips_states { None } else { Some(states::read(beside, &followed).await) }
+            });
+        if matches!(&table, Ok(Value::Array(members)) if members.is_empty())
+            && let Err(error) = connection.is_empty_for_sure(&followed.key).await
+        {
+            table = Err(error);
+        }
+        Asked { at, took: begun.elapsed(), table: table.map(Answer::Members), states }
+    }
+}
+
+/// Costs Redis nothing, where to find it out by reading would block it for 50 ms each time.
+async fn has_too_many(connection: &mut Connection, key: &str) -> Result<bool, RedisError> {
+    match redis::cmd("ZCARD").arg(key).query_async::<usize>(connection).await {
+        Ok(members) => Ok(members > MAX_MEMBERS),
+        // It is another type now, or this user may not ask: reading tells.
+        Err(error) if connection::is_refusal(&error) => Ok(false),
+        Err(error) => Err(error),
+    }
+}

@@ -1,0 +1,293 @@
+//! Finds where each reply of a server begins and ends, and refuses what is too large or is no reply.
+//!
+//! The redis crate's parser (`redis::parser`, 1.8) reads the same bytes after this one. Both must agree on where a reply ends:
+//! otherwise this one counts the bytes of a new reply while the crate still waits for the rest of an old one, and keeps all
+//! of it. And the crate does not refuse the same bytes in all pieces that they may come in: of `x` alone it forgets that it
+//! was wrong. So whatever the crate does not read is refused here, by the same functions of the standard library. The test
+//! `both_parsers_agree_on_every_end` compares the two.
+
+use super::{LARGEST_REPLY_BYTES, MOST_VALUES};
+
+/// A length of the protocol is an `i64` and has 20 characters at most; the crate also takes white space around it.
+const LONGEST_NUMBER: usize = 64;
+/// Of the first part of a pushed message (`message`, `invalidate`), which the crate needs as a text.
+const LONGEST_PUSH_KIND: u64 = 64;
+/// Aggregates in one another. Redis's own replies have six (HELLO, CLUSTER SLOTS, XREAD); the crate refuses more than 100, but
+/// goes down a call stack for each.
+const MOST_DEPTH: usize = 32;
+/// Bytes of a line that are kept: a longer one is checked piece by piece, so that it takes no memory here beside the crate's.
+const LONGEST_KEPT_LINE: usize = 4 << 10;
+
+/// Why the connection ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::redis) enum Refused {
+    /// The reply is larger than it may be, or so are replies that no command asked for.
+    TooLarge,
+    /// It is none of the protocol, or of a form that the crate does not read.
+    NotUnderstood,
+}
+
+/// The position in a stream of replies.
+#[derive(Debug, Default)]
+pub(in crate::redis) struct Framing {
+    within: Within,
+    /// The aggregates that are open, the outermost first.
+    open: Vec<Aggregate>,
+    /// Values that are still to come in all of them.
+    announced: u64,
+    /// The line that is read, or the text that says of which kind a pushed message is.
+    line: Vec<u8>,
+    /// The beginning of the line was checked and is not kept.
+    line_is_cut: bool,
+    /// Of the reply so far: values, and bytes with those of a text that is announced.
+    values: u64,
+    bytes: u64,
+    is_push: bool,
+    /// Replies that have ended, pushed messages not among them.
+    replies: u64,
+    /// Bytes of replies that no command asked for.
+    unasked_bytes: u64,
+}
+
+#[derive(Debug)]
+struct Aggregate {
+    left: u64,
+    /// The next part says of which kind a pushed message is.
+    names_push: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+enum Within {
+    /// The next byte says what kind of value follows.
+    #[default]
+    Before,
+    /// A line, up to its `\r\n`: a line feed or a return alone is a part of it.
+    Line { kind: u8, after_return: bool },
+    /// The bytes of a text that are still to come, without its `\r\n`.
+    Text { left: u64, content: Content },
+    /// The `\r\n` behind a text.
+    TextEnd { after_return: bool, content: Content },
+}
+
+/// What a text must hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Content {
+    Any,
+    /// A colon is still to come, which divides the format of a verbatim text from the text.
+    Colon,
+    /// UTF-8: the kind of a pushed message.
+    PushKind,
+}
+
+impl Framing {
+    /// How many replies have ended, pushed messages not among them.
+    pub(in crate::redis) fn replies(&self) -> u64 {
+        self.replies
+    }
+
+    /// Moves over `bytes`. `asked` is how many replies the server owes or has given.
+    ///
+    /// # Errors
+    /// The connection is to be ended; the position means nothing from then on.
+    pub(in crate::redis) fn pass(&mut self, mut bytes: &[u8], asked: u64) -> Result<(), Refused> {
+        while let Some((&byte, rest)) = bytes.split_first() {
+            if let Within::Text { left, content } = self.within {
+                let here = usize::try_from(left).unwrap_or(usize::MAX).min(bytes.len());
+                self.passes_text(&bytes[..here], left - here as u64, content);
+                bytes = &bytes[here..];
+                continue;
+            }
+            bytes = rest;
+            if self.take(byte)? {
+                self.ends_value(asked)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The bytes of a text were counted when it was announced, so they are skipped whole.
+    fn passes_text(&mut self, text: &[u8], left: u64, content: Content) {
+        let content = match content {
+            Content::Colon if text.contains(&b':') => Content::Any,
+            content => content,
+        };
+        if content == Content::PushKind {
+            self.line.extend_from_slice(text);
+        }
+        self.within = match left {
+            0 => Within::TextEnd { after_return: false, content },
+            _ => Within::Text { left, content },
+        };
+    }
+
+    /// Takes one byte outside of a text. True where it ends a value without parts.
+    fn take(&mut self, byte: u8) -> Result<bool, Refused> {
+        match self.within {
+            Within::Before => {
+                self.count(1)?;
+                self.begins_value(byte)?;
+            }
+            Within::Line { kind, after_return } => {
+                self.count(1)?;
+                if after_return && byte == b'\n' {
+                    return self.ends_line(kind);
+                }
+                self.within = Within::Line { kind, after_return: byte == b'\r' };
+                self.line.push(byte);
+                if has_number(kind) && self.line.len() > LONGEST_NUMBER {
+                    return Err(Refused::NotUnderstood);
+                }
+                if self.line.len() >= LONGEST_KEPT_LINE {
+                    self.cuts_line(kind)?;
+                }
+            }
+            Within::TextEnd { after_return: false, content } if byte == b'\r' => {
+                self.within = Within::TextEnd { after_return: true, content };
+            }
+            Within::TextEnd { after_return: true, content } if byte == b'\n' => {
+                let is_whole = match content {
+                    Content::Any => true,
+                    Content::Colon => false,
+                    Content::PushKind => std::str::from_utf8(&self.line).is_ok(),
+                };
+                return if is_whole { Ok(true) } else { Err(Refused::NotUnderstood) };
+            }
+            Within::TextEnd { .. } => return Err(Refused::NotUnderstood),
+            Within::Text { .. } => {}
+        }
+        Ok(false)
+    }
+
+    fn begins_value(&mut self, kind: u8) -> Result<(), Refused> {
+        let is_known = b"+-:$*%|~>!=,#_(".contains(&kind);
+        if !is_known || self.names_push() && kind != b'+' && kind != b'$' {
+            return Err(Refused::NotUnderstood);
+        }
+        if self.open.is_empty() {
+            self.is_push = kind == b'>';
+        }
+        self.values += 1;
+        self.line.clear();
+        self.line_is_cut = false;
+        self.within = Within::Line { kind, after_return: false };
+        Ok(())
+    }
+
+    /// The value that is read says of which kind a pushed message is.
+    fn names_push(&self) -> bool {
+        self.open.last().is_some_and(|aggregate| aggregate.names_push)
+    }
+
+    /// Drops what was read of a long line, except the beginning of a character that is not whole yet.
+    fn cuts_line(&mut self, kind: u8) -> Result<(), Refused> {
+        // Only simple strings and errors may be long.
+        if kind != b'+' && kind != b'-' {
+            return Err(Refused::NotUnderstood);
+        }
+        let valid = match std::str::from_utf8(&self.line) {
+            Ok(line) => line.len(),
+            Err(error) if error.error_len().is_none() => error.valid_up_to(),
+            Err(_) => return Err(Refused::NotUnderstood),
+        };
+        self.line.drain(..valid);
+        self.line_is_cut = true;
+        Ok(())
+    }
+
+    /// True where no part of the value follows.
+    fn ends_line(&mut self, kind: u8) -> Result<bool, Refused> {
+        // The return is the last byte of it.
+        self.line.pop();
+        let line = std::str::from_utf8(&self.line).map_err(|_| Refused::NotUnderstood)?;
+        let is_read = match kind {
+            b'#' => line == "t" || line == "f",
+            b',' => line.trim().parse::<f64>().is_ok(),
+            // The crate makes another kind of value of it.
+            b'+' => self.line_is_cut || line != "OK" || !self.names_push(),
+            _ => true,
+        };
+        if !is_read {
+            return Err(Refused::NotUnderstood);
+        }
+        if !has_number(kind) {
+            return Ok(true);
+        }
+        let number = line.trim().parse().map_err(|_| Refused::NotUnderstood)?;
+        self.announces(kind, number)
+    }
+
+    /// A number has been read. True where no part of the value follows.
+    fn announces(&mut self, kind: u8, number: i64) -> Result<bool, Refused> {
+        let names_push = self.names_push();
+        let parts = match (kind, u64::try_from(number)) {
+            (b'$', Err(_)) if names_push => return Err(Refused::NotUnderstood),
+            // A negative length means null there.
+            (b':', _) | (b'$' | b'*' | b'~' | b'>', Err(_)) => return Ok(true),
+            // The crate would wait for some 2^64 bytes of a text, and refuse the others.
+            (_, Err(_)) => return Err(Refused::NotUnderstood),
+            (b'$' | b'!' | b'=', Ok(bytes)) => {
+                if names_push && bytes > LONGEST_PUSH_KIND {
+                    return Err(Refused::NotUnderstood);
+                }
+                self.count(bytes.saturating_add(2))?;
+                self.line.clear();
+                let content = match kind {
+                    b'=' => Content::Colon,
+                    _ if names_push => Content::PushKind,
+                    _ => Content::Any,
+                };
+                self.passes_text(&[], bytes, content);
+                return Ok(false);
+            }
+            (b'%', Ok(pairs)) => pairs.saturating_mul(2),
+            // Attributes are parts of a value here, with the one that they describe.
+            (b'|', Ok(pairs)) => pairs.saturating_mul(2).saturating_add(1),
+            (_, Ok(parts)) => parts,
+        };
+        if parts == 0 {
+            return Ok(true);
+        }
+        self.announced = self.announced.saturating_add(parts);
+        if self.values.saturating_add(self.announced) > MOST_VALUES || self.open.len() == MOST_DEPTH {
+            return Err(Refused::TooLarge);
+        }
+        self.open.push(Aggregate { left: parts, names_push: kind == b'>' });
+        self.within = Within::Before;
+        Ok(false)
+    }
+
+    /// A value has ended, and each aggregate whose last part it was.
+    fn ends_value(&mut self, asked: u64) -> Result<(), Refused> {
+        self.within = Within::Before;
+        while let Some(aggregate) = self.open.last_mut() {
+            aggregate.names_push = false;
+            aggregate.left -= 1;
+            self.announced -= 1;
+            if aggregate.left > 0 {
+                return Ok(());
+            }
+            self.open.pop();
+        }
+        if !self.is_push {
+            self.replies += 1;
+            if self.replies > asked {
+                self.unasked_bytes = self.unasked_bytes.saturating_add(self.bytes);
+            }
+        }
+        (self.values, self.bytes) = (0, 0);
+        if self.unasked_bytes > LARGEST_REPLY_BYTES { Err(Refused::TooLarge) } else { Ok(()) }
+    }
+
+    fn count(&mut self, bytes: u64) -> Result<(), Refused> {
+        self.bytes = self.bytes.saturating_add(bytes);
+        if self.bytes > LARGEST_REPLY_BYTES { Err(Refused::TooLarge) } else { Ok(()) }
+    }
+}
+
+/// A value of this kind begins with an integer: its length, or itself.
+fn has_number(kind: u8) -> bool {
+    !b"+-_,#(".contains(&kind)
+}
+
+#[cfg(test)]
+mod tests;
