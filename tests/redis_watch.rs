@@ -181,7 +181,7 @@ async fn tracking_that_is_refused_is_told_once_with_its_cure_and_polled_for() {
     let connected = program.says("connected to redis").await;
     assert_eq!(connected["watch"], "poll");
     redis.run("ACL SETUSER statera +client|tracking").await;
-    let line = program.says("changes are noticed in another way now").await;
+    let line = program.says("the watch mode has changed").await;
     assert_eq!(line["watch"], "tracking");
     let told = program.messages("redis does not tell of changes, polling");
     assert_eq!(told.len(), 1, "{}", program.log());

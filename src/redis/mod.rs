@@ -19,4 +19,4 @@ pub use fleet::applied;
 pub use follow::watch;
 pub use pick::lua_pick;
 pub use schema::followed::Followed;
-pub use topology::parts::Parts;
+pub use topology::shards::Shards;

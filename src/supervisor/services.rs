@@ -12,7 +12,7 @@ use crate::balance::pool::lua_pick::LuaRequests;
 use crate::config::{LuaPick, Redis};
 use crate::drain::Drain;
 use crate::redis::status::RedisStatus;
-use crate::redis::{self, Followed, Parts};
+use crate::redis::{self, Followed, Shards};
 
 /// Answers on the admin server's socket.
 pub(super) fn serve_admin(tasks: &mut Tasks, socket: TcpListener, state: AdminState) {
@@ -26,7 +26,7 @@ pub(super) struct Following {
     settings: Arc<Redis>,
     status: Arc<RedisStatus>,
     followed: Arc<[Followed]>,
-    parts: Arc<Parts>,
+    shards: Arc<Shards>,
     drain: Drain,
 }
 
@@ -39,8 +39,8 @@ impl Following {
         drain: Drain,
     ) -> Self {
         let settings = Arc::new(settings.clone());
-        let parts = Arc::new(Parts::of(&settings, &followed));
-        Self { settings, status, followed, parts, drain }
+        let shards = Arc::new(Shards::of(&settings, &followed));
+        Self { settings, status, followed, shards, drain }
     }
 
     /// Reads the tables, again whenever they change. The receiver hears when the first read of each has ended.
@@ -50,9 +50,9 @@ impl Following {
         tasks.spawn("watch_redis", move || {
             let (shared, first_try) = (shared.clone(), first_try.take());
             async move {
-                let Self { settings, status, followed, parts, .. } = &shared;
+                let Self { settings, status, followed, shards, .. } = &shared;
                 // The receiver hears that the sender is dropped.
-                redis::watch::run(settings, followed, parts, status, || drop(first_try)).await;
+                redis::watch::run(settings, followed, shards, status, || drop(first_try)).await;
             }
         });
         is_over
@@ -64,8 +64,8 @@ impl Following {
         tasks.spawn("report_applied", move || {
             let shared = shared.clone();
             async move {
-                let Self { settings, followed, parts, drain, .. } = &shared;
-                redis::applied::run(settings, followed, parts, drain.started()).await;
+                let Self { settings, followed, shards, drain, .. } = &shared;
+                redis::applied::run(settings, followed, shards, drain.started()).await;
             }
         });
     }
@@ -78,9 +78,9 @@ impl Following {
         tasks.spawn("lua_pick", move || {
             let (shared, limits, requests) = (shared.clone(), limits.clone(), Arc::clone(&requests));
             async move {
-                let Self { settings, followed, parts, .. } = &shared;
+                let Self { settings, shards, .. } = &shared;
                 let mut requests = requests.lock().await;
-                redis::lua_pick::run(settings, &limits, followed, parts, &mut requests).await;
+                redis::lua_pick::run(settings, &limits, shards, &mut requests).await;
             }
         });
     }

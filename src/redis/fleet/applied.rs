@@ -4,12 +4,13 @@
 //! most. A user that may not write says so once; nothing else depends on these reports. A proxy that dies is forgotten
 //! when its lease ends, one that drains takes its reports back.
 
+use std::collections::HashMap;
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
-use redis::{ErrorKind, RedisError, ServerErrorKind};
+use redis::ServerErrorKind;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, info};
@@ -23,11 +24,11 @@ use crate::config::Redis;
 use crate::control::backoff::{Backoff, jittered};
 use crate::redis::schema::companion::Companions;
 use crate::redis::schema::followed::Followed;
-use crate::redis::topology::parts;
-use crate::redis::topology::parts::Parts;
 use crate::redis::topology::primary::Primary;
-use crate::redis::wire::connection::{self, Connection};
-use crate::redis::wire::error::Trouble;
+use crate::redis::topology::routed::RoutedConnection;
+use crate::redis::topology::shards;
+use crate::redis::topology::shards::Shards;
+use crate::redis::wire::error::RedisError;
 use crate::redis::wire::reconnect::{FIRST_PAUSE, LONGEST_PAUSE};
 
 const SCRIPT: &str = include_str!("applied.lua");
@@ -62,24 +63,24 @@ const LEAVING_TIME: Duration = Duration::from_secs(1);
 pub async fn run(
     settings: &Arc<Redis>,
     followed: &[Followed],
-    parts: &Parts,
+    shards: &Shards,
     leaving: impl Future<Output = ()>,
 ) {
     let (proxy, told) = (proxy_name(), Arc::new(AtomicBool::new(false)));
-    let has_reported: Arc<[AtomicBool]> = followed.iter().map(|_| AtomicBool::new(false)).collect();
+    let pools = followed.iter().map(|followed| (Arc::clone(&followed.pool), AtomicBool::new(false)));
+    let has_reported: Arc<HashMap<Arc<str>, AtomicBool>> = Arc::new(pools.collect());
     let (leave, leaves) = watch::channel(false);
     let over = async {
         leaving.await;
         leave.send_replace(true);
     };
-    parts::each(parts.written(), over, |part| {
-        let (settings, followed) = (Arc::clone(settings), part.of(followed));
+    shards::each(shards.written(), over, |shard| {
+        let settings = Arc::clone(settings);
         let (proxy, told, mut leaves) = (proxy.clone(), Arc::clone(&told), leaves.clone());
         let has_reported = Arc::clone(&has_reported);
         async move {
-            let (settings, primary) = (&settings, &part.primary);
-            let has_reported: Vec<&AtomicBool> = part.places.iter().map(|p| &has_reported[*p]).collect();
-            let (followed, told) = (&*followed, &*told);
+            let (settings, followed, primary) = (&settings, &*shard.pools, &shard.primary);
+            let (has_reported, told) = (&*has_reported, &*told);
             let mut reporter =
                 Reporter { settings, followed, primary, proxy, told, has_reported, connection: None };
             tokio::select! {
@@ -117,9 +118,9 @@ struct Reporter<'a> {
     proxy: String,
     /// What is missing was said.
     told: &'a AtomicBool,
-    /// By pool: over whichever connection.
-    has_reported: Vec<&'a AtomicBool>,
-    connection: Option<Connection>,
+    /// By the pool's name: a report of it has been made, over whichever connection.
+    has_reported: &'a HashMap<Arc<str>, AtomicBool>,
+    connection: Option<RoutedConnection>,
 }
 
 /// What was last said of one pool.
@@ -147,7 +148,7 @@ impl Reporter<'_> {
                     let begun = Instant::now();
                     let error = tokio::select! {
                         error = self.report(connection) => error,
-                        () = primary.moved_from(&address) => Trouble::Moved.into(),
+                        () = primary.moved_from(&address) => RedisError::PrimaryMoved,
                     };
                     if begun.elapsed() > LONGEST_PAUSE {
                         backoff.reset();
@@ -176,7 +177,7 @@ impl Reporter<'_> {
     fn say_what_is_missing(&self, error: &RedisError) {
         let key = self.followed.first().map(|followed| Companions::of(&followed.key).applied);
         let key = key.unwrap_or_default();
-        let cure = if connection::is_of_rights(error) {
+        let cure = if error.is_missing_right() {
             format!(
                 "to be seen, grant the ACL user +eval +time +hset +hdel +hget +hstrlen +hscan +pexpire ~{key}"
             )
@@ -187,17 +188,15 @@ impl Reporter<'_> {
     }
 
     /// Ends with the error after which this connection is of no use.
-    async fn report(&mut self, connection: Connection) -> RedisError {
+    async fn report(&mut self, connection: RoutedConnection) -> RedisError {
         let followed = self.followed;
         let connection = self.connection.insert(connection);
         let mut said: Vec<Said> = followed.iter().map(|_| Said::default()).collect();
         loop {
-            for ((Followed { key, cell, .. }, said), has_reported) in
-                followed.iter().zip(&mut said).zip(&self.has_reported)
-            {
+            for (Followed { pool, key, cell, .. }, said) in followed.iter().zip(&mut said) {
                 let Some(hash) = said.news(cell, Instant::now()) else { continue };
                 let turn = match said.reports {
-                    1 if has_reported.swap(true, Relaxed) => "again",
+                    1 if self.has_reported.get(pool).is_some_and(|has| has.swap(true, Relaxed)) => "again",
                     1 => "first",
                     _ => "",
                 };
@@ -205,7 +204,7 @@ impl Reporter<'_> {
                 report.arg("report").arg(&self.proxy).arg(hash).arg(LEASE.as_millis() as u64);
                 report.arg(turn);
                 let asked = Instant::now();
-                if let Err(error) = report.query_async::<()>(connection).await {
+                if let Err(error) = connection.query::<()>(&report).await {
                     return error;
                 }
                 said.rest_after(asked.elapsed());
@@ -218,13 +217,9 @@ impl Reporter<'_> {
         let Some(connection) = &mut self.connection else { return };
         for Followed { key, .. } in self.followed {
             let applied = Companions::of(key).applied;
-            if command("EVAL", &applied)
-                .arg("leave")
-                .arg(&self.proxy)
-                .query_async::<()>(connection)
-                .await
-                .is_err()
-            {
+            let mut leave = command("EVAL", &applied);
+            leave.arg("leave").arg(&self.proxy);
+            if connection.query::<()>(&leave).await.is_err() {
                 return;
             }
         }
@@ -246,14 +241,14 @@ impl Refusal {
     /// `None`: it is none, or one that ends with a failover.
     fn of(error: &RedisError) -> Option<Self> {
         use ServerErrorKind::{Ask, ClusterDown, Moved, ReadOnly};
-        match error.kind() {
-            ErrorKind::Server(ClusterDown | ReadOnly) => None,
-            ErrorKind::Server(Moved | Ask) => Some(Self::IsTold),
-            _ if connection::is_of_rights(error) => Some(Self::NeedsAPerson),
+        match error.server_kind() {
+            Some(ClusterDown | ReadOnly) => None,
+            Some(Moved | Ask) => Some(Self::IsTold),
+            _ if error.is_missing_right() => Some(Self::NeedsAPerson),
             _ if error.code() == Some("WRONGTYPE") || error.to_string().contains("WRONGTYPE") => {
                 Some(Self::NeedsAPerson)
             }
-            _ => connection::is_refusal(error).then_some(Self::Other),
+            _ => error.is_refusal().then_some(Self::Other),
         }
     }
 }
@@ -350,9 +345,9 @@ mod tests {
         ] {
             let value = redis::parse_redis_value(format!("-{answer}\r\n").as_bytes()).expect("an answer");
             let error = value.extract_error().expect_err("an error");
-            assert_eq!(Refusal::of(&error), refusal, "{answer}");
+            assert_eq!(Refusal::of(&error.into()), refusal, "{answer}");
         }
-        assert_eq!(Refusal::of(&Trouble::Moved.into()), None);
+        assert_eq!(Refusal::of(&RedisError::PrimaryMoved), None);
     }
 
     fn table(weight: f64) -> Table {

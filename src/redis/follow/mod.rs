@@ -4,11 +4,13 @@
 
 mod changes;
 mod event_rest;
+mod first_reads;
 mod flags;
 mod mode;
 mod rest;
 mod schedule;
 mod states;
+mod subscription;
 mod sync;
 mod table_log;
 mod table_read;

@@ -9,14 +9,15 @@
 //! which is when it is read again. Broadcasts go by prefixes, which may not overlap (pools `web` and `web2`), and tell of every
 //! key of others that begins so.
 
-use redis::{RedisError, Value};
+use redis::Value;
 use tracing::{info, warn};
 
 use super::changes::Changes;
 use super::flags;
 use crate::config::{Redis, Watch};
 use crate::redis::status::WatchMode;
-use crate::redis::wire::connection::{self, Connection};
+use crate::redis::topology::routed::RoutedConnection;
+use crate::redis::wire::error::RedisError;
 
 /// Channels named in one line.
 const MOST_NAMED: usize = 3;
@@ -67,7 +68,7 @@ impl Way {
     fn from(result: Result<(), RedisError>) -> Result<Self, RedisError> {
         match result {
             Ok(()) => Ok(Self::Agreed),
-            Err(error) if connection::is_refusal(&error) => Ok(Self::Refused(error)),
+            Err(error) if error.is_refusal() => Ok(Self::Refused(error)),
             Err(error) => Err(error),
         }
     }
@@ -93,7 +94,7 @@ impl<'a> Armed<'a> {
     /// The connection is of no use: it broke, or it has to be notified and may not subscribe.
     pub(in crate::redis) async fn prove(
         &mut self,
-        connection: &mut Connection,
+        connection: &mut RoutedConnection,
         warned: &mut Warned,
     ) -> Result<WatchMode, RedisError> {
         if self.subscription.is_to_be_tried() {
@@ -127,7 +128,7 @@ impl<'a> Armed<'a> {
     /// with the next whole read.
     async fn hear_of_states(
         &mut self,
-        connection: &mut Connection,
+        connection: &mut RoutedConnection,
         warned: &mut Warned,
     ) -> Result<(), RedisError> {
         if !matches!(self.subscription, Way::Agreed) || matches!(self.states, Way::Agreed) {
@@ -170,7 +171,7 @@ impl<'a> Armed<'a> {
     }
 
     /// Switches notifications on where that is allowed. The inner error says why there are none, with a cure.
-    async fn is_notified(&self, connection: &mut Connection) -> Result<Result<(), String>, RedisError> {
+    async fn is_notified(&self, connection: &mut RoutedConnection) -> Result<Result<(), String>, RedisError> {
         let is_told_so = self.settings.watch == Watch::Notifications;
         if let Way::Refused(error) = &self.subscription {
             if is_told_so {
@@ -183,8 +184,8 @@ impl<'a> Armed<'a> {
             Ok(missing) => Ok(Err(format!(
                 "notify-keyspace-events lacks \"{missing}\": CONFIG SET it, or set redis.manage_notifications: true"
             ))),
-            Err(error) if connection::is_refusal(&error) && is_told_so => Ok(Ok(())),
-            Err(error) if connection::is_refusal(&error) => Ok(Err(format!(
+            Err(error) if error.is_refusal() && is_told_so => Ok(Ok(())),
+            Err(error) if error.is_refusal() => Ok(Err(format!(
                 "the server does not show its notify-keyspace-events ({error}): if they are on, set redis.watch: \
                  notifications"
             ))),
@@ -193,21 +194,17 @@ impl<'a> Armed<'a> {
     }
 
     /// What the server lacks of the events that are needed, after adding it where that is allowed.
-    async fn missing_flags(&self, connection: &mut Connection) -> Result<String, RedisError> {
+    async fn missing_flags(&self, connection: &mut RoutedConnection) -> Result<String, RedisError> {
         let missing = flags::missing(&read_flags(connection).await?);
         if missing.is_empty() || !self.settings.manage_notifications {
             return Ok(missing);
         }
         let all = read_flags(connection).await? + &missing;
-        let set: Result<Value, RedisError> = redis::cmd("CONFIG")
-            .arg("SET")
-            .arg("notify-keyspace-events")
-            .arg(&all)
-            .query_async(connection)
-            .await;
-        match set {
+        let mut set = redis::cmd("CONFIG");
+        set.arg("SET").arg("notify-keyspace-events").arg(&all);
+        match connection.query::<Value>(&set).await {
             Ok(_) => info!(flags = all, "switched keyspace notifications on"),
-            Err(error) if connection::is_refusal(&error) => {
+            Err(error) if error.is_refusal() => {
                 warn!(%error, "redis refused to switch keyspace notifications on");
             }
             Err(error) => return Err(error),
@@ -219,7 +216,7 @@ impl<'a> Armed<'a> {
 /// Subscribes to `channels` and waits for the confirmations. Many at once: nothing is confirmed before all are heard, so
 /// that the time must not grow with pools × round trip.
 async fn subscribe(
-    connection: &mut Connection,
+    connection: &mut RoutedConnection,
     channels: impl Iterator<Item = &[u8]>,
 ) -> Result<(), RedisError> {
     let channels: Vec<&[u8]> = channels.collect();
@@ -229,18 +226,13 @@ async fn subscribe(
     Ok(())
 }
 
-async fn track(connection: &mut Connection) -> Result<(), RedisError> {
-    redis::cmd("CLIENT").arg("TRACKING").arg("ON").query_async(connection).await
+async fn track(connection: &mut RoutedConnection) -> Result<(), RedisError> {
+    connection.query(redis::cmd("CLIENT").arg("TRACKING").arg("ON")).await
 }
 
-async fn read_flags(connection: &mut Connection) -> Result<String, RedisError> {
-    let (_, flags): (String, String) = redis::cmd("CONFIG")
-        .arg("GET")
-        .arg("notify-keyspace-events")
-        .query_async::<Vec<(String, String)>>(connection)
-        .await?
-        .into_iter()
-        .next()
-        .unwrap_or_default();
-    Ok(flags)
+async fn read_flags(connection: &mut RoutedConnection) -> Result<String, RedisError> {
+    let mut get = redis::cmd("CONFIG");
+    get.arg("GET").arg("notify-keyspace-events");
+    let flags: Vec<(String, String)> = connection.query(&get).await?;
+    Ok(flags.into_iter().next().unwrap_or_default().1)
 }

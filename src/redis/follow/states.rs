@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use redis::{RedisError, Value};
+use redis::Value;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
@@ -15,7 +15,8 @@ use crate::control::log_limiter::LogLimiter;
 use crate::redis::schema::companion::Companions;
 use crate::redis::schema::decode::printable;
 use crate::redis::schema::followed::Followed;
-use crate::redis::wire::connection::{self, Connection};
+use crate::redis::topology::routed::RoutedConnection;
+use crate::redis::wire::error::RedisError;
 
 /// As many as a table may have members.
 const MAX_STATES: i64 = 100_000;
@@ -115,7 +116,7 @@ impl States {
             Err(error) => {
                 // The table had come. Once, Redis may have ended; twice, it is what it would have sent.
                 self.cut_offs += 1;
-                if connection::is_too_large(&error) || self.cut_offs > 1 {
+                if error.is_too_large() || self.cut_offs > 1 {
                     self.rests_until = Some(Instant::now() + REST_AFTER_TOO_LARGE);
                     self.say(
                         followed,
@@ -171,18 +172,18 @@ impl States {
 }
 
 /// Reads the states beside the table under `weights_key`: one question where there are none, two where there are.
-pub(in crate::redis) async fn read(mut connection: Connection, followed: &Followed) -> Read {
+pub(in crate::redis) async fn read(mut connection: RoutedConnection, followed: &Followed) -> Read {
     let key = Companions::of(&followed.key).states;
     // A slot that moves may have taken the table along, and not yet this key.
-    if connection.is_ahead() {
+    if connection.is_importing() {
         return Ok(Err(Wrong::Elsewhere));
     }
     let answered = async {
-        let count: Value = redis::cmd("HLEN").arg(&key).query_async(&mut connection).await?;
+        let count: Value = connection.query(redis::cmd("HLEN").arg(&key)).await?;
         match count {
             Value::Int(0) => Ok(Ok(Written::default())),
             Value::Int(1..=MAX_STATES) => {
-                let fields: Value = redis::cmd("HGETALL").arg(&key).query_async(&mut connection).await?;
+                let fields: Value = connection.query(redis::cmd("HGETALL").arg(&key)).await?;
                 Ok(Ok(decode(fields)))
             }
             Value::Int(_) => Ok(Err(Wrong::Told(format!(
@@ -193,14 +194,14 @@ pub(in crate::redis) async fn read(mut connection: Connection, followed: &Follow
     };
     let answer: Read = answered.await;
     match answer {
-        Err(error) if connection::is_elsewhere(&error) => Ok(Err(Wrong::Elsewhere)),
-        Err(error) if connection::is_of_rights(&error) => {
+        Err(RedisError::Redirected(_)) => Ok(Err(Wrong::Elsewhere)),
+        Err(error) if error.is_missing_right() => {
             Ok(Err(Wrong::Told(format!("{error}: grant the ACL user +hlen +hgetall %R~{key}"))))
         }
         Err(error) if error.code() == Some("WRONGTYPE") => {
             Ok(Err(Wrong::Told(format!("{error}: it holds something else than a hash: delete it"))))
         }
-        Err(error) if connection::is_refusal(&error) => Ok(Err(Wrong::Told(error.to_string()))),
+        Err(error) if error.is_refusal() => Ok(Err(Wrong::Told(error.to_string()))),
         answer => answer,
     }
 }

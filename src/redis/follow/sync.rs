@@ -7,7 +7,6 @@ use std::mem::{Discriminant, discriminant};
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use redis::RedisError;
 use tokio::time::Instant;
 use tracing::{debug, error, info, warn};
 
@@ -25,8 +24,8 @@ use crate::control::log_limiter::{HeldBack, LogLimiter};
 use crate::redis::schema::decode::{self, Decoded, Rejected};
 use crate::redis::schema::followed::Followed;
 use crate::redis::status::{RedisStatus, WatchMode};
-use crate::redis::wire::connection::{self, Connection};
-use crate::redis::wire::error::Trouble;
+use crate::redis::topology::routed::RoutedConnection;
+use crate::redis::wire::error::RedisError;
 
 /// A table of this size is read in some 50 ms and picked from in 20 ns; one that is larger is a mistake or an attack.
 pub(in crate::redis) const MAX_MEMBERS: usize = 100_000;
@@ -68,7 +67,7 @@ struct State {
     /// After answers that are too large.
     too_large: Backoff,
     /// Why the last read ended with the connection.
-    cut_off: Option<Discriminant<Trouble>>,
+    cut_off: Option<Discriminant<RedisError>>,
     admin: States,
     log: TableLog,
 }
@@ -148,7 +147,7 @@ impl<'a> Syncer<'a> {
     /// The connection is of no use any more.
     pub(in crate::redis) async fn read_changed(
         &mut self,
-        connection: &Connection,
+        connection: &RoutedConnection,
         changes: &Changes,
     ) -> Result<Option<Instant>, RedisError> {
         let ready = match self.schedule.next(changes) {
@@ -179,11 +178,11 @@ impl<'a> Syncer<'a> {
                     }
                     jittered(REST_AFTER_REFUSAL)
                 }
-                Err(error) if connection::is_too_large(&error) && at_once == 1 => {
+                Err(error) if error.is_too_large() && at_once == 1 => {
                     // The next connection finds it resting.
                     let rest = self.states[place].too_large.pause();
                     self.schedule.rest(place, rest);
-                    self.refuses(place, format!("{error}: {}", connection::cure(&error)));
+                    self.refuses(place, format!("{error}: {}", error.cure()));
                     return Err(error);
                 }
                 Err(error) => return Err(error),
@@ -207,19 +206,18 @@ impl<'a> Syncer<'a> {
     /// take longer than it has. Once, Redis may have ended, or be busy. Where several tables were asked for at once, it may be
     /// any of them, or their sum: fewer are asked for at once for a while.
     fn cut_off(&mut self, place: usize, error: RedisError, at_once: usize) -> RedisError {
-        let is_of_size =
-            error.is_connection_dropped() || error.is_timeout() || connection::is_too_large(&error);
+        let is_of_size = error.is_closed() || error.is_timeout() || error.is_too_large();
         if at_once > 1 && is_of_size {
             self.schedule.read_fewer(at_once);
             return error;
         }
-        let trouble = match error {
-            _ if error.is_connection_dropped() => Trouble::CutOff,
-            _ if error.is_timeout() => Trouble::Late,
+        let repeated = match error {
+            _ if error.is_closed() => RedisError::ClosedDuringRead,
+            _ if error.is_timeout() => RedisError::TableTooSlow,
             _ => return error,
         };
-        let cause = discriminant(&trouble);
-        if self.states[place].cut_off.replace(cause) == Some(cause) { trouble.into() } else { error }
+        let cause = discriminant(&repeated);
+        if self.states[place].cut_off.replace(cause) == Some(cause) { repeated } else { error }
     }
 
     /// A heartbeat of the moment `asked` was answered after every event before it: what is in step and not known to have
@@ -248,7 +246,7 @@ impl<'a> Syncer<'a> {
         let followed = &self.followed[place];
         // What ends the connection is told by the table, if it was its answer.
         let answer = match answer {
-            Err(error) if !connection::is_refusal(&error) => return Err(error),
+            Err(error) if !error.is_refusal() => return Err(error),
             Ok(Answer::TooMany) => {
                 self.refuses(place, too_many());
                 return Ok(Read::Refused(RefusalEnd::Unannounced));
@@ -266,11 +264,11 @@ impl<'a> Syncer<'a> {
         let read = match answer {
             Ok(_) if members > MAX_MEMBERS => Err(too_many()),
             Ok(answer) => decode::table(answer).map_err(|malformed| malformed.to_string()),
-            Err(error) if connection::is_refusal(&error) => {
+            Err(error) if error.is_refusal() => {
                 let cure = if is_no_table {
                     "the key holds something else than a sorted set: delete it and ZADD the members again"
                 } else {
-                    connection::cure(&error)
+                    error.cure()
                 };
                 Err(format!("{error}: {cure}"))
             }

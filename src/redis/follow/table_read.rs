@@ -2,14 +2,15 @@
 
 use std::time::Duration;
 
-use redis::{RedisError, Value};
+use redis::Value;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::states;
 use super::sync::MAX_MEMBERS;
 use crate::redis::schema::followed::Followed;
-use crate::redis::wire::connection::{self, Connection};
+use crate::redis::topology::routed::RoutedConnection;
+use crate::redis::wire::error::RedisError;
 
 /// What to ask for.
 #[derive(Clone, Debug)]
@@ -43,7 +44,7 @@ pub(in crate::redis) enum Answer {
 }
 
 /// Asks all `questions` at once, and returns the answers in their order.
-pub(in crate::redis) async fn ask(connection: &Connection, questions: Vec<Question>) -> Vec<Asked> {
+pub(in crate::redis) async fn ask(connection: &RoutedConnection, questions: Vec<Question>) -> Vec<Asked> {
     let mut tasks = JoinSet::new();
     let mut asked = Vec::with_capacity(questions.len());
     let count = questions.len();
@@ -61,7 +62,7 @@ pub(in crate::redis) async fn ask(connection: &Connection, questions: Vec<Questi
 }
 
 impl Question {
-    async fn ask(self, mut connection: Connection) -> Asked {
+    async fn ask(self, mut connection: RoutedConnection) -> Asked {
         let Self { followed, counts_first, skips_states } = self;
         let begun = Instant::now();
         if counts_first {
@@ -80,11 +81,11 @@ impl Question {
         let beside = connection.clone();
         // Both are sent at once, in this order.
         let (mut table, states): (Result<Value, RedisError>, _) =
-            tokio::join!(zrange.query_async(&mut connection), async {
+            tokio::join!(connection.query(&zrange), async {
                 if skips_states { None } else { Some(states::read(beside, &followed).await) }
             });
         if matches!(&table, Ok(Value::Array(members)) if members.is_empty())
-            && let Err(error) = connection.is_empty_for_sure(&followed.key).await
+            && let Err(error) = connection.confirm_empty(&followed.key).await
         {
             table = Err(error);
         }
@@ -93,11 +94,11 @@ impl Question {
 }
 
 /// Costs Redis nothing, where to find it out by reading would block it for 50 ms each time.
-async fn has_too_many(connection: &mut Connection, key: &str) -> Result<bool, RedisError> {
-    match redis::cmd("ZCARD").arg(key).query_async::<usize>(connection).await {
+async fn has_too_many(connection: &mut RoutedConnection, key: &str) -> Result<bool, RedisError> {
+    match connection.query::<usize>(redis::cmd("ZCARD").arg(key)).await {
         Ok(members) => Ok(members > MAX_MEMBERS),
         // It is another type now, or this user may not ask: reading tells.
-        Err(error) if connection::is_refusal(&error) => Ok(false),
+        Err(error) if error.is_refusal() => Ok(false),
         Err(error) => Err(error),
     }
 }

@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use redis::{RedisError, Script, Value};
+use redis::{Script, Value};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
@@ -23,11 +23,11 @@ use crate::control::backoff::{Backoff, jittered, spread};
 use crate::redis::schema::companion::Companions;
 use crate::redis::schema::decode::{decode_member, number, printable};
 use crate::redis::schema::followed::Followed;
-use crate::redis::topology::parts::Parts;
-use crate::redis::topology::parts::{self, Part};
-use crate::redis::wire::connection;
+use crate::redis::topology::routed::RoutedConnection;
+use crate::redis::topology::shards::Shards;
+use crate::redis::topology::shards::{self, Shard};
 use crate::redis::wire::connection::Server;
-use crate::redis::wire::error::Trouble;
+use crate::redis::wire::error::RedisError;
 use crate::redis::wire::reconnect::{FIRST_PAUSE, LONGEST_MOVE, LONGEST_PAUSE};
 
 const SCRIPT: &str = include_str!("pick.lua");
@@ -48,21 +48,14 @@ const FIRST_REST: Duration = Duration::from_secs(5);
 const LONGEST_REST: Duration = Duration::from_secs(60);
 
 /// Answers `requests` until all pickers are gone, or until it is dropped.
-pub async fn run(
-    settings: &Arc<Redis>,
-    limits: &LuaPick,
-    followed: &Arc<[Followed]>,
-    parts: &Parts,
-    requests: &mut LuaRequests,
-) {
+pub async fn run(settings: &Arc<Redis>, limits: &LuaPick, shards: &Shards, requests: &mut LuaRequests) {
     let LuaRequests { queue, answering } = requests;
     let doors = Arc::new(Doors::new(Arc::clone(answering)));
-    let answering = parts::each(parts.read(), std::future::pending(), |part| {
+    let answering = shards::each(shards.read(), std::future::pending(), |shard| {
         let (settings, limits) = (Arc::clone(settings), limits.clone());
-        let followed = part.of(followed);
-        let door = doors.door(followed.iter().map(|followed| followed.id), limits.max_in_flight.get());
+        let door = doors.door(shard.pools.iter().map(|followed| followed.id), limits.max_in_flight.get());
         async move {
-            Picker { settings: &settings, limits: &limits, followed: &followed, part: &part }.run(door).await;
+            Picker { settings: &settings, limits: &limits, shard: &shard }.run(door).await;
         }
     });
     let handing_on = async {
@@ -149,7 +142,7 @@ impl Rest {
 /// A connection on which the script was loaded.
 #[derive(Clone)]
 struct Session {
-    connection: connection::Connection,
+    connection: RoutedConnection,
     sha: String,
     /// [`READ_ONLY`], or EVALSHA where there is none (before Redis 7).
     command: &'static str,
@@ -157,7 +150,7 @@ struct Session {
 
 impl Session {
     async fn load(&mut self) -> Result<(), RedisError> {
-        redis::cmd("SCRIPT").arg("LOAD").arg(SCRIPT).query_async(&mut self.connection).await
+        self.connection.query(redis::cmd("SCRIPT").arg("LOAD").arg(SCRIPT)).await
     }
 
     async fn ask(&mut self, key: &str, point: f64, tried: &[Vec<u8>]) -> Result<Value, RedisError> {
@@ -171,11 +164,11 @@ impl Session {
             .arg(format!("{point:.17}"))
             .arg(fastrand::u32(1..=2_147_483_646));
         command.arg(LARGEST_WHOLE).arg(HEAVIEST).arg(states).arg(tried);
-        match command.query_async(&mut self.connection).await {
+        match self.connection.query(&command).await {
             // The server was restarted, or its scripts were flushed.
             Err(error) if error.code() == Some("NOSCRIPT") => {
                 self.load().await?;
-                command.query_async(&mut self.connection).await
+                self.connection.query(&command).await
             }
             result => result,
         }
@@ -223,15 +216,14 @@ enum Said {
 struct Picker<'a> {
     settings: &'a Redis,
     limits: &'a LuaPick,
-    followed: &'a [Followed],
-    part: &'a Part,
+    shard: &'a Shard,
 }
 
 impl Picker<'_> {
     async fn run(self, mut door: Door) {
-        let primary = &self.part.primary;
+        let primary = &self.shard.primary;
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
-        let mut rests = Rests::new(self.followed);
+        let mut rests = Rests::new(&self.shard.pools);
         loop {
             let address = primary.known().await;
             let answering = async {
@@ -241,7 +233,7 @@ impl Picker<'_> {
             };
             let result = tokio::select! {
                 biased;
-                () = primary.moved_from(&address) => Err(Trouble::Moved.into()),
+                () = primary.moved_from(&address) => Err(RedisError::PrimaryMoved),
                 result = answering => result,
             };
             door.close();
@@ -260,20 +252,20 @@ impl Picker<'_> {
     }
 
     async fn open(&self, address: &RedisAddress, rests: &mut Rests) -> Result<Session, RedisError> {
-        let Self { settings, followed, part, .. } = self;
-        let mut connection = part.primary.open(settings, address, |_| {}).await?;
-        part.primary.check(&connection::hello(&mut connection).await?)?;
+        let Self { settings, shard, .. } = self;
+        let mut connection = shard.primary.open(settings, address, |_| {}).await?;
+        shard.primary.check(&connection.hello().await?)?;
         let sha = Script::new(SCRIPT).get_hash().to_owned();
         let mut session = Session { connection, sha, command: rests.command };
         session.load().await?;
         // A first question tells which of the two this server knows and this user may call; where both are refused it may be
         // for the key, so that of another pool is tried.
-        for proof in rests.to_be_proved(followed) {
+        for proof in rests.to_be_proved(&shard.pools) {
             for command in [READ_ONLY, "EVALSHA"] {
                 session.command = command;
                 match session.ask(&proof.key, 0.0, &[]).await {
                     Err(error) if error.code() == Some(TOO_LARGE) => rests.begins(proof),
-                    Err(error) if connection::is_refusal(&error) => continue,
+                    Err(error) if error.is_refusal() => continue,
                     Err(error) => return Err(error),
                     Ok(_) => {}
                 }
@@ -304,14 +296,14 @@ impl Picker<'_> {
                     // In time, so the next trouble is a new one. A server that only takes connections does not get here.
                     Ok(said) => {
                         match said? {
-                            Said::Beat(server) => self.part.primary.check(&server)?,
+                            Said::Beat(server) => self.shard.primary.check(&server)?,
                             Said::Picked(pool) => rests.is_needless(pool),
                             Said::TooLarge(pool) => {
                                 self.followed_as(pool).into_iter().for_each(|followed| rests.begins(followed));
                             }
                             Said::Silent(pool) => {
                                 rests.suspect = Some(pool);
-                                return Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into());
+                                return Err(RedisError::NoAnswer);
                             }
                             Said::Refused => {}
                         }
@@ -322,7 +314,7 @@ impl Picker<'_> {
                 },
                 () = sleep_until(heartbeat) => {
                     let mut connection = session.connection.clone();
-                    answers.spawn(async move { connection::hello(&mut connection).await.map(Said::Beat) });
+                    answers.spawn(async move { connection.hello().await.map(Said::Beat) });
                     heartbeat = Instant::now() + jittered(beats);
                 }
                 request = queue.recv() => {
@@ -340,7 +332,7 @@ impl Picker<'_> {
     }
 
     fn followed_as(&self, pool: PoolId) -> Option<&Followed> {
-        self.followed.iter().find(|followed| followed.id == pool)
+        self.shard.pools.iter().find(|followed| followed.id == pool)
     }
 
     fn answer(
@@ -355,7 +347,7 @@ impl Picker<'_> {
             let (picked, said) = match timeout(limit, session.pick(&key, &request)).await {
                 Ok(Ok(picked)) => (picked, Said::Picked(request.pool)),
                 Ok(Err(error)) if error.code() == Some(TOO_LARGE) => (None, Said::TooLarge(request.pool)),
-                Ok(Err(error)) if connection::is_refusal(&error) => (None, Said::Refused),
+                Ok(Err(error)) if error.is_refusal() => (None, Said::Refused),
                 Ok(Err(error)) => return Err(error),
                 Err(_) => return Ok(Said::Silent(request.pool)),
             };

@@ -1,9 +1,9 @@
-//! Asks the nodes of a Redis Cluster who owns the slot of each pool's key, and hears when that changes.
+//! Asks the nodes of a Redis Cluster which node owns the slot of each pool's key, and assigns the pools to shards.
 //!
-//! Some of them are asked, each over a connection of its own: twice a heartbeat, and at once when a connection hears of a
-//! change (`redirect.rs`); `cluster/asking.rs` says how much is asked each time. For each slot the newest epoch wins, which is the cluster's own rule; so an old primary that was
-//! cut off and goes on as one misleads nobody, as long as one of the others answers. The library's own client believes
-//! the first node that answers.
+//! A few nodes are asked, each over a connection of its own: twice a heartbeat, and at once when a connection learns of a
+//! change (`routed.rs`). `cluster/asking.rs` decides how much is asked each time. For each slot the newest epoch wins, which is
+//! the cluster's own rule. So an old primary that was cut off misleads the proxy only if no other node answers. The redis
+//! crate's own client believes the first node that answers.
 
 mod asking;
 mod view;
@@ -11,61 +11,53 @@ mod view;
 use std::sync::Arc;
 use std::time::Duration;
 
-use redis::RedisError;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 use tracing::{info, warn};
 
-use super::parts::Holder;
-use super::parts::Parts;
-use super::quorum::{Opinion, choose};
-use super::redirect::Hint;
+use super::quorum::{Condition, PrimaryReport, QuorumView, choose, first_answers, is_majority};
+use super::routed::{ClusterEvent, KeyNode};
+use super::shards::{Assignment, Shards};
 use super::slot::slot_of;
 use crate::config::{Cluster, Redis, RedisAddress};
 use crate::redis::schema::followed::Followed;
 use crate::redis::status::RedisStatus;
 use crate::redis::wire::connection;
-use crate::redis::wire::error::Trouble;
-use asking::{Asking, Begins};
-use view::View;
+use crate::redis::wire::error::RedisError;
+use asking::{AskedNode, Asking, FirstQuestion};
+use view::{Answer, View};
 
-/// Nodes that are asked. They need not be the owners: whoever takes a slot over tells all others, so a few of them are
-/// enough, and a large cluster is not asked by everybody everywhere.
+/// Nodes that are asked. They need not be the owners: a node that takes a slot over tells all others, so a few are enough,
+/// and a large cluster is not asked everywhere by every proxy.
 const MOST_ASKED: usize = 7;
-/// A command that asks once: after the first answer the others have so long to contradict.
+/// For a command that asks once: how long the other nodes may contradict the first answer.
 const GRACE: Duration = Duration::from_millis(250);
-
-/// An answer, or that there is none.
-type Answer = Result<View, RedisError>;
 
 /// Asks each configured node once for the owner of `key`, within the time of one connection and one answer.
 ///
 /// # Errors
-/// None answers, or nobody owns it.
-pub(in crate::redis) async fn find(
-    settings: &Redis,
-    cluster: &Cluster,
-    key: &str,
-) -> Result<RedisAddress, RedisError> {
+/// No node answers, or no node owns the slot.
+pub(super) async fn find(settings: &Redis, cluster: &Cluster, key: &str) -> Result<RedisAddress, RedisError> {
     let slot = slot_of(key);
     let mut questions = JoinSet::new();
     for node in cluster.nodes.clone() {
         let settings = settings.clone();
         questions.spawn(async move {
-            let mut connection = connection::open_at(&settings, &node, |_| {}).await?;
+            let mut connection = connection::open(&settings, &node, |_| {}).await?;
             Ok(view::ask(&mut connection, &node, &[slot]).await?.0)
         });
     }
-    let (mut opinions, mut error) = (Vec::new(), None);
+    let (mut reports, mut error) = (Vec::new(), None);
     let mut hear = |answer: Answer| match answer {
-        Ok(view) => opinions.extend(view.owners),
+        Ok(view) => reports.push(view.owner(slot).cloned()),
         Err(failure) => error = error.take().or(Some(failure)),
     };
-    let mut all = async |limit: Option<Duration>| {
+    // Without a limit until a first node has answered, then for at most the limit.
+    let mut answers = async |limit: Option<Duration>| {
         let hearing = async {
             while let Some(answer) = questions.join_next().await {
-                // A panic would be a defect of ours; the other nodes still answer.
+                // A panic would be a defect of the task; the other nodes still answer.
                 let Ok(answer) = answer else { continue };
                 let is_first = answer.is_ok() && limit.is_none();
                 hear(answer);
@@ -76,49 +68,44 @@ pub(in crate::redis) async fn find(
         };
         let _ = timeout(limit.unwrap_or(Duration::MAX), hearing).await;
     };
-    all(None).await;
-    all(Some(GRACE)).await;
-    match choose(&opinions, None) {
+    answers(None).await;
+    answers(Some(GRACE)).await;
+    match choose(&reports, None) {
         Some(owner) => Ok(owner.address.clone()),
-        None if opinions.is_empty() => Err(error.unwrap_or_else(|| Trouble::NoPrimary.into())),
-        None => Err(Trouble::NoOwner.into()),
+        None if reports.is_empty() => Err(error.unwrap_or(RedisError::NoPrimary)),
+        None => Err(RedisError::SlotUnserved),
     }
 }
 
-/// Divides `parts` as the nodes say, until it is dropped.
+/// Assigns the pools to `shards` by what the nodes report, until it is dropped.
 pub(in crate::redis) async fn follow(
     settings: &Arc<Redis>,
     cluster: &Cluster,
     followed: &[Followed],
-    parts: &Parts,
+    shards: &Shards,
     status: &RedisStatus,
 ) {
-    // Asked for once in a life.
-    let Some(mut hints) = parts.hints() else { return };
+    let Some(mut events) = shards.events() else { return };
     let keys: Vec<&str> = followed.iter().map(|followed| followed.key.as_str()).collect();
-    let (said, mut answers) = mpsc::channel(MOST_ASKED);
-    let asking = Asking::about(settings, &keys, said);
-    let mut council = Council::new(cluster, followed.len());
-    council.seat_more(&asking);
-    // The first to answer may be the one that knows least.
+    let (heard, mut answers) = mpsc::channel(MOST_ASKED);
+    let asking = Asking::about(settings, &keys, heard);
+    let mut nodes = Nodes::new(cluster, followed);
+    nodes.ask_more(&asking);
     let patience = settings.connect_timeout + settings.response_timeout;
-    let most_answered = async {
-        while !council.have_enough_answered()
-            && let Some((node, answer)) = answers.recv().await
-        {
-            council.hear(&node, answer, &asking);
-        }
-    };
-    let _ = timeout(patience, most_answered).await;
+    first_answers(&mut answers, patience, |(node, answer)| {
+        nodes.hear(&node, answer, &asking);
+        nodes.have_enough_answered()
+    })
+    .await;
     loop {
-        council.decide(followed);
-        let owners = council.owners();
-        status.set_lacking(owners.contains(&None));
-        parts.divide(&council.readable(), &owners);
-        council.tell(followed);
+        nodes.decide();
+        let assignments: Vec<Assignment> = nodes.pools.iter().map(PoolKey::assignment).collect();
+        status.set_lacking(assignments.iter().any(|assignment| assignment.owner.is_none()));
+        shards.assign(&assignments);
+        nodes.log_changes();
         tokio::select! {
-            Some((node, answer)) = answers.recv() => council.hear(&node, answer, &asking),
-            Some(hint) = hints.recv() => council.heed(hint, followed, settings.heartbeat_interval),
+            Some((node, answer)) = answers.recv() => nodes.hear(&node, answer, &asking),
+            Some(event) = events.recv() => nodes.note(&event, settings.heartbeat_interval),
             else => return,
         }
     }
@@ -126,172 +113,180 @@ pub(in crate::redis) async fn follow(
 
 /// What is known of the cluster.
 #[derive(Debug)]
-struct Council<'a> {
+struct Nodes<'a> {
     configured: &'a [RedisAddress],
-    /// As the newest answer names them.
+    /// All nodes that the newest answer names.
     known: Vec<RedisAddress>,
-    seats: Vec<Seat>,
-    /// Where the search for the next one to be seated goes on.
+    asked: Vec<AskedNode>,
+    /// Where the search for the next node to ask goes on, in `configured` and `known` together.
     next: usize,
-    /// By pool.
-    places: Vec<Place>,
+    pools: Vec<PoolKey<'a>>,
     last_error: Option<(RedisAddress, RedisError)>,
-    is_silence_told: bool,
+    silence: Condition,
 }
 
-/// Somebody who is asked.
+/// What is known of one pool's key.
 #[derive(Debug)]
-struct Seat {
-    node: RedisAddress,
-    /// `None` before its first answer.
-    answer: Option<Answer>,
-    ask_now: Arc<Notify>,
-    /// Ends with the seat.
-    _listener: JoinSet<()>,
+struct PoolKey<'a> {
+    followed: &'a Followed,
+    slot: u16,
+    owner: QuorumView,
+    /// The node that the key has migrated to, ahead of its slot. The owner is still the same.
+    migrated_to: Option<RedisAddress>,
+    /// A node that turned out not to have the key is not taken for the importing node again before.
+    stays_until: Option<Instant>,
+    unserved: Condition,
 }
 
-/// One pool's key.
-#[derive(Debug, Default)]
-struct Place {
-    owner: Option<Opinion>,
-    /// Where the owner sends us for this key, as long as it is the owner.
-    detour: Option<RedisAddress>,
-    /// A detour that led back is not taken again before.
-    no_detour_until: Option<Instant>,
-    is_lack_told: bool,
-}
-
-impl<'a> Council<'a> {
-    fn new(cluster: &'a Cluster, pools: usize) -> Self {
+impl<'a> PoolKey<'a> {
+    fn new(followed: &'a Followed) -> Self {
         Self {
-            configured: &cluster.nodes,
-            known: Vec::new(),
-            seats: Vec::new(),
-            next: 0,
-            places: (0..pools).map(|_| Place::default()).collect(),
-            last_error: None,
-            is_silence_told: false,
+            followed,
+            slot: slot_of(&followed.key),
+            owner: QuorumView::default(),
+            migrated_to: None,
+            stays_until: None,
+            unserved: Condition::default(),
         }
     }
 
-    /// Somebody answered or failed to. One who fails makes room, so that a few dead nodes never hide the living.
+    /// Decides which node owns the slot, by the last answers of all nodes that are asked.
+    fn decide(&mut self, asked: &[AskedNode]) {
+        let reports: Vec<Option<PrimaryReport>> =
+            asked.iter().map(|node| node.view()?.owner(self.slot).cloned()).collect();
+        let answering = asked.iter().filter_map(AskedNode::view).count();
+        if is_majority(answering, reports.len()) && reports.iter().all(Option::is_none) {
+            // The slot was taken away from its owner, and given to no other node.
+            self.owner.clear();
+            self.migrated_to = None;
+            return;
+        }
+        if let Some(node) = self.owner.update(&reports) {
+            info!(pool = %self.followed.pool, %node, "a node of the cluster owns the weights");
+            self.migrated_to = None;
+        }
+    }
+
+    fn assignment(&self) -> Assignment {
+        let owner = self.owner.primary();
+        let owning = owner.map(|owner| KeyNode { address: owner.clone(), importing_from: None });
+        let importing = self.migrated_to.clone().zip(owner);
+        let importing =
+            importing.map(|(address, owner)| KeyNode { address, importing_from: Some(owner.clone()) });
+        Assignment {
+            pool: self.followed.clone(),
+            reader: importing.or_else(|| owning.clone()),
+            owner: owning,
+        }
+    }
+
+    fn note(&mut self, event: &ClusterEvent, rest: Duration) {
+        let (key, now) = (&self.followed.key, Instant::now());
+        match event {
+            ClusterEvent::KeyMigrated { key: migrated, to }
+                if key == migrated && self.stays_until.is_none_or(|until| until <= now) =>
+            {
+                // An event that comes late may name the node that owns the slot by now.
+                let is_elsewhere = self.owner.primary().is_some_and(|owner| owner != to);
+                self.migrated_to = is_elsewhere.then(|| to.clone());
+            }
+            ClusterEvent::NotMigrated { keys, node }
+                if keys.contains(key) && self.migrated_to.as_ref() == Some(node) =>
+            {
+                (self.migrated_to, self.stays_until) = (None, Some(now + rest));
+            }
+            _ => {}
+        }
+    }
+
+    /// Logs once that no node serves the slot.
+    fn log_unserved(&mut self) {
+        let is_unserved = self.owner.primary().is_none();
+        if self.unserved.changes_to(is_unserved) && is_unserved {
+            let Followed { pool, key, .. } = self.followed;
+            let (error, slot) = (RedisError::SlotUnserved, self.slot);
+            let cure = error.cure();
+            warn!(pool = %pool, key, slot, %error, cure, "cannot watch redis");
+        }
+    }
+}
+
+impl<'a> Nodes<'a> {
+    fn new(cluster: &'a Cluster, followed: &'a [Followed]) -> Self {
+        Self {
+            configured: &cluster.nodes,
+            known: Vec::new(),
+            asked: Vec::new(),
+            next: 0,
+            pools: followed.iter().map(PoolKey::new).collect(),
+            last_error: None,
+            silence: Condition::default(),
+        }
+    }
+
+    /// A node answered or failed to. A node that fails is replaced by another, so that a few dead nodes never hide the living.
     fn hear(&mut self, node: &RedisAddress, answer: Answer, asking: &Asking) {
         match &answer {
             Ok(view) => self.known.clone_from(&view.nodes),
             Err(error) => self.last_error = Some((node.clone(), error.clone())),
         }
-        let Some(place) = self.seats.iter().position(|seat| seat.node == *node) else { return };
-        // The others' answers would be as large: each would be asked in turn for what is not taken in.
-        let failed = answer.as_ref().is_err_and(|error| !connection::is_too_large(error));
-        self.seats[place].answer = Some(answer);
-        self.seat_more(asking);
-        if failed && let Some(other) = self.next_candidate() {
-            // Where few live nodes are left, the dead change places for ever.
-            self.seats[place] = asking.seat(other, Begins::Rested);
+        let Some(index) = self.asked.iter().position(|asked| asked.address == *node) else { return };
+        // Where an answer is too large, the other nodes' answers are as large: no node replaces this one.
+        let is_to_be_replaced = answer.as_ref().is_err_and(|error| !error.is_too_large());
+        self.asked[index].answer = Some(answer);
+        self.ask_more(asking);
+        if is_to_be_replaced && let Some(other) = self.next_candidate() {
+            // Where few live nodes are left, the dead ones replace each other for ever, so the next one waits first.
+            self.asked[index] = asking.ask(other, FirstQuestion::AfterRest);
         }
     }
 
-    fn seat_more(&mut self, asking: &Asking) {
-        while self.seats.len() < MOST_ASKED
+    fn ask_more(&mut self, asking: &Asking) {
+        while self.asked.len() < MOST_ASKED
             && let Some(node) = self.next_candidate()
         {
-            self.seats.push(asking.seat(node, Begins::AtOnce));
+            self.asked.push(asking.ask(node, FirstQuestion::AtOnce));
         }
     }
 
-    /// Somebody who has no seat, in turn.
+    /// The next node that is not asked yet, in the order of the config and of the last answer.
     fn next_candidate(&mut self) -> Option<RedisAddress> {
         let all: Vec<&RedisAddress> = self.configured.iter().chain(&self.known).collect();
-        let turns = (0..all.len()).map(|step| (self.next + step) % all.len());
-        let free = |place: &usize| self.seats.iter().all(|seat| seat.node != *all[*place]);
-        let place = turns.into_iter().find(free)?;
-        self.next = place + 1;
-        Some(all[place].clone())
+        let mut in_order = (0..all.len()).map(|step| (self.next + step) % all.len());
+        let index = in_order.find(|index| self.asked.iter().all(|asked| asked.address != *all[*index]))?;
+        self.next = index + 1;
+        Some(all[index].clone())
     }
 
     fn views(&self) -> impl Iterator<Item = &View> {
-        self.seats.iter().filter_map(|seat| seat.answer.as_ref()?.as_ref().ok())
+        self.asked.iter().filter_map(AskedNode::view)
     }
 
     fn have_enough_answered(&self) -> bool {
-        self.views().count() * 2 > self.seats.len() || self.seats.iter().all(|seat| seat.answer.is_some())
+        is_majority(self.views().count(), self.asked.len())
+            || self.asked.iter().all(|asked| asked.answer.is_some())
     }
 
-    /// Whom each slot belongs to, by what all have said.
-    fn decide(&mut self, followed: &[Followed]) {
-        let (seats, answering) = (&self.seats, self.views().count());
-        for (index, (place, Followed { pool, .. })) in self.places.iter_mut().zip(followed).enumerate() {
-            let opinions: Vec<Option<Opinion>> =
-                seats.iter().map(|seat| seat.answer.as_ref()?.as_ref().ok()?.owners[index].clone()).collect();
-            let Place { owner, detour, .. } = place;
-            if answering * 2 > opinions.len() && opinions.iter().all(Option::is_none) {
-                // Taken away from its owner, and given to nobody.
-                (*owner, *detour) = (None, None);
-                continue;
-            }
-            let Some(chosen) = choose(&opinions, owner.as_ref()).cloned() else { continue };
-            if owner.as_ref().is_none_or(|owner| owner.address != chosen.address) {
-                *detour = None;
-                info!(%pool, node = %chosen.address, "a node of the cluster owns the weights");
-            }
-            *owner = Some(chosen);
-        }
+    fn decide(&mut self) {
+        self.pools.iter_mut().for_each(|pool| pool.decide(&self.asked));
     }
 
-    fn owners(&self) -> Vec<Option<Holder>> {
-        let owner = |place: &Place| Some(place.owner.as_ref()?.address.clone());
-        let holder = |place: &Place| Some(Holder { node: owner(place)?, ahead_of: None });
-        self.places.iter().map(holder).collect()
+    /// A connection has learned something about the cluster: all nodes are asked at once.
+    fn note(&mut self, event: &ClusterEvent, rest: Duration) {
+        self.pools.iter_mut().for_each(|pool| pool.note(event, rest));
+        self.asked.iter().for_each(|asked| asked.ask_now.notify_one());
     }
 
-    fn readable(&self) -> Vec<Option<Holder>> {
-        let holder = |place: &Place| {
-            let owner = place.owner.as_ref()?.address.clone();
-            Some(match &place.detour {
-                Some(node) => Holder { node: node.clone(), ahead_of: Some(owner) },
-                None => Holder { node: owner, ahead_of: None },
-            })
-        };
-        self.places.iter().map(holder).collect()
-    }
-
-    /// A connection has heard something.
-    fn heed(&mut self, hint: Hint, followed: &[Followed], rest: Duration) {
-        let now = Instant::now();
-        for (place, Followed { key, .. }) in self.places.iter_mut().zip(followed) {
-            match &hint {
-                Hint::Ahead { key: ahead, to }
-                    if key == ahead && place.no_detour_until.is_none_or(|until| until <= now) =>
-                {
-                    // Heard late, it may lead to who owns the slot by now.
-                    let is_ahead = place.owner.as_ref().is_some_and(|owner| owner.address != *to);
-                    place.detour = is_ahead.then(|| to.clone());
-                }
-                Hint::NotAhead { keys, node }
-                    if keys.contains(key) && place.detour.as_ref() == Some(node) =>
-                {
-                    (place.detour, place.no_detour_until) = (None, Some(now + rest));
-                }
-                _ => {}
-            }
-        }
-        self.ask_all();
-    }
-
-    fn ask_all(&self) {
-        self.seats.iter().for_each(|seat| seat.ask_now.notify_one());
-    }
-
-    /// Says once that nobody answers and once that somebody does again, and the same of each pool that has no owner.
-    fn tell(&mut self, followed: &[Followed]) {
+    /// Logs once that no node answers and once that one does again, and once for each pool that has no owner.
+    fn log_changes(&mut self) {
         let is_silent = self.views().next().is_none();
-        if std::mem::replace(&mut self.is_silence_told, is_silent) != is_silent {
+        if self.silence.changes_to(is_silent) {
             match &self.last_error {
                 Some((node, error)) if is_silent => {
-                    let cure = if error.is_connection_refusal() {
+                    let cure = if error.is_connection_refused() {
                         "start the nodes, or check redis.cluster.nodes"
                     } else {
-                        connection::cure(error)
+                        error.cure()
                     };
                     warn!(%node, %error, cure, "no node of the cluster says who owns the weights");
                 }
@@ -299,16 +294,8 @@ impl<'a> Council<'a> {
                 _ => info!("a node of the cluster answers again"),
             }
         }
-        if is_silent {
-            return;
-        }
-        for (place, Followed { pool, key, .. }) in self.places.iter_mut().zip(followed) {
-            let lacks = place.owner.is_none();
-            if std::mem::replace(&mut place.is_lack_told, lacks) != lacks && lacks {
-                let (error, slot) = (RedisError::from(Trouble::NoOwner), slot_of(key));
-                let cure = connection::cure(&error);
-                warn!(pool = %pool, key, slot, %error, cure, "cannot watch redis");
-            }
+        if !is_silent {
+            self.pools.iter_mut().for_each(PoolKey::log_unserved);
         }
     }
 }

@@ -14,20 +14,20 @@ const SHORTEST_REST: Duration = Duration::from_millis(20);
 
 /// The rests between questions to one server.
 #[derive(Debug)]
-pub(in crate::redis) struct NoticePace {
+pub(super) struct NoticePace {
     rest: Duration,
     longest: Duration,
 }
 
 impl NoticePace {
     /// Messages that bring no news are not heeded more often than once in `longest`.
-    pub(in crate::redis) fn new(longest: Duration) -> Self {
+    pub(super) fn new(longest: Duration) -> Self {
         Self { rest: SHORTEST_REST.min(longest), longest }
     }
 
     /// Rests after a question, then waits for a message, at most until `next`. `is_news`: the answer was another than the one
     /// before.
-    pub(in crate::redis) async fn wait(&mut self, is_news: bool, next: Instant, messages: &Notify) {
+    pub(super) async fn wait(&mut self, is_news: bool, next: Instant, messages: &Notify) {
         if is_news {
             self.rest = SHORTEST_REST.min(self.longest);
         }

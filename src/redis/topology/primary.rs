@@ -1,84 +1,79 @@
-//! Which server is followed: the one that the config names, the one that the sentinels name just now, or a node of a
-//! cluster.
+//! The server that tables are read from: the one in the config, the one that sentinels name, or a node of a cluster.
 //!
-//! Known to all connections to it, so that they leave together. `sentinel.rs` and `cluster.rs` find it out. A cluster's node
-//! stays the same as long as its part does (`parts.rs`).
+//! All connections to it share one [`Primary`], so that they leave it together. `sentinel.rs` sets its address. The node of a
+//! cluster stays the same for as long as its shard exists (`shards.rs`).
 
 use std::sync::Arc;
 
-use redis::{PushInfo, RedisError};
+use redis::PushInfo;
 use tokio::sync::watch;
 
-use super::parts::Holder;
-use super::redirect::Guide;
+use super::routed::{KeyNode, Route, RoutedConnection};
 use crate::config::{Redis, RedisAddress};
-use crate::redis::wire::connection::{self, Connection, Server};
-use crate::redis::wire::error::Trouble;
+use crate::redis::wire::connection::Server;
+use crate::redis::wire::error::RedisError;
 
 /// The server that tables are read from.
 #[derive(Debug)]
 pub(in crate::redis) struct Primary {
+    /// `None` until sentinels have named it.
     address: watch::Sender<Option<RedisAddress>>,
-    /// Sentinels or a cluster name it, so it has to be what they say.
+    /// Sentinels or a cluster name the server, so it has to be a primary.
     is_named: bool,
-    /// In a cluster.
-    guide: Option<Arc<Guide>>,
+    /// `None` outside of a cluster.
+    route: Option<Arc<Route>>,
 }
 
 impl Primary {
-    /// Known at once, unless sentinels have to be asked.
-    pub(in crate::redis) fn of(settings: &Redis) -> Self {
+    /// Its address is known at once, unless sentinels have to be asked.
+    pub(super) fn of(settings: &Redis) -> Self {
         let is_named = matches!(settings.address, RedisAddress::Sentinel(_));
         let address = (!is_named).then(|| settings.address.clone());
-        Self { address: watch::channel(address).0, is_named, guide: None }
+        Self { address: watch::channel(address).0, is_named, route: None }
     }
 
-    /// The node that `guide` is for.
-    pub(in crate::redis) fn in_cluster(guide: Guide) -> Self {
-        let address = watch::channel(Some(guide.node.clone())).0;
-        Self { address, is_named: true, guide: Some(Arc::new(guide)) }
+    /// The node of a cluster that `route` leads to.
+    pub(super) fn in_cluster(route: Route) -> Self {
+        let address = watch::channel(Some(route.node.address.clone())).0;
+        Self { address, is_named: true, route: Some(Arc::new(route)) }
     }
 
-    pub(in crate::redis) fn is_held_by(&self, holder: &Holder) -> bool {
-        self.guide
-            .as_ref()
-            .is_some_and(|guide| guide.node == holder.node && guide.ahead_of == holder.ahead_of)
+    pub(super) fn is(&self, node: &KeyNode) -> bool {
+        self.route.as_ref().is_some_and(|route| route.node == *node)
     }
 
-    /// Connects to it at `address`, where it was last known to be. Pushed messages go to `on_push`.
+    /// Connects to it at `address`, its last known one. Pushed messages go to `on_push`.
     pub(in crate::redis) async fn open(
         &self,
         settings: &Redis,
         address: &RedisAddress,
         on_push: impl Fn(PushInfo) + Send + Sync + 'static,
-    ) -> Result<Connection, RedisError> {
-        let connection = connection::open_at(settings, address, on_push).await?;
-        Ok(connection.guided(self.guide.clone()))
+    ) -> Result<RoutedConnection, RedisError> {
+        RoutedConnection::open(settings, address, self.route.clone(), on_push).await
     }
 
-    /// It does not answer, or not as a primary: in a cluster another may have taken over.
-    pub(in crate::redis) fn is_lost(&self) {
-        if let Some(guide) = &self.guide {
-            guide.is_lost();
+    /// Reports that it does not answer, or not as a primary: in a cluster another node may have taken over.
+    pub(in crate::redis) fn report_lost(&self) {
+        if let Some(route) = &self.route {
+            route.report_lost();
         }
     }
 
-    /// It is at `address` from now on.
-    pub(in crate::redis) fn set(&self, address: RedisAddress) {
+    pub(super) fn set_address(&self, address: RedisAddress) {
         self.address.send_replace(Some(address));
     }
 
-    /// Waits until it is known. Cancel safe.
+    /// Waits until its address is known. Cancel safe.
     pub(in crate::redis) async fn known(&self) -> RedisAddress {
         let mut addresses = self.address.subscribe();
         match addresses.wait_for(Option::is_some).await.map(|address| address.clone()) {
             Ok(Some(address)) => address,
-            // The sender is `self`.
+            // Cannot happen: the sender is a field of `self`.
             Ok(None) | Err(_) => std::future::pending().await,
         }
     }
 
-    /// Waits until it is elsewhere than at `address`. Cancel safe.
+    /// Waits until its address is another one than `address`. Cancel safe.
     pub(in crate::redis) async fn moved_from(&self, address: &RedisAddress) {
         let mut addresses = self.address.subscribe();
         if addresses.wait_for(|now| now.as_ref().is_some_and(|now| now != address)).await.is_err() {
@@ -86,13 +81,13 @@ impl Primary {
         }
     }
 
-    /// A server that sentinels or a cluster name and that is a replica is not the primary yet, or not any more.
+    /// Checks that a server which sentinels or a cluster name is a primary: a replica is not yet one, or not any more.
     ///
     /// # Errors
     /// It has to be the primary, and says that it is not.
     pub(in crate::redis) fn check(&self, server: &Server) -> Result<(), RedisError> {
-        if self.is_named && server.role != "master" {
-            return Err(Trouble::NotPrimary(server.role.clone()).into());
+        if self.is_named && !server.is_primary() {
+            return Err(RedisError::NotPrimary(server.role.clone()));
         }
         Ok(())
     }

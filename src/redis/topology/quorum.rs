@@ -1,80 +1,154 @@
-//! Whom to follow, where several were asked and some may be wrong: the sentinels, or the nodes of a cluster.
+//! Decides which server is the primary, where several were asked and some may be wrong: sentinels, or nodes of a cluster.
 //!
-//! Each failover, and each move of a slot, raises an epoch, so that whoever was cut off meanwhile can be told from the others.
+//! Each failover, and each move of a slot, raises an epoch. So a report with an older epoch comes from a sentinel or node that was
+//! cut off meanwhile.
+
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::time::timeout;
 
 use crate::config::RedisAddress;
 
-/// What one of those that are asked says of the primary.
+/// What one sentinel or node reports about the primary.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::redis) struct Opinion {
-    /// Of the configuration: each failover raises it.
-    pub(in crate::redis) epoch: u64,
-    pub(in crate::redis) address: RedisAddress,
-    /// It takes that server for dead.
-    pub(in crate::redis) is_down: bool,
+pub(super) struct PrimaryReport {
+    /// The epoch of the configuration: each failover raises it.
+    pub(super) epoch: u64,
+    pub(super) address: RedisAddress,
+    /// It considers that server down.
+    pub(super) is_down: bool,
 }
 
-/// Whom to follow: the newest configuration, unless its server is down. `None`: stay with `present`.
+/// The primary by what a majority reports.
+#[derive(Debug, Default)]
+pub(super) struct QuorumView {
+    current: Option<PrimaryReport>,
+}
+
+impl QuorumView {
+    /// Takes the last reports of all that are asked, `None` for those without one. Returns the primary if it is another one than
+    /// before.
+    pub(super) fn update(&mut self, reports: &[Option<PrimaryReport>]) -> Option<&RedisAddress> {
+        let chosen = choose(reports, self.current.as_ref())?.clone();
+        let before = self.current.replace(chosen);
+        self.primary().filter(|primary| before.is_none_or(|before| before.address != **primary))
+    }
+
+    pub(super) fn primary(&self) -> Option<&RedisAddress> {
+        self.current.as_ref().map(|current| &current.address)
+    }
+
+    /// Forgets the primary.
+    pub(super) fn clear(&mut self) {
+        self.current = None;
+    }
+}
+
+/// The report to follow: one with the newest epoch whose server is not down. `None`: stay with `current`.
 ///
-/// An older one than `present`'s counts only where most sentinels answer and none knows better: then they were set up
-/// anew. Otherwise the one that was cut off during a failover would lead back to the old primary.
-pub(in crate::redis) fn choose<'a>(
-    opinions: &'a [Option<Opinion>],
-    present: Option<&Opinion>,
-) -> Option<&'a Opinion> {
-    let answering = opinions.iter().flatten().count();
-    let newest = opinions.iter().flatten().map(|opinion| opinion.epoch).max()?;
-    if present.is_some_and(|present| newest < present.epoch) && answering * 2 <= opinions.len() {
+/// An epoch older than `current`'s counts only where a majority answers and no answer has a newer one: then the sentinels or
+/// nodes were set up anew. Without that rule, one that was cut off during a failover would lead back to the old primary.
+pub(super) fn choose<'a>(
+    reports: &'a [Option<PrimaryReport>],
+    current: Option<&PrimaryReport>,
+) -> Option<&'a PrimaryReport> {
+    let answering = reports.iter().flatten().count();
+    let newest = reports.iter().flatten().map(|report| report.epoch).max()?;
+    if current.is_some_and(|current| newest < current.epoch) && !is_majority(answering, reports.len()) {
         return None;
     }
-    let up = || opinions.iter().flatten().filter(|opinion| opinion.epoch == newest && !opinion.is_down);
-    // Where they differ over one epoch, the present one stays, so that nothing swings.
-    up().find(|opinion| present.is_some_and(|present| present.address == opinion.address))
+    let up = || reports.iter().flatten().filter(|report| report.epoch == newest && !report.is_down);
+    // Where reports of one epoch differ, the current primary stays, so that it does not alternate.
+    up().find(|report| current.is_some_and(|current| current.address == report.address))
         .or_else(|| up().next())
+}
+
+pub(super) fn is_majority(some: usize, all: usize) -> bool {
+    some * 2 > all
+}
+
+/// Gives the first answers to `hear` until that returns true, and for `limit` at most: the first to answer may be the one
+/// that was cut off.
+pub(super) async fn first_answers<T>(
+    answers: &mut mpsc::Receiver<T>,
+    limit: Duration,
+    mut hear: impl FnMut(T) -> bool,
+) {
+    let enough = async {
+        while let Some(answer) = answers.recv().await {
+            if hear(answer) {
+                return;
+            }
+        }
+    };
+    // Without enough answers the caller goes on with those that came.
+    let _ = timeout(limit, enough).await;
+}
+
+/// A condition of which only the changes are logged.
+#[derive(Debug, Default)]
+pub(super) struct Condition(bool);
+
+impl Condition {
+    /// True where `is` is another value than the last one. It begins with false.
+    pub(super) fn changes_to(&mut self, is: bool) -> bool {
+        std::mem::replace(&mut self.0, is) != is
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn opinion(epoch: u64, port: u16) -> Option<Opinion> {
+    fn report(epoch: u64, port: u16) -> Option<PrimaryReport> {
         let address = RedisAddress::Tcp { host: "10.0.0.1".into(), port };
-        Some(Opinion { epoch, address, is_down: false })
+        Some(PrimaryReport { epoch, address, is_down: false })
     }
 
-    fn down(epoch: u64, port: u16) -> Option<Opinion> {
-        opinion(epoch, port).map(|opinion| Opinion { is_down: true, ..opinion })
+    fn down(epoch: u64, port: u16) -> Option<PrimaryReport> {
+        report(epoch, port).map(|report| PrimaryReport { is_down: true, ..report })
     }
 
     #[track_caller]
-    fn chosen(opinions: &[Option<Opinion>], present: Option<Opinion>) -> Option<u16> {
-        choose(opinions, present.as_ref()).map(|opinion| match opinion.address {
+    fn chosen(reports: &[Option<PrimaryReport>], current: Option<PrimaryReport>) -> Option<u16> {
+        choose(reports, current.as_ref()).map(|report| match report.address {
             RedisAddress::Tcp { port, .. } => port,
-            _ => panic!("{opinion:?}"),
+            _ => panic!("{report:?}"),
         })
     }
 
     #[test]
-    fn the_newest_configuration_wins_and_a_server_that_is_down_is_nobody() {
-        assert_eq!(chosen(&[opinion(1, 1), opinion(2, 2), opinion(1, 1)], opinion(1, 1)), Some(2));
-        assert_eq!(chosen(&[down(1, 1), down(1, 1), None], opinion(1, 1)), None);
-        assert_eq!(chosen(&[down(1, 1), opinion(1, 1), None], None), Some(1));
-        assert_eq!(chosen(&[None, None, None], opinion(1, 1)), None);
-        // The newest is down: the old one, which one sentinel still takes for the primary, is no way back.
-        assert_eq!(chosen(&[down(2, 2), opinion(1, 1), down(2, 2)], opinion(2, 2)), None);
+    fn the_newest_epoch_wins_and_a_server_that_is_down_is_not_chosen() {
+        assert_eq!(chosen(&[report(1, 1), report(2, 2), report(1, 1)], report(1, 1)), Some(2));
+        assert_eq!(chosen(&[down(1, 1), down(1, 1), None], report(1, 1)), None);
+        assert_eq!(chosen(&[down(1, 1), report(1, 1), None], None), Some(1));
+        assert_eq!(chosen(&[None, None, None], report(1, 1)), None);
+        // The newest is down: the old primary, which one sentinel still reports, is not chosen instead.
+        assert_eq!(chosen(&[down(2, 2), report(1, 1), down(2, 2)], report(2, 2)), None);
     }
 
     #[test]
     fn one_sentinel_that_was_cut_off_does_not_lead_back() {
-        assert_eq!(chosen(&[opinion(1, 1), None, None], opinion(2, 2)), None);
-        assert_eq!(chosen(&[opinion(1, 1), opinion(2, 2), None], opinion(2, 2)), Some(2));
-        // Set up anew, they count from the beginning.
-        assert_eq!(chosen(&[opinion(0, 3), opinion(0, 3), None], opinion(2, 2)), Some(3));
+        assert_eq!(chosen(&[report(1, 1), None, None], report(2, 2)), None);
+        assert_eq!(chosen(&[report(1, 1), report(2, 2), None], report(2, 2)), Some(2));
+        // Sentinels that are set up anew count from the beginning.
+        assert_eq!(chosen(&[report(0, 3), report(0, 3), None], report(2, 2)), Some(3));
     }
 
     #[test]
-    fn a_tie_leaves_things_as_they_are() {
-        assert_eq!(chosen(&[opinion(1, 1), opinion(1, 2)], opinion(1, 2)), Some(2));
-        assert_eq!(chosen(&[opinion(1, 1), opinion(1, 2)], opinion(1, 1)), Some(1));
+    fn two_reports_of_one_epoch_leave_the_current_primary() {
+        assert_eq!(chosen(&[report(1, 1), report(1, 2)], report(1, 2)), Some(2));
+        assert_eq!(chosen(&[report(1, 1), report(1, 2)], report(1, 1)), Some(1));
+    }
+
+    #[test]
+    fn a_view_reports_a_new_primary_once() {
+        let mut view = QuorumView::default();
+        assert_eq!(view.update(&[None, None]), None);
+        assert!(view.update(&[report(1, 1), None]).is_some());
+        assert!(view.update(&[report(1, 1), None]).is_none());
+        assert!(view.update(&[report(1, 1), report(2, 2)]).is_some());
+        assert!(view.update(&[report(1, 1), report(2, 2)]).is_none());
     }
 }

@@ -1,134 +1,118 @@
-//! Asks sentinels which server is the primary, and hears when that changes.
+//! Asks sentinels which server is the primary, and follows their answers.
 //!
-//! All of them are asked, each over a connection of its own: at every heartbeat, and at once when one of them tells of a
-//! failover. The newest configuration wins, by its epoch. So one sentinel that is cut off, or a primary that was frozen and
-//! thinks that it still is one, misleads nobody. The library's own client asks one sentinel and does not listen.
+//! All sentinels are asked, each over a connection of its own: at every heartbeat, and at once when one of them announces a
+//! failover. The configuration with the newest epoch wins. So neither a sentinel that is cut off, nor an old primary that was
+//! frozen, misleads the proxy. The redis crate's own client asks one sentinel and does not subscribe.
 
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::sync::Arc;
 
-use redis::{ErrorKind, RedisError};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep};
 use tracing::{debug, info, warn};
 
 use super::notice_pace::NoticePace;
 use super::primary::Primary;
-use super::quorum::{Opinion, choose};
+use super::quorum::{Condition, PrimaryReport, QuorumView, choose, first_answers};
 use crate::config::{Redis, RedisAddress, Sentinel};
 use crate::control::backoff::{jittered, spread};
 use crate::redis::wire::connection::{self, Connection};
-use crate::redis::wire::error::Trouble;
+use crate::redis::wire::error::RedisError;
 
-/// Of a failover: the new primary has taken over; everybody knows. The first comes up to seconds before the other.
+/// The events of a failover: the new primary has taken over; all sentinels know it. The second may come seconds after the first.
 const EVENTS: [&str; 2] = ["+promoted-slave", "+switch-master"];
 
-/// An answer, or that there is none.
-type Answer = Result<Opinion, RedisError>;
+/// What a sentinel reports, or why it does not answer.
+type Answer = Result<PrimaryReport, RedisError>;
 
 /// Asks each sentinel once, within the time of one connection and one answer.
 ///
 /// # Errors
-/// None names a primary that is up.
-pub(in crate::redis) async fn find(
-    settings: &Redis,
-    sentinel: &Arc<Sentinel>,
-) -> Result<RedisAddress, RedisError> {
+/// No sentinel names a primary that is up.
+pub(super) async fn find(settings: &Redis, sentinel: &Arc<Sentinel>) -> Result<RedisAddress, RedisError> {
     let mut questions = JoinSet::new();
-    for place in 0..sentinel.nodes.len() {
+    for node in sentinel.nodes.clone() {
         let (settings, sentinel) = (settings.clone(), Arc::clone(sentinel));
         questions.spawn(async move {
-            let node = &sentinel.nodes[place];
-            let mut connection = connection::open_sentinel(&settings, &sentinel, node, |_| {}).await?;
+            let mut connection = connection::open_sentinel(&settings, &sentinel, &node, |_| {}).await?;
             ask(&mut connection, &settings, &sentinel.master).await
         });
     }
     let answers: Vec<Answer> = questions.join_all().await;
-    let opinions: Vec<_> = answers.iter().map(|answer| answer.as_ref().ok().cloned()).collect();
-    match choose(&opinions, None) {
+    let reports: Vec<_> = answers.iter().map(|answer| answer.as_ref().ok().cloned()).collect();
+    match choose(&reports, None) {
         Some(chosen) => Ok(chosen.address.clone()),
-        None => Err(answers.into_iter().find_map(Result::err).unwrap_or_else(|| Trouble::NoPrimary.into())),
+        None => Err(answers.into_iter().find_map(Result::err).unwrap_or(RedisError::NoPrimary)),
     }
 }
 
-/// Keeps `primary` what the sentinels say, until it is dropped.
+/// Keeps the address of `primary` what the sentinels report, until it is dropped.
 pub(in crate::redis) async fn follow(settings: &Redis, sentinel: &Arc<Sentinel>, primary: &Primary) {
     let settings = Arc::new(settings.clone());
-    let (said, mut answers) = mpsc::channel(sentinel.nodes.len());
+    let (heard, mut answers) = mpsc::channel(sentinel.nodes.len());
     let mut listeners = JoinSet::new();
-    for place in 0..sentinel.nodes.len() {
+    for index in 0..sentinel.nodes.len() {
         let listener = Listener {
             settings: Arc::clone(&settings),
             sentinel: Arc::clone(sentinel),
-            place,
-            said: said.clone(),
+            index,
+            heard: heard.clone(),
         };
         listeners.spawn(listener.run());
     }
-    let mut council = Council::new(sentinel.nodes.len());
-    // The first to answer may be the one that knows least.
+    let mut sentinels = Sentinels::new(sentinel.nodes.len());
     let patience = settings.connect_timeout + settings.response_timeout;
-    let all_answered = async {
-        while !council.have_all_answered()
-            && let Some((place, answer)) = answers.recv().await
-        {
-            council.hear(place, answer);
-        }
-    };
-    let _ = timeout(patience, all_answered).await;
+    first_answers(&mut answers, patience, |(index, answer)| {
+        sentinels.hear(index, answer);
+        sentinels.have_all_answered()
+    })
+    .await;
     loop {
-        if let Some(address) = council.decide() {
+        if let Some(address) = sentinels.new_primary() {
             info!(primary = %address, master = sentinel.master, "the sentinels name the primary");
-            primary.set(address);
+            primary.set_address(address);
         }
-        council.tell(&sentinel.master);
-        let Some((place, answer)) = answers.recv().await else { return };
-        council.hear(place, answer);
+        sentinels.log_silence(&sentinel.master);
+        let Some((index, answer)) = answers.recv().await else { return };
+        sentinels.hear(index, answer);
     }
 }
 
-/// What is known of all sentinels.
+/// What all sentinels have answered.
 #[derive(Debug)]
-struct Council {
-    /// By sentinel: `None` before its first answer.
+struct Sentinels {
+    /// By the sentinel's index in the config. `None` before its first answer.
     answers: Vec<Option<Answer>>,
-    present: Option<Opinion>,
-    is_silence_told: bool,
+    view: QuorumView,
+    silence: Condition,
 }
 
-impl Council {
+impl Sentinels {
     fn new(nodes: usize) -> Self {
-        Self { answers: vec![None; nodes], present: None, is_silence_told: false }
+        Self { answers: vec![None; nodes], view: QuorumView::default(), silence: Condition::default() }
     }
 
-    fn hear(&mut self, place: usize, answer: Answer) {
-        self.answers[place] = Some(answer);
+    fn hear(&mut self, index: usize, answer: Answer) {
+        self.answers[index] = Some(answer);
     }
 
     fn have_all_answered(&self) -> bool {
         self.answers.iter().all(Option::is_some)
     }
 
-    /// The address of a primary that is not the one before.
-    fn decide(&mut self) -> Option<RedisAddress> {
-        let opinions: Vec<_> = self
-            .answers
-            .iter()
-            .map(|answer| answer.as_ref().and_then(|a| a.as_ref().ok()).cloned())
-            .collect();
-        let chosen = choose(&opinions, self.present.as_ref())?.clone();
-        let is_news = self.present.as_ref().is_none_or(|present| present.address != chosen.address);
-        let address = is_news.then(|| chosen.address.clone());
-        self.present = Some(chosen);
-        address
+    /// The address of the primary, if it is another one than before.
+    fn new_primary(&mut self) -> Option<RedisAddress> {
+        let report = |answer: &Option<Answer>| answer.as_ref()?.as_ref().ok().cloned();
+        let reports: Vec<_> = self.answers.iter().map(report).collect();
+        self.view.update(&reports).cloned()
     }
 
-    /// Says once that nobody answers, and once that somebody does again.
-    fn tell(&mut self, master: &str) {
+    /// Logs once that no sentinel answers, and once that one does again.
+    fn log_silence(&mut self, master: &str) {
         let is_silent = self.answers.iter().all(|answer| !matches!(answer, Some(Ok(_))));
-        if std::mem::replace(&mut self.is_silence_told, is_silent) == is_silent {
+        if !self.silence.changes_to(is_silent) {
             return;
         }
         if !is_silent {
@@ -136,17 +120,17 @@ impl Council {
             return;
         }
         let error = self.answers.iter().flatten().find_map(|answer| answer.as_ref().err());
-        let cure = error.map_or("", |error| match (error.kind(), error.code()) {
-            (ErrorKind::AuthenticationFailed, _) | (_, Some("WRONGPASS" | "NOAUTH")) => {
+        let cure = match error {
+            Some(error) if error.is_authentication() => {
                 "check redis.sentinel.username and redis.sentinel.password"
             }
-            _ => connection::cure(error),
-        });
+            Some(error) => error.cure(),
+            None => "",
+        };
         let error = error.map(ToString::to_string).unwrap_or_default();
-        match &self.present {
-            Some(present) => {
-                let primary = &present.address;
-                warn!(%primary, master, error, cure, "no sentinel answers, going on with the primary that is known");
+        match self.view.primary() {
+            Some(primary) => {
+                warn!(%primary, master, error, cure, "no sentinel answers, keeping the last known primary");
             }
             None => warn!(master, error, cure, "no sentinel names a primary"),
         }
@@ -157,17 +141,18 @@ impl Council {
 struct Listener {
     settings: Arc<Redis>,
     sentinel: Arc<Sentinel>,
-    place: usize,
-    said: mpsc::Sender<(usize, Answer)>,
+    /// The sentinel's index in the config.
+    index: usize,
+    heard: mpsc::Sender<(usize, Answer)>,
 }
 
 impl Listener {
     async fn run(self) {
         loop {
             let Err(error) = self.listen().await;
-            let node = &self.sentinel.nodes[self.place];
+            let node = &self.sentinel.nodes[self.index];
             debug!(sentinel = %node, %error, "a sentinel does not answer");
-            if self.said.send((self.place, Err(error))).await.is_err() {
+            if self.heard.send((self.index, Err(error))).await.is_err() {
                 return;
             }
             sleep(spread(self.settings.heartbeat_interval)).await;
@@ -175,82 +160,81 @@ impl Listener {
     }
 
     async fn listen(&self) -> Result<Infallible, RedisError> {
-        let Self { settings, sentinel, place, said } = self;
-        let told = Arc::new(Notify::new());
+        let Self { settings, sentinel, index, heard } = self;
+        let pushed = Arc::new(Notify::new());
         let on_push = {
-            let told = Arc::clone(&told);
-            // Whatever it is, even its end: asking shows what it means.
-            move |_| told.notify_one()
+            let pushed = Arc::clone(&pushed);
+            // Any message, even the end of the connection: the next question shows what it means.
+            move |_| pushed.notify_one()
         };
-        let mut connection =
-            connection::open_sentinel(settings, sentinel, &sentinel.nodes[*place], on_push).await?;
+        let node = &sentinel.nodes[*index];
+        let mut connection = connection::open_sentinel(settings, sentinel, node, on_push).await?;
         for event in EVENTS {
             match connection.subscribe(event).await {
-                // The heartbeat finds it, too, later.
-                Err(error) if connection::is_refusal(&error) => {
-                    debug!(%error, event, "a sentinel tells nothing")
+                // Then the failover is found later, at the next heartbeat.
+                Err(error) if error.is_refusal() => {
+                    debug!(sentinel = %node, %error, event, "a sentinel refuses to announce failovers");
                 }
                 result => result?,
             }
         }
-        // It tells of the failovers of all masters that it watches, not of ours alone.
+        // It announces the failovers of all masters that it watches, not only of this one.
         let (mut pace, mut last) = (NoticePace::new(settings.heartbeat_interval), None);
         loop {
             let asked = Instant::now();
-            let opinion = ask(&mut connection, settings, &sentinel.master).await?;
-            let is_news = last.replace(opinion.clone()).as_ref() != Some(&opinion);
-            if said.send((*place, Ok(opinion))).await.is_err() {
+            let report = ask(&mut connection, settings, &sentinel.master).await?;
+            let is_news = last.replace(report.clone()).as_ref() != Some(&report);
+            if heard.send((*index, Ok(report))).await.is_err() {
                 return std::future::pending().await;
             }
-            pace.wait(is_news, asked + jittered(settings.heartbeat_interval), &told).await;
+            pace.wait(is_news, asked + jittered(settings.heartbeat_interval), &pushed).await;
         }
     }
 }
 
 /// The address comes from GET-MASTER-ADDR-BY-NAME: in a failover it names the new primary as soon as that has taken over,
-/// while MASTER goes on with the old one under the new epoch. It is asked last, so that it is never older than the epoch.
+/// while MASTER still names the old one under the new epoch. It is asked last, so that it is never older than the epoch.
 async fn ask(connection: &mut Connection, settings: &Redis, master: &str) -> Answer {
     let question = |what: &str| redis::cmd("SENTINEL").arg(what).arg(master).to_owned();
-    let fields: Result<HashMap<String, String>, RedisError> =
-        question("MASTER").query_async(connection).await;
+    let fields: Result<HashMap<String, String>, RedisError> = connection.query(&question("MASTER")).await;
     let fields = match fields {
         Err(error) if error.detail().is_some_and(|text| text.contains("No such master")) => {
-            return Err(Trouble::UnknownMaster.into());
+            return Err(RedisError::UnknownMaster);
         }
         fields => fields?,
     };
-    let named: Option<(String, u16)> = question("GET-MASTER-ADDR-BY-NAME").query_async(connection).await?;
-    let (host, port) = named.ok_or(Trouble::UnknownMaster)?;
+    let named: Option<(String, u16)> = connection.query(&question("GET-MASTER-ADDR-BY-NAME")).await?;
+    let (host, port) = named.ok_or(RedisError::UnknownMaster)?;
     let field = |name: &str| fields.get(name).map_or("", String::as_str);
-    let is_its_own = field("ip") == host && field("port").parse() == Ok(port);
-    let is_down = is_its_own && field("flags").split(',').any(|flag| ["s_down", "o_down"].contains(&flag));
+    // The flags are those of the server that MASTER names.
+    let is_same_server = field("ip") == host && field("port").parse() == Ok(port);
+    let is_down =
+        is_same_server && field("flags").split(',').any(|flag| ["s_down", "o_down"].contains(&flag));
     let epoch = field("config-epoch").parse().unwrap_or(0);
     let address = match settings.tls {
         Some(_) => RedisAddress::Tls { host, port },
         None => RedisAddress::Tcp { host, port },
     };
-    Ok(Opinion { epoch, address, is_down })
+    Ok(PrimaryReport { epoch, address, is_down })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn opinion(epoch: u64, port: u16) -> Option<Opinion> {
-        let address = RedisAddress::Tcp { host: "10.0.0.1".into(), port };
-        Some(Opinion { epoch, address, is_down: false })
-    }
-
     #[test]
-    fn a_council_tells_of_a_primary_once() {
-        let mut council = Council::new(2);
-        let answer = |epoch, port| Ok(opinion(epoch, port).expect("an opinion"));
-        assert_eq!(council.decide(), None);
-        council.hear(0, answer(1, 1));
-        assert!(council.decide().is_some() && council.decide().is_none());
-        council.hear(1, Err(Trouble::Silent.into()));
-        assert!(council.have_all_answered() && council.decide().is_none());
-        council.hear(1, answer(2, 2));
-        assert!(council.decide().is_some() && council.decide().is_none());
+    fn a_new_primary_is_reported_once() {
+        let mut sentinels = Sentinels::new(2);
+        let answer = |epoch, port| {
+            let address = RedisAddress::Tcp { host: "10.0.0.1".into(), port };
+            Ok(PrimaryReport { epoch, address, is_down: false })
+        };
+        assert_eq!(sentinels.new_primary(), None);
+        sentinels.hear(0, answer(1, 1));
+        assert!(sentinels.new_primary().is_some() && sentinels.new_primary().is_none());
+        sentinels.hear(1, Err(RedisError::NoAnswer));
+        assert!(sentinels.have_all_answered() && sentinels.new_primary().is_none());
+        sentinels.hear(1, answer(2, 2));
+        assert!(sentinels.new_primary().is_some() && sentinels.new_primary().is_none());
     }
 }

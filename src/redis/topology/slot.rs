@@ -7,7 +7,7 @@ use crate::config::hash_tag;
 const SLOTS: u16 = 16_384;
 const POLYNOMIAL: u16 = 0x1021;
 
-pub(in crate::redis) fn slot_of(key: &str) -> u16 {
+pub(super) fn slot_of(key: &str) -> u16 {
     crc16(hash_tag(key).unwrap_or(key).as_bytes()) % SLOTS
 }
 

@@ -15,14 +15,16 @@ pub use crate::redis::fleet::applied::{LANDING, Report, Reports};
 pub use crate::redis::fleet::content::ContentHash;
 pub use crate::redis::fleet::unusable::{ReportedReason, UnusableReport};
 
-use redis::{Cmd, RedisError, Value};
+use redis::{Cmd, Value};
 
 use crate::balance::{BackendId, Weight};
 use crate::config::Redis;
 use crate::redis::fleet::applied;
 use crate::redis::schema::companion::Companions;
+use crate::redis::topology::find;
+use crate::redis::topology::routed::RoutedConnection;
 use crate::redis::wire::LARGEST_REPLY_BYTES;
-use crate::redis::wire::connection::{self, Connection};
+use crate::redis::wire::error::RedisError;
 
 const SCRIPT: &str = include_str!("weights.lua");
 /// As many as a proxy reads (`sync.rs`).
@@ -68,7 +70,7 @@ pub enum Order {
 /// The weights, version and history of one pool.
 #[derive(Debug)]
 pub struct Ledger {
-    connection: Connection,
+    connection: RoutedConnection,
     address: String,
     key: String,
     companions: Companions,
@@ -81,9 +83,9 @@ impl Ledger {
     /// Redis is not there, or refuses this user.
     pub async fn open(settings: &Redis, key: &str) -> Result<Self, WeightsError> {
         let written = &settings.address;
-        let found = connection::find(settings, key).await;
+        let found = find::find(settings, key).await;
         let found = found.map_err(|error| refusal::not_found(written, &error))?;
-        match connection::open_found(settings, &found).await {
+        match find::open(settings, &found).await {
             Ok(connection) => {
                 let (address, companions) = (found.to_string(), Companions::of(key));
                 Ok(Self { connection, address, key: key.to_owned(), companions })
@@ -125,7 +127,7 @@ impl Ledger {
             }
         };
         let change = self.command("EVAL", wanted, expected, author, &words);
-        let answer = change.query_async(&mut self.connection).await;
+        let answer = self.connection.query(&change).await;
         let answer = answer.map_err(|error| self.refused(&error, refusal::Asked::ToWrite))?;
         answer::done(answer, &self.key, expected)
     }
@@ -136,8 +138,8 @@ impl Ledger {
     /// Redis is away, or refuses.
     pub async fn history(&mut self, limit: usize) -> Result<History, WeightsError> {
         let notice = self.command("EVAL", "notice", None, &Author::default(), &[]);
-        let noticed = match notice.query_async(&mut self.connection).await {
-            Err(error) if !connection::is_refusal(&error) => {
+        let noticed = match self.connection.query(&notice).await {
+            Err(error) if !error.is_refusal() => {
                 return Err(self.refused(&error, refusal::Asked::ToRead));
             }
             Err(_) => false,
@@ -162,7 +164,7 @@ impl Ledger {
             let count = PAGE.min(limit - entries.len());
             let mut page = redis::cmd("XREVRANGE");
             page.arg(&self.companions.history).arg(from).arg("-").arg("COUNT").arg(count);
-            let page: Vec<Value> = page.query_async(&mut self.connection).await?;
+            let page: Vec<Value> = self.connection.query(&page).await?;
             let Some(last) = page.last().and_then(answer::id).filter(|_| page.len() == count) else {
                 entries.extend(page);
                 break;
@@ -184,9 +186,11 @@ impl Ledger {
 
     /// Runs a script that writes nothing. Redis 6.2 knows no EVAL_RO, and an older ACL does not name it.
     async fn read(&mut self, command: impl Fn(&Self, &str) -> Cmd) -> Result<Vec<Value>, RedisError> {
-        let answer = command(self, "EVAL_RO").query_async(&mut self.connection).await;
-        if answer.as_ref().is_err_and(connection::is_refusal) {
-            return command(self, "EVAL").query_async(&mut self.connection).await;
+        let question = command(self, "EVAL_RO");
+        let answer = self.connection.query(&question).await;
+        if answer.as_ref().is_err_and(RedisError::is_refusal) {
+            let question = command(self, "EVAL");
+            return self.connection.query(&question).await;
         }
         answer
     }

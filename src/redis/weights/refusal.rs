@@ -1,12 +1,11 @@
 //! Words for what goes wrong between a person and Redis: what was refused, on which key, and what helps.
 
-use redis::{ErrorKind, RedisError, ServerErrorKind};
+use redis::ServerErrorKind;
 
 use super::{LONGEST_NAME, MOST_TABLE_BYTES};
 use crate::config::RedisAddress;
 use crate::redis::schema::companion::Companions;
-use crate::redis::wire::connection;
-use crate::redis::wire::error::tells_of_rights;
+use crate::redis::wire::error::{RedisError, tells_of_missing_right};
 
 /// Why weights could not be read or changed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -44,7 +43,7 @@ impl Asked {
 pub(super) fn not_found(written: &RedisAddress, error: &RedisError) -> WeightsError {
     match written {
         // Which of them it was is not known here, and the first may be well.
-        RedisAddress::Cluster(cluster) if !connection::is_of_cluster(error) => {
+        RedisAddress::Cluster(cluster) if !error.is_cluster_setup() => {
             let nodes: Vec<String> = cluster.nodes.iter().map(ToString::to_string).collect();
             let text = format!("no node of the cluster ({}) can be asked, one says", nodes.join(", "));
             not_opened(&text, error, written)
@@ -63,13 +62,11 @@ pub(super) fn not_connected(
 }
 
 fn not_opened(text: &str, error: &RedisError, written: &RedisAddress) -> WeightsError {
-    let cure = connection::cure(error);
-    let needs_a_person = error.kind() == ErrorKind::AuthenticationFailed
-        || connection::is_refusal(error)
-        || connection::is_of_cluster(error);
+    let cure = error.cure();
+    let needs_a_person = error.is_authentication() || error.is_refusal() || error.is_cluster_setup();
     if needs_a_person {
         WeightsError::Refused(format!("{text}: {error}: {cure}"))
-    } else if connection::is_no_redis(error) {
+    } else if matches!(error, RedisError::NotRedis) {
         WeightsError::Unreachable(format!("{text}: {error}: {cure}"))
     } else {
         let key = written.written_at();
@@ -85,20 +82,20 @@ pub(super) fn of_redis(
     error: &RedisError,
     asked: Asked,
 ) -> WeightsError {
-    if connection::is_not_ready(error) {
+    if error.is_not_ready() {
         return WeightsError::Unreachable(format!(
             "redis at {address} is not ready: {error}: try again soon"
         ));
     }
-    if connection::is_elsewhere(error) {
+    if matches!(error, RedisError::Redirected(_)) {
         return WeightsError::Unreachable(format!(
             "redis at {address}: {error}: the slot moves, try again soon"
         ));
     }
-    if connection::is_too_large(error) && asked != Asked::ToWrite {
+    if error.is_too_large() && asked != Asked::ToWrite {
         return WeightsError::Refused(holds_too_much(asked.key(companions)));
     }
-    if !connection::is_refusal(error) {
+    if !error.is_refusal() {
         let unknown = match asked {
             Asked::ToRead | Asked::WhoHasIt | Asked::States => "",
             Asked::ToWrite => {
@@ -107,11 +104,8 @@ pub(super) fn of_redis(
         };
         return WeightsError::Unreachable(format!("redis at {address} did not answer: {error}{unknown}"));
     }
-    if matches!(error.kind(), ErrorKind::Server(ServerErrorKind::Moved | ServerErrorKind::Ask)) {
-        return WeightsError::Refused(format!(
-            "redis at {address} refuses: {error}: {}",
-            connection::cure(error)
-        ));
+    if matches!(error.server_kind(), Some(ServerErrorKind::Moved | ServerErrorKind::Ask)) {
+        return WeightsError::Refused(format!("redis at {address} refuses: {error}: {}", error.cure()));
     }
     if matches!(asked, Asked::WhoHasIt | Asked::States) {
         let key = asked.key(companions);
@@ -123,20 +117,20 @@ pub(super) fn of_redis(
         }
     }
     let pattern = companions.pattern();
-    let cure = match error.kind() {
+    let cure = match error.server_kind() {
         // What a script may not call is not told by the code.
-        _ if asked == Asked::WhoHasIt && connection::is_of_rights(error) => {
+        _ if asked == Asked::WhoHasIt && error.is_missing_right() => {
             format!("grant the ACL user +eval_ro +time +hlen +hscan %R~{}", companions.applied)
         }
-        ErrorKind::Server(ServerErrorKind::NoPerm) => match asked {
+        Some(ServerErrorKind::NoPerm) => match asked {
             Asked::ToRead => format!("grant the ACL user +eval_ro +xrevrange %R~{key} %R{pattern}"),
             Asked::States => format!("grant the ACL user +hlen +hgetall %R~{}", companions.states),
             Asked::ToWrite | Asked::WhoHasIt => format!("grant the ACL user +eval ~{key} {pattern}"),
         },
-        ErrorKind::Server(ServerErrorKind::CrossSlot) => {
+        Some(ServerErrorKind::CrossSlot) => {
             format!("no key beside {key} can share its slot: use a weights_key without stray braces")
         }
-        ErrorKind::Server(ServerErrorKind::ReadOnly) => "write to the primary, not to a replica".to_owned(),
+        Some(ServerErrorKind::ReadOnly) => "write to the primary, not to a replica".to_owned(),
         _ => return WeightsError::Refused(format!("redis at {address} refuses: {error}")),
     };
     WeightsError::Refused(format!("redis at {address} refuses: {error}: {cure}"))
@@ -166,7 +160,7 @@ pub(super) fn of_script(table: &str, command: &str, key: &str, reason: &str) -> 
             _ => "a sorted set",
         };
         holds_another_kind(key, kind)
-    } else if tells_of_rights(reason) {
+    } else if tells_of_missing_right(reason) {
         format!("redis refuses {command} on {key}: grant the ACL user +{lower} ~{key}")
     } else if has("READONLY") || has("read-only") || has("read only") {
         format!("redis refuses {command} on {key}: it is a replica: write to the primary")
@@ -205,11 +199,10 @@ fn too_large(key: &str, longest: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::redis::wire::error::Trouble;
 
     #[test]
     fn a_slot_that_moves_is_no_reason_to_fear_for_the_change() {
-        let error = Trouble::Elsewhere("redis://10.0.0.2:6379".to_owned()).into();
+        let error = RedisError::Redirected("redis://10.0.0.2:6379".to_owned());
         let companions = Companions::of("servers");
         for asked in [Asked::ToRead, Asked::ToWrite, Asked::WhoHasIt] {
             let refused = of_redis("redis://10.0.0.1:6379", "servers", &companions, &error, asked);

@@ -24,7 +24,7 @@ impl Ledger {
         let mut command = redis::cmd("EVAL");
         command.arg(SCRIPT).arg(2).arg(&[&self.key, &self.companions.states]).arg(state.name());
         command.arg(members.iter().map(BackendId::as_str).collect::<Vec<_>>());
-        let answer: Result<Vec<Value>, _> = command.query_async(&mut self.connection).await;
+        let answer: Result<Vec<Value>, _> = self.connection.query(&command).await;
         let answer = answer.map_err(|error| self.refused(&error, refusal::Asked::ToWrite))?;
         let mut words = answer.iter().map(|word| match word {
             Value::BulkString(text) => printable(text),
@@ -53,7 +53,7 @@ impl Ledger {
     /// Redis is away, or refuses; there are more than anyone reads.
     pub async fn states(&mut self) -> Result<Vec<(String, String)>, WeightsError> {
         let key = &self.companions.states;
-        let count: Result<usize, _> = redis::cmd("HLEN").arg(key).query_async(&mut self.connection).await;
+        let count: Result<usize, _> = self.connection.query(redis::cmd("HLEN").arg(key)).await;
         let count = count.map_err(|error| self.refused(&error, refusal::Asked::States))?;
         if count > MOST_STATES {
             return Err(WeightsError::Refused(format!(
@@ -62,7 +62,7 @@ impl Ledger {
         }
         let mut fields = redis::cmd("HGETALL");
         fields.arg(&self.companions.states);
-        let fields: Result<Vec<(Vec<u8>, Vec<u8>)>, _> = fields.query_async(&mut self.connection).await;
+        let fields: Result<Vec<(Vec<u8>, Vec<u8>)>, _> = self.connection.query(&fields).await;
         let fields = fields.map_err(|error| self.refused(&error, refusal::Asked::States))?;
         let mut states: Vec<_> =
             fields.iter().map(|(backend, state)| (printable(backend), printable(state))).collect();

@@ -1,127 +1,232 @@
-//! What can be wrong with Redis, and what a person can do about it.
-//!
-//! The library's errors say what the server or the kernel said; [`Trouble`] is what only we know. Everything here travels as
-//! a `RedisError`, so that callers have one kind to look at.
+//! [`RedisError`]: why Redis could not be asked, and what an operator can do about it.
 
-use std::error::Error as _;
 use std::io;
 use std::sync::Arc;
 
-use redis::{ErrorKind, RedisError, ServerErrorKind};
+use redis::{ErrorKind, ServerErrorKind};
 use rustls::{AlertDescription, CertificateError};
 
-use super::reply_limit::{LARGEST_REPLY_BYTES, MOST_VALUES};
+use super::reply_limit::{LARGEST_REPLY_BYTES, MOST_VALUES, StreamError, tls_error};
 
-/// What the library has no word for.
-#[derive(Debug, thiserror::Error)]
-pub(in crate::redis) enum Trouble {
+/// Why Redis could not be asked, or refused.
+#[derive(Clone, Debug, thiserror::Error)]
+pub(in crate::redis) enum RedisError {
+    /// An error reply of the server, or a failure that the redis crate found: I/O, a time limit, an unexpected reply.
+    #[error("{}", in_redis_words(.0))]
+    Client(#[from] redis::RedisError),
     #[error("no answer in time")]
-    Silent,
+    NoAnswer,
+    #[error("the connection was closed by the server")]
+    Closed,
     #[error("no answer to the TLS handshake in time")]
-    SilentHandshake,
+    NoHandshake,
     #[error("the TLS handshake failed: {0}")]
-    Handshake(io::Error),
-    #[error("its first answer is none of redis's")]
-    NoRedis,
+    Handshake(Arc<io::Error>),
+    /// A TLS error after the handshake. In TLS 1.3 the server checks the client's certificate only then.
+    #[error("{0}")]
+    Tls(rustls::Error),
+    #[error("the first answer does not follow redis's protocol")]
+    NotRedis,
     #[error("the connection was closed before the first answer")]
     ClosedAtOnce,
     #[error("no sentinel names a primary that is up")]
     NoPrimary,
     #[error("the sentinels know no primary of that name")]
     UnknownMaster,
-    #[error("it says that it is a {0}, and not the primary")]
+    #[error("the server says that it is a {0}, and not the primary")]
     NotPrimary(String),
+    /// The server works, but it is not the one to follow any more.
     #[error("another server is the primary now")]
-    Moved,
+    PrimaryMoved,
     #[error("an answer of more than {} MiB or {MOST_VALUES} values, which is not taken in", LARGEST_REPLY_BYTES >> 20)]
-    Oversized,
+    ReplyTooLarge,
     #[error("the answer is not valid RESP")]
-    Garbled,
+    InvalidReply,
+    /// Found by the second time in a row. Redis closes a connection that is owed too many bytes, and says why in its own log
+    /// alone.
     #[error("the connection is closed whenever the table is asked for")]
-    CutOff,
+    ClosedDuringRead,
+    /// Found by the second time in a row.
     #[error("the table did not arrive in time, twice")]
-    Late,
+    TableTooSlow,
+    /// A node of a cluster answered MOVED or ASK.
     #[error("{0} serves the key's slot now")]
-    Elsewhere(String),
+    Redirected(String),
     #[error("no node serves the key's slot")]
-    NoOwner,
-    #[error("it is a server of its own, and no node of a cluster")]
-    NoCluster,
+    SlotUnserved,
+    #[error("the server is not part of a cluster")]
+    NotACluster,
 }
 
-impl From<Trouble> for RedisError {
-    fn from(trouble: Trouble) -> Self {
-        io::Error::other(trouble).into()
+impl From<io::Error> for RedisError {
+    fn from(error: io::Error) -> Self {
+        Self::Client(error.into())
     }
 }
 
-/// True where the connection still works and only this command was refused.
-pub(in crate::redis) fn is_refusal(error: &RedisError) -> bool {
-    error.code().is_some() && !is_not_ready(error)
+impl From<StreamError> for RedisError {
+    fn from(error: StreamError) -> Self {
+        match error {
+            StreamError::TooLarge => Self::ReplyTooLarge,
+            StreamError::NotResp => Self::InvalidReply,
+            StreamError::Tls(error) => Self::Tls(error),
+        }
+    }
 }
 
-/// True where the user may not do what was asked.
-pub(in crate::redis) fn is_of_rights(error: &RedisError) -> bool {
-    error.code() == Some("NOPERM") || tells_of_rights(&error.to_string())
+impl RedisError {
+    /// A reply that is valid RESP, but not what the command promises.
+    pub(in crate::redis) fn unexpected_reply(text: &'static str) -> Self {
+        Self::Client(redis::RedisError::from((ErrorKind::UnexpectedReturnType, text)))
+    }
+
+    /// The code of an error reply: `NOPERM`, `WRONGTYPE`, `ERR`.
+    pub(in crate::redis) fn code(&self) -> Option<&str> {
+        self.client()?.code()
+    }
+
+    /// The text of an error reply, after its code.
+    pub(in crate::redis) fn detail(&self) -> Option<&str> {
+        self.client()?.detail()
+    }
+
+    pub(in crate::redis) fn server_kind(&self) -> Option<ServerErrorKind> {
+        match self.client()?.kind() {
+            ErrorKind::Server(kind) => Some(kind),
+            _ => None,
+        }
+    }
+
+    fn client(&self) -> Option<&redis::RedisError> {
+        match self {
+            Self::Client(error) => Some(error),
+            _ => None,
+        }
+    }
+
+    /// Where a MOVED or ASK leads to: an address and a slot.
+    pub(in crate::redis) fn redirect_node(&self) -> Option<(&str, u16)> {
+        self.client()?.redirect_node()
+    }
+
+    /// True where the connection still works and only this command was refused.
+    pub(in crate::redis) fn is_refusal(&self) -> bool {
+        self.code().is_some() && !self.is_not_ready()
+    }
+
+    /// True where the ACL user lacks a right.
+    pub(in crate::redis) fn is_missing_right(&self) -> bool {
+        self.code() == Some("NOPERM") || tells_of_missing_right(&self.to_string())
+    }
+
+    pub(in crate::redis) fn is_authentication(&self) -> bool {
+        self.client().is_some_and(|error| error.kind() == ErrorKind::AuthenticationFailed)
+            || matches!(self.code(), Some("WRONGPASS" | "NOAUTH"))
+    }
+
+    /// True where the server will answer later: it loads its data, follows a primary that is down, belongs to a cluster that is
+    /// down, or has only some of the keys while their slot moves. False where only one key's slot is not served: other keys can be
+    /// read meanwhile.
+    pub(in crate::redis) fn is_not_ready(&self) -> bool {
+        use ServerErrorKind::{BusyLoading, ClusterDown, MasterDown, TryAgain};
+        match self.server_kind() {
+            Some(BusyLoading | MasterDown | TryAgain) => true,
+            Some(ClusterDown) => !self.detail().is_some_and(|text| text.contains("slot not served")),
+            _ => false,
+        }
+    }
+
+    /// True where an answer is larger than is taken in, than Redis sends, or than arrives in time. The connection is of no use
+    /// any more, since the rest of the answer would have to be read.
+    pub(in crate::redis) fn is_too_large(&self) -> bool {
+        matches!(self, Self::ReplyTooLarge | Self::ClosedDuringRead | Self::TableTooSlow)
+    }
+
+    pub(in crate::redis) fn is_closed(&self) -> bool {
+        matches!(self, Self::Closed) || self.client().is_some_and(redis::RedisError::is_connection_dropped)
+    }
+
+    pub(in crate::redis) fn is_timeout(&self) -> bool {
+        self.client().is_some_and(redis::RedisError::is_timeout)
+    }
+
+    pub(in crate::redis) fn is_connection_refused(&self) -> bool {
+        self.client().is_some_and(redis::RedisError::is_connection_refusal)
+    }
+
+    /// True where the bytes that came are not RESP.
+    pub(super) fn is_invalid_reply(&self) -> bool {
+        matches!(self, Self::InvalidReply)
+            || self.client().is_some_and(|error| error.kind() == ErrorKind::Parse)
+    }
+
+    /// True where the config or the cluster itself has to be changed.
+    pub(in crate::redis) fn is_cluster_setup(&self) -> bool {
+        matches!(self, Self::NotACluster | Self::SlotUnserved)
+    }
+
+    /// What an operator can do about it.
+    pub(in crate::redis) fn cure(&self) -> &'static str {
+        match self {
+            Self::Client(error) => cure_of_client(error),
+            Self::Tls(error) => cure_of_tls(error),
+            Self::Handshake(error) => tls_error(error).map_or(SPEAKS_NO_TLS, cure_of_tls),
+            Self::NoHandshake => SPEAKS_NO_TLS,
+            Self::ClosedAtOnce => {
+                "if that port speaks TLS, write rediss:// in redis.url, or set redis.tls beside redis.sentinel or \
+                 redis.cluster; else redis's log may say why"
+            }
+            Self::NotRedis | Self::InvalidReply => SPEAKS_NO_REDIS,
+            Self::UnknownMaster => "check redis.sentinel.master",
+            Self::ReplyTooLarge => {
+                "remove the members that are no addresses (`redis-cli ZRANGE KEY 0 -1 | cut -c1-300` shows them), or \
+                 split the pool"
+            }
+            // Redis closes a subscribed connection that is owed more than 32 MB, by default.
+            Self::ClosedDuringRead => {
+                "redis's log says why; if it is the output buffer limit, remove the members that are no addresses \
+                 (`redis-cli ZRANGE KEY 0 -1 | cut -c1-300` shows them)"
+            }
+            Self::TableTooSlow => {
+                "raise redis.response_timeout; a table of that size may be better split in two"
+            }
+            Self::NotACluster => "write its address as redis.url, or name a cluster's nodes",
+            Self::SlotUnserved => "see what CLUSTER NODES says, and give the slot to a node",
+            Self::NoPrimary
+            | Self::NotPrimary(_)
+            | Self::PrimaryMoved
+            | Self::Redirected(_)
+            | Self::Closed
+            | Self::NoAnswer => TRIED_AGAIN,
+        }
+    }
 }
 
-/// In the words of Redis 7 and 6.2, for what a script calls.
-pub(in crate::redis) fn tells_of_rights(reason: &str) -> bool {
-    ["NOPERM", "ACL failure", "can't run this command"].iter().any(|part| reason.contains(part))
+/// True where the text of an error reply says that the ACL user lacks a right. Redis 7 and 6.2 use different words for what a
+/// script calls.
+pub(in crate::redis) fn tells_of_missing_right(text: &str) -> bool {
+    ["NOPERM", "ACL failure", "can't run this command"].iter().any(|part| text.contains(part))
 }
 
-/// True where the server will answer later: it loads its data, follows a primary that is down, belongs to a cluster that is
-/// down, or has some of the keys while their slot moves. Not where nobody serves one key's slot: others can be read meanwhile.
-pub(in crate::redis) fn is_not_ready(error: &RedisError) -> bool {
-    use ServerErrorKind::{BusyLoading, ClusterDown, MasterDown, TryAgain};
+/// An error reply as the server sent it, `WRONGPASS invalid username-password pair`; the crate quotes the code.
+fn in_redis_words(error: &redis::RedisError) -> String {
+    match (error.code(), error.detail()) {
+        (Some(code), Some(detail)) => format!("{code} {detail}"),
+        _ => error.to_string(),
+    }
+}
+
+const TRIED_AGAIN: &str = "it is tried again until it works";
+const SPEAKS_NO_REDIS: &str = "what answers there does not speak redis's protocol: check its address in the config's redis \
+                               section; if it is TLS, write rediss:// in redis.url, or set redis.tls beside redis.sentinel \
+                               or redis.cluster";
+const SPEAKS_NO_TLS: &str = "if that port speaks plain redis, write redis:// in redis.url, or leave redis.tls out beside \
+                             redis.sentinel or redis.cluster; else name the server's tls-port";
+
+fn cure_of_client(error: &redis::RedisError) -> &'static str {
     match error.kind() {
-        ErrorKind::Server(BusyLoading | MasterDown | TryAgain) => true,
-        ErrorKind::Server(ClusterDown) => {
-            !error.detail().is_some_and(|text| text.contains("slot not served"))
-        }
-        _ => false,
-    }
-}
-
-/// What a person can do about it, if anything is known.
-pub(in crate::redis) fn cure(error: &RedisError) -> &'static str {
-    if let Some(tls) = of_tls(error) {
-        return cure_of_tls(tls);
-    }
-    match trouble(error) {
-        Some(Trouble::SilentHandshake | Trouble::Handshake(_)) => return SPEAKS_NO_TLS,
-        Some(Trouble::ClosedAtOnce) => {
-            return "if that port speaks TLS, write rediss:// in redis.url, or set redis.tls beside redis.sentinel or \
-                    redis.cluster; else redis's log may say why";
-        }
-        Some(Trouble::NoRedis | Trouble::Garbled) => return SPEAKS_NO_REDIS,
-        Some(Trouble::UnknownMaster) => return "check redis.sentinel.master",
-        Some(Trouble::Oversized) => {
-            return "remove the members that are no addresses (`redis-cli ZRANGE KEY 0 -1 | cut -c1-300` shows them), or \
-                    split the pool";
-        }
-        // Of a client that has subscribed: 32 MB by default.
-        Some(Trouble::CutOff) => {
-            return "redis's log says why; if it is the output buffer limit, remove the members that are no addresses \
-                    (`redis-cli ZRANGE KEY 0 -1 | cut -c1-300` shows them)";
-        }
-        Some(Trouble::Late) => {
-            return "raise redis.response_timeout; a table of that size may be better split in two";
-        }
-        Some(Trouble::NoCluster) => return "write its address as redis.url, or name a cluster's nodes",
-        Some(Trouble::NoOwner) => return "see what CLUSTER NODES says, and give the slot to a node",
-        Some(
-            Trouble::NoPrimary
-            | Trouble::NotPrimary(_)
-            | Trouble::Moved
-            | Trouble::Elsewhere(_)
-            | Trouble::Silent,
-        )
-        | None => {}
-    }
-    match error.kind() {
-        _ if is_no_database(error) => cure_of_database(error),
-        _ if is_no_sentinel(error) => "it is no sentinel: check redis.sentinel.nodes",
+        _ if is_database_refused(error) => cure_of_database(error),
+        _ if is_sentinel_unknown(error) => "it is no sentinel: check redis.sentinel.nodes",
         ErrorKind::AuthenticationFailed => "check redis.username and redis.password",
         ErrorKind::Server(ServerErrorKind::NoPerm) => "grant the ACL user what the message names",
         ErrorKind::Server(ServerErrorKind::Moved | ServerErrorKind::Ask) => {
@@ -135,22 +240,22 @@ pub(in crate::redis) fn cure(error: &RedisError) -> &'static str {
         _ if error.is_connection_refusal() => {
             "start redis, or check its address in the config's redis section"
         }
-        _ => "it is tried again until it works",
+        _ => TRIED_AGAIN,
     }
 }
 
-/// Redis 6 puts the command between other quotes.
-fn is_no_sentinel(error: &RedisError) -> bool {
+/// Redis 6 puts the command between other quotes than Redis 7.
+fn is_sentinel_unknown(error: &redis::RedisError) -> bool {
     let text = error.to_string();
     ["unknown command 'SENTINEL'", "unknown command `SENTINEL`"].iter().any(|words| text.contains(words))
 }
 
-/// The library puts it so, without Redis's own code.
-fn is_no_database(error: &RedisError) -> bool {
+/// The crate reports it with this text and without the code of Redis.
+fn is_database_refused(error: &redis::RedisError) -> bool {
     error.to_string().contains("refused to switch database")
 }
 
-fn cure_of_database(error: &RedisError) -> &'static str {
+fn cure_of_database(error: &redis::RedisError) -> &'static str {
     let has = |part: &str| error.detail().is_some_and(|text| text.contains(part));
     if has("cluster mode") {
         "a Redis Cluster has database 0 alone: write redis.cluster instead of redis.url"
@@ -160,12 +265,6 @@ fn cure_of_database(error: &RedisError) -> &'static str {
         "check the database at the end of redis.url, or in redis.sentinel.database: the server has fewer"
     }
 }
-
-const SPEAKS_NO_REDIS: &str = "what answers there does not speak redis's protocol: check its address in the config's redis \
-                               section; if it is TLS, write rediss:// in redis.url, or set redis.tls beside redis.sentinel \
-                               or redis.cluster";
-const SPEAKS_NO_TLS: &str = "if that port speaks plain redis, write redis:// in redis.url, or leave redis.tls out beside \
-                             redis.sentinel or redis.cluster; else name the server's tls-port";
 
 fn cure_of_tls(error: &rustls::Error) -> &'static str {
     match error {
@@ -197,105 +296,59 @@ fn cure_of_tls(error: &rustls::Error) -> &'static str {
     }
 }
 
-/// True where the server is fine, and just not the one to follow any more.
-pub(in crate::redis) fn is_move(error: &RedisError) -> bool {
-    matches!(trouble(error), Some(Trouble::Moved))
-}
-
-/// True where an answer is too large for us, for Redis itself, or for the time that it has. The connection is of no use any
-/// more, since the rest of the answer would have to be read.
-pub(in crate::redis) fn is_too_large(error: &RedisError) -> bool {
-    matches!(trouble(error), Some(Trouble::Oversized | Trouble::CutOff | Trouble::Late))
-}
-
-/// True where a node of a cluster answered that another one has the key.
-pub(in crate::redis) fn is_elsewhere(error: &RedisError) -> bool {
-    matches!(trouble(error), Some(Trouble::Elsewhere(_)))
-}
-
-/// True where an answer was no reply of the protocol at all.
-pub(in crate::redis) fn is_garbled(error: &RedisError) -> bool {
-    error.kind() == ErrorKind::Parse || matches!(trouble(error), Some(Trouble::Garbled))
-}
-
-/// True where something answers that is no Redis.
-pub(in crate::redis) fn is_no_redis(error: &RedisError) -> bool {
-    matches!(trouble(error), Some(Trouble::NoRedis))
-}
-
-/// True where the config or the cluster itself has to be mended.
-pub(in crate::redis) fn is_of_cluster(error: &RedisError) -> bool {
-    matches!(trouble(error), Some(Trouble::NoCluster | Trouble::NoOwner))
-}
-
-fn trouble(error: &RedisError) -> Option<&Trouble> {
-    of_io(error)?.get_ref()?.downcast_ref()
-}
-
-/// From the handshake, or from the first answer: in TLS 1.3 a server looks at our certificate after it.
-fn of_tls(error: &RedisError) -> Option<&rustls::Error> {
-    let io = match trouble(error) {
-        Some(Trouble::Handshake(io)) => io,
-        _ => of_io(error)?,
-    };
-    io.get_ref()?.downcast_ref()
-}
-
-fn of_io(error: &RedisError) -> Option<&io::Error> {
-    // So the library keeps it; its own way there is private.
-    let kept: &Arc<dyn std::error::Error + Send + Sync> = error.source()?.downcast_ref()?;
-    kept.downcast_ref()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn what_was_wrapped_is_found_again_and_has_its_cure() {
-        let silent = RedisError::from(Trouble::SilentHandshake);
-        assert_eq!(silent.to_string(), "no answer to the TLS handshake in time");
-        assert_eq!(cure(&silent), SPEAKS_NO_TLS);
-        let unknown = || rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer);
-        let wrapped = RedisError::from(Trouble::Handshake(io::Error::other(unknown())));
-        assert!(cure(&wrapped).contains("redis.tls.ca_file"), "{}", cure(&wrapped));
-        let late = RedisError::from(io::Error::other(rustls::Error::AlertReceived(
-            AlertDescription::CertificateRequired,
-        )));
-        assert!(cure(&late).contains("redis.tls.cert_file"), "{}", cure(&late));
-        let refused = RedisError::from(io::Error::from(io::ErrorKind::ConnectionRefused));
-        assert!(cure(&refused).contains("start redis"));
+    fn reply(text: &str) -> RedisError {
+        let value = redis::parse_redis_value(format!("-{text}\r\n").as_bytes()).expect("an answer");
+        value.extract_error().expect_err("an error").into()
     }
 
-    /// Whoever is told to change `redis.url` may have sentinels or a cluster.
     #[test]
-    fn what_can_be_wrong_everywhere_has_a_cure_for_everywhere() {
+    fn each_error_has_its_cure() {
+        assert_eq!(RedisError::NoHandshake.cure(), SPEAKS_NO_TLS);
+        let unknown = || rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer);
+        let handshake = RedisError::Handshake(Arc::new(io::Error::other(unknown())));
+        assert!(handshake.cure().contains("redis.tls.ca_file"), "{}", handshake.cure());
+        let alert = rustls::Error::AlertReceived(AlertDescription::CertificateRequired);
+        let late = RedisError::from(StreamError::Tls(alert));
+        assert!(late.cure().contains("redis.tls.cert_file"), "{}", late.cure());
+        let refused = RedisError::from(io::Error::from(io::ErrorKind::ConnectionRefused));
+        assert!(refused.cure().contains("start redis"));
+    }
+
+    #[test]
+    fn an_error_reply_is_shown_as_the_server_sent_it() {
+        let text = "WRONGPASS invalid username-password pair or user is disabled.";
+        assert_eq!(reply(text).to_string(), text);
+    }
+
+    /// The config may have `redis.sentinel` or `redis.cluster` instead of `redis.url`.
+    #[test]
+    fn a_cure_for_every_kind_of_address_names_the_keys_of_all() {
         let refused = RedisError::from(io::Error::from(io::ErrorKind::ConnectionRefused));
         let speaks_tls = || rustls::Error::InvalidMessage(rustls::InvalidMessage::InvalidContentType);
         for error in [
             refused,
-            RedisError::from((ErrorKind::Parse, "not redis")),
-            Trouble::NoRedis.into(),
-            Trouble::ClosedAtOnce.into(),
-            Trouble::SilentHandshake.into(),
-            Trouble::Handshake(io::Error::other(speaks_tls())).into(),
+            RedisError::from(redis::RedisError::from((ErrorKind::Parse, "not redis"))),
+            RedisError::NotRedis,
+            RedisError::ClosedAtOnce,
+            RedisError::NoHandshake,
+            RedisError::Handshake(Arc::new(io::Error::other(speaks_tls()))),
         ] {
-            let cure = cure(&error);
+            let cure = error.cure();
             let is_for_all = ["redis.sentinel", "redis.cluster"].iter().all(|key| cure.contains(key));
             assert!(is_for_all || !cure.contains("redis.url"), "{error}: {cure}");
         }
     }
 
     #[test]
-    fn a_slot_that_nobody_serves_keeps_nobody_waiting_for_other_keys() {
-        let error = |answer: &str| {
-            let value = redis::parse_redis_value(format!("-{answer}\r\n").as_bytes()).expect("an answer");
-            value.extract_error().expect_err("an error")
-        };
+    fn a_slot_that_is_not_served_does_not_delay_other_keys() {
         for wait in ["CLUSTERDOWN The cluster is down", "TRYAGAIN Multiple keys request", "LOADING it"] {
-            assert!(is_not_ready(&error(wait)) && !is_refusal(&error(wait)), "{wait}");
+            assert!(reply(wait).is_not_ready() && !reply(wait).is_refusal(), "{wait}");
         }
-        let unserved = error("CLUSTERDOWN Hash slot not served");
-        assert!(is_refusal(&unserved) && !is_not_ready(&unserved));
+        let unserved = reply("CLUSTERDOWN Hash slot not served");
+        assert!(unserved.is_refusal() && !unserved.is_not_ready());
     }
 }

@@ -1,47 +1,100 @@
-//! Bounds what a server's replies may take of our memory, before the redis crate has taken it: between the socket and its
-//! parser.
+//! Bounds what a server's replies may take of this process's memory: between the socket and the redis crate's parser.
 //!
-//! The crate keeps a text until its last byte is there, and a member of a sorted set may have 512 MB. [`Framing`] follows the
-//! protocol as far as it says where a reply begins and ends and how large it will be; the connection fails as soon as a
-//! reply is too large or is none. What a reply means is not looked at.
+//! The crate keeps a bulk string until its last byte is there, and a member of a sorted set may have 512 MB. [`Framing`] follows
+//! the protocol only as far as it says where a reply begins and ends and how large it will be. The connection fails as soon
+//! as a reply is too large or is not valid RESP. The content of a reply is not looked at.
 
 mod framing;
 
 use std::io;
 use std::pin::Pin;
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::error::Trouble;
 use framing::{Framing, Refused};
 
-/// Of one reply or pushed message: [`MAX_MEMBERS`](crate::redis::follow::sync::MAX_MEMBERS) names of 130 bytes. Also of all replies that no
-/// command asked for, over the life of a connection.
+/// The largest reply or pushed message: [`MAX_MEMBERS`](crate::redis::schema::MAX_MEMBERS) names of 130 bytes. Also the most
+/// bytes of replies that no command asked for, over the life of a connection.
 pub(in crate::redis) const LARGEST_REPLY_BYTES: u64 = 16 << 20;
-/// Values in it, each of which takes some 60 bytes of memory: a member of a table is three.
-pub(in crate::redis) const MOST_VALUES: u64 = 500_000;
+/// Values in one reply, each of which takes some 60 bytes of memory: a member of a table is three.
+pub(super) const MOST_VALUES: u64 = 500_000;
 
-/// A stream to a server whose replies have a largest size.
-pub(in crate::redis) struct Limited<S> {
-    stream: S,
-    replies: Framing,
-    /// Commands are arrays of texts, so the same reader counts them.
-    commands: Framing,
-    refused: Option<Refused>,
+/// Why a stream failed, where the redis crate's own error cannot say it.
+#[derive(Clone, Debug, thiserror::Error)]
+pub(super) enum StreamError {
+    #[error("the reply is too large")]
+    TooLarge,
+    #[error("the reply is not valid RESP")]
+    NotResp,
+    #[error(transparent)]
+    Tls(rustls::Error),
 }
 
-impl<S> Limited<S> {
-    pub(in crate::redis) fn new(stream: S) -> Self {
-        Self { stream, replies: Framing::default(), commands: Framing::default(), refused: None }
+impl From<Refused> for StreamError {
+    fn from(refused: Refused) -> Self {
+        match refused {
+            Refused::TooLarge => Self::TooLarge,
+            Refused::NotUnderstood => Self::NotResp,
+        }
     }
 }
 
-impl From<Refused> for io::Error {
-    fn from(refused: Refused) -> Self {
-        Self::other(match refused {
-            Refused::TooLarge => Trouble::Oversized,
-            Refused::NotUnderstood => Trouble::Garbled,
+/// The first [`StreamError`] of a stream, shared by the stream and its connection.
+///
+/// The stream is owned by the redis crate's driver, which passes on an `io::Error` alone. So the connection looks here when a
+/// command fails.
+#[derive(Clone, Debug, Default)]
+pub(super) struct FirstError(Arc<OnceLock<StreamError>>);
+
+impl FirstError {
+    pub(super) fn get(&self) -> Option<&StreamError> {
+        self.0.get()
+    }
+
+    fn set(&self, error: StreamError) {
+        self.0.get_or_init(|| error);
+    }
+}
+
+/// The TLS error in an I/O error, which is where tokio-rustls puts it.
+pub(super) fn tls_error(error: &io::Error) -> Option<&rustls::Error> {
+    error.get_ref()?.downcast_ref()
+}
+
+/// A stream to a server whose replies have a largest size.
+pub(super) struct Limited<S> {
+    stream: S,
+    replies: Framing,
+    /// Commands are arrays of bulk strings, so the same reader counts them.
+    commands: Framing,
+    refused: Option<Refused>,
+    first_error: FirstError,
+}
+
+impl<S> Limited<S> {
+    pub(super) fn new(stream: S) -> Self {
+        let (replies, commands) = (Framing::default(), Framing::default());
+        Self { stream, replies, commands, refused: None, first_error: FirstError::default() }
+    }
+
+    pub(super) fn first_error(&self) -> FirstError {
+        self.first_error.clone()
+    }
+
+    fn refuse(&self, refused: Refused) -> io::Error {
+        let error = StreamError::from(refused);
+        self.first_error.set(error.clone());
+        io::Error::other(error)
+    }
+
+    /// Notes a TLS error. Any other one reaches the caller through the redis crate.
+    fn note<T>(&self, result: io::Result<T>) -> io::Result<T> {
+        result.inspect_err(|error| {
+            if let Some(tls) = tls_error(error) {
+                self.first_error.set(StreamError::Tls(tls.clone()));
+            }
         })
     }
 }
@@ -54,15 +107,16 @@ impl<S: AsyncRead + Unpin> AsyncRead for Limited<S> {
     ) -> Poll<io::Result<()>> {
         // Nothing more is read after the first refusal: the position in the stream is lost.
         if let Some(refused) = self.refused {
-            return Poll::Ready(Err(refused.into()));
+            return Poll::Ready(Err(self.refuse(refused)));
         }
         let before = buffer.filled().len();
-        ready!(Pin::new(&mut self.stream).poll_read(context, buffer))?;
+        let read = ready!(Pin::new(&mut self.stream).poll_read(context, buffer));
+        self.note(read)?;
         let asked = self.commands.replies();
         if let Err(refused) = self.replies.pass(&buffer.filled()[before..], asked) {
             self.refused = Some(refused);
             buffer.set_filled(before);
-            return Poll::Ready(Err(refused.into()));
+            return Poll::Ready(Err(self.refuse(refused)));
         }
         Poll::Ready(Ok(()))
     }
@@ -74,14 +128,18 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Limited<S> {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        let written = ready!(Pin::new(&mut self.stream).poll_write(context, bytes))?;
-        // What we write ourselves is no larger than a reply may be; a command that were would end its connection here.
-        self.commands.pass(&bytes[..written], u64::MAX)?;
+        let written = ready!(Pin::new(&mut self.stream).poll_write(context, bytes));
+        let written = self.note(written)?;
+        // A command is no larger than a reply may be; one that were would end its connection here.
+        if let Err(refused) = self.commands.pass(&bytes[..written], u64::MAX) {
+            return Poll::Ready(Err(self.refuse(refused)));
+        }
         Poll::Ready(Ok(written))
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(context)
+        let flushed = ready!(Pin::new(&mut self.stream).poll_flush(context));
+        Poll::Ready(self.note(flushed))
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -1,78 +1,94 @@
-//! Asks one node of a cluster who owns the slots that matter, for as long as it is wanted.
+//! Asks one node of a cluster for the owners of the pools' slots, for as long as it is wanted.
 //!
-//! The whole answer names every range of slots: 16,384 of them make 2 MB, which the node has to write and we have to read. So
-//! after a large one the node is asked twice a heartbeat about our own slots alone (`view::glance`), and for everything only
-//! where these have another owner for it, or after a rest in proportion to the answer's size.
+//! A whole view names every range of slots: 16,384 of them make 2 MB, which the node has to write and the proxy to read. So
+//! after a large one the node is asked twice a heartbeat about the pools' own slots alone (`view::glance`). The whole view is asked
+//! for again only where one of these has another owner, or after a rest in proportion to the view's size.
 
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
-use redis::RedisError;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 use tracing::debug;
 
-use super::view::{self, Glance};
-use super::{Answer, Seat};
+use super::view::{self, Answer, Glance, View};
 use crate::config::{Redis, RedisAddress};
 use crate::control::backoff::jittered;
 use crate::redis::topology::notice_pace::NoticePace;
 use crate::redis::topology::slot::slot_of;
 use crate::redis::wire::connection;
+use crate::redis::wire::error::RedisError;
 
-/// After a whole answer, for each range in it. To decode a range takes some 5 µs, so seven nodes take less than 1/400 of a core.
+/// The rest after a whole view, for each range in it. To decode a range takes some 5 µs, so seven nodes take less than 1/400 of a
+/// core.
 const REST_PER_RANGE: Duration = Duration::from_millis(15);
 const LONGEST_REST: Duration = Duration::from_secs(300);
-/// A glance, for each slot: a node is asked about no more than a thousand a second.
+/// The rest after a glance, for each slot: a node is asked about a thousand slots a second at most.
 const REST_PER_SLOT: Duration = Duration::from_millis(1);
-/// Where our slots change hands again and again, whole answers take a fifth of the time.
+/// Where slots change owners again and again, whole views take a fifth of the time.
 const REST_PER_WHOLE: u32 = 4;
 /// After an answer that was too large to be taken in, which ends the connection.
 const REST_AFTER_TOO_LARGE: Duration = Duration::from_secs(30);
 
 /// When a node is asked for the first time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::redis) enum Begins {
+pub(super) enum FirstQuestion {
     AtOnce,
-    Rested,
+    AfterRest,
 }
 
-/// What all questions have in common.
+/// A node that is asked until this is dropped.
+#[derive(Debug)]
+pub(super) struct AskedNode {
+    pub(super) address: RedisAddress,
+    /// `None` before its first answer.
+    pub(super) answer: Option<Answer>,
+    pub(super) ask_now: Arc<Notify>,
+    _listener: JoinSet<()>,
+}
+
+impl AskedNode {
+    pub(super) fn view(&self) -> Option<&View> {
+        self.answer.as_ref()?.as_ref().ok()
+    }
+}
+
+/// What the questions to all nodes have in common.
 #[derive(Clone, Debug)]
-pub(in crate::redis) struct Asking {
+pub(super) struct Asking {
     settings: Arc<Redis>,
-    /// By pool.
+    /// The slots of the pools' keys.
     slots: Arc<[u16]>,
-    /// A key for each slot.
+    /// One key for each slot.
     keys: Arc<[String]>,
-    said: mpsc::Sender<(RedisAddress, Answer)>,
+    heard: mpsc::Sender<(RedisAddress, Answer)>,
 }
 
-/// What is known of the whole answers of one node.
+/// When the whole view of one node is asked for.
 #[derive(Debug, Default)]
-struct Whole {
-    /// Where the slots were just before the last one.
+struct WholeView {
+    /// The glance just before the last whole view.
     glance: Option<Glance>,
-    /// When the next one is due, whatever a glance says.
+    /// When the next one is due, whatever a glance shows.
     next: Option<Instant>,
-    /// Before that none is asked for.
+    /// It is not asked for before that.
     not_before: Option<Instant>,
     /// The last one was so small that it is asked for each time.
     is_small: bool,
 }
 
-impl Whole {
-    /// True where the whole answer is to be asked for.
+impl WholeView {
+    /// True where it is to be asked for now.
     fn is_wanted(&self, glance: Option<&Glance>, now: Instant) -> bool {
         let is_due = self.next.is_none_or(|next| next <= now);
-        // Without the right to a glance, every round is one that may bring a change.
+        // Without the right to a glance, every round may bring a change.
         let is_changed = glance.is_none_or(|glance| self.glance.as_ref() != Some(glance));
         self.not_before.is_none_or(|not_before| not_before <= now) && (self.is_small || is_due || is_changed)
     }
 
-    /// One with so many ranges came, after so long; `glance` was taken before it.
+    /// It came with so many ranges, after so long; `glance` was taken before it.
     fn came(&mut self, ranges: usize, took: Duration, glance: Option<Glance>, interval: Duration) {
         let ranges = u32::try_from(ranges).unwrap_or(u32::MAX);
         let rest = REST_PER_RANGE.saturating_mul(ranges).min(LONGEST_REST);
@@ -85,35 +101,40 @@ impl Whole {
 }
 
 impl Asking {
-    pub(in crate::redis) fn about(
+    pub(super) fn about(
         settings: &Arc<Redis>,
         keys: &[&str],
-        said: mpsc::Sender<(RedisAddress, Answer)>,
+        heard: mpsc::Sender<(RedisAddress, Answer)>,
     ) -> Self {
-        let slots: Arc<[u16]> = keys.iter().map(|key| slot_of(key)).collect();
-        let is_first = |place: &usize| !slots[..*place].contains(&slots[*place]);
-        let keys = (0..keys.len()).filter(is_first).map(|place| keys[place].to_owned()).collect();
-        Self { settings: Arc::clone(settings), slots, keys, said }
+        let (mut slots, mut key_of_each) = (Vec::new(), Vec::new());
+        for key in keys {
+            let slot = slot_of(key);
+            if !slots.contains(&slot) {
+                slots.push(slot);
+                key_of_each.push((*key).to_owned());
+            }
+        }
+        Self { settings: Arc::clone(settings), slots: slots.into(), keys: key_of_each.into(), heard }
     }
 
-    /// From now on `node` is asked, until the seat is dropped.
-    pub(in crate::redis) fn seat(&self, node: RedisAddress, begins: Begins) -> Seat {
+    /// Asks the node at `address` from now on, until the result is dropped.
+    pub(super) fn ask(&self, address: RedisAddress, first: FirstQuestion) -> AskedNode {
         let ask_now = Arc::new(Notify::new());
         let mut listener = JoinSet::new();
-        listener.spawn(self.clone().ask_for_ever(node.clone(), begins, Arc::clone(&ask_now)));
-        Seat { node, answer: None, ask_now, _listener: listener }
+        listener.spawn(self.clone().ask_for_ever(address.clone(), first, Arc::clone(&ask_now)));
+        AskedNode { address, answer: None, ask_now, _listener: listener }
     }
 
-    async fn ask_for_ever(self, node: RedisAddress, begins: Begins, ask_now: Arc<Notify>) {
+    async fn ask_for_ever(self, node: RedisAddress, first: FirstQuestion, ask_now: Arc<Notify>) {
         let mut pace = NoticePace::new(self.interval());
-        if begins == Begins::Rested {
+        if first == FirstQuestion::AfterRest {
             pace.wait(false, self.next(Instant::now()), &ask_now).await;
         }
         loop {
             let Err(error) = self.keep_asking(&node, &ask_now).await;
             debug!(%node, %error, "a node of the cluster does not answer");
-            let is_too_large = connection::is_too_large(&error);
-            if self.said.send((node.clone(), Err(error))).await.is_err() {
+            let is_too_large = error.is_too_large();
+            if self.heard.send((node.clone(), Err(error))).await.is_err() {
                 return;
             }
             if is_too_large {
@@ -130,28 +151,25 @@ impl Asking {
     ) -> Result<Infallible, RedisError> {
         let on_push = {
             let ask_now = Arc::clone(ask_now);
-            // Nothing but its end is pushed: asking shows that.
+            // Only the end of the connection is pushed: the next question shows that.
             move |_| ask_now.notify_one()
         };
-        let mut connection = connection::open_at(&self.settings, node, on_push).await?;
-        let (mut last, mut whole, mut pace) = (None, Whole::default(), NoticePace::new(self.interval()));
+        let mut connection = connection::open(&self.settings, node, on_push).await?;
+        let (mut last, mut whole, mut pace) = (None, WholeView::default(), NoticePace::new(self.interval()));
         loop {
             let asked = Instant::now();
-            // Before the whole answer: a change between the two is found by the next glance.
-            let glance = match whole.is_small {
-                true => None,
-                false => view::glance(&mut connection, &self.keys).await?,
-            };
+            // Taken before the whole view: a change between the two is found by the next glance.
+            let glance =
+                if whole.is_small { None } else { view::glance(&mut connection, &self.keys).await? };
             let mut is_news = false;
             if whole.is_wanted(glance.as_ref(), asked) {
                 let begun = Instant::now();
                 let (view, ranges) = view::ask(&mut connection, node, &self.slots).await?;
                 whole.came(ranges, begun.elapsed(), glance, self.interval());
-                // The same again is no news.
                 is_news = last.as_ref() != Some(&view);
                 if is_news {
                     last = Some(view.clone());
-                    if self.said.send((node.clone(), Ok(view))).await.is_err() {
+                    if self.heard.send((node.clone(), Ok(view))).await.is_err() {
                         return std::future::pending().await;
                     }
                 }
@@ -165,7 +183,8 @@ impl Asking {
         (self.settings.heartbeat_interval / 2).max(REST_PER_SLOT.saturating_mul(slots))
     }
 
-    /// Twice a heartbeat, and not in step with the rest of the fleet: a change that nothing tells of is known within one.
+    /// Twice a heartbeat: a change that no event announces is known within one. Jittered, so that the proxies of a fleet do not
+    /// ask at the same moment.
     fn next(&self, asked: Instant) -> Instant {
         asked + jittered(self.interval())
     }
@@ -179,7 +198,7 @@ mod tests {
     async fn a_large_answer_is_asked_for_again_after_a_change_or_a_rest_by_its_size_alone() {
         let interval = Duration::from_millis(500);
         let glance = |to: &str| Some(Glance::of([to]));
-        let mut whole = Whole::default();
+        let mut whole = WholeView::default();
         assert!(whole.is_wanted(glance("a").as_ref(), Instant::now()), "the first");
         whole.came(2_000, Duration::from_millis(10), glance("a"), interval);
         let mut wholes = 0;
@@ -200,14 +219,14 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_small_answer_is_asked_for_each_time() {
-        let mut whole = Whole::default();
+        let mut whole = WholeView::default();
         whole.came(3, Duration::from_millis(400), None, Duration::from_millis(500));
         assert!(whole.is_small && whole.is_wanted(None, Instant::now()));
     }
 
     #[tokio::test(start_paused = true)]
     async fn without_the_right_to_a_glance_large_answers_take_a_fifth_of_the_time() {
-        let mut whole = Whole::default();
+        let mut whole = WholeView::default();
         whole.came(16_384, Duration::from_millis(100), None, Duration::from_millis(500));
         tokio::time::advance(Duration::from_millis(399)).await;
         assert!(!whole.is_wanted(None, Instant::now()));

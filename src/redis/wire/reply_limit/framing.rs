@@ -20,7 +20,7 @@ const LONGEST_KEPT_LINE: usize = 4 << 10;
 
 /// Why the connection ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::redis) enum Refused {
+pub(in crate::redis::wire) enum Refused {
     /// The reply is larger than it may be, or so are replies that no command asked for.
     TooLarge,
     /// It is none of the protocol, or of a form that the crate does not read.

@@ -1,0 +1,65 @@
+//! Remembers which pools were read and connected once, whatever connection they were on.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::redis::schema::followed::Followed;
+
+/// Tells the start when each pool's first read is over, and the metrics which connections are reconnects.
+pub(super) struct FirstReads {
+    inner: Mutex<Inner>,
+}
+
+struct Inner {
+    /// By the pool's name.
+    pools: HashMap<Arc<str>, Pool>,
+    when_all_over: Option<Box<dyn FnOnce() + Send>>,
+}
+
+#[derive(Default)]
+struct Pool {
+    /// Its first read succeeded or failed.
+    is_over: bool,
+    was_connected: bool,
+}
+
+impl FirstReads {
+    /// `when_all_over` is called once, when the first read of each of `pools` is over.
+    pub(super) fn new(pools: &[Followed], when_all_over: impl FnOnce() + Send + 'static) -> Self {
+        let pools = pools.iter().map(|pool| (Arc::clone(&pool.pool), Pool::default())).collect();
+        Self { inner: Mutex::new(Inner { pools, when_all_over: Some(Box::new(when_all_over)) }) }
+    }
+
+    /// The first read of each of `pools` succeeded or failed.
+    pub(super) fn over(&self, pools: &[Followed]) {
+        let mut inner = self.inner();
+        for pool in pools {
+            inner.pool(pool).is_over = true;
+        }
+        if inner.pools.values().all(|pool| pool.is_over)
+            && let Some(when_all_over) = inner.when_all_over.take()
+        {
+            when_all_over();
+        }
+    }
+
+    /// A connection for `pools` was made; returns true where one of them had a connection before.
+    pub(super) fn connected(&self, pools: &[Followed]) -> bool {
+        let mut inner = self.inner();
+        let mut again = false;
+        for pool in pools {
+            again |= std::mem::replace(&mut inner.pool(pool).was_connected, true);
+        }
+        again
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    fn pool(&mut self, pool: &Followed) -> &mut Pool {
+        self.pools.entry(Arc::clone(&pool.pool)).or_default()
+    }
+}

@@ -1,0 +1,185 @@
+//! Which pools share a server, and a task for each such shard.
+//!
+//! One server, or one that sentinels name, has the keys of all pools: a single shard that never changes. In a cluster each node
+//! that serves a pool's key has a shard, and `cluster.rs` assigns the pools anew when a slot moves; a shard that stays the same
+//! keeps its connections. So there are as many connections as nodes that serve keys, not as pools.
+
+use std::future::Future;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::{mpsc, watch};
+use tokio::task::{AbortHandle, JoinSet};
+
+use super::primary::Primary;
+use super::routed::{ClusterEvent, KeyNode, Route};
+use crate::config::{Redis, RedisAddress};
+use crate::redis::schema::followed::Followed;
+
+/// Events that may wait: more than there are owners, even while a slot moves.
+const MOST_EVENTS: usize = 64;
+
+/// Pools whose keys one server has.
+#[derive(Debug)]
+pub(in crate::redis) struct Shard {
+    /// In the order of the config.
+    pub(in crate::redis) pools: Vec<Followed>,
+    pub(in crate::redis) primary: Primary,
+}
+
+impl Shard {
+    fn has(&self, node: &KeyNode, pools: &[Followed]) -> bool {
+        let names = |pools: &[Followed]| pools.iter().map(|pool| Arc::clone(&pool.pool)).collect::<Vec<_>>();
+        self.primary.is(node) && names(&self.pools) == names(pools)
+    }
+}
+
+/// All shards.
+pub(in crate::redis) type Division = Vec<Arc<Shard>>;
+
+/// The nodes that serve one pool's key, `None` where no node does.
+#[derive(Clone, Debug)]
+pub(super) struct Assignment {
+    pub(super) pool: Followed,
+    /// The node to read from. While a slot moves, its keys may be on the importing node already.
+    pub(super) reader: Option<KeyNode>,
+    /// The owner of the slot, which alone knows what has migrated: the node to write to.
+    pub(super) owner: Option<KeyNode>,
+}
+
+/// How the pools are divided among the servers. Shared by all tasks that connect to these.
+#[derive(Debug)]
+pub struct Shards {
+    settings: Arc<Redis>,
+    read: watch::Sender<Division>,
+    written: watch::Sender<Division>,
+    events: mpsc::Sender<ClusterEvent>,
+    received: Mutex<Option<mpsc::Receiver<ClusterEvent>>>,
+}
+
+impl Shards {
+    /// For these pools. In a cluster there are no shards before its nodes have answered.
+    #[must_use]
+    pub fn of(settings: &Arc<Redis>, followed: &[Followed]) -> Self {
+        let division = match &settings.address {
+            RedisAddress::Cluster(_) => Vec::new(),
+            _ => vec![Arc::new(Shard { pools: followed.to_vec(), primary: Primary::of(settings) })],
+        };
+        let (events, received) = mpsc::channel(MOST_EVENTS);
+        Self {
+            settings: Arc::clone(settings),
+            read: watch::channel(division.clone()).0,
+            written: watch::channel(division).0,
+            events,
+            received: Mutex::new(Some(received)),
+        }
+    }
+
+    /// The shards to read from.
+    pub(in crate::redis) fn read(&self) -> watch::Receiver<Division> {
+        self.read.subscribe()
+    }
+
+    /// The shards to write to.
+    pub(in crate::redis) fn written(&self) -> watch::Receiver<Division> {
+        self.written.subscribe()
+    }
+
+    /// What connections learn about the cluster. `None` from the second call on.
+    pub(super) fn events(&self) -> Option<mpsc::Receiver<ClusterEvent>> {
+        self.received.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Divides the pools anew.
+    pub(super) fn assign(&self, assignments: &[Assignment]) {
+        type NodeOf = fn(&Assignment) -> &Option<KeyNode>;
+        let read: NodeOf = |assignment| &assignment.reader;
+        let written: NodeOf = |assignment| &assignment.owner;
+        for (division, node_of, follows_redirects) in
+            [(&self.read, read, false), (&self.written, written, true)]
+        {
+            let nodes =
+                assignments.iter().filter_map(|assignment| Some((assignment, node_of(assignment).clone()?)));
+            division.send_if_modified(|present| {
+                let next = self.division(present, nodes, follows_redirects);
+                let is_same = next.len() == present.len()
+                    && next.iter().zip(present.iter()).all(|(next, present)| Arc::ptr_eq(next, present));
+                *present = next;
+                !is_same
+            });
+        }
+    }
+
+    fn division<'a>(
+        &self,
+        present: &Division,
+        assigned: impl Iterator<Item = (&'a Assignment, KeyNode)>,
+        follows_redirects: bool,
+    ) -> Division {
+        let mut shards: Vec<(KeyNode, Vec<Followed>)> = Vec::new();
+        for (Assignment { pool, .. }, node) in assigned {
+            match shards.iter_mut().find(|(other, _)| *other == node) {
+                Some((_, pools)) => pools.push(pool.clone()),
+                None => shards.push((node, vec![pool.clone()])),
+            }
+        }
+        let shard = |(node, pools): (KeyNode, Vec<Followed>)| {
+            present.iter().find(|shard| shard.has(&node, &pools)).cloned().unwrap_or_else(|| {
+                let route = Route {
+                    settings: Arc::clone(&self.settings),
+                    node,
+                    follows_redirects,
+                    keys: pools.iter().map(|pool| pool.key.clone()).collect(),
+                    events: Some(self.events.clone()),
+                };
+                Arc::new(Shard { pools, primary: Primary::in_cluster(route) })
+            })
+        };
+        shards.into_iter().map(shard).collect()
+    }
+}
+
+/// Runs a task for each shard. The task of a shard that is gone is dropped at once, in the middle of what it waits for. When
+/// `over` is ready, starts no more tasks, and waits until those that run have ended by themselves.
+pub(in crate::redis) async fn each<T: Future<Output = ()> + Send + 'static>(
+    mut shards: watch::Receiver<Division>,
+    over: impl Future<Output = ()>,
+    mut start: impl FnMut(Arc<Shard>) -> T,
+) {
+    let mut tasks = JoinSet::new();
+    let mut running: Vec<(Arc<Shard>, AbortHandle)> = Vec::new();
+    let mut over = std::pin::pin!(over);
+    loop {
+        let present = shards.borrow_and_update().clone();
+        running.retain(|(shard, task)| {
+            let stays = present.iter().any(|other| Arc::ptr_eq(shard, other));
+            if !stays {
+                task.abort();
+            }
+            stays
+        });
+        for shard in present {
+            if !running.iter().any(|(other, _)| Arc::ptr_eq(&shard, other)) {
+                let task = tasks.spawn(start(Arc::clone(&shard)));
+                running.push((shard, task));
+            }
+        }
+        tokio::select! {
+            // An error would mean that `Shards` is gone, and then this task is dropped too.
+            Ok(()) = shards.changed() => {}
+            Some(ended) = tasks.join_next() => propagate(ended),
+            () = &mut over => break,
+        }
+    }
+    while let Some(ended) = tasks.join_next().await {
+        propagate(ended);
+    }
+}
+
+/// A panic is a defect, and ends the caller as it would without a task in between.
+fn propagate(ended: Result<(), tokio::task::JoinError>) {
+    if let Err(error) = ended
+        && let Ok(panic) = error.try_into_panic()
+    {
+        std::panic::resume_unwind(panic);
+    }
+}
