@@ -567,7 +567,7 @@ struct Told {
 
 const EMPTY: Told = Told {
     level: "WARN",
-    keeping: "redis holds no weights, going on with the last table",
+    keeping: "redis holds no weights, keeping the last table",
     refusing: "redis holds no weights, refusing sessions (redis.on_empty)",
     mended: "redis holds weights again",
 };

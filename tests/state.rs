@@ -154,7 +154,7 @@ async fn a_saved_table_is_kept_when_redis_comes_back_empty() {
     redis.kill();
     redis.launch().await;
     let program = Program::run(&yaml);
-    let line = program.says("redis holds no weights, going on with the last table").await;
+    let line = program.says("redis holds no weights, keeping the last table").await;
     assert_eq!(line["last"], "saved", "{line}");
     let address = program.addresses().await.0[0];
     for _ in 0..10 {

@@ -1,4 +1,4 @@
-//! What may have changed: marks set by messages, taken by whoever reads.
+//! Which pools may have changed: marks, set by messages and taken by the reader.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -6,17 +6,18 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout_at};
 
+use crate::balance::lua_pick::PoolId;
 use crate::redis::schema::companion::Companions;
 use crate::redis::schema::followed::Followed;
 
 /// Why a pool is to be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::redis) enum Cause {
+pub(super) enum Cause {
     /// A keyspace notification came.
     Notified = 1,
     /// The server no longer tracks a key that was read.
     Invalidated = 2,
-    /// The server says that everything is gone: FLUSHALL, FLUSHDB, or a replica that is filled anew.
+    /// The server says that all keys are gone: FLUSHALL, FLUSHDB, or a replica that is filled anew.
     Flushed = 4,
     /// Events may have been missed: the connection is new, or the server was not ready.
     Missed = 8,
@@ -25,21 +26,21 @@ pub(in crate::redis) enum Cause {
 }
 
 impl Cause {
-    /// What the server tells by itself, so that it may be an echo of a read.
-    pub(in crate::redis) const EVENTS: [Self; 3] = [Self::Notified, Self::Invalidated, Self::Flushed];
+    /// What the server sends by itself. It may be an echo of a read.
+    pub(super) const EVENTS: [Self; 3] = [Self::Notified, Self::Invalidated, Self::Flushed];
 }
 
 /// A set of causes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(in crate::redis) struct Causes(u8);
+pub(super) struct Causes(u8);
 
 impl Causes {
-    pub(in crate::redis) fn has(self, cause: Cause) -> bool {
+    pub(super) fn has(self, cause: Cause) -> bool {
         self.0 & cause as u8 != 0
     }
 
     #[must_use]
-    pub(in crate::redis) fn with(self, cause: Cause) -> Self {
+    pub(super) fn with(self, cause: Cause) -> Self {
         Self(self.0 | cause as u8)
     }
 }
@@ -50,67 +51,68 @@ impl From<Cause> for Causes {
     }
 }
 
-/// A pool that is to be read.
+/// The mark of a pool that is to be read.
 #[derive(Clone, Copy, Debug)]
-pub(in crate::redis) struct Mark {
+pub(super) struct Mark {
     /// The time of the first cause.
-    pub(in crate::redis) since: Instant,
-    pub(in crate::redis) causes: Causes,
+    pub(super) since: Instant,
+    pub(super) causes: Causes,
 }
 
-/// Which keys may have changed, set from the connection's reader.
+/// The marks of the pools that share a connection. Set where the connection's messages arrive.
 #[derive(Debug)]
-pub(in crate::redis) struct Changes {
-    /// Channel → the places of the pools that follow its key.
-    channels: HashMap<Vec<u8>, Vec<usize>>,
-    /// Those of `channels` that tell of admin states: a user may have no right to hear them.
+pub(super) struct Changes {
+    pools: Vec<PoolId>,
+    /// The pools that use the key of each notification channel.
+    channels: HashMap<Vec<u8>, Vec<PoolId>>,
+    /// The channels of admin states, among `channels`: a user may have no right to subscribe to them.
     of_states: HashSet<Vec<u8>>,
-    /// By pool.
-    marks: Mutex<Vec<Option<Mark>>>,
-    pub(in crate::redis) noticed: Notify,
+    marks: Mutex<HashMap<PoolId, Mark>>,
+    /// Wakes the reader.
+    pub(super) noticed: Notify,
 }
 
 impl Changes {
-    pub(in crate::redis) fn new(followed: &[Followed], database: u32) -> Self {
-        let mut channels: HashMap<Vec<u8>, Vec<usize>> = HashMap::new();
+    pub(super) fn new(pools: &[Followed], database: u32) -> Self {
+        let mut channels: HashMap<Vec<u8>, Vec<PoolId>> = HashMap::new();
         let mut of_states = HashSet::new();
-        for (place, Followed { key, .. }) in followed.iter().enumerate() {
-            channels.entry(channel(database, key).into_bytes()).or_default().push(place);
+        for Followed { id, key, .. } in pools {
+            channels.entry(channel(database, key).into_bytes()).or_default().push(*id);
             let states = channel(database, &Companions::of(key).states).into_bytes();
-            channels.entry(states.clone()).or_default().push(place);
+            channels.entry(states.clone()).or_default().push(*id);
             of_states.insert(states);
         }
-        Self { channels, of_states, marks: Mutex::new(vec![None; followed.len()]), noticed: Notify::new() }
+        let pools = pools.iter().map(|pool| pool.id).collect();
+        Self { pools, channels, of_states, marks: Mutex::default(), noticed: Notify::new() }
     }
 
-    /// The channels of all weights, each once.
-    pub(in crate::redis) fn channels(&self) -> impl Iterator<Item = &[u8]> {
+    /// The channels of all weights keys, each once.
+    pub(super) fn channels(&self) -> impl Iterator<Item = &[u8]> {
         self.channels.keys().map(Vec::as_slice).filter(|channel| !self.of_states.contains(*channel))
     }
 
     /// The channels of all admin states, each once.
-    pub(in crate::redis) fn channels_of_states(&self) -> impl Iterator<Item = &[u8]> {
+    pub(super) fn channels_of_states(&self) -> impl Iterator<Item = &[u8]> {
         self.of_states.iter().map(Vec::as_slice)
     }
 
-    /// An event told of the key that `channel` belongs to. Returns false where no pool follows it.
-    pub(in crate::redis) fn notice(&self, channel: &[u8], cause: Cause) -> bool {
-        let Some(places) = self.channels.get(channel) else { return false };
-        self.mark(places.iter().copied(), cause);
+    /// Marks the pools that use the key of `channel`. Returns false where no pool does.
+    pub(super) fn notice(&self, channel: &[u8], cause: Cause) -> bool {
+        let Some(pools) = self.channels.get(channel) else { return false };
+        self.mark(pools, cause);
         true
     }
 
-    /// Every pool is to be read.
-    pub(in crate::redis) fn notice_all(&self, cause: Cause) {
-        let count = self.marks().len();
-        self.mark(0..count, cause);
+    /// Marks every pool.
+    pub(super) fn notice_all(&self, cause: Cause) {
+        self.mark(&self.pools, cause);
     }
 
-    pub(in crate::redis) fn mark(&self, places: impl Iterator<Item = usize>, cause: Cause) {
+    pub(super) fn mark(&self, pools: &[PoolId], cause: Cause) {
         let (now, mut is_news) = (Instant::now(), false);
         let mut marks = self.marks();
-        for place in places {
-            let mark = marks[place].get_or_insert(Mark { since: now, causes: Causes::default() });
+        for pool in pools {
+            let mark = marks.entry(*pool).or_insert(Mark { since: now, causes: Causes::default() });
             is_news |= !mark.causes.has(cause);
             mark.causes = mark.causes.with(cause);
         }
@@ -121,21 +123,16 @@ impl Changes {
         }
     }
 
-    pub(in crate::redis) fn take(&self, place: usize) -> Option<Mark> {
-        self.marks()[place].take()
+    pub(super) fn take(&self, pool: PoolId) -> Option<Mark> {
+        self.marks().remove(&pool)
     }
 
-    /// The pools that are marked.
-    pub(in crate::redis) fn marked(&self) -> Vec<(usize, Mark)> {
-        self.marks().iter().enumerate().filter_map(|(place, mark)| Some((place, (*mark)?))).collect()
-    }
-
-    /// By pool.
-    pub(in crate::redis) fn of_all(&self) -> Vec<Option<Mark>> {
+    /// The pools that are marked now.
+    pub(super) fn marked(&self) -> HashMap<PoolId, Mark> {
         self.marks().clone()
     }
 
-    fn marks(&self) -> MutexGuard<'_, Vec<Option<Mark>>> {
+    fn marks(&self) -> MutexGuard<'_, HashMap<PoolId, Mark>> {
         self.marks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -144,8 +141,8 @@ fn channel(database: u32, key: &str) -> String {
     format!("__keyspace@{database}__:{key}")
 }
 
-/// Waits for a change, at most until `rest_ends`, when something that changed before has rested. Cancel safe.
-pub(in crate::redis) async fn changed(changes: &Changes, rest_ends: Option<Instant>) {
+/// Waits for a change, until `rest_ends` at most, when a pool that was marked before has rested. Cancel safe.
+pub(super) async fn changed(changes: &Changes, rest_ends: Option<Instant>) {
     match rest_ends {
         Some(rest_ends) => drop(timeout_at(rest_ends, changes.noticed.notified()).await),
         None => changes.noticed.notified().await,

@@ -7,6 +7,7 @@ mod event_rest;
 mod first_reads;
 mod flags;
 mod mode;
+mod pool_sync;
 mod rest;
 mod schedule;
 mod states;

@@ -23,7 +23,7 @@ pub(in crate::redis) fn rest_after(members: usize, took: Duration) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::redis::follow::sync::MAX_MEMBERS;
+    use crate::redis::schema::MAX_MEMBERS;
 
     #[test]
     fn a_rest_grows_with_the_table_and_with_what_the_read_took_up_to_a_bound() {

@@ -1,42 +1,46 @@
-//! When each pool is read, how many of them at once, and which need not be read to be known as unchanged.
+//! When each pool is read, how many pools at once, and which need no read to be known as unchanged.
 //!
-//! `rest.rs` and `event_rest.rs` say how long a pool rests, `sync.rs` reads.
+//! `rest.rs` and `event_rest.rs` compute how long a pool rests; `sync.rs` reads.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
 use super::changes::{Cause, Causes, Changes, Mark};
 use super::event_rest::{EventRests, Longest};
+use crate::balance::lua_pick::PoolId;
 use crate::redis::status::WatchMode;
 
-/// Pools that are asked for at once. Redis answers so many small tables in less than a millisecond.
+/// Pools that are read at once. Redis answers so many small tables in less than a millisecond.
 const MOST_AT_ONCE: usize = 32;
-/// Members that the tables asked for at once are expected to have, unless one alone has more: some 100 kB.
+/// Members that the tables read at once are expected to have together, unless one table alone has more: some 100 kB.
 const MOST_MEMBERS_AT_ONCE: usize = 2_000;
 /// Members that a table is expected to have before it was read for the first time.
 const EXPECTED_MEMBERS: usize = MOST_MEMBERS_AT_ONCE / 8;
-/// How long fewer tables are asked for at once, after a connection ended while several were asked for.
+/// How long fewer tables are read at once, after a connection ended while several were read.
 const READS_FEWER: Duration = Duration::from_secs(60);
-/// The number asked for is divided by this. It is not reduced to 1 at once: after a server that only restarted,
-/// the next reads would run one table at a time.
+/// The number of tables is divided by this. It is not reduced to 1 at once: after a server that only restarted, the next reads
+/// would run one table at a time.
 const FEWER: usize = 4;
 
-/// The turns of all pools of one connection.
+/// When the pools of one connection are read.
 #[derive(Debug)]
-pub(in crate::redis) struct Schedule {
+pub(super) struct Schedule {
     longest: Longest,
-    pools: Vec<Pool>,
-    /// So many tables at once, and until when.
+    /// In the order of the config.
+    order: Vec<PoolId>,
+    pools: HashMap<PoolId, Pool>,
+    /// The most tables at once, and until when.
     fewer: Option<(usize, Instant)>,
 }
 
 /// See [`Schedule::next`].
 #[derive(Debug)]
-pub(in crate::redis) enum Next {
-    /// These pools, which are not none and not too many at once.
-    Read(Vec<usize>),
-    /// Until then, or until something is marked.
+pub(super) enum Next {
+    /// Read these pools now: at least one, and not too many at once.
+    Read(Vec<PoolId>),
+    /// Wait until then, or until a pool is marked.
     Wait(Option<Instant>),
 }
 
@@ -46,85 +50,86 @@ struct Pool {
     event_rests: EventRests,
     /// Redis has answered for it once, or refused to.
     was_tried: bool,
-    /// When the last full read was asked for.
+    /// When the last full read was sent.
     read_at: Option<Instant>,
     /// The table's size when it was last read.
     members: usize,
 }
 
-impl Schedule {
-    /// For so many pools.
-    pub(in crate::redis) fn new(pools: usize, longest: Longest) -> Self {
-        let pool = Pool {
+impl Pool {
+    fn new() -> Self {
+        Self {
             rests_until: None,
             event_rests: EventRests::default(),
             was_tried: false,
             read_at: None,
             members: EXPECTED_MEMBERS,
-        };
-        Self { longest, pools: vec![pool; pools], fewer: None }
+        }
+    }
+}
+
+impl Schedule {
+    pub(super) fn new(pools: impl IntoIterator<Item = PoolId>, longest: Longest) -> Self {
+        let order: Vec<PoolId> = pools.into_iter().collect();
+        let pools = order.iter().map(|pool| (*pool, Pool::new())).collect();
+        Self { longest, order, pools, fewer: None }
     }
 
     /// Changes are noticed by `mode` from now on.
-    pub(in crate::redis) fn watch_by(&mut self, mode: WatchMode) {
+    pub(super) fn watch_by(&mut self, mode: WatchMode) {
         if self.longest.set_mode(mode) {
             // A rest of another mode may be longer than any of this one.
-            self.pools.iter_mut().for_each(|pool| pool.event_rests = EventRests::default());
+            self.pools.values_mut().for_each(|pool| pool.event_rests = EventRests::default());
         }
     }
 
     /// True where Redis has answered for each pool, or refused to.
-    pub(in crate::redis) fn has_tried_all(&self) -> bool {
-        self.pools.iter().all(|pool| pool.was_tried)
+    pub(super) fn has_tried_all(&self) -> bool {
+        self.pools.values().all(|pool| pool.was_tried)
     }
 
-    /// What to do next. Of pools that may be read, changed ones come first.
-    pub(in crate::redis) fn next(&self, changes: &Changes) -> Next {
-        let now = Instant::now();
+    /// What to do next. Of the pools that may be read, those that have changed come first.
+    pub(super) fn next(&self, changes: &Changes) -> Next {
+        let (now, marked) = (Instant::now(), changes.marked());
         let (mut ready, mut next) = (Vec::new(), None::<Instant>);
-        for (place, mark) in changes.marked() {
-            let pool = &self.pools[place];
+        for id in &self.order {
+            let (Some(pool), Some(mark)) = (self.pools.get(id), marked.get(id)) else { continue };
             match pool.rests_until.max(pool.event_rests.end_for(mark.causes)).filter(|rest| *rest > now) {
                 Some(rest) => next = Some(next.map_or(rest, |other| other.min(rest))),
-                None => ready.push((mark.causes == Cause::Due.into(), mark.since, place)),
+                None => ready.push((mark.causes == Cause::Due.into(), mark.since, *id, pool.members)),
             }
         }
         if ready.is_empty() {
             return Next::Wait(next);
         }
-        ready.sort_unstable();
+        ready.sort_by_key(|(is_only_due, since, ..)| (*is_only_due, *since));
         let fewer = self.fewer.filter(|(_, until)| *until > now);
         ready.truncate(fewer.map_or(MOST_AT_ONCE, |(most, _)| most));
-        let mut members = 0;
-        let fits = |place: &usize| {
-            let is_first = members == 0;
-            members += self.pools[*place].members.max(1);
-            is_first || members <= MOST_MEMBERS_AT_ONCE
+        let mut expected = 0;
+        let fits = |(_, _, _, members): &(bool, Instant, PoolId, usize)| {
+            let is_first = expected == 0;
+            expected += (*members).max(1);
+            is_first || expected <= MOST_MEMBERS_AT_ONCE
         };
-        Next::Read(ready.into_iter().map(|(_, _, place)| place).take_while(fits).collect())
+        Next::Read(ready.into_iter().take_while(fits).map(|(_, _, id, _)| id).collect())
     }
 
-    /// A connection ended while so many tables were asked for. Any of them, or their sum, may be too large for it, so fewer
-    /// are asked for at once, and in the end one alone.
-    pub(in crate::redis) fn read_fewer(&mut self, asked: usize) {
-        self.fewer = Some(((asked / FEWER).max(1), Instant::now() + READS_FEWER));
+    /// A connection ended while `at_once` tables were read. Any of them, or their sum, may be too large for it, so fewer are read at
+    /// once, and in the end one alone.
+    pub(super) fn read_fewer(&mut self, at_once: usize) {
+        self.fewer = Some(((at_once / FEWER).max(1), Instant::now() + READS_FEWER));
     }
 
-    /// The table of `place` was read, as of the moment `asked`.
-    pub(in crate::redis) fn was_read(&mut self, place: usize, members: usize, asked: Instant) {
-        let pool = &mut self.pools[place];
-        (pool.members, pool.read_at) = (members, Some(asked));
+    /// The table of `pool` was read, as of the moment `asked`.
+    pub(super) fn was_read(&mut self, pool: PoolId, members: usize, asked: Instant) {
+        if let Some(pool) = self.pools.get_mut(&pool) {
+            (pool.members, pool.read_at) = (members, Some(asked));
+        }
     }
 
-    /// What `causes` led to an answer, or a refusal, that was new or not. The pool rests.
-    pub(in crate::redis) fn was_tried(
-        &mut self,
-        place: usize,
-        causes: Causes,
-        is_news: bool,
-        rest: Duration,
-    ) {
-        let pool = &mut self.pools[place];
+    /// The read that `causes` led to was answered or refused, with something new or not. The pool rests.
+    pub(super) fn was_tried(&mut self, pool: PoolId, causes: Causes, is_news: bool, rest: Duration) {
+        let Some(pool) = self.pools.get_mut(&pool) else { return };
         pool.was_tried = true;
         pool.rests_until = Some(Instant::now() + rest);
         if is_news {
@@ -135,15 +140,18 @@ impl Schedule {
     }
 
     /// The pool rests, after an answer that ended the connection.
-    pub(in crate::redis) fn rest(&mut self, place: usize, rest: Duration) {
-        self.pools[place].rests_until = Some(Instant::now() + rest);
+    pub(super) fn rest(&mut self, pool: PoolId, rest: Duration) {
+        if let Some(pool) = self.pools.get_mut(&pool) {
+            pool.rests_until = Some(Instant::now() + rest);
+        }
     }
 
-    /// True where a heartbeat of the moment `asked`, answered after every event before it, shows that the table has not
-    /// changed: it is not marked, or its mark says nothing of a change and its last full read is recent.
-    pub(in crate::redis) fn is_unchanged(&self, place: usize, mark: Option<Mark>, asked: Instant) -> bool {
+    /// True where a heartbeat of the moment `asked`, which was answered after every event before it, shows that the table has not
+    /// changed: the pool is not marked, or its mark is no sign of a change and its last full read is recent.
+    pub(super) fn is_unchanged(&self, pool: PoolId, mark: Option<&Mark>, asked: Instant) -> bool {
         let Some(mark) = mark else { return true };
-        let is_recent = self.pools[place].read_at.is_some_and(|read| asked < read + self.longest.resync());
+        let read_at = self.pools.get(&pool).and_then(|pool| pool.read_at);
+        let is_recent = read_at.is_some_and(|read| asked < read + self.longest.resync());
         is_recent && !self.longest.tells_of_a_change(mark.causes)
     }
 }
@@ -157,13 +165,13 @@ mod tests {
     use crate::balance::pool::Cell;
     use crate::balance::pool::lua_pick::PoolId;
     use crate::balance::{Balance, Table};
-    use crate::redis::Followed;
+    use crate::redis::schema::followed::Followed;
 
     const HEARTBEAT: Duration = Duration::from_secs(1);
     const RESYNC: Duration = Duration::from_secs(15);
     const POOLS: usize = 100;
 
-    fn scene(mode: WatchMode) -> (Schedule, Changes) {
+    fn unread_pools(mode: WatchMode) -> (Schedule, Changes, Vec<PoolId>) {
         let followed: Vec<Followed> = (0..POOLS)
             .map(|pool| Followed {
                 id: PoolId::unique(),
@@ -173,18 +181,20 @@ mod tests {
                 key: format!("servers{pool}"),
             })
             .collect();
-        let mut schedule = Schedule::new(POOLS, Longest::new(HEARTBEAT, RESYNC));
+        let mut schedule =
+            Schedule::new(followed.iter().map(|pool| pool.id), Longest::new(HEARTBEAT, RESYNC));
         schedule.watch_by(mode);
-        (schedule, Changes::new(&followed, 0))
+        let ids = followed.iter().map(|pool| pool.id).collect();
+        (schedule, Changes::new(&followed, 0), ids)
     }
 
     fn read_all(schedule: &mut Schedule, changes: &Changes, members: usize) -> Vec<usize> {
         let mut at_once = Vec::new();
         while let Next::Read(ready) = schedule.next(changes) {
-            for place in &ready {
-                let mark = changes.take(*place).expect("it is marked");
-                schedule.was_read(*place, members, Instant::now());
-                schedule.was_tried(*place, mark.causes, false, Duration::ZERO);
+            for pool in &ready {
+                let mark = changes.take(*pool).expect("it is marked");
+                schedule.was_read(*pool, members, Instant::now());
+                schedule.was_tried(*pool, mark.causes, false, Duration::ZERO);
             }
             at_once.push(ready.len());
         }
@@ -193,7 +203,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn small_tables_are_read_many_at_once_and_large_ones_alone() {
-        let (mut schedule, changes) = scene(WatchMode::Notifications);
+        let (mut schedule, changes, _) = unread_pools(WatchMode::Notifications);
         assert!(!schedule.has_tried_all());
         changes.notice_all(Cause::Missed);
         let unknown = read_all(&mut schedule, &changes, 10);
@@ -216,18 +226,18 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_change_is_read_before_what_is_only_due() {
-        let (schedule, changes) = scene(WatchMode::Notifications);
+        let (schedule, changes, ids) = unread_pools(WatchMode::Notifications);
         changes.notice_all(Cause::Due);
         advance(HEARTBEAT).await;
-        changes.mark(std::iter::once(POOLS - 1), Cause::Notified);
-        changes.mark(std::iter::once(POOLS - 2), Cause::Invalidated);
+        changes.mark(&[ids[POOLS - 1]], Cause::Notified);
+        changes.mark(&[ids[POOLS - 2]], Cause::Invalidated);
         let Next::Read(ready) = schedule.next(&changes) else { panic!("all may be read") };
-        assert_eq!(ready[..3], [POOLS - 2, POOLS - 1, 0]);
+        assert_eq!(ready[..3], [ids[POOLS - 2], ids[POOLS - 1], ids[0]]);
     }
 
-    /// The promise: a table that is called fresh was read, or is known not to have changed, within the interval of full reads.
+    /// A table that counts as fresh was read, or is known not to have changed, within the interval of full reads.
     #[tokio::test(start_paused = true)]
-    async fn what_waits_for_a_full_read_is_unchanged_until_that_is_late() {
+    async fn a_pool_that_waits_for_a_full_read_is_unchanged_until_that_is_late() {
         for (mode, cause, is_unchanged) in [
             (WatchMode::Notifications, Cause::Due, true),
             (WatchMode::Notifications, Cause::Invalidated, true),
@@ -237,19 +247,19 @@ mod tests {
             (WatchMode::Notifications, Cause::Flushed, false),
             (WatchMode::Notifications, Cause::Missed, false),
         ] {
-            let (mut schedule, changes) = scene(mode);
+            let (mut schedule, changes, ids) = unread_pools(mode);
             let is = |schedule: &Schedule| {
-                schedule.is_unchanged(0, changes.of_all().into_iter().next().flatten(), Instant::now())
+                schedule.is_unchanged(ids[0], changes.marked().get(&ids[0]), Instant::now())
             };
             changes.notice_all(cause);
             assert!(!is(&schedule), "{mode:?}, {cause:?}: it was never read");
-            changes.take(0);
-            schedule.was_read(0, 10, Instant::now());
+            changes.take(ids[0]);
+            schedule.was_read(ids[0], 10, Instant::now());
             changes.notice_all(cause);
             assert_eq!(is(&schedule), is_unchanged, "{mode:?}, {cause:?}");
             advance(RESYNC).await;
             assert!(!is(&schedule), "{mode:?}, {cause:?}: the full read is late");
-            changes.take(0);
+            changes.take(ids[0]);
             assert!(is(&schedule), "{mode:?}: nothing is marked");
         }
     }

@@ -7,7 +7,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::states;
-use super::sync::MAX_MEMBERS;
+use crate::redis::schema::MAX_MEMBERS;
 use crate::redis::schema::followed::Followed;
 use crate::redis::topology::routed::RoutedConnection;
 use crate::redis::wire::error::RedisError;
