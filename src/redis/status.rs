@@ -1,4 +1,5 @@
-//! How the control plane stands with Redis, for the metrics. Written by the control thread, read on a scrape.
+//! How the control plane stands with Redis, for the metrics. Written by the control thread, read on a
+//! scrape.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

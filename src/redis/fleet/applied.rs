@@ -1,8 +1,8 @@
 //! Tells, under a lease, which table this proxy has applied. `applied/reports.rs` reads what all have told.
 //!
-//! On a connection of its own, at its own pace: however fast weights change, a pool is reported four times a second at
-//! most. A user that may not write says so once; nothing else depends on these reports. A proxy that dies is forgotten
-//! when its lease ends, one that drains takes its reports back.
+//! On a connection of its own, at its own pace: however fast weights change, a pool is reported four times a
+//! second at most. A user that may not write says so once; nothing else depends on these reports. A proxy
+//! that dies is forgotten when its lease ends, one that drains takes its reports back.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -36,25 +36,27 @@ const SCRIPT: &str = include_str!("applied.lua");
 const LOOK: Duration = Duration::from_millis(50);
 /// Between two reports of one pool, at least.
 const REST: Duration = Duration::from_millis(250);
-/// A report that took long is followed by a rest of so many times that, though no longer than until the lease is to be renewed:
-/// whatever makes it long, one proxy takes a twentieth of the server's time at most.
+/// A report that took long is followed by a rest of so many times that, though no longer than until the
+/// lease is to be renewed: whatever makes it long, one proxy takes a twentieth of the server's time at most.
 const REST_PER_REPORT: u32 = 20;
 /// Between two reports of what has not changed. A lease outlives two that are lost.
 const RENEWAL: Duration = Duration::from_secs(5);
 pub(super) const LEASE: Duration = Duration::from_secs(15);
 /// Between two looks at who is leaving, which are looks over all backends.
 const LEAVING_LOOK: Duration = Duration::from_millis(500);
-/// After a change in who is leaving, it is told once more: whoever waits for a last session believes no report that was made sooner than
-/// [`LANDING`] after he wrote.
+/// After a change in who is leaving, it is told once more: whoever waits for a last session believes no
+/// report that was made sooner than [`LANDING`] after he wrote.
 const REPEAT: Duration = Duration::from_millis(1500);
-/// So long after a proxy has heard that a backend is to get no sessions, the picks that were under way have landed, so that its sessions
-/// are all counted: a worker picks in a moment, and Redis within `lua_pick.timeout` (50 ms, unless somebody wrote more).
+/// So long after a proxy has heard that a backend is to get no sessions, the picks that were under way have
+/// landed, so that its sessions are all counted: a worker picks in a moment, and Redis within
+/// `lua_pick.timeout` (50 ms, unless somebody wrote more).
 pub const LANDING: Duration = Duration::from_secs(1);
 /// Stands before each backend in a report.
 pub(super) const LEAVING: char = ';';
 /// Stands before the number of those that are left out.
 pub(super) const UNNAMED: char = '+';
-/// Backends that are leaving in one report, those with the most sessions first: a report has some 25 kB at most.
+/// Backends that are leaving in one report, those with the most sessions first: a report has some 25 kB at
+/// most.
 const MOST_LEAVING: usize = 1_000;
 /// Taking reports back must not hold anything up.
 const LEAVING_TIME: Duration = Duration::from_secs(1);

@@ -1,8 +1,9 @@
-//! What a table says, in forty digits: by it a proxy tells which table it has applied, and a command which one it wrote.
+//! What a table says, in forty digits: by it a proxy tells which table it has applied, and a command which
+//! one it wrote.
 //!
-//! `weights.lua` computes the same for the history, so both follow one recipe: SHA-1 over the members, the lightest first
-//! and equal ones by name (which is the order that Redis keeps them in), each as its name, a zero byte, and its weight as
-//! a double, highest byte first. It tells tables apart; it protects nothing.
+//! `weights.lua` computes the same for the history, so both follow one recipe: SHA-1 over the members, the
+//! lightest first and equal ones by name (which is the order that Redis keeps them in), each as its name, a
+//! zero byte, and its weight as a double, highest byte first. It tells tables apart; it protects nothing.
 
 use std::fmt;
 

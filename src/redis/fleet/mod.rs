@@ -1,4 +1,5 @@
-//! What the proxies of a fleet tell each other through Redis: which table each has applied, and which backends it does not use.
+//! What the proxies of a fleet tell each other through Redis: which table each has applied, and which
+//! backends it does not use.
 
 pub mod applied;
 pub(in crate::redis) mod content;

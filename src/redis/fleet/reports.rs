@@ -1,4 +1,5 @@
-//! Reads what proxies have told of the tables that they have applied: for a person who waits for all of them.
+//! Reads what proxies have told of the tables that they have applied: for a person who waits for all of
+//! them.
 
 use std::time::Duration;
 
@@ -9,7 +10,8 @@ use crate::redis::fleet::content::ContentHash;
 use crate::redis::fleet::unusable::{self, UnusableReport};
 use crate::redis::schema::companion::Companions;
 
-/// A proxy that is alive and reaches Redis has reported again within this time: a renewal, and the time of its way.
+/// A proxy that is alive and reaches Redis has reported again within this time: a renewal, and the time of
+/// its way.
 const PATIENCE: Duration = Duration::from_secs(6);
 /// More than any fleet: so many are read at once.
 const MOST_PROXIES: usize = 10_000;
@@ -21,8 +23,8 @@ pub struct Report {
     pub proxy: String,
     /// Of the table in its newest snapshot.
     pub hash: ContentHash,
-    /// The backends that it knows to be in drain or maint, and others that have sessions and are to get none; each with its
-    /// sessions.
+    /// The backends that it knows to be in drain or maint, and others that have sessions and are to get
+    /// none; each with its sessions.
     pub leaving: Vec<(String, u32)>,
     /// How many more there are, each with as few sessions as the last of `leaving`, or fewer.
     pub unnamed: usize,
@@ -37,7 +39,8 @@ pub struct Report {
 pub struct Reports {
     /// Of the proxies whose lease has not ended, in the order of their names.
     pub live: Vec<Report>,
-    /// More than zero after Redis has lost reports, or was away: others may be alive, and will have reported by then.
+    /// More than zero after Redis has lost reports, or was away: others may be alive, and will have reported
+    /// by then.
     pub are_all_in: Duration,
 }
 

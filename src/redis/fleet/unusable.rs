@@ -1,8 +1,9 @@
-//! What a proxy reports of the backends that get no sessions from it, as a part of its report in `{servers}:applied`.
+//! What a proxy reports of the backends that get no sessions from it, as a part of its report in
+//! `{servers}:applied`.
 //!
-//! Each entry stands after [`MARK`]: first an empty one, or [`FAILS_OPEN`]; then `backend=reason,reason`, each reason with its
-//! cause after a colon; then `+N`, how many more there are. Readers that do not know the mark pass over all of it, and a report
-//! without it is one of an older proxy.
+//! Each entry stands after [`MARK`]: first an empty one, or [`FAILS_OPEN`]; then `backend=reason,reason`,
+//! each reason with its cause after a colon; then `+N`, how many more there are. Readers that do not know
+//! the mark pass over all of it, and a report without it is one of an older proxy.
 
 use std::fmt::Write as _;
 
@@ -16,8 +17,8 @@ const FAILS_OPEN: &str = "fail_open";
 /// Backends that are named: with names of usual length a report grows by 6 kB at most.
 const MOST_NAMED: usize = 100;
 
-/// The backends that get no sessions from one proxy, as it has reported them. Everything in it may have been written by any
-/// client of Redis.
+/// The backends that get no sessions from one proxy, as it has reported them. Everything in it may have been
+/// written by any client of Redis.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct UnusableReport {
     /// Too little of the pool is healthy, so this proxy ignores health.

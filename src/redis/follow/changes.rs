@@ -141,7 +141,8 @@ fn channel(database: u32, key: &str) -> String {
     format!("__keyspace@{database}__:{key}")
 }
 
-/// Waits for a change, until `rest_ends` at most, when a pool that was marked before has rested. Cancel safe.
+/// Waits for a change, until `rest_ends` at most, when a pool that was marked before has rested. Cancel
+/// safe.
 pub(super) async fn changed(changes: &Changes, rest_ends: Option<Instant>) {
     match rest_ends {
         Some(rest_ends) => drop(timeout_at(rest_ends, changes.noticed.notified()).await),

@@ -1,10 +1,10 @@
 //! How long events are left waiting after reads that found nothing new.
 //!
-//! An event may be caused by a read: Redis publishes `keymiss` where it is told to, and a full tracking table invalidates
-//! keys that were just read. A tool may also write the same values again and again. Each read that an event caused and
-//! that found nothing new therefore doubles the rest before the next event of that way is answered, so every loop
-//! "event, read, event" dies out. A read that finds something new ends the rest, and quiet time lets it fade. The first
-//! change after a quiet time is read at once.
+//! An event may be caused by a read: Redis publishes `keymiss` where it is told to, and a full tracking
+//! table invalidates keys that were just read. A tool may also write the same values again and again. Each
+//! read that an event caused and that found nothing new therefore doubles the rest before the next event of
+//! that way is answered, so every loop "event, read, event" dies out. A read that finds something new ends
+//! the rest, and quiet time lets it fade. The first change after a quiet time is read at once.
 //!
 //! The ways rest apart: a tracking table that is full must not delay what a notification tells.
 
@@ -16,7 +16,8 @@ use super::changes::{Cause, Causes};
 use crate::control::backoff::jittered;
 use crate::redis::status::WatchMode;
 
-/// The rest after the first read that found nothing new. Two events of one change may come apart, so it is short.
+/// The rest after the first read that found nothing new. Two events of one change may come apart, so it is
+/// short.
 const FIRST: Duration = Duration::from_millis(1);
 /// The longest rest: then a loop costs what polling by `poll_interval`'s default costs.
 const LONGEST: Duration = Duration::from_secs(1);
@@ -30,15 +31,15 @@ pub(in crate::redis) struct Longest {
 }
 
 impl Longest {
-    /// The intervals are those of the configuration. A pool that rests is not confirmed by heartbeats, so it rests no
-    /// longer than one of them.
+    /// The intervals are those of the configuration. A pool that rests is not confirmed by heartbeats, so it
+    /// rests no longer than one of them.
     pub(in crate::redis) fn new(heartbeat_interval: Duration, resync_interval: Duration) -> Self {
         let heartbeat = heartbeat_interval.min(LONGEST);
         Self { heartbeat, resync: resync_interval.max(heartbeat), mode: WatchMode::None }
     }
 
-    /// Where notifications are known to come, tracking is needed for changes made after they were switched off,
-    /// and the next full read finds those too.
+    /// Where notifications are known to come, tracking is needed for changes made after they were switched
+    /// off, and the next full read finds those too.
     fn of(self, cause: Cause) -> Duration {
         let longest = match cause {
             Cause::Invalidated if self.mode == WatchMode::Notifications => self.resync,
@@ -57,7 +58,8 @@ impl Longest {
         self.resync
     }
 
-    /// True where a table with these marks may no longer be what Redis holds, as far as the mode promises to tell.
+    /// True where a table with these marks may no longer be what Redis holds, as far as the mode promises to
+    /// tell.
     pub(in crate::redis) fn tells_of_a_change(self, causes: Causes) -> bool {
         let told =
             [Cause::Missed, Cause::Notified, Cause::Flushed].into_iter().any(|cause| causes.has(cause));
@@ -98,8 +100,8 @@ impl EventRests {
         }
     }
 
-    /// The read that `causes` led to found something new. Where a notification told of it, the invalidation that came
-    /// with it proves nothing of others.
+    /// The read that `causes` led to found something new. Where a notification told of it, the invalidation
+    /// that came with it proves nothing of others.
     pub(in crate::redis) fn found_news(&mut self, causes: Causes) {
         for (cause, rest) in self.each() {
             let has_told = causes.has(cause) && (cause != Cause::Invalidated || !causes.has(Cause::Notified));

@@ -1,7 +1,8 @@
 //! Which keyspace events a server sends, read from its `notify-keyspace-events`.
 
-/// What a table's life can show: K (keyspace channels) and the classes z (sorted sets), g (del, expire, rename, move,
-/// copy, restore), $ s l (a SET, SUNIONSTORE or SORT … STORE over the key), x and e (expired, evicted).
+/// What a table's life can show: K (keyspace channels) and the classes z (sorted sets), g (del, expire,
+/// rename, move, copy, restore), $ s l (a SET, SUNIONSTORE or SORT … STORE over the key), x and e (expired,
+/// evicted).
 const NEEDED: &str = "Kgz$lsxe";
 /// What `A` stands for, as far as it is needed.
 const ALL_CLASSES: &str = "gz$lsxe";

@@ -1,13 +1,14 @@
-//! How changes can be noticed on one connection: what the server agreed to, and what is known of its settings.
+//! How changes can be noticed on one connection: what the server agreed to, and what is known of its
+//! settings.
 //!
-//! `auto` arms notifications *and* tracking where both are to be had. Either alone tells of every write; together they also
-//! tell of FLUSHALL, FLUSHDB and a replica's full resync, of which notifications say nothing, and of changes in the time
-//! between someone's switching notifications off and the next look at the flags. Both come in the same packet, so they cost
-//! one read. Only SWAPDB is told by neither.
+//! `auto` arms notifications *and* tracking where both are to be had. Either alone tells of every write;
+//! together they also tell of FLUSHALL, FLUSHDB and a replica's full resync, of which notifications say
+//! nothing, and of changes in the time between someone's switching notifications off and the next look at
+//! the flags. Both come in the same packet, so they cost one read. Only SWAPDB is told by neither.
 //!
-//! Tracking is the plain kind, not BCAST: the server remembers what this connection read, and tells once when that changes,
-//! which is when it is read again. Broadcasts go by prefixes, which may not overlap (pools `web` and `web2`), and tell of every
-//! key of others that begins so.
+//! Tracking is the plain kind, not BCAST: the server remembers what this connection read, and tells once
+//! when that changes, which is when it is read again. Broadcasts go by prefixes, which may not overlap
+//! (pools `web` and `web2`), and tell of every key of others that begins so.
 
 use redis::Value;
 use tracing::{info, warn};
@@ -87,8 +88,8 @@ impl<'a> Armed<'a> {
         }
     }
 
-    /// Asks for what is wanted and was not agreed to yet, waits for the answers, and finds out how changes are noticed from
-    /// now on. To be followed by a whole read.
+    /// Asks for what is wanted and was not agreed to yet, waits for the answers, and finds out how changes
+    /// are noticed from now on. To be followed by a whole read.
     ///
     /// # Errors
     /// The connection is of no use: it broke, or it has to be notified and may not subscribe.
@@ -124,8 +125,8 @@ impl<'a> Armed<'a> {
         Ok(mode.unwrap_or(WatchMode::Poll))
     }
 
-    /// Admin states have channels of their own: who may not hear them, and does not track either, sees a change of them
-    /// with the next whole read.
+    /// Admin states have channels of their own: who may not hear them, and does not track either, sees a
+    /// change of them with the next whole read.
     async fn hear_of_states(
         &mut self,
         connection: &mut RoutedConnection,
@@ -151,8 +152,8 @@ impl<'a> Armed<'a> {
         Ok(())
     }
 
-    /// The way that `mode` may be relied on for all that is read. A user who may not hear the channels of admin states hears of
-    /// them by tracking alone, whatever is known of the weights.
+    /// The way that `mode` may be relied on for all that is read. A user who may not hear the channels of
+    /// admin states hears of them by tracking alone, whatever is known of the weights.
     pub(in crate::redis) fn told_by(&self, mode: WatchMode) -> WatchMode {
         match mode {
             WatchMode::Notifications if !matches!(self.states, Way::Agreed) => WatchMode::Tracking,
@@ -170,7 +171,8 @@ impl<'a> Armed<'a> {
         }
     }
 
-    /// Switches notifications on where that is allowed. The inner error says why there are none, with a cure.
+    /// Switches notifications on where that is allowed. The inner error says why there are none, with a
+    /// cure.
     async fn is_notified(&self, connection: &mut RoutedConnection) -> Result<Result<(), String>, RedisError> {
         let is_told_so = self.settings.watch == Watch::Notifications;
         if let Way::Refused(error) = &self.subscription {
@@ -213,8 +215,8 @@ impl<'a> Armed<'a> {
     }
 }
 
-/// Subscribes to `channels` and waits for the confirmations. Many at once: nothing is confirmed before all are heard, so
-/// that the time must not grow with pools × round trip.
+/// Subscribes to `channels` and waits for the confirmations. Many at once: nothing is confirmed before all
+/// are heard, so that the time must not grow with pools × round trip.
 async fn subscribe(
     connection: &mut RoutedConnection,
     channels: impl Iterator<Item = &[u8]>,

@@ -22,11 +22,13 @@ use crate::redis::wire::error::RedisError;
 
 /// The rest between two attempts to read a key that is refused.
 pub(super) const REST_AFTER_REFUSAL: Duration = Duration::from_secs(1);
-/// The longest rest after an answer that is too large: Redis computes the whole answer each time, for each proxy.
+/// The longest rest after an answer that is too large: Redis computes the whole answer each time, for each
+/// proxy.
 const LONGEST_REST_AFTER_TOO_LARGE: Duration = Duration::from_secs(30);
 /// Reports of ignored members in one window, of up to 11 lines each.
 const MOST_REPORTS: u32 = 1;
-/// Lines in one window that say how a key can be read: enough to see a fault, its cure and one more of both at once.
+/// Lines in one window that say how a key can be read: enough to see a fault, its cure and one more of both
+/// at once.
 const MOST_READABILITY_LINES: u32 = 4;
 /// Members named in one report.
 const MOST_NAMED: usize = 10;
@@ -47,7 +49,8 @@ pub(super) struct PoolSync<'a> {
     reports: LogLimiter,
     /// A fingerprint of the members that the last read ignored, whether or not they were logged.
     ignored: u64,
-    /// The table had more than [`MAX_MEMBERS`] when it was last read: they are counted before it is read again.
+    /// The table had more than [`MAX_MEMBERS`] when it was last read: they are counted before it is read
+    /// again.
     had_too_many: bool,
     too_large: Backoff,
     /// Why the last read ended with the connection.
@@ -75,8 +78,8 @@ pub(super) enum Read {
 pub(super) enum RefusalEnd {
     /// The key has to be written, which is noticed like any other change.
     Announced,
-    /// No event announces a right that is granted, or a script that ends: the key is tried again. So is one with too many members,
-    /// which costs no more than to count them.
+    /// No event announces a right that is granted, or a script that ends: the key is tried again. So is one
+    /// with too many members, which costs no more than to count them.
     Unannounced,
 }
 
@@ -174,7 +177,8 @@ impl<'a> PoolSync<'a> {
             Err(reason) => {
                 let cell = &self.followed.cell;
                 cell.set_states(self.admin.known(cell));
-                // The key was overwritten, so the table is gone. Any other refusal says nothing about the table.
+                // The key was overwritten, so the table is gone. Any other refusal says nothing about the
+                // table.
                 if is_no_table && self.on_empty == OnEmpty::Refuse {
                     cell.publish_as_of(Table::default(), asked);
                     self.log_refused(reason, "refusing sessions (redis.on_empty)");
@@ -287,7 +291,8 @@ impl<'a> PoolSync<'a> {
         status.is_kept.store(self.on_empty == OnEmpty::KeepLast, Relaxed);
         match self.on_empty {
             OnEmpty::KeepLast => {
-                // What emptied the table may have deleted the states too, so only states that are there take effect.
+                // What emptied the table may have deleted the states too, so only states that are there take
+                // effect.
                 if !empty.states().is_empty() {
                     cell.set_states(empty.states().to_vec());
                 }
@@ -309,7 +314,8 @@ impl<'a> PoolSync<'a> {
         }
     }
 
-    /// Asks to log a line about reading the key. `Some` if it is news and may be logged now, with what was logged before.
+    /// Asks to log a line about reading the key. `Some` if it is news and may be logged now, with what was
+    /// logged before.
     fn permit_line(&mut self, line: Option<LastLogged>) -> Option<(Option<LastLogged>, HeldBack)> {
         if self.last_logged == line {
             return None;

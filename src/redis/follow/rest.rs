@@ -1,13 +1,14 @@
-//! How long a pool's table rests after it was read, so that neither one proxy nor a whole fleet keeps Redis busy with reads.
+//! How long a pool's table rests after it was read, so that neither one proxy nor a whole fleet keeps Redis
+//! busy with reads.
 
 use std::time::Duration;
 
-/// Rest after a read, for each member that it gave: a read costs Redis 0.5 µs a member, so it is never busy with us for
-/// more than a twentieth of its time.
+/// Rest after a read, for each member that it gave: a read costs Redis 0.5 µs a member, so it is never busy
+/// with us for more than a twentieth of its time.
 const REST_PER_MEMBER: Duration = Duration::from_micros(10);
 const LONGEST_REST: Duration = Duration::from_millis(100);
-/// A read that took long, because Redis is busy with a whole fleet's, is followed by a rest of so many times that. Then all
-/// of them together, however many, take a fifth of its time.
+/// A read that took long, because Redis is busy with a whole fleet's, is followed by a rest of so many times
+/// that. Then all of them together, however many, take a fifth of its time.
 const REST_PER_READ: u32 = 4;
 /// One that took no longer has met nobody else's.
 const QUICK_READ: Duration = Duration::from_micros(200);

@@ -14,14 +14,15 @@ use crate::redis::status::WatchMode;
 
 /// Pools that are read at once. Redis answers so many small tables in less than a millisecond.
 const MOST_AT_ONCE: usize = 32;
-/// Members that the tables read at once are expected to have together, unless one table alone has more: some 100 kB.
+/// Members that the tables read at once are expected to have together, unless one table alone has more: some
+/// 100 kB.
 const MOST_MEMBERS_AT_ONCE: usize = 2_000;
 /// Members that a table is expected to have before it was read for the first time.
 const EXPECTED_MEMBERS: usize = MOST_MEMBERS_AT_ONCE / 8;
 /// How long fewer tables are read at once, after a connection ended while several were read.
 const READS_FEWER: Duration = Duration::from_secs(60);
-/// The number of tables is divided by this. It is not reduced to 1 at once: after a server that only restarted, the next reads
-/// would run one table at a time.
+/// The number of tables is divided by this. It is not reduced to 1 at once: after a server that only
+/// restarted, the next reads would run one table at a time.
 const FEWER: usize = 4;
 
 /// When the pools of one connection are read.
@@ -114,8 +115,8 @@ impl Schedule {
         Next::Read(ready.into_iter().take_while(fits).map(|(_, _, id, _)| id).collect())
     }
 
-    /// A connection ended while `at_once` tables were read. Any of them, or their sum, may be too large for it, so fewer are read at
-    /// once, and in the end one alone.
+    /// A connection ended while `at_once` tables were read. Any of them, or their sum, may be too large for
+    /// it, so fewer are read at once, and in the end one alone.
     pub(super) fn read_fewer(&mut self, at_once: usize) {
         self.fewer = Some(((at_once / FEWER).max(1), Instant::now() + READS_FEWER));
     }
@@ -146,8 +147,9 @@ impl Schedule {
         }
     }
 
-    /// True where a heartbeat of the moment `asked`, which was answered after every event before it, shows that the table has not
-    /// changed: the pool is not marked, or its mark is no sign of a change and its last full read is recent.
+    /// True where a heartbeat of the moment `asked`, which was answered after every event before it, shows
+    /// that the table has not changed: the pool is not marked, or its mark is no sign of a change and its
+    /// last full read is recent.
     pub(super) fn is_unchanged(&self, pool: PoolId, mark: Option<&Mark>, asked: Instant) -> bool {
         let Some(mark) = mark else { return true };
         let read_at = self.pools.get(&pool).and_then(|pool| pool.read_at);
@@ -235,7 +237,8 @@ mod tests {
         assert_eq!(ready[..3], [ids[POOLS - 2], ids[POOLS - 1], ids[0]]);
     }
 
-    /// A table that counts as fresh was read, or is known not to have changed, within the interval of full reads.
+    /// A table that counts as fresh was read, or is known not to have changed, within the interval of full
+    /// reads.
     #[tokio::test(start_paused = true)]
     async fn a_pool_that_waits_for_a_full_read_is_unchanged_until_that_is_late() {
         for (mode, cause, is_unchanged) in [

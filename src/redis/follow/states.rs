@@ -1,7 +1,8 @@
 //! Reads the admin states beside a table: `{servers}:states`, a hash of backends that are not ready.
 //!
-//! They are read right after the weights, in the same turn, so that they are never older than these. Whatever is wrong
-//! with them is no reason to leave the weights: the last states hold, and what is wrong is said once.
+//! They are read right after the weights, in the same turn, so that they are never older than these.
+//! Whatever is wrong with them is no reason to leave the weights: the last states hold, and what is wrong is
+//! said once.
 
 use std::time::Duration;
 
@@ -90,8 +91,8 @@ impl States {
         self.rests_until.is_some_and(|until| until > Instant::now())
     }
 
-    /// Takes a reading in. `is_alone`: nothing but this pool was asked for at the same time. Returns whether the key holds
-    /// something else than when it was last read.
+    /// Takes a reading in. `is_alone`: nothing but this pool was asked for at the same time. Returns whether
+    /// the key holds something else than when it was last read.
     ///
     /// # Errors
     /// The connection is of no use any more.
@@ -171,7 +172,8 @@ impl States {
     }
 }
 
-/// Reads the states beside the table under `weights_key`: one question where there are none, two where there are.
+/// Reads the states beside the table under `weights_key`: one question where there are none, two where there
+/// are.
 pub(in crate::redis) async fn read(mut connection: RoutedConnection, followed: &Followed) -> Read {
     let key = Companions::of(&followed.key).states;
     // A slot that moves may have taken the table along, and not yet this key.

@@ -1,8 +1,9 @@
 //! One watching connection: from connecting and subscribing until it is lost.
 //!
-//! The order matters: subscribe and track (`mode.rs`), wait for the confirmations, *then* read, so that no change is missed in
-//! between. After that a heartbeat proves that the connection still delivers. A full read every `resync_interval` finds what no
-//! event announces (SWAPDB has none), and proves the watch mode again.
+//! The order matters: subscribe and track (`mode.rs`), wait for the confirmations, *then* read, so that no
+//! change is missed in between. After that a heartbeat proves that the connection still delivers. A full
+//! read every `resync_interval` finds what no event announces (SWAPDB has none), and proves the watch mode
+//! again.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -24,7 +25,8 @@ use crate::redis::topology::shards::Shard;
 use crate::redis::wire::connection::Server;
 use crate::redis::wire::error::RedisError;
 
-/// The longest pause between two attempts to read from a server that loads its data. When it has, the whole fleet reads.
+/// The longest pause between two attempts to read from a server that loads its data. When it has, the whole
+/// fleet reads.
 const LONGEST_LOADING_PAUSE: Duration = Duration::from_millis(400);
 
 /// What all watching connections of one shard have in common.
@@ -40,7 +42,8 @@ pub(super) struct Subscriber<'a> {
     pub(super) watcher: Watcher<'a>,
     pub(super) address: &'a RedisAddress,
     pub(super) watching: &'a Watching,
-    /// Logs that it is connected. False after a connection that ended over a table that is too large, which is logged already.
+    /// Logs that it is connected. False after a connection that ended over a table that is too large, which
+    /// is logged already.
     pub(super) logs_connect: bool,
 }
 
@@ -193,15 +196,15 @@ impl Subscriber<'_> {
     }
 }
 
-/// True where a keyspace notification tells of a read that found no key, which changes nothing. The server sends it where
-/// `notify-keyspace-events` has the flag `m`, also for the proxy's own reads. Every other event only means that the key is to
-/// be read.
+/// True where a keyspace notification tells of a read that found no key, which changes nothing. The server
+/// sends it where `notify-keyspace-events` has the flag `m`, also for the proxy's own reads. Every other
+/// event only means that the key is to be read.
 fn is_keymiss(message: &[Value]) -> bool {
     matches!(message.get(1), Some(Value::BulkString(event)) if event == b"keymiss")
 }
 
-/// The notification channel of a key, which is what [`Changes`] knows it by. Tracking does not say in which database a key
-/// changed: the same key in another one costs a read.
+/// The notification channel of a key, which is what [`Changes`] knows it by. Tracking does not say in which
+/// database a key changed: the same key in another one costs a read.
 fn channels_of(database: u32) -> impl Fn(&[u8]) -> Vec<u8> {
     let prefix = format!("__keyspace@{database}__:").into_bytes();
     move |key| [&prefix, key].concat()

@@ -1,8 +1,8 @@
 //! Reads whole tables at the syncer's own pace, and publishes them.
 //!
-//! A message only ever sets a mark: what has changed is read, never taken from the message. So a burst of a thousand changes
-//! costs only as many reads as there is time for, and a lost or doubled message does no harm that the next read does not
-//! repair. `pool_sync.rs` decodes and publishes the answer of one pool.
+//! A message only ever sets a mark: what has changed is read, never taken from the message. So a burst of a
+//! thousand changes costs only as many reads as there is time for, and a lost or doubled message does no
+//! harm that the next read does not repair. `pool_sync.rs` decodes and publishes the answer of one pool.
 
 use std::collections::HashMap;
 
@@ -51,8 +51,8 @@ impl<'a> Syncer<'a> {
         self.schedule.has_tried_all()
     }
 
-    /// Reads pools that are marked and have rested, as many as may be read at once. Returns when the next one may be read, if
-    /// some are still marked: the caller does what else is due before.
+    /// Reads pools that are marked and have rested, as many as may be read at once. Returns when the next
+    /// one may be read, if some are still marked: the caller does what else is due before.
     ///
     /// # Errors
     /// The connection is of no use any more.
@@ -107,11 +107,13 @@ impl<'a> Syncer<'a> {
         })
     }
 
-    /// The connection ended when `at_once` tables were read, of which this pool's was the first that did not arrive.
+    /// The connection ended when `at_once` tables were read, of which this pool's was the first that did not
+    /// arrive.
     ///
-    /// Redis closes a subscribed connection that is owed more than 32 MB, and says so in its own log alone; and a large table may
-    /// take longer than the time limit. The first time, Redis may just have ended or be busy. Where several tables were read, any
-    /// of them, or their sum, may be too large: then fewer are read at once for a while.
+    /// Redis closes a subscribed connection that is owed more than 32 MB, and says so in its own log alone;
+    /// and a large table may take longer than the time limit. The first time, Redis may just have ended or
+    /// be busy. Where several tables were read, any of them, or their sum, may be too large: then fewer are
+    /// read at once for a while.
     fn end_connection(&mut self, id: PoolId, error: RedisError, at_once: usize) -> RedisError {
         if at_once > 1 {
             if error.is_closed() || error.is_timeout() || error.is_too_large() {
@@ -128,8 +130,8 @@ impl<'a> Syncer<'a> {
         error
     }
 
-    /// A heartbeat of the moment `asked` was answered after every event before it: confirms each table that is in step and not
-    /// known to have changed.
+    /// A heartbeat of the moment `asked` was answered after every event before it: confirms each table that
+    /// is in step and not known to have changed.
     pub(super) fn confirm(&mut self, changes: &Changes, asked: Instant) {
         let marks = changes.marked();
         for (id, pool) in &mut self.pools {

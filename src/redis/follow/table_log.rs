@@ -1,7 +1,8 @@
 //! Logs what has changed in one pool's table: weights, members, and which of them are in drain or maint.
 //!
-//! One line a reading at most, and few in each [`LOG_WINDOW`](crate::control::log_limiter::LOG_WINDOW). It compares with what was logged
-//! last, so what was held back is made up for by a later line, and a member that changed twice in between is named once.
+//! One line a reading at most, and few in each [`LOG_WINDOW`](crate::control::log_limiter::LOG_WINDOW). It
+//! compares with what was logged last, so what was held back is made up for by a later line, and a member
+//! that changed twice in between is named once.
 
 use std::cmp::Ordering;
 use std::fmt::Display;

@@ -1,4 +1,5 @@
-//! Asks Redis for a pool's table and its admin states. Several pools are asked for at once; `sync.rs` takes the answers in.
+//! Asks Redis for a pool's table and its admin states. Several pools are asked for at once; `sync.rs` takes
+//! the answers in.
 
 use std::time::Duration;
 

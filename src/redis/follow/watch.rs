@@ -1,8 +1,8 @@
 //! Follows the tables in Redis for as long as the process lives, over one connection after the other.
 //!
-//! Each shard has a connection: one Redis, the primary that sentinels name, or each node of a cluster that serves a pool's key.
-//! Where sentinels name another primary, the connection to the old one is left at once. What happens on one connection is in
-//! `subscription.rs`.
+//! Each shard has a connection: one Redis, the primary that sentinels name, or each node of a cluster that
+//! serves a pool's key. Where sentinels name another primary, the connection to the old one is left at once.
+//! What happens on one connection is in `subscription.rs`.
 
 use std::sync::Arc;
 
@@ -24,8 +24,8 @@ use crate::redis::topology::{cluster, sentinel};
 use crate::redis::wire::error::RedisError;
 use crate::redis::wire::reconnect::{FIRST_PAUSE, LONGEST_MOVE, LONGEST_PAUSE};
 
-/// Follows the tables of `followed` until it is dropped. `first_try_over` is called when the first connection of each pool has
-/// read its table, or failed to.
+/// Follows the tables of `followed` until it is dropped. `first_try_over` is called when the first
+/// connection of each pool has read its table, or failed to.
 pub async fn run(
     settings: &Arc<Redis>,
     followed: &Arc<[Followed]>,
@@ -96,7 +96,8 @@ async fn follow_tables(watcher: Watcher<'_>, mut syncer: Syncer<'_>, first_reads
                     error = moved() => error,
                     error = subscriber.follow(opened, &mut syncer, &mut warned, &mut first_try_over) => error,
                 };
-                // A server that accepts connections and drops them at once is not asked twenty times a second.
+                // A server that accepts connections and drops them at once is not asked twenty times a
+                // second.
                 if begun.elapsed() > LONGEST_PAUSE {
                     backoff.reset();
                 }
@@ -119,7 +120,8 @@ async fn follow_tables(watcher: Watcher<'_>, mut syncer: Syncer<'_>, first_reads
         }
         watching.set(WatchMode::None);
         primary.report_lost();
-        // The task that follows the cluster assigns the pools anew. Only a second redirection in a row is worth a warning.
+        // The task that follows the cluster assigns the pools anew. Only a second redirection in a row is
+        // worth a warning.
         if matches!(error, RedisError::Redirected(_)) && !std::mem::replace(&mut was_redirected, true) {
             debug!(left = %redis, %error, "cluster node redirected us");
             sleep(backoff.pause()).await;
@@ -146,13 +148,14 @@ async fn follow_tables(watcher: Watcher<'_>, mut syncer: Syncer<'_>, first_reads
     }
 }
 
-/// True where another line says it: of a move and a redirection the caller logs it, of an answer that is too large the syncer.
+/// True where another line says it: of a move and a redirection the caller logs it, of an answer that is too
+/// large the syncer.
 fn is_logged_elsewhere(error: &RedisError) -> bool {
     matches!(error, RedisError::PrimaryMoved | RedisError::Redirected(_)) || error.is_too_large()
 }
 
-/// The address of the primary. `None`: the sentinels were asked for as long as a connection may take and one heartbeat longer,
-/// and named none.
+/// The address of the primary. `None`: the sentinels were asked for as long as a connection may take and one
+/// heartbeat longer, and named none.
 async fn known(settings: &Redis, primary: &Primary) -> Option<RedisAddress> {
     let patience = settings.connect_timeout + settings.response_timeout + settings.heartbeat_interval;
     timeout(patience, primary.known()).await.ok()

@@ -1,9 +1,10 @@
-//! The far end of the Lua-pick channel: lets Redis pick, on a connection of its own, so that no pick waits behind a
-//! table that is being read.
+//! The far end of the Lua-pick channel: lets Redis pick, on a connection of its own, so that no pick waits
+//! behind a table that is being read.
 //!
-//! It answers only while Redis does. The first pick that is not answered in time closes the door for all sessions at
-//! once, and it opens again when a new connection has proved itself. Nor is it asked about a table whose members are so
-//! long that they block Redis: the first answer that says so closes the door of that pool for a while.
+//! It answers only while Redis does. The first pick that is not answered in time closes the door for all
+//! sessions at once, and it opens again when a new connection has proved itself. Nor is it asked about a
+//! table whose members are so long that they block Redis: the first answer that says so closes the door of
+//! that pool for a while.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -35,7 +36,8 @@ const SCRIPT: &str = include_str!("pick.lua");
 const LARGEST_WHOLE: usize = 500;
 /// Of a larger one only the heaviest: some 0.1 ms.
 const HEAVIEST: usize = 100;
-/// Members with impossible names that the script cannot tell from good ones are excluded, and it is asked again.
+/// Members with impossible names that the script cannot tell from good ones are excluded, and it is asked
+/// again.
 const MOST_QUESTIONS: usize = 4;
 /// Pools that a new connection proves itself by, where one after the other is refused.
 const MOST_PROOFS: usize = 4;
@@ -73,7 +75,8 @@ pub async fn run(settings: &Arc<Redis>, limits: &LuaPick, shards: &Shards, reque
 struct Rests {
     /// Of each pool of the part.
     rests: HashMap<PoolId, Rest>,
-    /// The pool that the next connection proves itself by: the last one of which a pick did not come in time.
+    /// The pool that the next connection proves itself by: the last one of which a pick did not come in
+    /// time.
     suspect: Option<PoolId>,
     /// What the server knows and this user may call, as far as is known.
     command: &'static str,
@@ -258,8 +261,8 @@ impl Picker<'_> {
         let sha = Script::new(SCRIPT).get_hash().to_owned();
         let mut session = Session { connection, sha, command: rests.command };
         session.load().await?;
-        // A first question tells which of the two this server knows and this user may call; where both are refused it may be
-        // for the key, so that of another pool is tried.
+        // A first question tells which of the two this server knows and this user may call; where both are
+        // refused it may be for the key, so that of another pool is tried.
         for proof in rests.to_be_proved(&shard.pools) {
             for command in [READ_ONLY, "EVALSHA"] {
                 session.command = command;
@@ -293,7 +296,8 @@ impl Picker<'_> {
             tokio::select! {
                 biased;
                 Some(done) = answers.join_next() => match done {
-                    // In time, so the next trouble is a new one. A server that only takes connections does not get here.
+                    // In time, so the next trouble is a new one. A server that only takes connections does
+                    // not get here.
                     Ok(said) => {
                         match said? {
                             Said::Beat(server) => self.shard.primary.check(&server)?,
@@ -309,7 +313,8 @@ impl Picker<'_> {
                         }
                         backoff.reset();
                     }
-                    // A panic would be a defect of ours; its session was told "no" by the drop of its request.
+                    // A panic would be a defect of ours; its session was told "no" by the drop of its
+                    // request.
                     Err(error) => warn!(%error, "a lua pick died"),
                 },
                 () = sleep_until(heartbeat) => {

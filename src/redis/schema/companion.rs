@@ -1,8 +1,8 @@
-//! The keys that stand beside a weights key: its version, its history, who has applied it, and which of its backends
-//! are not to be used.
+//! The keys that stand beside a weights key: its version, its history, who has applied it, and which of its
+//! backends are not to be used.
 //!
-//! They share its slot (`config/weights_key.rs`), so that one script may touch them all in a Redis Cluster. Where braces
-//! make that impossible, a Cluster refuses them, and `weights.rs` says so.
+//! They share its slot (`config/weights_key.rs`), so that one script may touch them all in a Redis Cluster.
+//! Where braces make that impossible, a Cluster refuses them, and `weights.rs` says so.
 
 use crate::config::companion_stem;
 

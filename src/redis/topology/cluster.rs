@@ -1,9 +1,11 @@
-//! Asks the nodes of a Redis Cluster which node owns the slot of each pool's key, and assigns the pools to shards.
+//! Asks the nodes of a Redis Cluster which node owns the slot of each pool's key, and assigns the pools to
+//! shards.
 //!
-//! A few nodes are asked, each over a connection of its own: twice a heartbeat, and at once when a connection learns of a
-//! change (`routed.rs`). `cluster/asking.rs` decides how much is asked each time. For each slot the newest epoch wins, which is
-//! the cluster's own rule. So an old primary that was cut off misleads the proxy only if no other node answers. The redis
-//! crate's own client believes the first node that answers.
+//! A few nodes are asked, each over a connection of its own: twice a heartbeat, and at once when a
+//! connection learns of a change (`routed.rs`). `cluster/asking.rs` decides how much is asked each time. For
+//! each slot the newest epoch wins, which is the cluster's own rule. So an old primary that was cut off
+//! misleads the proxy only if no other node answers. The redis crate's own client believes the first node
+//! that answers.
 
 mod asking;
 mod view;
@@ -28,8 +30,8 @@ use crate::redis::wire::error::RedisError;
 use asking::{AskedNode, Asking, FirstQuestion};
 use view::{Answer, View};
 
-/// Nodes that are asked. They need not be the owners: a node that takes a slot over tells all others, so a few are enough,
-/// and a large cluster is not asked everywhere by every proxy.
+/// Nodes that are asked. They need not be the owners: a node that takes a slot over tells all others, so a
+/// few are enough, and a large cluster is not asked everywhere by every proxy.
 const MOST_ASKED: usize = 7;
 /// For a command that asks once: how long the other nodes may contradict the first answer.
 const GRACE: Duration = Duration::from_millis(250);
@@ -224,7 +226,8 @@ impl<'a> Nodes<'a> {
         }
     }
 
-    /// A node answered or failed to. A node that fails is replaced by another, so that a few dead nodes never hide the living.
+    /// A node answered or failed to. A node that fails is replaced by another, so that a few dead nodes
+    /// never hide the living.
     fn hear(&mut self, node: &RedisAddress, answer: Answer, asking: &Asking) {
         match &answer {
             Ok(view) => self.known.clone_from(&view.nodes),
@@ -236,7 +239,8 @@ impl<'a> Nodes<'a> {
         self.asked[index].answer = Some(answer);
         self.ask_more(asking);
         if is_to_be_replaced && let Some(other) = self.next_candidate() {
-            // Where few live nodes are left, the dead ones replace each other for ever, so the next one waits first.
+            // Where few live nodes are left, the dead ones replace each other for ever, so the next one
+            // waits first.
             self.asked[index] = asking.ask(other, FirstQuestion::AfterRest);
         }
     }
@@ -277,7 +281,8 @@ impl<'a> Nodes<'a> {
         self.asked.iter().for_each(|asked| asked.ask_now.notify_one());
     }
 
-    /// Logs once that no node answers and once that one does again, and once for each pool that has no owner.
+    /// Logs once that no node answers and once that one does again, and once for each pool that has no
+    /// owner.
     fn log_changes(&mut self) {
         let is_silent = self.views().next().is_none();
         if self.silence.changes_to(is_silent) {

@@ -7,7 +7,8 @@ use super::{cluster, sentinel};
 use crate::config::{Redis, RedisAddress};
 use crate::redis::wire::error::RedisError;
 
-/// Finds the server that has `key`, through sentinels or the nodes of a cluster where the config names these.
+/// Finds the server that has `key`, through sentinels or the nodes of a cluster where the config names
+/// these.
 pub(in crate::redis) async fn find(settings: &Redis, key: &str) -> Result<RedisAddress, RedisError> {
     match &settings.address {
         RedisAddress::Sentinel(sentinel) => sentinel::find(settings, sentinel).await,

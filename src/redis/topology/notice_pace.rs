@@ -1,8 +1,8 @@
 //! How soon one question may follow another, where messages say that something may have changed.
 //!
-//! A message usually means news, so the question follows at once. Where messages come without end and bring none (a sentinel
-//! that watches a thousand masters, a slot that no node serves), the rest grows until it is that of questions without
-//! any message.
+//! A message usually means news, so the question follows at once. Where messages come without end and bring
+//! none (a sentinel that watches a thousand masters, a slot that no node serves), the rest grows until it is
+//! that of questions without any message.
 
 use std::time::Duration;
 
@@ -25,8 +25,8 @@ impl NoticePace {
         Self { rest: SHORTEST_REST.min(longest), longest }
     }
 
-    /// Rests after a question, then waits for a message, at most until `next`. `is_news`: the answer was another than the one
-    /// before.
+    /// Rests after a question, then waits for a message, at most until `next`. `is_news`: the answer was
+    /// another than the one before.
     pub(super) async fn wait(&mut self, is_news: bool, next: Instant, messages: &Notify) {
         if is_news {
             self.rest = SHORTEST_REST.min(self.longest);

@@ -1,7 +1,8 @@
-//! The server that tables are read from: the one in the config, the one that sentinels name, or a node of a cluster.
+//! The server that tables are read from: the one in the config, the one that sentinels name, or a node of a
+//! cluster.
 //!
-//! All connections to it share one [`Primary`], so that they leave it together. `sentinel.rs` sets its address. The node of a
-//! cluster stays the same for as long as its shard exists (`shards.rs`).
+//! All connections to it share one [`Primary`], so that they leave it together. `sentinel.rs` sets its
+//! address. The node of a cluster stays the same for as long as its shard exists (`shards.rs`).
 
 use std::sync::Arc;
 
@@ -81,7 +82,8 @@ impl Primary {
         }
     }
 
-    /// Checks that a server which sentinels or a cluster name is a primary: a replica is not yet one, or not any more.
+    /// Checks that a server which sentinels or a cluster name is a primary: a replica is not yet one, or not
+    /// any more.
     ///
     /// # Errors
     /// It has to be the primary, and says that it is not.

@@ -1,7 +1,8 @@
-//! Decides which server is the primary, where several were asked and some may be wrong: sentinels, or nodes of a cluster.
+//! Decides which server is the primary, where several were asked and some may be wrong: sentinels, or nodes
+//! of a cluster.
 //!
-//! Each failover, and each move of a slot, raises an epoch. So a report with an older epoch comes from a sentinel or node that was
-//! cut off meanwhile.
+//! Each failover, and each move of a slot, raises an epoch. So a report with an older epoch comes from a
+//! sentinel or node that was cut off meanwhile.
 
 use std::time::Duration;
 
@@ -27,8 +28,8 @@ pub(super) struct QuorumView {
 }
 
 impl QuorumView {
-    /// Takes the last reports of all that are asked, `None` for those without one. Returns the primary if it is another one than
-    /// before.
+    /// Takes the last reports of all that are asked, `None` for those without one. Returns the primary if it
+    /// is another one than before.
     pub(super) fn update(&mut self, reports: &[Option<PrimaryReport>]) -> Option<&RedisAddress> {
         let chosen = choose(reports, self.current.as_ref())?.clone();
         let before = self.current.replace(chosen);
@@ -47,8 +48,9 @@ impl QuorumView {
 
 /// The report to follow: one with the newest epoch whose server is not down. `None`: stay with `current`.
 ///
-/// An epoch older than `current`'s counts only where a majority answers and no answer has a newer one: then the sentinels or
-/// nodes were set up anew. Without that rule, one that was cut off during a failover would lead back to the old primary.
+/// An epoch older than `current`'s counts only where a majority answers and no answer has a newer one: then
+/// the sentinels or nodes were set up anew. Without that rule, one that was cut off during a failover would
+/// lead back to the old primary.
 pub(super) fn choose<'a>(
     reports: &'a [Option<PrimaryReport>],
     current: Option<&PrimaryReport>,
@@ -68,8 +70,8 @@ pub(super) fn is_majority(some: usize, all: usize) -> bool {
     some * 2 > all
 }
 
-/// Gives the first answers to `hear` until that returns true, and for `limit` at most: the first to answer may be the one
-/// that was cut off.
+/// Gives the first answers to `hear` until that returns true, and for `limit` at most: the first to answer
+/// may be the one that was cut off.
 pub(super) async fn first_answers<T>(
     answers: &mut mpsc::Receiver<T>,
     limit: Duration,

@@ -1,4 +1,5 @@
-//! Reads the redirections of a cluster's nodes, MOVED and ASK, and the addresses that they name each other by.
+//! Reads the redirections of a cluster's nodes, MOVED and ASK, and the addresses that they name each other
+//! by.
 
 use redis::ServerErrorKind;
 
@@ -24,8 +25,8 @@ impl Redirect {
     }
 }
 
-/// The address that `node` gives for another node. Without a host it means the host that `node` was reached by; `?` stands for a
-/// node that should have a name and has none.
+/// The address that `node` gives for another node. Without a host it means the host that `node` was reached
+/// by; `?` stands for a node that should have a name and has none.
 pub(super) fn address_beside(node: &RedisAddress, host: Option<&str>, port: u16) -> Option<RedisAddress> {
     let named = match host {
         Some("?") => return None,

@@ -1,9 +1,11 @@
-//! A connection to the server that has a pool's key. Where that is a node of a cluster, it handles the node's redirections.
+//! A connection to the server that has a pool's key. Where that is a node of a cluster, it handles the
+//! node's redirections.
 //!
-//! A node that does not own a key's slot answers MOVED. One that is migrating a slot answers ASK for the keys that have left
-//! it already, and the node that imports them serves those only after an ASKING. A connection that follows tables is then
-//! left, since `cluster.rs` finds out where the key is. A connection for single commands goes to the named node itself,
-//! once for each command, so that no command goes round in circles.
+//! A node that does not own a key's slot answers MOVED. One that is migrating a slot answers ASK for the
+//! keys that have left it already, and the node that imports them serves those only after an ASKING. A
+//! connection that follows tables is then left, since `cluster.rs` finds out where the key is. A connection
+//! for single commands goes to the named node itself, once for each command, so that no command goes round
+//! in circles.
 
 use std::sync::Arc;
 
@@ -101,8 +103,8 @@ impl Route {
         })
     }
 
-    /// Asks the slot's owner about a key that is empty on the importing node. The owner answers ASK only where it does not have
-    /// the key either.
+    /// Asks the slot's owner about a key that is empty on the importing node. The owner answers ASK only
+    /// where it does not have the key either.
     async fn confirm_empty(&self, key: &str) -> Result<(), RedisError> {
         let Some(owner) = &self.node.importing_from else { return Ok(()) };
         let mut connection = connection::open(&self.settings, owner, |_| {}).await?;
@@ -114,7 +116,8 @@ impl Route {
         }
     }
 
-    /// The key that `command` reads: the first argument that is one of the keys, since members come after it.
+    /// The key that `command` reads: the first argument that is one of the keys, since members come after
+    /// it.
     fn key_of(&self, command: &Cmd) -> Option<&String> {
         command.args_iter().find_map(|argument| match argument {
             Arg::Simple(argument) => self.keys.iter().find(|key| key.as_bytes() == argument),
@@ -179,7 +182,8 @@ impl RoutedConnection {
         self.connection.hello().await
     }
 
-    /// True where the node is only importing the slot: what it does not have of a key's companions, the owner may have.
+    /// True where the node is only importing the slot: what it does not have of a key's companions, the
+    /// owner may have.
     pub(in crate::redis) fn is_importing(&self) -> bool {
         self.route.as_ref().is_some_and(|route| route.node.importing_from.is_some())
     }
@@ -187,7 +191,8 @@ impl RoutedConnection {
     /// Confirms that `key`, which the server says is empty, is empty.
     ///
     /// # Errors
-    /// The key may be on another node: an importing node does not know a key that has come back to the slot's owner.
+    /// The key may be on another node: an importing node does not know a key that has come back to the
+    /// slot's owner.
     pub(in crate::redis) async fn confirm_empty(&self, key: &str) -> Result<(), RedisError> {
         match &self.route {
             Some(route) => route.confirm_empty(key).await,

@@ -1,8 +1,9 @@
 //! Asks sentinels which server is the primary, and follows their answers.
 //!
-//! All sentinels are asked, each over a connection of its own: at every heartbeat, and at once when one of them announces a
-//! failover. The configuration with the newest epoch wins. So neither a sentinel that is cut off, nor an old primary that was
-//! frozen, misleads the proxy. The redis crate's own client asks one sentinel and does not subscribe.
+//! All sentinels are asked, each over a connection of its own: at every heartbeat, and at once when one of
+//! them announces a failover. The configuration with the newest epoch wins. So neither a sentinel that is
+//! cut off, nor an old primary that was frozen, misleads the proxy. The redis crate's own client asks one
+//! sentinel and does not subscribe.
 
 use std::collections::HashMap;
 use std::convert::Infallible;
@@ -21,7 +22,8 @@ use crate::control::backoff::{jittered, spread};
 use crate::redis::wire::connection::{self, Connection};
 use crate::redis::wire::error::RedisError;
 
-/// The events of a failover: the new primary has taken over; all sentinels know it. The second may come seconds after the first.
+/// The events of a failover: the new primary has taken over; all sentinels know it. The second may come
+/// seconds after the first.
 const EVENTS: [&str; 2] = ["+promoted-slave", "+switch-master"];
 
 /// What a sentinel reports, or why it does not answer.
@@ -192,8 +194,9 @@ impl Listener {
     }
 }
 
-/// The address comes from GET-MASTER-ADDR-BY-NAME: in a failover it names the new primary as soon as that has taken over,
-/// while MASTER still names the old one under the new epoch. It is asked last, so that it is never older than the epoch.
+/// The address comes from GET-MASTER-ADDR-BY-NAME: in a failover it names the new primary as soon as that
+/// has taken over, while MASTER still names the old one under the new epoch. It is asked last, so that it is
+/// never older than the epoch.
 async fn ask(connection: &mut Connection, settings: &Redis, master: &str) -> Answer {
     let question = |what: &str| redis::cmd("SENTINEL").arg(what).arg(master).to_owned();
     let fields: Result<HashMap<String, String>, RedisError> = connection.query(&question("MASTER")).await;

@@ -1,8 +1,9 @@
 //! Which pools share a server, and a task for each such shard.
 //!
-//! One server, or one that sentinels name, has the keys of all pools: a single shard that never changes. In a cluster each node
-//! that serves a pool's key has a shard, and `cluster.rs` assigns the pools anew when a slot moves; a shard that stays the same
-//! keeps its connections. So there are as many connections as nodes that serve keys, not as pools.
+//! One server, or one that sentinels name, has the keys of all pools: a single shard that never changes. In
+//! a cluster each node that serves a pool's key has a shard, and `cluster.rs` assigns the pools anew when a
+//! slot moves; a shard that stays the same keeps its connections. So there are as many connections as nodes
+//! that serve keys, not as pools.
 
 use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -138,8 +139,9 @@ impl Shards {
     }
 }
 
-/// Runs a task for each shard. The task of a shard that is gone is dropped at once, in the middle of what it waits for. When
-/// `over` is ready, starts no more tasks, and waits until those that run have ended by themselves.
+/// Runs a task for each shard. The task of a shard that is gone is dropped at once, in the middle of what it
+/// waits for. When `over` is ready, starts no more tasks, and waits until those that run have ended by
+/// themselves.
 pub(in crate::redis) async fn each<T: Future<Output = ()> + Send + 'static>(
     mut shards: watch::Receiver<Division>,
     over: impl Future<Output = ()>,

@@ -1,6 +1,7 @@
 //! Which of a cluster's 16,384 slots a key belongs to.
 //!
-//! As the cluster specification has it: CRC16 (XMODEM) of the hash tag, or of the whole key where there is none.
+//! As the cluster specification has it: CRC16 (XMODEM) of the hash tag, or of the whole key where there is
+//! none.
 
 use crate::config::hash_tag;
 

@@ -1,115 +1,116 @@
-//! What `weights.lua` and the history answer, made of Redis's values. Everything in them may have been written by
-//! anybody: texts are neither trusted nor fit for a terminal.
+//! Reads what `weights.lua` answers, and the entries of the history. Any client of Redis may have written
+//! their content: a text in them is not trusted, and not fit for a terminal.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use redis::{FromRedisValue as _, Value};
 
+use super::limits::{MOST_CHANGES, MOST_CHANGES_BYTES};
 use super::refusal::{WeightsError, of_script};
-use super::{MOST_CHANGES, MOST_CHANGES_BYTES};
 use crate::balance::Table;
 use crate::redis::fleet::content::ContentHash;
 use crate::redis::schema::decode;
 
-/// One member's change. Weights are texts, since they may be no weights (`inf`); `None`: the member was or is not there.
+/// The change of one member. Weights are texts, since they need not be valid (`inf`). `None` stands for a
+/// member that was or is not in the table.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Change {
-    /// What is not UTF-8 in it is replaced.
+    /// Its name. Bytes that are not UTF-8 are replaced.
     pub member: String,
-    /// How long it is, where it is too long for a backend: then `member` is its beginning.
+    /// The length of its name, where that is too long for a backend: then `member` is its beginning.
     pub bytes: Option<u64>,
-    /// Before.
+    /// The weight before.
     pub old: Option<String>,
-    /// After.
+    /// The weight after.
     pub new: Option<String>,
 }
 
-/// All that changed at once.
+/// All changes that were made at once.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Changes {
-    /// How many members.
+    /// The number of members that changed.
     pub count: u64,
-    /// In the order of their names; empty where there are more than are kept.
+    /// The changes in the order of the names. Empty where there are more than are kept.
     pub kept: Vec<Change>,
 }
 
-/// A member that is no backend, and why. Fit for a terminal.
+/// A member that is not a valid backend. Its texts are fit for a terminal.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LeftOut {
-    /// Shortened.
+    /// Its name, shortened.
     pub member: String,
-    /// For a person.
+    /// Why it is left out.
     pub reason: String,
 }
 
-/// A table as it is.
+/// The current table.
 #[derive(Clone, Debug)]
 pub struct Seen {
-    /// 0: no command has changed it yet.
+    /// Its version. 0 before the first command.
     pub version: u64,
-    /// What proxies go by.
+    /// The members that proxies use.
     pub table: Table,
-    /// What they leave out.
+    /// The members that they leave out.
     pub left_out: Vec<LeftOut>,
-    /// What other hands have changed since the newest entry.
+    /// Changes by other programs since the newest entry.
     pub outside: Changes,
     /// The newest entry of the history.
     pub newest: Option<Entry>,
 }
 
-/// What a command did.
+/// The result of a command.
 #[derive(Clone, Debug)]
 pub struct Done {
     /// The version before.
     pub before: u64,
-    /// The version now; the same if there was nothing to change.
+    /// The version now, which is the same if there was nothing to change.
     pub version: u64,
     /// The table now.
     pub table: Table,
-    /// Of this command.
+    /// The changes of this command.
     pub changes: Changes,
-    /// Members that other hands had changed, entered into the history now.
+    /// Members that other programs had changed before, which were entered into the history now.
     pub outside: u64,
-    /// For a rollback: the version that is there again.
+    /// The version that a rollback has brought back.
     pub back_to: Option<u64>,
-    /// Members that differ from that version still, since their names are too long for a backend.
+    /// Members that still differ from that version, since their names are too long for a backend.
     pub passed_over: u64,
 }
 
 /// One entry of the history.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
-    /// That it led to; of an outside change: during which it was noticed.
+    /// The version that it led to. For an outside change, the version at which it was noticed.
     pub version: u64,
     /// `set`, `remove`, `rollback` or `outside`.
     pub what: String,
-    /// For a rollback: the version that was there again.
+    /// The version that a rollback has brought back.
     pub back_to: Option<u64>,
-    /// By the server's clock; `None` where it cannot be a time.
+    /// The time by the server's clock. `None` where the entry has no valid one.
     pub when: Option<SystemTime>,
-    /// Empty for an outside change.
+    /// The author. Empty for an outside change.
     pub who: String,
-    /// May be empty.
+    /// The reason that was given. May be empty.
     pub why: String,
-    /// What it changed.
+    /// Its changes.
     pub changes: Changes,
-    /// Of the table after it.
+    /// The hash of the table after it.
     pub hash: String,
 }
 
-/// What is kept of the past.
+/// The history of a table.
 #[derive(Clone, Debug)]
 pub struct History {
-    /// Newest first.
+    /// The entries, newest first.
     pub entries: Vec<Entry>,
-    /// Entries that statera did not write, and which are not among `entries`.
+    /// The number of entries in the stream that statera did not write. They are not among `entries`.
     pub left_out: usize,
-    /// An outside change that this user may not enter.
+    /// A change by other programs that this user has no right to enter.
     pub unsaved: Option<Changes>,
 }
 
 impl Seen {
-    /// What a proxy reports that has applied this table.
+    /// The hash that a proxy reports once it has applied this table.
     #[must_use]
     pub fn hash(&self) -> ContentHash {
         hash(&self.table)
@@ -117,7 +118,7 @@ impl Seen {
 }
 
 impl Done {
-    /// What a proxy reports that has applied this table.
+    /// The hash that a proxy reports once it has applied this table.
     #[must_use]
     pub fn hash(&self) -> ContentHash {
         hash(&self.table)
@@ -216,13 +217,13 @@ fn printable(value: &Value) -> String {
     }
 }
 
-/// Of an entry of a stream.
+/// The id of a stream's entry.
 pub(super) fn id(entry: &Value) -> Option<String> {
     let Value::Array(parts) = entry else { return None };
     parts.first().cloned().map(text)
 }
 
-/// An entry of a stream; `None` where it is none of ours.
+/// A stream's entry. `None` where statera did not write it.
 pub(super) fn entry(value: Value) -> Option<Entry> {
     let Value::Array(parts) = value else { return None };
     let [id, fields] = <[Value; 2]>::try_from(parts).ok()?;
@@ -247,14 +248,14 @@ pub(super) fn entry(value: Value) -> Option<Entry> {
 
 /// The first part of an entry's id is the server's time in milliseconds.
 fn time_of(id: &str) -> Option<SystemTime> {
-    /// The end of the year 9999: what cannot be written as a date is none.
+    /// The end of the year 9999: a later time has no common format.
     const LAST: u64 = 253_402_300_799_999;
     let millis = id.split_once('-')?.0.parse().ok().filter(|millis| *millis <= LAST)?;
     UNIX_EPOCH.checked_add(Duration::from_millis(millis))
 }
 
 fn changes(json: &str, count: u64) -> Changes {
-    /// The member, its weights, and its length where that alone is kept of the rest of its name.
+    /// The member and its weights. Where the name is shortened, also its length.
     #[derive(serde::Deserialize)]
     #[serde(untagged)]
     enum Written {
@@ -291,7 +292,8 @@ fn text(value: Value) -> String {
     }
 }
 
-/// The script's answer, from the front. What is not there, or of another kind, reads as empty: the script is ours.
+/// The values of the script's answer, in their order. A value that is missing, or of another kind, reads as
+/// empty.
 struct Answer(std::vec::IntoIter<Value>);
 
 impl Answer {
@@ -317,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_that_anybody_wrote_is_read_or_left_out_and_never_panics() {
+    fn an_entry_with_any_content_is_read_or_left_out_and_never_panics() {
         let entry_of = |id: &str, fields: &[&str]| {
             entry(Value::Array(vec![bulk(id), Value::Array(fields.iter().map(|f| bulk(f)).collect())]))
         };

@@ -1,48 +1,49 @@
-//! Words for what goes wrong between a person and Redis: what was refused, on which key, and what helps.
+//! Messages for an operator whose command fails: what was refused, on which key, and what helps.
 
 use redis::ServerErrorKind;
 
-use super::{LONGEST_NAME, MOST_TABLE_BYTES};
+use super::limits::{LONGEST_NAME, MOST_TABLE_BYTES};
 use crate::config::RedisAddress;
+use crate::redis::schema::MAX_MEMBERS;
 use crate::redis::schema::companion::Companions;
 use crate::redis::wire::error::{RedisError, tells_of_missing_right};
 
 /// Why weights could not be read or changed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum WeightsError {
-    /// No answer, or none that can be used yet: another time may do.
+    /// Redis does not answer, or not usefully yet: a later attempt may succeed.
     #[error("{0}")]
     Unreachable(String),
-    /// A person must do something about it; nothing was changed.
+    /// An operator has to do something about it. Nothing was changed.
     #[error("{0}")]
     Refused(String),
 }
 
-/// What a person wanted when the connection broke.
+/// What the command wanted from Redis.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Asked {
     ToRead,
     ToWrite,
-    WhoHasIt,
+    ToReadReports,
     /// Which backends are in drain or maint.
-    States,
+    ToReadStates,
 }
 
 impl Asked {
-    /// The key beside the table that was read.
+    /// The companion key that is read.
     fn key(self, companions: &Companions) -> &str {
         match self {
             Self::ToRead | Self::ToWrite => &companions.history,
-            Self::WhoHasIt => &companions.applied,
-            Self::States => &companions.states,
+            Self::ToReadReports => &companions.applied,
+            Self::ToReadStates => &companions.states,
         }
     }
 }
 
-/// Nobody told where the key is: `written` is whom the config names.
+/// No server told where the key is. `written` is the address in the config.
 pub(super) fn not_found(written: &RedisAddress, error: &RedisError) -> WeightsError {
     match written {
-        // Which of them it was is not known here, and the first may be well.
+        // The error may be of any of the nodes, so all are named.
         RedisAddress::Cluster(cluster) if !error.is_cluster_setup() => {
             let nodes: Vec<String> = cluster.nodes.iter().map(ToString::to_string).collect();
             let text = format!("no node of the cluster ({}) can be asked, one says", nodes.join(", "));
@@ -52,7 +53,7 @@ pub(super) fn not_found(written: &RedisAddress, error: &RedisError) -> WeightsEr
     }
 }
 
-/// `found` is the server that has the key, `written` whom the config names.
+/// `found` is the server that has the key, `written` the address in the config.
 pub(super) fn not_connected(
     found: &RedisAddress,
     written: &RedisAddress,
@@ -63,8 +64,8 @@ pub(super) fn not_connected(
 
 fn not_opened(text: &str, error: &RedisError, written: &RedisAddress) -> WeightsError {
     let cure = error.cure();
-    let needs_a_person = error.is_authentication() || error.is_refusal() || error.is_cluster_setup();
-    if needs_a_person {
+    let needs_operator = error.is_authentication() || error.is_refusal() || error.is_cluster_setup();
+    if needs_operator {
         WeightsError::Refused(format!("{text}: {error}: {cure}"))
     } else if matches!(error, RedisError::NotRedis) {
         WeightsError::Unreachable(format!("{text}: {error}: {cure}"))
@@ -74,7 +75,7 @@ fn not_opened(text: &str, error: &RedisError, written: &RedisAddress) -> Weights
     }
 }
 
-/// For an error that the command itself ended in.
+/// The error of the command itself.
 pub(super) fn of_redis(
     address: &str,
     key: &str,
@@ -97,7 +98,7 @@ pub(super) fn of_redis(
     }
     if !error.is_refusal() {
         let unknown = match asked {
-            Asked::ToRead | Asked::WhoHasIt | Asked::States => "",
+            Asked::ToRead | Asked::ToReadReports | Asked::ToReadStates => "",
             Asked::ToWrite => {
                 ": it is not known whether the change was made: look with `statera weights history`"
             }
@@ -107,7 +108,7 @@ pub(super) fn of_redis(
     if matches!(error.server_kind(), Some(ServerErrorKind::Moved | ServerErrorKind::Ask)) {
         return WeightsError::Refused(format!("redis at {address} refuses: {error}: {}", error.cure()));
     }
-    if matches!(asked, Asked::WhoHasIt | Asked::States) {
+    if matches!(asked, Asked::ToReadReports | Asked::ToReadStates) {
         let key = asked.key(companions);
         if error.code() == Some("TOOLARGE") {
             return WeightsError::Refused(holds_too_much(key));
@@ -118,14 +119,14 @@ pub(super) fn of_redis(
     }
     let pattern = companions.pattern();
     let cure = match error.server_kind() {
-        // What a script may not call is not told by the code.
-        _ if asked == Asked::WhoHasIt && error.is_missing_right() => {
+        // Where a script lacks a right, the code of the error does not say so.
+        _ if asked == Asked::ToReadReports && error.is_missing_right() => {
             format!("grant the ACL user +eval_ro +time +hlen +hscan %R~{}", companions.applied)
         }
         Some(ServerErrorKind::NoPerm) => match asked {
             Asked::ToRead => format!("grant the ACL user +eval_ro +xrevrange %R~{key} %R{pattern}"),
-            Asked::States => format!("grant the ACL user +hlen +hgetall %R~{}", companions.states),
-            Asked::ToWrite | Asked::WhoHasIt => format!("grant the ACL user +eval ~{key} {pattern}"),
+            Asked::ToReadStates => format!("grant the ACL user +hlen +hgetall %R~{}", companions.states),
+            Asked::ToWrite | Asked::ToReadReports => format!("grant the ACL user +eval ~{key} {pattern}"),
         },
         Some(ServerErrorKind::CrossSlot) => {
             format!("no key beside {key} can share its slot: use a weights_key without stray braces")
@@ -136,7 +137,7 @@ pub(super) fn of_redis(
     WeightsError::Refused(format!("redis at {address} refuses: {error}: {cure}"))
 }
 
-/// For a command that the script was refused: it tells which, on which key, and Redis's own words. `table` is the weights
+/// The script was refused `command` on `key`, for the `reason` in Redis's own words. `table` is the weights
 /// key.
 pub(super) fn of_script(table: &str, command: &str, key: &str, reason: &str) -> WeightsError {
     let lower = command.to_lowercase();
@@ -145,7 +146,7 @@ pub(super) fn of_script(table: &str, command: &str, key: &str, reason: &str) -> 
         holds_too_much(key)
     } else if reason == "TOOLARGE" {
         let has = if command == "ZADD" { "would have" } else { "has" };
-        format!("{key} {has} more than {} members: split the pool", super::MAX_MEMBERS)
+        format!("{key} {has} more than {} members: split the pool", MAX_MEMBERS)
     } else if let Some(longest) = reason.strip_prefix("OVERSIZED ") {
         if key == table { too_large(key, longest.parse().unwrap_or(0)) } else { holds_too_much(key) }
     } else if reason == "FOREIGN" {
@@ -176,12 +177,12 @@ fn holds_another_kind(key: &str, kind: &str) -> String {
     format!("{key} holds something else than {kind}: rename or delete it")
 }
 
-/// A key beside the table, which others have written too.
+/// For a companion key that other programs have written too.
 fn holds_too_much(key: &str) -> String {
     format!("{key} holds more than statera writes there: delete it (the weights stay) and try again")
 }
 
-/// The longest name in it is so long. One that nobody could type is removed by its length.
+/// The longest name in the table has `longest` bytes. A name that cannot be typed is removed by its length.
 fn too_large(key: &str, longest: usize) -> String {
     if longest <= LONGEST_NAME {
         return format!(
@@ -201,10 +202,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_slot_that_moves_is_no_reason_to_fear_for_the_change() {
+    fn a_command_that_is_redirected_has_changed_nothing() {
         let error = RedisError::Redirected("redis://10.0.0.2:6379".to_owned());
         let companions = Companions::of("servers");
-        for asked in [Asked::ToRead, Asked::ToWrite, Asked::WhoHasIt] {
+        for asked in [Asked::ToRead, Asked::ToWrite, Asked::ToReadReports] {
             let refused = of_redis("redis://10.0.0.1:6379", "servers", &companions, &error, asked);
             let WeightsError::Unreachable(text) = refused else { panic!("{refused:?}") };
             assert!(text.ends_with("the slot moves, try again soon"), "{text}");

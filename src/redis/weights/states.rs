@@ -1,8 +1,8 @@
-//! Puts backends into drain or maint and takes them back, for a person: see `states.lua`.
+//! Puts backends into drain or maint and takes them back, for an operator, by the script `states.lua`.
 
 use redis::Value;
 
-use super::Ledger;
+use super::ledger::Ledger;
 use super::refusal::{self, WeightsError};
 use crate::balance::{AdminState, BackendId};
 use crate::redis::schema::decode::printable;
@@ -15,7 +15,7 @@ impl Ledger {
     /// Puts members into `state`; returns the state that each was in.
     ///
     /// # Errors
-    /// One is no member: nothing was changed. Redis is away, or refuses.
+    /// One of them is not a member, and nothing was changed. Redis does not answer, or refuses.
     pub async fn put(
         &mut self,
         members: &[BackendId],
@@ -47,14 +47,14 @@ impl Ledger {
         }
     }
 
-    /// Who is not ready, as it is written, whether it is a member or not; in the order of the names.
+    /// Reads all states as they are written, in the order of the names, of members and of other backends.
     ///
     /// # Errors
-    /// Redis is away, or refuses; there are more than anyone reads.
+    /// Redis does not answer, or refuses; or there are more than can be shown.
     pub async fn states(&mut self) -> Result<Vec<(String, String)>, WeightsError> {
         let key = &self.companions.states;
         let count: Result<usize, _> = self.connection.query(redis::cmd("HLEN").arg(key)).await;
-        let count = count.map_err(|error| self.refused(&error, refusal::Asked::States))?;
+        let count = count.map_err(|error| self.refused(&error, refusal::Asked::ToReadStates))?;
         if count > MOST_STATES {
             return Err(WeightsError::Refused(format!(
                 "{key} has {count} fields: delete those that are no backends"
@@ -63,7 +63,7 @@ impl Ledger {
         let mut fields = redis::cmd("HGETALL");
         fields.arg(&self.companions.states);
         let fields: Result<Vec<(Vec<u8>, Vec<u8>)>, _> = self.connection.query(&fields).await;
-        let fields = fields.map_err(|error| self.refused(&error, refusal::Asked::States))?;
+        let fields = fields.map_err(|error| self.refused(&error, refusal::Asked::ToReadStates))?;
         let mut states: Vec<_> =
             fields.iter().map(|(backend, state)| (printable(backend), printable(state))).collect();
         states.sort_unstable();

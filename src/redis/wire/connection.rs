@@ -1,5 +1,5 @@
-//! Opens a connection to one Redis server: encrypted where that is wanted, authenticated, on the right database, speaking
-//! RESP3, with a deadline on everything and a largest size of a reply.
+//! Opens a connection to one Redis server: encrypted where that is wanted, authenticated, on the right
+//! database, speaking RESP3, with a deadline on everything and a largest size of a reply.
 //!
 //! What can go wrong, and its cures, are in `error.rs`. Which server to connect to is decided in `topology`.
 
@@ -28,8 +28,8 @@ use crate::names::lookup;
 
 /// Silence on the wire before the kernel probes whether the peer is still there.
 const KEEPALIVE: Duration = Duration::from_secs(30);
-/// Permits for lookups of servers' names, of the whole process. A connection that is being opened has one lookup at most; where
-/// the resolver hangs, its permit is taken until the system's library gives up.
+/// Permits for lookups of servers' names, of the whole process. A connection that is being opened has one
+/// lookup at most; where the resolver hangs, its permit is taken until the system's library gives up.
 static LOOKUPS: Semaphore = Semaphore::const_new(32);
 
 /// What a server says of itself in answer to HELLO.
@@ -51,7 +51,8 @@ pub(in crate::redis) struct Connection {
     multiplexed: MultiplexedConnection,
     /// Why its stream failed, if it did.
     first_error: FirstError,
-    /// The crate's task that reads and writes. On its own it would wait for the answers of a server that is frozen.
+    /// The crate's task that reads and writes. On its own it would wait for the answers of a server that is
+    /// frozen.
     _driver: Arc<JoinSet<()>>,
 }
 
@@ -74,7 +75,8 @@ impl Connection {
         answers.map_err(|error| self.explain(error))
     }
 
-    /// Sends all commands of `pipeline` in one piece; returns what each was answered, which may be an error reply.
+    /// Sends all commands of `pipeline` in one piece; returns what each was answered, which may be an error
+    /// reply.
     pub(in crate::redis) async fn answers(&mut self, pipeline: &Pipeline) -> Result<Vec<Value>, RedisError> {
         let answers = self.multiplexed.req_packed_commands(pipeline, 0, pipeline.len()).await;
         answers.map_err(|error| self.explain(error))
@@ -108,7 +110,8 @@ impl Connection {
     }
 }
 
-/// Only the stream knows that a reply was refused, or that TLS failed. An error reply was received before that.
+/// Only the stream knows that a reply was refused, or that TLS failed. An error reply was received before
+/// that.
 fn explain(error: redis::RedisError, of_stream: &FirstError) -> RedisError {
     match of_stream.get() {
         Some(first) if error.code().is_none() => first.clone().into(),

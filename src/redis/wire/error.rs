@@ -11,7 +11,8 @@ use super::reply_limit::{LARGEST_REPLY_BYTES, MOST_VALUES, StreamError, tls_erro
 /// Why Redis could not be asked, or refused.
 #[derive(Clone, Debug, thiserror::Error)]
 pub(in crate::redis) enum RedisError {
-    /// An error reply of the server, or a failure that the redis crate found: I/O, a time limit, an unexpected reply.
+    /// An error reply of the server, or a failure that the redis crate found: I/O, a time limit, an
+    /// unexpected reply.
     #[error("{}", in_redis_words(.0))]
     Client(#[from] redis::RedisError),
     #[error("no answer in time")]
@@ -42,8 +43,8 @@ pub(in crate::redis) enum RedisError {
     ReplyTooLarge,
     #[error("the answer is not valid RESP")]
     InvalidReply,
-    /// Found by the second time in a row. Redis closes a connection that is owed too many bytes, and says why in its own log
-    /// alone.
+    /// Found by the second time in a row. Redis closes a connection that is owed too many bytes, and says
+    /// why in its own log alone.
     #[error("the connection is closed whenever the table is asked for")]
     ClosedDuringRead,
     /// Found by the second time in a row.
@@ -124,9 +125,9 @@ impl RedisError {
             || matches!(self.code(), Some("WRONGPASS" | "NOAUTH"))
     }
 
-    /// True where the server will answer later: it loads its data, follows a primary that is down, belongs to a cluster that is
-    /// down, or has only some of the keys while their slot moves. False where only one key's slot is not served: other keys can be
-    /// read meanwhile.
+    /// True where the server will answer later: it loads its data, follows a primary that is down, belongs
+    /// to a cluster that is down, or has only some of the keys while their slot moves. False where only one
+    /// key's slot is not served: other keys can be read meanwhile.
     pub(in crate::redis) fn is_not_ready(&self) -> bool {
         use ServerErrorKind::{BusyLoading, ClusterDown, MasterDown, TryAgain};
         match self.server_kind() {
@@ -136,8 +137,8 @@ impl RedisError {
         }
     }
 
-    /// True where an answer is larger than is taken in, than Redis sends, or than arrives in time. The connection is of no use
-    /// any more, since the rest of the answer would have to be read.
+    /// True where an answer is larger than is taken in, than Redis sends, or than arrives in time. The
+    /// connection is of no use any more, since the rest of the answer would have to be read.
     pub(in crate::redis) fn is_too_large(&self) -> bool {
         matches!(self, Self::ReplyTooLarge | Self::ClosedDuringRead | Self::TableTooSlow)
     }
@@ -202,13 +203,14 @@ impl RedisError {
     }
 }
 
-/// True where the text of an error reply says that the ACL user lacks a right. Redis 7 and 6.2 use different words for what a
-/// script calls.
+/// True where the text of an error reply says that the ACL user lacks a right. Redis 7 and 6.2 use different
+/// words for what a script calls.
 pub(in crate::redis) fn tells_of_missing_right(text: &str) -> bool {
     ["NOPERM", "ACL failure", "can't run this command"].iter().any(|part| text.contains(part))
 }
 
-/// An error reply as the server sent it, `WRONGPASS invalid username-password pair`; the crate quotes the code.
+/// An error reply as the server sent it, `WRONGPASS invalid username-password pair`; the crate quotes the
+/// code.
 fn in_redis_words(error: &redis::RedisError) -> String {
     match (error.code(), error.detail()) {
         (Some(code), Some(detail)) => format!("{code} {detail}"),

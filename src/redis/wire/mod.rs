@@ -1,4 +1,5 @@
-//! One connection to one Redis server: how it is opened, what bounds its replies, and what can go wrong with it.
+//! One connection to one Redis server: how it is opened, what bounds its replies, and what can go wrong with
+//! it.
 //!
 //! Which server to connect to is decided in `topology`.
 

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-/// The first pause after a connection is lost: a fleet loses them all at once, and its whole reads come back spread over so
-/// long.
+/// The first pause after a connection is lost: a fleet loses them all at once, and its whole reads come back
+/// spread over so long.
 pub(in crate::redis) const FIRST_PAUSE: Duration = Duration::from_millis(500);
 /// Between two tries at a server that is away: whoever waits hears within a second that it is back.
 pub(in crate::redis) const LONGEST_PAUSE: Duration = Duration::from_millis(900);

@@ -1,8 +1,10 @@
-//! Bounds what a server's replies may take of this process's memory: between the socket and the redis crate's parser.
+//! Bounds what a server's replies may take of this process's memory: between the socket and the redis
+//! crate's parser.
 //!
-//! The crate keeps a bulk string until its last byte is there, and a member of a sorted set may have 512 MB. [`Framing`] follows
-//! the protocol only as far as it says where a reply begins and ends and how large it will be. The connection fails as soon
-//! as a reply is too large or is not valid RESP. The content of a reply is not looked at.
+//! The crate keeps a bulk string until its last byte is there, and a member of a sorted set may have 512 MB.
+//! [`Framing`] follows the protocol only as far as it says where a reply begins and ends and how large it
+//! will be. The connection fails as soon as a reply is too large or is not valid RESP. The content of a
+//! reply is not looked at.
 
 mod framing;
 
@@ -15,8 +17,8 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use framing::{Framing, Refused};
 
-/// The largest reply or pushed message: [`MAX_MEMBERS`](crate::redis::schema::MAX_MEMBERS) names of 130 bytes. Also the most
-/// bytes of replies that no command asked for, over the life of a connection.
+/// The largest reply or pushed message: [`MAX_MEMBERS`](crate::redis::schema::MAX_MEMBERS) names of 130
+/// bytes. Also the most bytes of replies that no command asked for, over the life of a connection.
 pub(in crate::redis) const LARGEST_REPLY_BYTES: u64 = 16 << 20;
 /// Values in one reply, each of which takes some 60 bytes of memory: a member of a table is three.
 pub(super) const MOST_VALUES: u64 = 500_000;
@@ -43,8 +45,8 @@ impl From<Refused> for StreamError {
 
 /// The first [`StreamError`] of a stream, shared by the stream and its connection.
 ///
-/// The stream is owned by the redis crate's driver, which passes on an `io::Error` alone. So the connection looks here when a
-/// command fails.
+/// The stream is owned by the redis crate's driver, which passes on an `io::Error` alone. So the connection
+/// looks here when a command fails.
 #[derive(Clone, Debug, Default)]
 pub(super) struct FirstError(Arc<OnceLock<StreamError>>);
 

@@ -1,8 +1,9 @@
 //! Asks one node of a cluster for the owners of the pools' slots, for as long as it is wanted.
 //!
-//! A whole view names every range of slots: 16,384 of them make 2 MB, which the node has to write and the proxy to read. So
-//! after a large one the node is asked twice a heartbeat about the pools' own slots alone (`view::glance`). The whole view is asked
-//! for again only where one of these has another owner, or after a rest in proportion to the view's size.
+//! A whole view names every range of slots: 16,384 of them make 2 MB, which the node has to write and the
+//! proxy to read. So after a large one the node is asked twice a heartbeat about the pools' own slots alone
+//! (`view::glance`). The whole view is asked for again only where one of these has another owner, or after a
+//! rest in proportion to the view's size.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -21,8 +22,8 @@ use crate::redis::topology::slot::slot_of;
 use crate::redis::wire::connection;
 use crate::redis::wire::error::RedisError;
 
-/// The rest after a whole view, for each range in it. To decode a range takes some 5 µs, so seven nodes take less than 1/400 of a
-/// core.
+/// The rest after a whole view, for each range in it. To decode a range takes some 5 µs, so seven nodes take
+/// less than 1/400 of a core.
 const REST_PER_RANGE: Duration = Duration::from_millis(15);
 const LONGEST_REST: Duration = Duration::from_secs(300);
 /// The rest after a glance, for each slot: a node is asked about a thousand slots a second at most.
@@ -183,8 +184,8 @@ impl Asking {
         (self.settings.heartbeat_interval / 2).max(REST_PER_SLOT.saturating_mul(slots))
     }
 
-    /// Twice a heartbeat: a change that no event announces is known within one. Jittered, so that the proxies of a fleet do not
-    /// ask at the same moment.
+    /// Twice a heartbeat: a change that no event announces is known within one. Jittered, so that the
+    /// proxies of a fleet do not ask at the same moment.
     fn next(&self, asked: Instant) -> Instant {
         asked + jittered(self.interval())
     }

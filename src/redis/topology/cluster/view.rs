@@ -1,7 +1,8 @@
-//! What one node of a cluster reports: which node owns each slot that matters, since which epoch, and which other nodes there are.
+//! What one node of a cluster reports: which node owns each slot that matters, since which epoch, and which
+//! other nodes there are.
 //!
-//! CLUSTER SLOTS has the addresses that clients are to use, CLUSTER NODES the epochs. Redis 4 and later and Valkey have both. An
-//! answer that cannot be read is an error, never a guess.
+//! CLUSTER SLOTS has the addresses that clients are to use, CLUSTER NODES the epochs. Redis 4 and later and
+//! Valkey have both. An answer that cannot be read is an error, never a guess.
 
 use std::collections::{HashMap, HashSet};
 
@@ -34,13 +35,13 @@ impl View {
     }
 }
 
-/// For each slot, what one node answers to a command for a key of it. Two equal glances mean that no slot has moved as far as
-/// this node knows. It says nothing of epochs.
+/// For each slot, what one node answers to a command for a key of it. Two equal glances mean that no slot
+/// has moved as far as this node knows. It says nothing of epochs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Glance(Vec<String>);
 
-/// Asks the node about a key of each slot, in a few bytes: a node that does not own the slot answers with a redirection to
-/// the owner. `None`: this user may not ask so, and the whole view has to be asked for.
+/// Asks the node about a key of each slot, in a few bytes: a node that does not own the slot answers with a
+/// redirection to the owner. `None`: this user may not ask so, and the whole view has to be asked for.
 ///
 /// # Errors
 /// The node does not answer.
@@ -76,7 +77,8 @@ impl Glance {
     }
 }
 
-/// Asks the node at `node` over `connection` for its whole view. Also returns how many ranges of slots its answer named.
+/// Asks the node at `node` over `connection` for its whole view. Also returns how many ranges of slots its
+/// answer named.
 ///
 /// # Errors
 /// The node does not answer, refuses, or is not part of a cluster.
@@ -104,7 +106,8 @@ fn malformed(question: &'static str) -> RedisError {
         .into()
 }
 
-/// The epoch of each node, from lines like `<id> <address> <flags> <primary> <ping> <pong> <epoch> <link> <slot> …`.
+/// The epoch of each node, from lines like `<id> <address> <flags> <primary> <ping> <pong> <epoch> <link>
+/// <slot> …`.
 fn epochs(nodes: &str) -> HashMap<&str, u64> {
     let line = |line: &'_ str| -> Option<(usize, u64)> {
         let id = line.find(' ')?;
@@ -157,7 +160,8 @@ fn number(value: Value) -> Option<u16> {
     from_redis_value(value).ok()
 }
 
-/// The address that clients are to use. `more` may hold an `ip`, for a node that has no name though clients are to use names.
+/// The address that clients are to use. `more` may hold an `ip`, for a node that has no name though clients
+/// are to use names.
 fn address(host: Value, port: u16, more: Option<Value>, node: &RedisAddress) -> Option<RedisAddress> {
     let host = connection::text(host);
     let named = address_beside(node, host.as_deref(), port);

@@ -1,21 +1,24 @@
 //! Finds where each reply of a server begins and ends, and refuses what is too large or is no reply.
 //!
-//! The redis crate's parser (`redis::parser`, 1.8) reads the same bytes after this one. Both must agree on where a reply ends:
-//! otherwise this one counts the bytes of a new reply while the crate still waits for the rest of an old one, and keeps all
-//! of it. And the crate does not refuse the same bytes in all pieces that they may come in: of `x` alone it forgets that it
-//! was wrong. So whatever the crate does not read is refused here, by the same functions of the standard library. The test
-//! `both_parsers_agree_on_every_end` compares the two.
+//! The redis crate's parser (`redis::parser`, 1.8) reads the same bytes after this one. Both must agree on
+//! where a reply ends: otherwise this one counts the bytes of a new reply while the crate still waits for
+//! the rest of an old one, and keeps all of it. And the crate does not refuse the same bytes in all pieces
+//! that they may come in: of `x` alone it forgets that it was wrong. So whatever the crate does not read is
+//! refused here, by the same functions of the standard library. The test `both_parsers_agree_on_every_end`
+//! compares the two.
 
 use super::{LARGEST_REPLY_BYTES, MOST_VALUES};
 
-/// A length of the protocol is an `i64` and has 20 characters at most; the crate also takes white space around it.
+/// A length of the protocol is an `i64` and has 20 characters at most; the crate also takes white space
+/// around it.
 const LONGEST_NUMBER: usize = 64;
 /// Of the first part of a pushed message (`message`, `invalidate`), which the crate needs as a text.
 const LONGEST_PUSH_KIND: u64 = 64;
-/// Aggregates in one another. Redis's own replies have six (HELLO, CLUSTER SLOTS, XREAD); the crate refuses more than 100, but
-/// goes down a call stack for each.
+/// Aggregates in one another. Redis's own replies have six (HELLO, CLUSTER SLOTS, XREAD); the crate refuses
+/// more than 100, but goes down a call stack for each.
 const MOST_DEPTH: usize = 32;
-/// Bytes of a line that are kept: a longer one is checked piece by piece, so that it takes no memory here beside the crate's.
+/// Bytes of a line that are kept: a longer one is checked piece by piece, so that it takes no memory here
+/// beside the crate's.
 const LONGEST_KEPT_LINE: usize = 4 << 10;
 
 /// Why the connection ends.
