@@ -396,10 +396,9 @@ fn circles(files: &[(&[String], &str)]) -> Vec<Vec<String>> {
     };
     let reached: Vec<Vec<bool>> = (0..files.len()).map(reached).collect();
     let mut circles: Vec<Vec<String>> = Vec::new();
-    for file in 0..files.len() {
-        let circle = (0..files.len()).filter(|&other| reached[file][other] && reached[other][file]);
-        let short = |index: usize| files[index].0[1..].join("::");
-        let mut circle: Vec<String> = circle.map(short).collect();
+    for (file, of_file) in reached.iter().enumerate() {
+        let circle = (0..files.len()).filter(|&other| of_file[other] && reached[other][file]);
+        let mut circle: Vec<String> = circle.map(|index| files[index].0[1..].join("::")).collect();
         circle.sort();
         if circle.len() > MOST_IN_CIRCLE && !circles.contains(&circle) {
             circles.push(circle);

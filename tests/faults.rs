@@ -268,7 +268,12 @@ async fn a_web_server_in_redis_place_is_told_with_a_cure_while_the_configured_ba
     let address = program.address().await;
     assert_eq!(greeting(address).await.expect("an answer"), "configured");
     let told = || {
-        program.log().lines().filter(|line| line.contains("cannot watch redis")).map(str::to_owned).collect()
+        program
+            .log()
+            .lines()
+            .filter(|line| line.contains("cannot connect to redis"))
+            .map(str::to_owned)
+            .collect()
     };
     eventually("it is told and tried again", || async {
         let lines: Vec<String> = told();

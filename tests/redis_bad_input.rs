@@ -114,7 +114,7 @@ async fn what_is_no_answer_at_all_is_named_and_the_last_table_serves() {
         redis.answer(&one_member(&known, weight));
         weight_of_pool_becomes(&program, "web", f64::from(weight)).await;
     }
-    program.says("redis lost, picking from the last snapshots").await;
+    program.says("connection to redis lost, picking from the last snapshots").await;
 }
 
 #[tokio::test]
@@ -161,7 +161,9 @@ async fn an_answer_that_never_comes_whole_is_named_the_second_time_and_asked_for
     weight_of_pool_becomes(&program, "web", 2.0).await;
     program.says("the table can be read again").await;
     // The pool's line has told of it.
-    assert!(program.messages("cannot watch redis").is_empty(), "{}", program.log());
+    for line in ["cannot connect to redis", "cannot follow redis"] {
+        assert!(program.messages(line).is_empty(), "{}", program.log());
+    }
 }
 
 /// Redis itself cuts off a subscriber whom it owes so much.
@@ -275,7 +277,7 @@ async fn a_web_server_that_takes_the_port_of_redis_is_named_and_the_last_table_s
     })
     .await;
     eventually("it is named", || async {
-        program.messages("cannot watch redis").iter().any(|line| {
+        program.messages("cannot connect to redis").iter().any(|line| {
             line["cure"].as_str().is_some_and(|cure| cure.contains("does not speak redis's protocol"))
         })
     })

@@ -320,7 +320,7 @@ async fn what_is_wrong_is_told_with_its_cure() {
 
     let alone = Redis::start().await;
     let (error, cure) = refusal(&format!("cluster: {{nodes: [\"127.0.0.1:{}\"]}}", alone.port), NOBODY).await;
-    assert!(error.contains("no node of a cluster") && cure.contains("redis.url"), "{error}: {cure}");
+    assert!(error.contains("not part of a cluster") && cure.contains("redis.url"), "{error}: {cure}");
 
     let (_, cure) = refusal(&format!("cluster: {{nodes: [\"127.0.0.1:{}\"]}}", free_port()), NOBODY).await;
     assert!(cure.contains("redis.cluster.nodes"), "{cure}");
@@ -336,7 +336,7 @@ async fn what_is_wrong_is_told_with_its_cure() {
         node.run(&format!("CLUSTER DELSLOTS {SLOT}")).await;
     }
     let lost = program(&cluster.section());
-    let line = lost.says("cannot watch redis").await;
+    let line = lost.says("no node of the cluster serves the weights").await;
     assert_eq!((&line["pool"], &line["slot"]), (&"web".into(), &SLOT.into()), "{line}");
     assert!(line["cure"].as_str().is_some_and(|cure| cure.contains("CLUSTER NODES")), "{line}");
 }

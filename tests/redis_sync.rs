@@ -382,7 +382,7 @@ async fn a_wrong_password_is_told_once_and_caught_up_when_it_is_mended() {
     eventually("it tries again", || async { refused_logins(&redis).await >= 6 }).await;
     assert_eq!(greeting(address).await.expect("an answer"), "configured");
     let log = program.log();
-    let lines: Vec<&str> = log.lines().filter(|line| line.contains("cannot watch redis")).collect();
+    let lines: Vec<&str> = log.lines().filter(|line| line.contains("cannot connect to redis")).collect();
     assert_eq!(lines.len(), 1, "{log}");
     assert!(lines[0].contains("check redis.username and redis.password"), "{}", lines[0]);
     assert!(!log.contains("wr0ng-one"), "the password is in the log: {log}");

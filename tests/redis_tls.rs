@@ -120,7 +120,7 @@ fn config_of(server: &str, tls: &str) -> String {
 /// The first line that says why Redis cannot be watched: its error, then its cure.
 async fn refusal(url: &str, tls: &str) -> (String, String) {
     let program = Program::run(&config(url, tls));
-    let line = program.says("cannot watch redis").await;
+    let line = program.says("cannot connect to redis").await;
     let field = |name: &str| line[name].as_str().expect("a text").to_owned();
     assert_eq!(line["level"], "WARN");
     (field("error"), field("cure"))

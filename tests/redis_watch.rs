@@ -183,7 +183,7 @@ async fn tracking_that_is_refused_is_told_once_with_its_cure_and_polled_for() {
     redis.run("ACL SETUSER statera +client|tracking").await;
     let line = program.says("the watch mode has changed").await;
     assert_eq!(line["watch"], "tracking");
-    let told = program.messages("redis does not tell of changes, polling");
+    let told = program.messages("redis does not announce changes, polling");
     assert_eq!(told.len(), 1, "{}", program.log());
     assert!(
         told[0]["reason"].as_str().is_some_and(|reason| reason.contains("grant +client|tracking")),

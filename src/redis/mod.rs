@@ -1,10 +1,14 @@
-//! Keeps the pools' tables equal to Redis, and lets Redis pick when a snapshot cannot be trusted.
+//! Keeps the pools' tables equal to Redis, and lets Redis pick where a snapshot is too old to be trusted.
 //!
-//! Two connections, each with a supervisor of its own that reconnects for ever: [`watch`] hears of changes,
-//! reads whole tables (`sync`) and publishes them; [`lua_pick`] runs the script. A third, [`applied`], tells
-//! what was published. In a cluster each node that owns a pool's key has these three (`parts`). Nothing here
-//! is ever waited for by the data plane, which this module knows only by `balance`'s plain types. Statera
-//! never writes to a weights key, unless a person's command says so: [`weights`].
+//! For each server that has pools' keys there are up to three connections, each with a task that
+//! reconnects for ever: [`watch`] notices changes, reads whole tables and publishes them; [`lua_pick`]
+//! runs the script that picks; [`applied`] reports which table was published.
+//!
+//! The data plane never waits for this folder, and this folder knows the data plane only by `balance`'s
+//! plain types. Statera writes to a weights key only where an operator's command says so: [`weights`].
+//!
+//! Each folder uses only those below it: `follow`, `pick`, `fleet` and `weights` stand on `topology`
+//! (which server), that one on `wire` (one connection) and `schema` (keys and formats).
 
 mod fleet;
 mod follow;

@@ -1,29 +1,28 @@
-//! How the control plane stands with Redis, for the metrics. Written by the control thread, read on a
-//! scrape.
+//! The state of following Redis, for the metrics. Written by the control thread, read on a scrape.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::observe::counters::{Counter, Histogram};
 
-/// How changes are noticed just now.
+/// How changes in Redis are noticed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WatchMode {
     /// Not connected.
     None = 0,
     /// Keyspace notifications.
     Notifications = 1,
-    /// The server remembers what was read, and tells when it changes.
+    /// Client tracking: the server remembers what was read, and announces when it changes.
     Tracking = 2,
     /// A read every `poll_interval`.
     Poll = 3,
 }
 
 impl WatchMode {
-    /// In the order of their declaration.
+    /// All modes, in the order of their declaration.
     pub const ALL: [Self; 4] = [Self::None, Self::Notifications, Self::Tracking, Self::Poll];
 
-    /// As in the metric's label.
+    /// The name in the metric's label.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -35,37 +34,38 @@ impl WatchMode {
     }
 }
 
-/// What is counted of Redis as a whole.
+/// The state of following Redis as a whole.
 #[derive(Debug, Default)]
 pub struct RedisStatus {
-    /// Of the watching connections: one, or one for each node of a cluster that owns a pool's key.
+    /// The modes of the watching connections: one, or one for each node of a cluster that serves a pool's
+    /// key.
     modes: Mutex<Vec<Arc<Mode>>>,
-    /// There are pools that no connection watches.
+    /// Some pools have no server that serves their key.
     lacks_some: AtomicBool,
-    /// Messages that said "this key may have changed".
+    /// Messages that announced that a key may have changed.
     pub notifications: Counter,
     /// Whole tables read.
     pub resyncs: Counter,
     /// Connections made after the first.
     pub reconnects: Counter,
-    /// From the arrival of a notification to the swap.
+    /// The time from the arrival of a notification to the swap.
     pub propagation: Histogram,
 }
 
 impl RedisStatus {
-    /// Another watching connection is wanted, and counted until the answer is dropped.
+    /// Adds a watching connection, which counts until the result is dropped.
     pub(super) fn watch(self: &Arc<Self>) -> Watching {
         let mode = Arc::new(Mode::default());
         self.modes().push(Arc::clone(&mode));
         Watching { status: Arc::clone(self), mode }
     }
 
-    /// Whether there are pools that nobody can watch, since no node of the cluster serves their key.
+    /// Sets whether some pools have no server, since no node of the cluster serves their key.
     pub(super) fn set_lacking(&self, lacks_some: bool) {
         self.lacks_some.store(lacks_some, Relaxed);
     }
 
-    /// How changes are noticed: of several connections, what is true of the one that is worst off.
+    /// The watch mode. Of several connections, the mode of the one that notices changes worst.
     #[must_use]
     pub fn mode(&self) -> WatchMode {
         if self.lacks_some.load(Relaxed) {
@@ -77,7 +77,7 @@ impl RedisStatus {
         worst_first.into_iter().find(is_in_use).unwrap_or(WatchMode::None)
     }
 
-    /// All watching connections are up.
+    /// True where all watching connections are up.
     #[must_use]
     pub fn is_connected(&self) -> bool {
         self.mode() != WatchMode::None
@@ -88,7 +88,7 @@ impl RedisStatus {
     }
 }
 
-/// Of one connection.
+/// The mode of one connection.
 #[derive(Debug, Default)]
 pub(super) struct Mode(AtomicU8);
 
@@ -98,7 +98,7 @@ impl Mode {
     }
 }
 
-/// One watching connection, as the status knows it.
+/// One watching connection.
 #[derive(Debug)]
 pub(super) struct Watching {
     status: Arc<RedisStatus>,
@@ -106,7 +106,7 @@ pub(super) struct Watching {
 }
 
 impl Watching {
-    /// It is up, in `mode`; [`WatchMode::None`] says that it is down.
+    /// Sets the mode. [`WatchMode::None`] says that the connection is down.
     pub(super) fn set(&self, mode: WatchMode) {
         self.mode.0.store(mode as u8, Relaxed);
     }
@@ -115,7 +115,7 @@ impl Watching {
         self.mode.get() != WatchMode::None
     }
 
-    /// For whoever has to look later.
+    /// The mode, for a reader that outlives this borrow.
     pub(super) fn mode(&self) -> Arc<Mode> {
         Arc::clone(&self.mode)
     }
@@ -127,14 +127,14 @@ impl Drop for Watching {
     }
 }
 
-/// What is known of one pool's table.
+/// The state of one pool's table.
 #[derive(Debug, Default)]
 pub struct TableStatus {
-    /// Members of the table that were left out, as of the last read.
+    /// Members that the last read left out.
     pub rejected_members: AtomicU64,
     /// Reads that failed or were refused.
     pub failed_reads: Counter,
-    /// Redis holds no weights, and the last table is gone by all the same.
+    /// Redis holds no weights, and the last table is kept (`redis.on_empty`).
     pub is_kept: AtomicBool,
 }
 
@@ -156,6 +156,6 @@ mod tests {
         drop(other);
         assert_eq!(status.mode(), WatchMode::Notifications);
         status.set_lacking(true);
-        assert!(!status.is_connected(), "a pool is watched by nobody");
+        assert!(!status.is_connected(), "a pool has no server");
     }
 }

@@ -1,8 +1,9 @@
-//! Tells, under a lease, which table this proxy has applied. `applied/reports.rs` reads what all have told.
+//! Reports, under a lease, which table this proxy has applied. `reports.rs` reads what all proxies have
+//! reported.
 //!
-//! On a connection of its own, at its own pace: however fast weights change, a pool is reported four times a
-//! second at most. A user that may not write says so once; nothing else depends on these reports. A proxy
-//! that dies is forgotten when its lease ends, one that drains takes its reports back.
+//! Reports have a connection and a pace of their own: however fast weights change, a pool is reported
+//! four times a second at most. A missing right is logged once; nothing else depends on these reports.
+//! The report of a proxy that dies is gone when its lease ends; a proxy that drains deletes its reports.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -20,57 +21,56 @@ pub use super::reports::{Report, Reports};
 pub(in crate::redis) use super::reports::{question, reports};
 use super::unusable;
 use crate::balance::cell::Cell;
+use crate::balance::lua_pick::PoolId;
 use crate::config::Redis;
 use crate::control::backoff::{Backoff, jittered};
 use crate::redis::schema::companion::Companions;
 use crate::redis::schema::followed::Followed;
 use crate::redis::topology::primary::Primary;
 use crate::redis::topology::routed::RoutedConnection;
-use crate::redis::topology::shards;
-use crate::redis::topology::shards::Shards;
+use crate::redis::topology::shards::{self, Shards};
 use crate::redis::wire::error::RedisError;
 use crate::redis::wire::reconnect::{FIRST_PAUSE, LONGEST_PAUSE};
 
 const SCRIPT: &str = include_str!("applied.lua");
-/// Between two looks at the snapshots: one atomic load each.
+/// The pause between two looks at the snapshots, which cost one atomic load each.
 const LOOK: Duration = Duration::from_millis(50);
-/// Between two reports of one pool, at least.
+/// The shortest pause between two reports of one pool.
 const REST: Duration = Duration::from_millis(250);
-/// A report that took long is followed by a rest of so many times that, though no longer than until the
-/// lease is to be renewed: whatever makes it long, one proxy takes a twentieth of the server's time at most.
+/// A report that took long is followed by a rest of this many times its duration, at most until the lease
+/// is to be renewed. So whatever makes reports slow, one proxy takes a twentieth of the server's time at
+/// most.
 const REST_PER_REPORT: u32 = 20;
-/// Between two reports of what has not changed. A lease outlives two that are lost.
+/// The pause between two reports of what has not changed. A lease survives two lost reports.
 const RENEWAL: Duration = Duration::from_secs(5);
 pub(super) const LEASE: Duration = Duration::from_secs(15);
-/// Between two looks at who is leaving, which are looks over all backends.
+/// The pause between two looks for draining backends, which go over all backends.
 const LEAVING_LOOK: Duration = Duration::from_millis(500);
-/// After a change in who is leaving, it is told once more: whoever waits for a last session believes no
-/// report that was made sooner than [`LANDING`] after he wrote.
+/// A change among the draining backends is reported again after this time. An operator's command that
+/// waits for the last session does not count a report made earlier than [`LANDING`] after its own write.
 const REPEAT: Duration = Duration::from_millis(1500);
-/// So long after a proxy has heard that a backend is to get no sessions, the picks that were under way have
-/// landed, so that its sessions are all counted: a worker picks in a moment, and Redis within
-/// `lua_pick.timeout` (50 ms, unless somebody wrote more).
+/// The time after which the picks that were under way when a backend began to drain are counted as
+/// sessions of it. A worker picks at once, and Redis within `lua_pick.timeout` (50 ms by default).
 pub const LANDING: Duration = Duration::from_secs(1);
-/// Stands before each backend in a report.
+/// Stands before each draining backend in a report.
 pub(super) const LEAVING: char = ';';
-/// Stands before the number of those that are left out.
+/// Stands before the number of draining backends that are not named.
 pub(super) const UNNAMED: char = '+';
-/// Backends that are leaving in one report, those with the most sessions first: a report has some 25 kB at
-/// most.
+/// Draining backends in one report, those with the most sessions first: a report has some 25 kB at most.
 const MOST_LEAVING: usize = 1_000;
-/// Taking reports back must not hold anything up.
+/// The time limit for deleting the reports, which must not delay the shutdown.
 const LEAVING_TIME: Duration = Duration::from_secs(1);
 
-/// Reports what is applied of `followed` until `leaving` is ready, then takes the reports back.
+/// Reports what is applied of `followed` until `leaving` is ready, then deletes the reports.
 pub async fn run(
     settings: &Arc<Redis>,
     followed: &[Followed],
     shards: &Shards,
     leaving: impl Future<Output = ()>,
 ) {
-    let (proxy, told) = (proxy_name(), Arc::new(AtomicBool::new(false)));
-    let pools = followed.iter().map(|followed| (Arc::clone(&followed.pool), AtomicBool::new(false)));
-    let has_reported: Arc<HashMap<Arc<str>, AtomicBool>> = Arc::new(pools.collect());
+    let (proxy, is_logged) = (proxy_name(), Arc::new(AtomicBool::new(false)));
+    let pools = followed.iter().map(|followed| (followed.id, AtomicBool::new(false)));
+    let has_reported: Arc<HashMap<PoolId, AtomicBool>> = Arc::new(pools.collect());
     let (leave, leaves) = watch::channel(false);
     let over = async {
         leaving.await;
@@ -78,13 +78,13 @@ pub async fn run(
     };
     shards::each(shards.written(), over, |shard| {
         let settings = Arc::clone(settings);
-        let (proxy, told, mut leaves) = (proxy.clone(), Arc::clone(&told), leaves.clone());
+        let (proxy, is_logged, mut leaves) = (proxy.clone(), Arc::clone(&is_logged), leaves.clone());
         let has_reported = Arc::clone(&has_reported);
         async move {
             let (settings, followed, primary) = (&settings, &*shard.pools, &shard.primary);
-            let (has_reported, told) = (&*has_reported, &*told);
+            let (has_reported, is_logged) = (&*has_reported, &*is_logged);
             let mut reporter =
-                Reporter { settings, followed, primary, proxy, told, has_reported, connection: None };
+                Reporter { settings, followed, primary, proxy, is_logged, has_reported, connection: None };
             tokio::select! {
                 () = reporter.report_for_ever() => {}
                 _ = leaves.wait_for(|leaves| *leaves) => {}
@@ -118,17 +118,17 @@ struct Reporter<'a> {
     followed: &'a [Followed],
     primary: &'a Primary,
     proxy: String,
-    /// What is missing was said.
-    told: &'a AtomicBool,
-    /// By the pool's name: a report of it has been made, over whichever connection.
-    has_reported: &'a HashMap<Arc<str>, AtomicBool>,
+    /// A missing right was logged.
+    is_logged: &'a AtomicBool,
+    /// Whether each pool was reported before, over this connection or another.
+    has_reported: &'a HashMap<PoolId, AtomicBool>,
     connection: Option<RoutedConnection>,
 }
 
-/// What was last said of one pool.
+/// What was reported last of one pool.
 #[derive(Default)]
-struct Said {
-    /// The snapshot that `hash` is of.
+struct Reported {
+    /// The version of the snapshot that `hash` belongs to.
     version: u64,
     hash: Option<ContentHash>,
     leaving: String,
@@ -155,20 +155,20 @@ impl Reporter<'_> {
                     if begun.elapsed() > LONGEST_PAUSE {
                         backoff.reset();
                     }
-                    debug!(%error, "not reported what is applied");
+                    debug!(%error, "cannot report what is applied");
                     match Refusal::of(&error) {
-                        Some(Refusal::NeedsAPerson) => {
-                            if !self.told.swap(true, Relaxed) {
-                                self.say_what_is_missing(&error);
+                        Some(Refusal::NeedsOperator) => {
+                            if !self.is_logged.swap(true, Relaxed) {
+                                self.log_missing_right(&error);
                             }
                             jittered(RENEWAL)
                         }
-                        // Not later than that: it is missed as soon as the others report again.
-                        Some(Refusal::IsTold | Refusal::Other) => jittered(RENEWAL),
+                        // No longer than a renewal: the proxy is missed as soon as the others report again.
+                        Some(Refusal::IsLogged | Refusal::Other) => jittered(RENEWAL),
                         None => backoff.pause(),
                     }
                 }
-                // The watching connection says what is wrong, and says it once.
+                // The watching connection logs what is wrong.
                 Err(_) => backoff.pause(),
             };
             self.connection = None;
@@ -176,7 +176,7 @@ impl Reporter<'_> {
         }
     }
 
-    fn say_what_is_missing(&self, error: &RedisError) {
+    fn log_missing_right(&self, error: &RedisError) {
         let key = self.followed.first().map(|followed| Companions::of(&followed.key).applied);
         let key = key.unwrap_or_default();
         let cure = if error.is_missing_right() {
@@ -189,27 +189,27 @@ impl Reporter<'_> {
         info!(%error, cure, "cannot report which weights are applied: `statera weights set --wait` does not see this proxy");
     }
 
-    /// Ends with the error after which this connection is of no use.
+    /// Returns the error after which this connection is of no use any more.
     async fn report(&mut self, connection: RoutedConnection) -> RedisError {
         let followed = self.followed;
         let connection = self.connection.insert(connection);
-        let mut said: Vec<Said> = followed.iter().map(|_| Said::default()).collect();
+        let mut reported: Vec<Reported> = followed.iter().map(|_| Reported::default()).collect();
         loop {
-            for (Followed { pool, key, cell, .. }, said) in followed.iter().zip(&mut said) {
-                let Some(hash) = said.news(cell, Instant::now()) else { continue };
-                let turn = match said.reports {
-                    1 if self.has_reported.get(pool).is_some_and(|has| has.swap(true, Relaxed)) => "again",
+            for (Followed { id, key, cell, .. }, reported) in followed.iter().zip(&mut reported) {
+                let Some(hash) = reported.news(cell, Instant::now()) else { continue };
+                let occasion = match reported.reports {
+                    1 if self.has_reported.get(id).is_some_and(|has| has.swap(true, Relaxed)) => "again",
                     1 => "first",
                     _ => "",
                 };
                 let mut report = command("EVAL", &Companions::of(key).applied);
                 report.arg("report").arg(&self.proxy).arg(hash).arg(LEASE.as_millis() as u64);
-                report.arg(turn);
+                report.arg(occasion);
                 let asked = Instant::now();
                 if let Err(error) = connection.query::<()>(&report).await {
                     return error;
                 }
-                said.rest_after(asked.elapsed());
+                reported.rest_after(asked.elapsed());
             }
             sleep(LOOK).await;
         }
@@ -228,35 +228,35 @@ impl Reporter<'_> {
     }
 }
 
-/// Why the server refuses a report, and what it means for the next one.
+/// Why the server refuses a report, and what that means for the next one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Refusal {
-    /// A right is missing, or the key holds something else: nobody else would say so.
-    NeedsAPerson,
-    /// The server is a node of a cluster, and not followed as one: the watching connection says so.
-    IsTold,
-    /// It may do later: a lack of memory, say.
+    /// A right is missing, or the key holds another type. Only this task can log that.
+    NeedsOperator,
+    /// The server is a node of a cluster, and the config does not say so. The watching connection logs that.
+    IsLogged,
+    /// A later report may succeed: the server may have no memory left, for example.
     Other,
 }
 
 impl Refusal {
-    /// `None`: it is none, or one that ends with a failover.
+    /// `None`: it is no refusal, or one that ends with a failover.
     fn of(error: &RedisError) -> Option<Self> {
         use ServerErrorKind::{Ask, ClusterDown, Moved, ReadOnly};
         match error.server_kind() {
             Some(ClusterDown | ReadOnly) => None,
-            Some(Moved | Ask) => Some(Self::IsTold),
-            _ if error.is_missing_right() => Some(Self::NeedsAPerson),
+            Some(Moved | Ask) => Some(Self::IsLogged),
+            _ if error.is_missing_right() => Some(Self::NeedsOperator),
             _ if error.code() == Some("WRONGTYPE") || error.to_string().contains("WRONGTYPE") => {
-                Some(Self::NeedsAPerson)
+                Some(Self::NeedsOperator)
             }
             _ => error.is_refusal().then_some(Self::Other),
         }
     }
 }
 
-impl Said {
-    /// What is to be reported now, if anything.
+impl Reported {
+    /// Returns what is to be reported now, if anything.
     fn news(&mut self, cell: &Cell, now: Instant) -> Option<String> {
         if self.rests_until.is_some_and(|rested| now < rested) {
             return None;
@@ -293,11 +293,11 @@ impl Said {
         Some(content)
     }
 
-    /// A report took so long.
+    /// Rests after a report that took so long.
     fn rest_after(&mut self, took: Duration) {
         let rest = (took * REST_PER_REPORT).clamp(REST, RENEWAL);
         self.rests_until = Some(Instant::now() + rest);
-        // What has not changed is not told before that either.
+        // What has not changed is not reported earlier either.
         self.renewal = self.renewal.max(self.rests_until);
     }
 }
@@ -308,7 +308,8 @@ fn applied(cell: &Cell) -> (u64, ContentHash) {
     (snapshot.version, ContentHash::of(members))
 }
 
-/// A name that cannot stand in a report (a socket's path may hold anything) is left out of it.
+/// The draining backends as a part of a report. A name that cannot stand in it (a socket's path may hold
+/// anything) is left out.
 fn leaving(cell: &Cell) -> String {
     let mut leaving = cell.draining();
     leaving.retain(|(id, _)| !id.as_str().contains(|c: char| c.is_whitespace() || c == LEAVING));
@@ -327,18 +328,18 @@ mod tests {
     use crate::balance::{Balance, Table, Weight};
 
     #[test]
-    fn only_what_a_person_must_mend_makes_a_proxy_silent_for_long() {
+    fn only_what_an_operator_must_fix_makes_a_proxy_pause_for_long() {
         for (answer, refusal) in [
-            ("NOPERM this user has no permissions to run the 'eval' command", Some(Refusal::NeedsAPerson)),
+            ("NOPERM this user has no permissions to run the 'eval' command", Some(Refusal::NeedsOperator)),
             (
                 "ERR ACL failure in script: User a has no permissions to run the 'time' command",
-                Some(Refusal::NeedsAPerson),
+                Some(Refusal::NeedsOperator),
             ),
             (
                 "WRONGTYPE Operation against a key holding the wrong kind of value",
-                Some(Refusal::NeedsAPerson),
+                Some(Refusal::NeedsOperator),
             ),
-            ("MOVED 1 10.0.0.2:6379", Some(Refusal::IsTold)),
+            ("MOVED 1 10.0.0.2:6379", Some(Refusal::IsLogged)),
             ("OOM command not allowed when used memory > 'maxmemory'.", Some(Refusal::Other)),
             ("CLUSTERDOWN Hash slot not served", None),
             ("CLUSTERDOWN The cluster is down", None),
@@ -359,8 +360,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_change_is_reported_at_once_a_burst_of_them_once_a_rest_and_nothing_once_a_renewal() {
         let cell = Cell::new(table(1.0), Balance::WeightedRandom, 1);
-        let mut said = Said::default();
-        let mut news = |cell: &Cell| said.news(cell, Instant::now());
+        let mut reported = Reported::default();
+        let mut news = |cell: &Cell| reported.news(cell, Instant::now());
         let first = news(&cell).expect("the first is news");
         assert_eq!(first, format!("{};!", applied(&cell).1));
         assert_eq!(news(&cell), None);
@@ -387,14 +388,14 @@ mod tests {
     async fn a_report_that_took_long_is_followed_by_a_rest_of_twenty_times_that_and_a_lease_is_renewed() {
         let cell = Cell::new(table(1.0), Balance::WeightedRandom, 1);
         for (took, rest) in [(1, 250), (13, 260), (100, 2_000), (9_000, 5_000)] {
-            let mut said = Said::default();
-            said.news(&cell, Instant::now()).expect("the first is news");
-            said.rest_after(Duration::from_millis(took));
+            let mut reported = Reported::default();
+            reported.news(&cell, Instant::now()).expect("the first is news");
+            reported.rest_after(Duration::from_millis(took));
             cell.publish(table(took as f64 + 0.5));
             tokio::time::advance(Duration::from_millis(rest - 1)).await;
-            assert_eq!(said.news(&cell, Instant::now()), None, "{took} ms");
+            assert_eq!(reported.news(&cell, Instant::now()), None, "{took} ms");
             tokio::time::advance(Duration::from_millis(1)).await;
-            assert!(said.news(&cell, Instant::now()).is_some(), "{took} ms");
+            assert!(reported.news(&cell, Instant::now()).is_some(), "{took} ms");
         }
     }
 }

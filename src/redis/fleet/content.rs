@@ -1,9 +1,9 @@
-//! What a table says, in forty digits: by it a proxy tells which table it has applied, and a command which
-//! one it wrote.
+//! The hash of a table's content: a proxy reports by it which table it has applied, and a command knows
+//! by it the table that it wrote.
 //!
-//! `weights.lua` computes the same for the history, so both follow one recipe: SHA-1 over the members, the
-//! lightest first and equal ones by name (which is the order that Redis keeps them in), each as its name, a
-//! zero byte, and its weight as a double, highest byte first. It tells tables apart; it protects nothing.
+//! `weights.lua` computes the same hash for the history: SHA-1 over the members, by ascending weight and
+//! then by name, which is the order that Redis keeps them in. Each member counts as its name, a zero
+//! byte, and its weight as a big-endian double. The hash tells tables apart and is no protection.
 
 use std::fmt;
 
@@ -16,7 +16,7 @@ use crate::balance::Weight;
 pub struct ContentHash(String);
 
 impl ContentHash {
-    /// Of members in any order.
+    /// Hashes members, which may be in any order.
     pub(in crate::redis) fn of<'a>(members: impl Iterator<Item = (&'a str, Weight)>) -> Self {
         let mut members: Vec<_> = members.map(|(name, weight)| (weight.get(), name)).collect();
         members.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then_with(|| a.1.cmp(b.1)));
@@ -29,7 +29,7 @@ impl ContentHash {
         Self(sha1.digest().to_string())
     }
 
-    /// As somebody reported it.
+    /// The hash in a proxy's report.
     pub(crate) fn reported(text: String) -> Self {
         Self(text)
     }

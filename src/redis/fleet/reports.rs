@@ -1,5 +1,4 @@
-//! Reads what proxies have told of the tables that they have applied: for a person who waits for all of
-//! them.
+//! Reads which tables all proxies have applied, for a command that waits for them.
 
 use std::time::Duration;
 
@@ -10,25 +9,25 @@ use crate::redis::fleet::content::ContentHash;
 use crate::redis::fleet::unusable::{self, UnusableReport};
 use crate::redis::schema::companion::Companions;
 
-/// A proxy that is alive and reaches Redis has reported again within this time: a renewal, and the time of
-/// its way.
+/// A proxy that is alive and reaches Redis has reported again within this time: a renewal, and the round
+/// trip.
 const PATIENCE: Duration = Duration::from_secs(6);
-/// More than any fleet: so many are read at once.
+/// The most proxies that are read at once, which is more than a fleet has.
 const MOST_PROXIES: usize = 10_000;
 
 /// What one proxy has applied.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Report {
-    /// `host/pid/four hex digits`, since a host's name and a pid may both be the same in two containers.
+    /// The proxy: `host/pid/four hex digits`, since two containers may share a host name and a pid.
     pub proxy: String,
-    /// Of the table in its newest snapshot.
+    /// The hash of the table in its newest snapshot.
     pub hash: ContentHash,
-    /// The backends that it knows to be in drain or maint, and others that have sessions and are to get
-    /// none; each with its sessions.
+    /// The backends that are in drain or maint, and others that get no new sessions but still have some;
+    /// each with its number of sessions.
     pub leaving: Vec<(String, u32)>,
-    /// How many more there are, each with as few sessions as the last of `leaving`, or fewer.
+    /// How many more there are. Each has at most as many sessions as the last of `leaving`.
     pub unnamed: usize,
-    /// The backends that get no sessions from it. `None`: an older proxy, which does not say.
+    /// The backends that get no sessions from it. `None` for an older proxy, which does not report them.
     pub unusable: Option<UnusableReport>,
     /// How long ago it was made, by the clock of Redis.
     pub age: Duration,
@@ -37,14 +36,14 @@ pub struct Report {
 /// What all proxies together have applied.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reports {
-    /// Of the proxies whose lease has not ended, in the order of their names.
+    /// The proxies whose lease has not ended, in the order of their names.
     pub live: Vec<Report>,
-    /// More than zero after Redis has lost reports, or was away: others may be alive, and will have reported
-    /// by then.
+    /// More than zero after Redis has lost reports, or was away: other proxies may be alive, and will
+    /// have reported after this time.
     pub are_all_in: Duration,
 }
 
-/// Asks who has applied what, by EVAL or EVAL_RO. [`reports`] reads the answer.
+/// Asks which table each proxy has applied, by EVAL or EVAL_RO. [`reports`] reads the answer.
 pub(in crate::redis) fn question(eval: &str, companions: &Companions) -> redis::Cmd {
     let mut question = command(eval, &companions.applied);
     question.arg("live").arg(MOST_PROXIES).arg(LEASE.as_millis() as u64).arg(PATIENCE.as_millis() as u64);

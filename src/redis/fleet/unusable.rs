@@ -1,29 +1,29 @@
-//! What a proxy reports of the backends that get no sessions from it, as a part of its report in
-//! `{servers}:applied`.
+//! The backends that get no sessions from a proxy, as a part of its report in `{servers}:applied`.
 //!
-//! Each entry stands after [`MARK`]: first an empty one, or [`FAILS_OPEN`]; then `backend=reason,reason`,
-//! each reason with its cause after a colon; then `+N`, how many more there are. Readers that do not know
-//! the mark pass over all of it, and a report without it is one of an older proxy.
+//! Each entry stands after [`MARK`]. The first is empty, or [`FAILS_OPEN`]. Then come
+//! `backend=reason,reason`, each reason with its cause after a colon, and `+N` where N more backends are
+//! not named. A reader that does not know the mark skips all of these; a report without any comes from an
+//! older proxy.
 
 use std::fmt::Write as _;
 
 use crate::balance::pool::Cell;
 use crate::balance::snapshot::{Reason, Unusable};
 
-/// Begins each entry, after what parts the entries of a report.
+/// Begins each entry, after the sign that separates the entries of a report.
 const MARK: char = '!';
-/// Health is ignored.
+/// The first entry where the pool fails open.
 const FAILS_OPEN: &str = "fail_open";
-/// Backends that are named: with names of usual length a report grows by 6 kB at most.
+/// The most backends that are named: with names of usual length a report grows by 6 kB at most.
 const MOST_NAMED: usize = 100;
 
-/// The backends that get no sessions from one proxy, as it has reported them. Everything in it may have been
-/// written by any client of Redis.
+/// The backends that get no sessions from one proxy, by its report. Any client of Redis may have written
+/// the content.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct UnusableReport {
     /// Too little of the pool is healthy, so this proxy ignores health.
     pub fails_open: bool,
-    /// Each with its reasons.
+    /// The backends, each with its reasons.
     pub backends: Vec<(String, Vec<ReportedReason>)>,
     /// How many more there are.
     pub more: usize,
@@ -32,26 +32,26 @@ pub struct UnusableReport {
 /// One reason: `unhealthy`, `ejected`, `trial`, `unresolved`, `drain`, `maint` or `weight_0`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ReportedReason {
-    /// Its name.
+    /// The reason's name.
     pub name: String,
-    /// What failed last.
+    /// The last error.
     pub cause: Option<String>,
 }
 
-/// The part of a report. A name with a space or `parts` in it, which cannot stand there, is left out.
-pub(in crate::redis) fn report(cell: &Cell, parts: char) -> String {
+/// The part of a report. A name with a space or `separator` in it, which cannot stand there, is left out.
+pub(in crate::redis) fn report(cell: &Cell, separator: char) -> String {
     let Unusable { backends, more, fails_open } = cell.unusable(MOST_NAMED);
-    let mut text = format!("{parts}{MARK}{}", if fails_open { FAILS_OPEN } else { "" });
+    let mut text = format!("{separator}{MARK}{}", if fails_open { FAILS_OPEN } else { "" });
     for (backend, reasons) in &backends {
-        if backend.as_str().contains(|c: char| c.is_whitespace() || c == parts) {
+        if backend.as_str().contains(|c: char| c.is_whitespace() || c == separator) {
             continue;
         }
         let reasons: Vec<String> = reasons.iter().map(word).collect();
         // Writing to a String cannot fail.
-        let _ = write!(text, "{parts}{MARK}{backend}={}", reasons.join(","));
+        let _ = write!(text, "{separator}{MARK}{backend}={}", reasons.join(","));
     }
     if more > 0 {
-        let _ = write!(text, "{parts}{MARK}+{more}");
+        let _ = write!(text, "{separator}{MARK}+{more}");
     }
     text
 }
@@ -63,7 +63,7 @@ fn word(reason: Reason) -> String {
     }
 }
 
-/// Takes in one entry of a report. False: it is not of this kind.
+/// Takes in one entry of a report. Returns false where the entry is of another kind.
 pub(in crate::redis) fn take(known: &mut Option<UnusableReport>, entry: &str) -> bool {
     let Some(entry) = entry.strip_prefix(MARK) else { return false };
     let known = known.get_or_insert_default();

@@ -1,12 +1,13 @@
-//! How long events are left waiting after reads that found nothing new.
+//! How long events wait after reads that found nothing new.
 //!
 //! An event may be caused by a read: Redis publishes `keymiss` where it is told to, and a full tracking
-//! table invalidates keys that were just read. A tool may also write the same values again and again. Each
-//! read that an event caused and that found nothing new therefore doubles the rest before the next event of
-//! that way is answered, so every loop "event, read, event" dies out. A read that finds something new ends
-//! the rest, and quiet time lets it fade. The first change after a quiet time is read at once.
+//! table invalidates keys that were just read. A tool may also write the same values again and again. So
+//! each read that an event caused and that found nothing new doubles the rest before the next event of
+//! that kind is answered, and every loop "event, read, event" dies out. A read that finds something new
+//! ends the rest, and quiet time lets it fade. The first change after a quiet time is read at once.
 //!
-//! The ways rest apart: a tracking table that is full must not delay what a notification tells.
+//! Each kind of event has a rest of its own: a full tracking table must not delay what a notification
+//! announces.
 
 use std::time::Duration;
 
@@ -16,30 +17,30 @@ use super::changes::{Cause, Causes};
 use crate::control::backoff::jittered;
 use crate::redis::status::WatchMode;
 
-/// The rest after the first read that found nothing new. Two events of one change may come apart, so it is
-/// short.
+/// The rest after the first read that found nothing new. It is short, since two events of one change may
+/// arrive apart.
 const FIRST: Duration = Duration::from_millis(1);
-/// The longest rest: then a loop costs what polling by `poll_interval`'s default costs.
+/// The longest rest: then a loop costs what polling costs with the default `poll_interval`.
 const LONGEST: Duration = Duration::from_secs(1);
 
-/// The longest rest of each way, and which way can be relied on.
+/// The longest rest of each kind of event, which depends on the watch mode.
 #[derive(Clone, Copy, Debug)]
-pub(in crate::redis) struct Longest {
+pub(super) struct Longest {
     heartbeat: Duration,
     resync: Duration,
     mode: WatchMode,
 }
 
 impl Longest {
-    /// The intervals are those of the configuration. A pool that rests is not confirmed by heartbeats, so it
+    /// The intervals are those of the config. A pool that rests is not confirmed by heartbeats, so it
     /// rests no longer than one of them.
-    pub(in crate::redis) fn new(heartbeat_interval: Duration, resync_interval: Duration) -> Self {
+    pub(super) fn new(heartbeat_interval: Duration, resync_interval: Duration) -> Self {
         let heartbeat = heartbeat_interval.min(LONGEST);
         Self { heartbeat, resync: resync_interval.max(heartbeat), mode: WatchMode::None }
     }
 
-    /// Where notifications are known to come, tracking is needed for changes made after they were switched
-    /// off, and the next full read finds those too.
+    /// Where notifications work, tracking is needed only for changes that were made after they were
+    /// switched off, and the next full read finds those too.
     fn of(self, cause: Cause) -> Duration {
         let longest = match cause {
             Cause::Invalidated if self.mode == WatchMode::Notifications => self.resync,
@@ -49,27 +50,27 @@ impl Longest {
     }
 
     /// Returns true where the mode is another one than before.
-    pub(in crate::redis) fn set_mode(&mut self, mode: WatchMode) -> bool {
+    pub(super) fn set_mode(&mut self, mode: WatchMode) -> bool {
         std::mem::replace(&mut self.mode, mode) != mode
     }
 
     /// The interval of full reads.
-    pub(in crate::redis) fn resync(self) -> Duration {
+    pub(super) fn resync(self) -> Duration {
         self.resync
     }
 
-    /// True where a table with these marks may no longer be what Redis holds, as far as the mode promises to
-    /// tell.
-    pub(in crate::redis) fn tells_of_a_change(self, causes: Causes) -> bool {
+    /// True where a table with these marks may differ from what Redis holds, by what the watch mode
+    /// announces.
+    pub(super) fn tells_of_a_change(self, causes: Causes) -> bool {
         let told =
             [Cause::Missed, Cause::Notified, Cause::Flushed].into_iter().any(|cause| causes.has(cause));
         told || causes.has(Cause::Invalidated) && self.mode != WatchMode::Notifications
     }
 }
 
-/// The rests of one pool, by the way that its events come.
+/// The rests of one pool, one for each kind of event.
 #[derive(Clone, Debug, Default)]
-pub(in crate::redis) struct EventRests {
+pub(super) struct EventRests {
     notified: EventRest,
     invalidated: EventRest,
     flushed: EventRest,
@@ -77,7 +78,7 @@ pub(in crate::redis) struct EventRests {
 
 impl EventRests {
     /// When a pool with these marks may be read, as far as events rest. `None`: now.
-    pub(in crate::redis) fn end_for(&self, causes: Causes) -> Option<Instant> {
+    pub(super) fn end_for(&self, causes: Causes) -> Option<Instant> {
         if causes.has(Cause::Missed) || causes.has(Cause::Due) {
             return None;
         }
@@ -91,7 +92,7 @@ impl EventRests {
     }
 
     /// The read that `causes` led to found nothing new.
-    pub(in crate::redis) fn found_nothing(&mut self, causes: Causes, longest: Longest) {
+    pub(super) fn found_nothing(&mut self, causes: Causes, longest: Longest) {
         let now = Instant::now();
         for (cause, rest) in self.each() {
             if causes.has(cause) {
@@ -100,9 +101,9 @@ impl EventRests {
         }
     }
 
-    /// The read that `causes` led to found something new. Where a notification told of it, the invalidation
-    /// that came with it proves nothing of others.
-    pub(in crate::redis) fn found_news(&mut self, causes: Causes) {
+    /// The read that `causes` led to found something new. Where a notification announced it, the
+    /// invalidation that came with it is no proof that other invalidations announce something.
+    pub(super) fn found_news(&mut self, causes: Causes) {
         for (cause, rest) in self.each() {
             let has_told = causes.has(cause) && (cause != Cause::Invalidated || !causes.has(Cause::Notified));
             if has_told {
@@ -127,12 +128,12 @@ struct EventRest {
 }
 
 impl EventRest {
-    /// Twice the last one, of which half has faded for each `longest` of quiet since it ended.
+    /// Doubles the last rest, of which half has faded for each `longest` of quiet since it ended.
     fn grow(&mut self, now: Instant, longest: Duration) {
         let quiet = self.ends.map_or(Duration::ZERO, |ends| now.saturating_duration_since(ends));
         let left = 0.5_f64.powf(quiet.as_secs_f64() / longest.as_secs_f64());
         self.length = (self.length.mul_f64(left) * 2).max(FIRST).min(longest);
-        // By chance a little less, so that a fleet does not read in step.
+        // Jittered, so that the proxies of a fleet do not read at the same moment.
         self.ends = Some(now + jittered(self.length));
     }
 }
@@ -170,7 +171,7 @@ mod tests {
     async fn a_loop_of_event_and_read_costs_no_more_than_polling_does() {
         for cause in Cause::EVENTS {
             let reads = reads_of_a_loop(&mut EventRests::default(), cause, WatchMode::Tracking, HOUR).await;
-            // 10 while it grows, and at most one each 0.8 s from then on.
+            // 10 while the rest grows, and at most one each 0.8 s from then on.
             assert!((3_600..=4_520).contains(&reads), "{cause:?}: {reads} reads an hour");
         }
     }
@@ -183,7 +184,7 @@ mod tests {
         assert_eq!(rests.end_for(Cause::Notified.into()), None, "a notification is read at once");
         let both = Causes::from(Cause::Notified).with(Cause::Invalidated);
         assert_eq!(rests.end_for(both), None);
-        // The invalidation that comes with a notified change says nothing of the loop.
+        // The invalidation that comes with an announced change is no sign that the loop has ended.
         rests.found_news(both);
         assert!(rests.end_for(Cause::Invalidated.into()) > Some(Instant::now() + RESYNC / 2));
     }

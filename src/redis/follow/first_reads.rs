@@ -1,8 +1,9 @@
 //! Remembers which pools were read and connected once, whatever connection they were on.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use crate::balance::lua_pick::PoolId;
 use crate::redis::schema::followed::Followed;
 
 /// Tells the start when each pool's first read is over, and the metrics which connections are reconnects.
@@ -11,8 +12,7 @@ pub(super) struct FirstReads {
 }
 
 struct Inner {
-    /// By the pool's name.
-    pools: HashMap<Arc<str>, Pool>,
+    pools: HashMap<PoolId, Pool>,
     when_all_over: Option<Box<dyn FnOnce() + Send>>,
 }
 
@@ -26,7 +26,7 @@ struct Pool {
 impl FirstReads {
     /// `when_all_over` is called once, when the first read of each of `pools` is over.
     pub(super) fn new(pools: &[Followed], when_all_over: impl FnOnce() + Send + 'static) -> Self {
-        let pools = pools.iter().map(|pool| (Arc::clone(&pool.pool), Pool::default())).collect();
+        let pools = pools.iter().map(|pool| (pool.id, Pool::default())).collect();
         Self { inner: Mutex::new(Inner { pools, when_all_over: Some(Box::new(when_all_over)) }) }
     }
 
@@ -60,6 +60,6 @@ impl FirstReads {
 
 impl Inner {
     fn pool(&mut self, pool: &Followed) -> &mut Pool {
-        self.pools.entry(Arc::clone(&pool.pool)).or_default()
+        self.pools.entry(pool.id).or_default()
     }
 }

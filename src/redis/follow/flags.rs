@@ -1,14 +1,14 @@
-//! Which keyspace events a server sends, read from its `notify-keyspace-events`.
+//! Which keyspace events a server sends, by its `notify-keyspace-events`.
 
-/// What a table's life can show: K (keyspace channels) and the classes z (sorted sets), g (del, expire,
-/// rename, move, copy, restore), $ s l (a SET, SUNIONSTORE or SORT … STORE over the key), x and e (expired,
-/// evicted).
+/// The flags for all events of a weights key: K (keyspace channels) and the classes z (sorted sets), g
+/// (del, expire, rename, move, copy, restore), $ s l (a SET, SUNIONSTORE or SORT … STORE over the key), x
+/// and e (expired, evicted).
 const NEEDED: &str = "Kgz$lsxe";
-/// What `A` stands for, as far as it is needed.
+/// The classes among them that `A` stands for.
 const ALL_CLASSES: &str = "gz$lsxe";
 
-/// The flags that `set` lacks; empty if none.
-pub(in crate::redis) fn missing(set: &str) -> String {
+/// Returns the flags that `set` lacks.
+pub(super) fn missing(set: &str) -> String {
     let has = |flag: char| set.contains(flag) || (set.contains('A') && ALL_CLASSES.contains(flag));
     NEEDED.chars().filter(|flag| !has(*flag)).collect()
 }

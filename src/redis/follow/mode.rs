@@ -1,14 +1,14 @@
-//! How changes can be noticed on one connection: what the server agreed to, and what is known of its
-//! settings.
+//! Proves which watch mode works on one connection: what the server agreed to, and what its settings are.
 //!
-//! `auto` arms notifications *and* tracking where both are to be had. Either alone tells of every write;
-//! together they also tell of FLUSHALL, FLUSHDB and a replica's full resync, of which notifications say
-//! nothing, and of changes in the time between someone's switching notifications off and the next look at
-//! the flags. Both come in the same packet, so they cost one read. Only SWAPDB is told by neither.
+//! `auto` asks for notifications *and* tracking where both are available. Either alone announces every
+//! write. Together they also announce FLUSHALL, FLUSHDB and a replica's full resync, for which there are
+//! no notifications, and the changes after another client has switched notifications off, until the next
+//! look at the flags. Both messages come in the same packet, so they cost one read. SWAPDB alone is not
+//! announced.
 //!
-//! Tracking is the plain kind, not BCAST: the server remembers what this connection read, and tells once
-//! when that changes, which is when it is read again. Broadcasts go by prefixes, which may not overlap
-//! (pools `web` and `web2`), and tell of every key of others that begins so.
+//! Tracking is the default kind, not BCAST: the server remembers what this connection read, and announces
+//! once that it has changed, whereupon it is read again. BCAST works by prefixes, which may not overlap
+//! (pools `web` and `web2`), and announces every key of other programs with the same prefix.
 
 use redis::Value;
 use tracing::{info, warn};
@@ -20,42 +20,42 @@ use crate::redis::status::WatchMode;
 use crate::redis::topology::routed::RoutedConnection;
 use crate::redis::wire::error::RedisError;
 
-/// Channels named in one line.
+/// Channels named in one log line.
 const MOST_NAMED: usize = 3;
-/// Channels subscribed to by one command: the confirmations have some 100 bytes each.
+/// Channels in one SUBSCRIBE. A confirmation has some 100 bytes for each.
 const CHANNELS_AT_ONCE: usize = 64;
 
-/// What was warned of, so that a reconnect does not repeat it.
+/// The warnings that were logged, so that a reconnect does not repeat them.
 #[derive(Debug, Default)]
-pub(in crate::redis) struct Warned {
+pub(super) struct Warned {
     polling: bool,
     states: bool,
 }
 
-/// What one connection is told of.
+/// What one connection has subscribed to.
 #[derive(Debug)]
-pub(in crate::redis) struct Armed<'a> {
+pub(super) struct Armed<'a> {
     settings: &'a Redis,
     changes: &'a Changes,
-    subscription: Way,
-    /// Of the subscription: the channels of admin states.
-    states: Way,
-    tracking: Way,
+    subscription: Mechanism,
+    /// The subscription to the channels of admin states.
+    states: Mechanism,
+    tracking: Mechanism,
 }
 
-/// One way of being told.
+/// One mechanism by which the server announces changes.
 #[derive(Debug)]
-enum Way {
-    /// Nobody wants it.
+enum Mechanism {
+    /// The config does not ask for it.
     Unused,
-    /// To be tried.
+    /// It was not asked for yet.
     Wanted,
-    /// The server agreed; that holds as long as the connection.
+    /// The server agreed. That holds as long as the connection.
     Agreed,
     Refused(RedisError),
 }
 
-impl Way {
+impl Mechanism {
     fn wanted(is_wanted: bool) -> Self {
         if is_wanted { Self::Wanted } else { Self::Unused }
     }
@@ -65,7 +65,7 @@ impl Way {
     }
 
     /// # Errors
-    /// Those that are no refusal.
+    /// The connection is of no use any more. A refusal is no error here.
     fn from(result: Result<(), RedisError>) -> Result<Self, RedisError> {
         match result {
             Ok(()) => Ok(Self::Agreed),
@@ -76,35 +76,36 @@ impl Way {
 }
 
 impl<'a> Armed<'a> {
-    /// Nothing is armed before [`Armed::prove`].
-    pub(in crate::redis) fn new(settings: &'a Redis, changes: &'a Changes) -> Self {
+    /// Asks for nothing before [`Armed::prove`].
+    pub(super) fn new(settings: &'a Redis, changes: &'a Changes) -> Self {
         Self {
             settings,
             changes,
             // Where changes are polled, a subscription costs nothing and may help.
-            subscription: Way::wanted(settings.watch != Watch::Tracking),
-            states: Way::Wanted,
-            tracking: Way::wanted(matches!(settings.watch, Watch::Auto | Watch::Tracking)),
+            subscription: Mechanism::wanted(settings.watch != Watch::Tracking),
+            states: Mechanism::Wanted,
+            tracking: Mechanism::wanted(matches!(settings.watch, Watch::Auto | Watch::Tracking)),
         }
     }
 
-    /// Asks for what is wanted and was not agreed to yet, waits for the answers, and finds out how changes
-    /// are noticed from now on. To be followed by a whole read.
+    /// Asks for what the config wants and the server has not agreed to yet, waits for the answers, and
+    /// finds out how changes are noticed from now on. The caller has to read all tables after it.
     ///
     /// # Errors
-    /// The connection is of no use: it broke, or it has to be notified and may not subscribe.
-    pub(in crate::redis) async fn prove(
+    /// The connection is of no use: it broke, or the config demands notifications and the user may not
+    /// subscribe.
+    pub(super) async fn prove(
         &mut self,
         connection: &mut RoutedConnection,
         warned: &mut Warned,
     ) -> Result<WatchMode, RedisError> {
         if self.subscription.is_to_be_tried() {
-            self.subscription = Way::from(subscribe(connection, self.changes.channels()).await)?;
+            self.subscription = Mechanism::from(subscribe(connection, self.changes.channels()).await)?;
         }
         if self.tracking.is_to_be_tried() {
-            self.tracking = Way::from(track(connection).await)?;
+            self.tracking = Mechanism::from(track(connection).await)?;
         }
-        self.hear_of_states(connection, warned).await?;
+        self.subscribe_to_states(connection, warned).await?;
         let mode = match self.settings.watch {
             Watch::Poll => return Ok(WatchMode::Poll),
             Watch::Tracking => self.tracks().map(|()| WatchMode::Tracking),
@@ -119,64 +120,69 @@ impl<'a> Armed<'a> {
         if let Err(reason) = &mode
             && !warned.polling
         {
-            warn!(reason, poll_interval = ?self.settings.poll_interval, "redis does not tell of changes, polling");
+            warn!(
+                reason, poll_interval = ?self.settings.poll_interval,
+                "redis does not announce changes, polling"
+            );
         }
         warned.polling = polling;
         Ok(mode.unwrap_or(WatchMode::Poll))
     }
 
-    /// Admin states have channels of their own: who may not hear them, and does not track either, sees a
-    /// change of them with the next whole read.
-    async fn hear_of_states(
+    /// Subscribes to the admin states, which have channels of their own. Without the right to these, and
+    /// without tracking, a change of a state takes effect with the next full read.
+    async fn subscribe_to_states(
         &mut self,
         connection: &mut RoutedConnection,
         warned: &mut Warned,
     ) -> Result<(), RedisError> {
-        if !matches!(self.subscription, Way::Agreed) || matches!(self.states, Way::Agreed) {
+        if !matches!(self.subscription, Mechanism::Agreed) || matches!(self.states, Mechanism::Agreed) {
             return Ok(());
         }
-        self.states = Way::from(subscribe(connection, self.changes.channels_of_states()).await)?;
-        let is_deaf = matches!(self.states, Way::Refused(_)) && !matches!(self.tracking, Way::Agreed);
-        if let Way::Refused(error) = &self.states
-            && is_deaf
+        self.states = Mechanism::from(subscribe(connection, self.changes.channels_of_states()).await)?;
+        let is_unannounced =
+            matches!(self.states, Mechanism::Refused(_)) && !matches!(self.tracking, Mechanism::Agreed);
+        if let Mechanism::Refused(error) = &self.states
+            && is_unannounced
             && !warned.states
         {
             let channels = self.changes.channels_of_states().map(String::from_utf8_lossy);
             let missing: Vec<_> = channels.take(MOST_NAMED).map(|channel| format!("&{channel}")).collect();
             warn!(
                 %error, resync_interval = ?self.settings.resync_interval,
-                "a change of who is in drain or maint shows with the next whole read: grant {}", missing.join(" ")
+                "changes of drain and maint take effect with the next full read: grant {}", missing.join(" ")
             );
         }
-        warned.states = is_deaf;
+        warned.states = is_unannounced;
         Ok(())
     }
 
-    /// The way that `mode` may be relied on for all that is read. A user who may not hear the channels of
-    /// admin states hears of them by tracking alone, whatever is known of the weights.
-    pub(in crate::redis) fn told_by(&self, mode: WatchMode) -> WatchMode {
+    /// The mode that can be relied on for the weights and the admin states together. A user without a
+    /// right to the channels of admin states learns of them by tracking alone, even where notifications
+    /// announce the weights.
+    pub(super) fn reliable_mode(&self, mode: WatchMode) -> WatchMode {
         match mode {
-            WatchMode::Notifications if !matches!(self.states, Way::Agreed) => WatchMode::Tracking,
+            WatchMode::Notifications if !matches!(self.states, Mechanism::Agreed) => WatchMode::Tracking,
             mode => mode,
         }
     }
 
-    /// Says why it does not, with a cure.
+    /// The error says why tracking does not work, with a cure.
     fn tracks(&self) -> Result<(), String> {
         match &self.tracking {
-            Way::Refused(error) => {
+            Mechanism::Refused(error) => {
                 Err(format!("redis refuses CLIENT TRACKING ({error}): grant +client|tracking"))
             }
-            Way::Agreed | Way::Wanted | Way::Unused => Ok(()),
+            Mechanism::Agreed | Mechanism::Wanted | Mechanism::Unused => Ok(()),
         }
     }
 
-    /// Switches notifications on where that is allowed. The inner error says why there are none, with a
-    /// cure.
+    /// Switches notifications on where the config allows that. The inner error says why they do not work,
+    /// with a cure.
     async fn is_notified(&self, connection: &mut RoutedConnection) -> Result<Result<(), String>, RedisError> {
-        let is_told_so = self.settings.watch == Watch::Notifications;
-        if let Way::Refused(error) = &self.subscription {
-            if is_told_so {
+        let is_demanded = self.settings.watch == Watch::Notifications;
+        if let Mechanism::Refused(error) = &self.subscription {
+            if is_demanded {
                 return Err(error.clone());
             }
             return Ok(Err(format!("redis refuses to subscribe ({error}): grant the ACL user the channels")));
@@ -186,7 +192,7 @@ impl<'a> Armed<'a> {
             Ok(missing) => Ok(Err(format!(
                 "notify-keyspace-events lacks \"{missing}\": CONFIG SET it, or set redis.manage_notifications: true"
             ))),
-            Err(error) if error.is_refusal() && is_told_so => Ok(Ok(())),
+            Err(error) if error.is_refusal() && is_demanded => Ok(Ok(())),
             Err(error) if error.is_refusal() => Ok(Err(format!(
                 "the server does not show its notify-keyspace-events ({error}): if they are on, set redis.watch: \
                  notifications"
@@ -195,7 +201,7 @@ impl<'a> Armed<'a> {
         }
     }
 
-    /// What the server lacks of the events that are needed, after adding it where that is allowed.
+    /// Returns the flags that the server lacks, after setting them where the config allows that.
     async fn missing_flags(&self, connection: &mut RoutedConnection) -> Result<String, RedisError> {
         let missing = flags::missing(&read_flags(connection).await?);
         if missing.is_empty() || !self.settings.manage_notifications {
@@ -215,8 +221,8 @@ impl<'a> Armed<'a> {
     }
 }
 
-/// Subscribes to `channels` and waits for the confirmations. Many at once: nothing is confirmed before all
-/// are heard, so that the time must not grow with pools × round trip.
+/// Subscribes to `channels` and waits for the confirmations. Many at once: nothing counts as proved
+/// before all are confirmed, so the time must not grow with pools × round trip.
 async fn subscribe(
     connection: &mut RoutedConnection,
     channels: impl Iterator<Item = &[u8]>,

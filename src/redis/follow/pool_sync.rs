@@ -221,7 +221,7 @@ impl<'a> PoolSync<'a> {
 
     /// Logs changes that were held back before.
     pub(super) fn log_held_back(&mut self) {
-        if self.log.owes() {
+        if self.log.holds_back() {
             self.log.look(self.followed);
         }
     }

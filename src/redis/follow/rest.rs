@@ -1,21 +1,21 @@
-//! How long a pool's table rests after it was read, so that neither one proxy nor a whole fleet keeps Redis
-//! busy with reads.
+//! How long a pool rests after its table was read, so that neither one proxy nor a whole fleet keeps
+//! Redis busy with reads.
 
 use std::time::Duration;
 
-/// Rest after a read, for each member that it gave: a read costs Redis 0.5 µs a member, so it is never busy
-/// with us for more than a twentieth of its time.
+/// The rest for each member that a read returned. A read costs Redis 0.5 µs a member, so one proxy takes
+/// a twentieth of its time at most.
 const REST_PER_MEMBER: Duration = Duration::from_micros(10);
 const LONGEST_REST: Duration = Duration::from_millis(100);
-/// A read that took long, because Redis is busy with a whole fleet's, is followed by a rest of so many times
-/// that. Then all of them together, however many, take a fifth of its time.
+/// A read that took long, because Redis was busy with the reads of a fleet, is followed by a rest of this
+/// many times its duration. So all proxies together, however many, take a fifth of Redis's time.
 const REST_PER_READ: u32 = 4;
-/// One that took no longer has met nobody else's.
+/// A read that took no longer did not wait for the read of another proxy.
 const QUICK_READ: Duration = Duration::from_micros(200);
 const LONGEST_REST_OF_A_FLEET: Duration = Duration::from_millis(400);
 
-/// How long to rest after a read of so many members that took so long.
-pub(in crate::redis) fn rest_after(members: usize, took: Duration) -> Duration {
+/// Returns how long to rest after a read of `members` that took `took`.
+pub(super) fn rest_after(members: usize, took: Duration) -> Duration {
     let of_members = REST_PER_MEMBER * u32::try_from(members).unwrap_or(u32::MAX);
     let of_fleet = if took > QUICK_READ { took * REST_PER_READ } else { Duration::ZERO };
     of_members.min(LONGEST_REST).max(of_fleet.min(LONGEST_REST_OF_A_FLEET))
@@ -27,13 +27,13 @@ mod tests {
     use crate::redis::schema::MAX_MEMBERS;
 
     #[test]
-    fn a_rest_grows_with_the_table_and_with_what_the_read_took_up_to_a_bound() {
+    fn a_rest_grows_with_the_table_and_the_time_of_the_read_up_to_a_bound() {
         let (micros, millis) = (Duration::from_micros, Duration::from_millis);
-        assert_eq!(rest_after(10, micros(200)), micros(100), "nobody else's read was in the way");
+        assert_eq!(rest_after(10, micros(200)), micros(100), "no other read was in the way");
         assert_eq!(rest_after(10, micros(201)), micros(804));
         assert_eq!(rest_after(10_000, millis(10)), millis(100));
         assert_eq!(rest_after(MAX_MEMBERS, millis(20)), millis(100));
-        assert_eq!(rest_after(10, millis(50)), millis(200), "whoever waits for redis is one of many");
+        assert_eq!(rest_after(10, millis(50)), millis(200), "a slow answer means that many proxies read");
         assert_eq!(rest_after(usize::MAX, Duration::from_secs(20)), LONGEST_REST_OF_A_FLEET);
     }
 }

@@ -119,7 +119,7 @@ impl Subscriber<'_> {
         let mut armed = Armed::new(settings, &changes);
         let mut mode = armed.prove(&mut connection, warned).await?;
         self.watching.set(mode);
-        syncer.watch_by(armed.told_by(mode));
+        syncer.watch_by(armed.reliable_mode(mode));
         if self.logs_connect {
             info!(
                 redis = %self.address, version = server.version, role = server.role, watch = mode.name(),
@@ -184,7 +184,7 @@ impl Subscriber<'_> {
                         info!(watch = now.name(), "the watch mode has changed");
                         (mode, poll) = (now, Instant::now());
                         self.watching.set(mode);
-                        syncer.watch_by(armed.told_by(mode));
+                        syncer.watch_by(armed.reliable_mode(mode));
                         cause = Cause::Missed;
                     }
                     changes.notice_all(cause);

@@ -1,8 +1,8 @@
 //! Logs what has changed in one pool's table: weights, members, and which of them are in drain or maint.
 //!
-//! One line a reading at most, and few in each [`LOG_WINDOW`](crate::control::log_limiter::LOG_WINDOW). It
-//! compares with what was logged last, so what was held back is made up for by a later line, and a member
-//! that changed twice in between is named once.
+//! One line a read at most, and few in each [`LOG_WINDOW`](crate::control::log_limiter::LOG_WINDOW). Each
+//! line compares the table with the one that was logged last. So a later line includes what was held
+//! back, and a member that changed twice in between is named once.
 
 use std::cmp::Ordering;
 use std::fmt::Display;
@@ -19,48 +19,48 @@ const MOST_LINES: u32 = 10;
 /// Backends named for each kind of change.
 const MOST_NAMED: usize = 10;
 
-/// What was logged of one pool's table.
+/// The log of one pool's table.
 #[derive(Clone, Debug)]
-pub(in crate::redis) struct TableLog {
-    /// The table as of the last line. `None`: nothing was read yet.
-    told: Option<Table>,
-    pace: LogLimiter,
-    /// A reading changed the table, and no line says so yet.
-    owes: bool,
-    /// Whether the next table is the first that Redis holds, or one after it was emptied.
+pub(super) struct TableLog {
+    /// The table as of the last line. `None` before the first read.
+    logged: Option<Table>,
+    lines: LogLimiter,
+    /// A read changed the table, and the line about it was held back.
+    holds_back: bool,
+    /// How the next table with members is logged.
     next: Next,
 }
 
-/// What a table with members is, after the one before.
+/// How a table with members is logged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Next {
-    /// The first that this process reads.
+    /// As the first that this process reads.
     First,
-    /// One after Redis was emptied.
+    /// As one that came after Redis was empty.
     Again,
-    /// One among others.
+    /// By what has changed.
     Other,
 }
 
 impl TableLog {
-    pub(in crate::redis) fn new() -> Self {
-        Self { told: None, pace: LogLimiter::new(MOST_LINES), owes: false, next: Next::First }
+    pub(super) fn new() -> Self {
+        Self { logged: None, lines: LogLimiter::new(MOST_LINES), holds_back: false, next: Next::First }
     }
 
-    /// Redis was empty, and it was said: so is the end of it.
-    pub(in crate::redis) fn was_empty(&mut self) {
+    /// Redis was empty, which was logged. So the next table with members is logged as the end of that.
+    pub(super) fn was_empty(&mut self) {
         if self.next == Next::Other {
             self.next = Next::Again;
         }
     }
 
     /// Redis has sent a table with members.
-    pub(in crate::redis) fn loaded(&mut self, followed: &Followed, backends: usize, held_back: HeldBack) {
+    pub(super) fn loaded(&mut self, followed: &Followed, backends: usize, held_back: HeldBack) {
         let Followed { pool, key, cell, .. } = followed;
         let what = match std::mem::replace(&mut self.next, Next::Other) {
             Next::First => {
-                // It is told as a whole, not as a difference to what the proxy began with.
-                self.told = Some(cell.table());
+                // The line names its size. The next line says what has changed since.
+                self.logged = Some(cell.table());
                 "weights loaded from redis"
             }
             Next::Again => "redis holds weights again",
@@ -70,32 +70,33 @@ impl TableLog {
         info!(pool = %pool, key, backends, held_back, "{what}: {backends} backend{plural}");
     }
 
-    /// Logs what is new since the last line, if it may. For each reading, and once a heartbeat.
-    pub(in crate::redis) fn look(&mut self, followed: &Followed) {
+    /// Logs what has changed since the last line, if the limiter permits. Called after each read and
+    /// heartbeat.
+    pub(super) fn look(&mut self, followed: &Followed) {
         let table = followed.cell.table();
-        let told = self.told.get_or_insert_with(|| table.clone());
-        if told.is_clone_of(&table) && !self.owes {
+        let logged = self.logged.get_or_insert_with(|| table.clone());
+        if logged.is_clone_of(&table) && !self.holds_back {
             return;
         }
-        if *told == table && !self.owes {
-            *told = table;
+        if *logged == table && !self.holds_back {
+            *logged = table;
             return;
         }
-        let Some(held_back) = self.pace.permit(Instant::now()) else {
-            self.owes = true;
+        let Some(held_back) = self.lines.permit(Instant::now()) else {
+            self.holds_back = true;
             return;
         };
-        Changes::between(told, &table).tell(followed, held_back);
-        (*told, self.owes) = (table, false);
+        Changes::between(logged, &table).log(followed, held_back);
+        (*logged, self.holds_back) = (table, false);
     }
 
-    /// True where [`TableLog::look`] has something to make up for.
-    pub(in crate::redis) fn owes(&self) -> bool {
-        self.owes
+    /// True where a line was held back.
+    pub(super) fn holds_back(&self) -> bool {
+        self.holds_back
     }
 }
 
-/// The difference of two tables, each kind as a list for a person.
+/// The difference of two tables, each kind of change as a list of texts.
 #[derive(Debug, Default)]
 struct Changes {
     weights: Named,
@@ -104,7 +105,7 @@ struct Changes {
     states: Named,
 }
 
-/// The first of some changes, and how many more there are.
+/// The first changes of one kind, and how many more there are.
 #[derive(Debug, Default)]
 struct Named {
     texts: Vec<String>,
@@ -120,7 +121,7 @@ impl Named {
         }
     }
 
-    /// For a field of a log line, which is left out where there is nothing.
+    /// The text of a log field. `None` leaves the field out.
     fn text(&self) -> Option<String> {
         let more = if self.more > 0 { format!(" and {} more", self.more) } else { String::new() };
         (!self.texts.is_empty()).then(|| self.texts.join(", ") + &more)
@@ -150,7 +151,7 @@ impl Changes {
         changes
     }
 
-    fn tell(&self, followed: &Followed, held_back: HeldBack) {
+    fn log(&self, followed: &Followed, held_back: HeldBack) {
         let Followed { pool, key, cell, .. } = followed;
         let version = cell.load().version;
         let Self { weights, joined, left, states } = self;
@@ -165,13 +166,13 @@ impl Changes {
         if !table_changed && states.is_none() {
             info!(
                 pool = %pool, key, version, held_back,
-                "weights, drain or maint changed, and are again as they were logged last"
+                "weights, drain or maint changed and changed back to what was logged last"
             );
         }
     }
 }
 
-/// Both lists, which are in the order of their names, as one.
+/// Walks two lists in the order of their names, and pairs what has the same name.
 fn merged<'a, T>(
     old: &'a [(BackendId, T)],
     new: &'a [(BackendId, T)],
@@ -209,16 +210,16 @@ mod tests {
     }
 
     #[test]
-    fn the_difference_of_two_tables_is_told_old_and_new() {
+    fn the_difference_of_two_tables_is_logged_old_and_new() {
         use AdminState::{Drain, Maint};
         let old = table(&[(1, 5.0), (2, 1.5), (3, 0.0)], &[(2, Drain), (9, Maint)]);
         let new = table(&[(1, 0.0), (3, 0.0), (4, 7.0)], &[(2, Maint), (3, Drain)]);
-        let told = texts(&old, &new).map(|text| text.expect("something changed"));
-        assert_eq!(told[0], "10.0.0.1:80 5 -> 0");
-        assert_eq!(told[1], "10.0.0.4:80 7");
-        assert_eq!(told[2], "10.0.0.2:80 1.5");
+        let logged = texts(&old, &new).map(|text| text.expect("something changed"));
+        assert_eq!(logged[0], "10.0.0.1:80 5 -> 0");
+        assert_eq!(logged[1], "10.0.0.4:80 7");
+        assert_eq!(logged[2], "10.0.0.2:80 1.5");
         assert_eq!(
-            told[3],
+            logged[3],
             "10.0.0.2:80 drain -> maint, 10.0.0.3:80 ready -> drain, 10.0.0.9:80 maint -> ready"
         );
         assert_eq!(texts(&new, &new), [const { None }; 4]);

@@ -1,5 +1,5 @@
-//! Asks Redis for a pool's table and its admin states. Several pools are asked for at once; `sync.rs` takes
-//! the answers in.
+//! Reads a pool's table and its admin states from Redis. Several pools are read at once; `pool_sync.rs`
+//! takes the answers in.
 
 use std::time::Duration;
 
@@ -13,39 +13,39 @@ use crate::redis::schema::followed::Followed;
 use crate::redis::topology::routed::RoutedConnection;
 use crate::redis::wire::error::RedisError;
 
-/// What to ask for.
+/// What to read for one pool.
 #[derive(Clone, Debug)]
-pub(in crate::redis) struct Question {
-    pub(in crate::redis) followed: Followed,
-    /// The key had more than [`MAX_MEMBERS`] when it was last read: they are counted first.
-    pub(in crate::redis) counts_first: bool,
-    /// The admin states are left alone for a while.
-    pub(in crate::redis) skips_states: bool,
+pub(super) struct Question {
+    pub(super) followed: Followed,
+    /// The table had more than [`MAX_MEMBERS`] when it was last read: they are counted first.
+    pub(super) counts_first: bool,
+    /// The admin states rest, and are not read.
+    pub(super) skips_states: bool,
 }
 
-/// An answer.
+/// What was read for one pool.
 #[derive(Debug)]
-pub(in crate::redis) struct Asked {
-    /// When the question was asked.
-    pub(in crate::redis) at: Instant,
-    /// Until all was answered.
-    pub(in crate::redis) took: Duration,
-    pub(in crate::redis) table: Result<Answer, RedisError>,
-    /// `None` where they were not asked for.
-    pub(in crate::redis) states: Option<states::Read>,
+pub(super) struct Asked {
+    /// When the command was sent.
+    pub(super) at: Instant,
+    /// The time until all was answered.
+    pub(super) took: Duration,
+    pub(super) table: Result<Answer, RedisError>,
+    /// `None` where they were not read.
+    pub(super) states: Option<states::Read>,
 }
 
-/// What Redis says of a table.
+/// What Redis answers about a table.
 #[derive(Debug)]
-pub(in crate::redis) enum Answer {
+pub(super) enum Answer {
     /// The answer to ZRANGE … WITHSCORES.
     Members(Value),
-    /// It still has more than [`MAX_MEMBERS`].
+    /// The table still has more than [`MAX_MEMBERS`].
     TooMany,
 }
 
 /// Asks all `questions` at once, and returns the answers in their order.
-pub(in crate::redis) async fn ask(connection: &RoutedConnection, questions: Vec<Question>) -> Vec<Asked> {
+pub(super) async fn ask(connection: &RoutedConnection, questions: Vec<Question>) -> Vec<Asked> {
     let mut tasks = JoinSet::new();
     let mut asked = Vec::with_capacity(questions.len());
     let count = questions.len();
@@ -94,11 +94,11 @@ impl Question {
     }
 }
 
-/// Costs Redis nothing, where to find it out by reading would block it for 50 ms each time.
+/// Counts the members, which costs Redis nothing. To read that many would block it for 50 ms each time.
 async fn has_too_many(connection: &mut RoutedConnection, key: &str) -> Result<bool, RedisError> {
     match connection.query::<usize>(redis::cmd("ZCARD").arg(key)).await {
         Ok(members) => Ok(members > MAX_MEMBERS),
-        // It is another type now, or this user may not ask: reading tells.
+        // The key has another type now, or this user may not count: the read shows which.
         Err(error) if error.is_refusal() => Ok(false),
         Err(error) => Err(error),
     }

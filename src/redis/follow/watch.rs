@@ -85,6 +85,7 @@ async fn follow_tables(watcher: Watcher<'_>, mut syncer: Syncer<'_>, first_reads
             },
             None => Err(RedisError::NoPrimary),
         };
+        let was_connected = opened.is_ok();
         let error = match opened {
             Ok(opened) => {
                 if first_reads.connected(&shard.pools) {
@@ -135,7 +136,11 @@ async fn follow_tables(watcher: Watcher<'_>, mut syncer: Syncer<'_>, first_reads
         logs_connect = !error.is_too_large();
         if logs_connect && last_logged.as_ref() != Some(&text) {
             let cure = error.cure();
-            warn!(%redis, error = text, cure, "cannot watch redis");
+            if was_connected {
+                warn!(%redis, error = text, cure, "cannot follow redis, retrying");
+            } else {
+                warn!(%redis, error = text, cure, "cannot connect to redis, retrying");
+            }
             last_logged = Some(text);
         }
         tokio::select! {

@@ -1,10 +1,10 @@
-//! The far end of the Lua-pick channel: lets Redis pick, on a connection of its own, so that no pick waits
-//! behind a table that is being read.
+//! Lets Redis pick backends by a script, on a connection of its own, so that no pick waits behind a table
+//! that is being read. `balance/lua_pick.rs` is the sessions' end of the channel.
 //!
-//! It answers only while Redis does. The first pick that is not answered in time closes the door for all
-//! sessions at once, and it opens again when a new connection has proved itself. Nor is it asked about a
-//! table whose members are so long that they block Redis: the first answer that says so closes the door of
-//! that pool for a while.
+//! Requests are taken only while Redis answers. The first pick that is not answered in time refuses the
+//! picks of all sessions at once, until a new connection has proved itself. Nor is Redis asked about a
+//! table whose members are so long that reading them blocks it: after the first answer that says so, that
+//! pool's picks are refused for a while.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tracing::{debug, warn};
 
-use super::doors::{Door, Doors};
+use super::dispatch::{Dispatcher, ShardQueue};
 use crate::balance::lua_pick::{LuaRequest, LuaRequests, PoolId};
 use crate::balance::{BackendId, Weight};
 use crate::config::{LuaPick, Redis, RedisAddress};
@@ -32,53 +32,53 @@ use crate::redis::wire::error::RedisError;
 use crate::redis::wire::reconnect::{FIRST_PAUSE, LONGEST_MOVE, LONGEST_PAUSE};
 
 const SCRIPT: &str = include_str!("pick.lua");
-/// Read whole, a set of this size blocks Redis for some 0.4 ms.
+/// A set of this size is read whole, which blocks Redis for some 0.4 ms.
 const LARGEST_WHOLE: usize = 500;
-/// Of a larger one only the heaviest: some 0.1 ms.
+/// Of a larger set only the heaviest members are read: some 0.1 ms.
 const HEAVIEST: usize = 100;
-/// Members with impossible names that the script cannot tell from good ones are excluded, and it is asked
-/// again.
-const MOST_QUESTIONS: usize = 4;
-/// Pools that a new connection proves itself by, where one after the other is refused.
-const MOST_PROOFS: usize = 4;
-/// What a user without writing rights may call.
+/// The script cannot tell all invalid names from good ones. A member with an invalid name is excluded,
+/// and the script is asked again.
+const MOST_ATTEMPTS: usize = 4;
+/// Pools that a new connection tries to prove itself by.
+const MOST_CANDIDATES: usize = 4;
+/// The command for a user without the right to write.
 const READ_ONLY: &str = "EVALSHA_RO";
-/// What the script answers where members are so long that reading them blocks Redis.
+/// The script's error code where members are so long that reading them blocks Redis.
 const TOO_LARGE: &str = "TOOLARGE";
-/// Before such a table is asked about again, at most: 100 MB block Redis for a tenth of a second.
+/// The longest rest before such a table is asked about again: 100 MB block Redis for a tenth of a second.
 const FIRST_REST: Duration = Duration::from_secs(5);
 const LONGEST_REST: Duration = Duration::from_secs(60);
 
-/// Answers `requests` until all pickers are gone, or until it is dropped.
+/// Answers `requests` until the sessions' end is gone, or until it is dropped.
 pub async fn run(settings: &Arc<Redis>, limits: &LuaPick, shards: &Shards, requests: &mut LuaRequests) {
     let LuaRequests { queue, answering } = requests;
-    let doors = Arc::new(Doors::new(Arc::clone(answering)));
+    let dispatcher = Arc::new(Dispatcher::new(Arc::clone(answering)));
     let answering = shards::each(shards.read(), std::future::pending(), |shard| {
         let (settings, limits) = (Arc::clone(settings), limits.clone());
-        let door = doors.door(shard.pools.iter().map(|followed| followed.id), limits.max_in_flight.get());
+        let requests =
+            dispatcher.queue(shard.pools.iter().map(|followed| followed.id), limits.max_in_flight.get());
         async move {
-            Picker { settings: &settings, limits: &limits, shard: &shard }.run(door).await;
+            Picker { settings: &settings, limits: &limits, shard: &shard }.run(requests).await;
         }
     });
-    let handing_on = async {
+    let dispatching = async {
         while let Some(request) = queue.recv().await {
-            doors.hand_on(request);
+            dispatcher.dispatch(request);
         }
     };
     tokio::select! {
         () = answering => {}
-        () = handing_on => {}
+        () = dispatching => {}
     }
 }
 
-/// Which of the pools' tables may be asked about.
+/// Which pools' tables may be asked about.
 struct Rests {
-    /// Of each pool of the part.
+    /// For each pool of the shard.
     rests: HashMap<PoolId, Rest>,
-    /// The pool that the next connection proves itself by: the last one of which a pick did not come in
-    /// time.
+    /// The pool that the next connection proves itself by: the last one whose pick did not come in time.
     suspect: Option<PoolId>,
-    /// What the server knows and this user may call, as far as is known.
+    /// The command that the server has and this user may run, as far as is known.
     command: &'static str,
 }
 
@@ -92,24 +92,24 @@ impl Rests {
         self.rests.get(&pool).is_some_and(Rest::is_over)
     }
 
-    fn begins(&mut self, followed: &Followed) {
+    fn begin(&mut self, followed: &Followed) {
         if let Some(rest) = self.rests.get_mut(&followed.id) {
-            rest.begins(&followed.pool);
+            rest.begin(&followed.pool);
         }
     }
 
-    fn is_needless(&mut self, pool: PoolId) {
+    fn end(&mut self, pool: PoolId) {
         if let Some(rest) = self.rests.get_mut(&pool) {
-            rest.is_needless();
+            rest.end();
         }
     }
 
-    /// Which of `followed` a new connection may be asked about, the suspect first. None: all rest.
-    fn to_be_proved<'a>(&self, followed: &'a [Followed]) -> Vec<&'a Followed> {
+    /// The pools that a new connection may be asked about, the suspect first. Empty where all rest.
+    fn candidates<'a>(&self, followed: &'a [Followed]) -> Vec<&'a Followed> {
         let (suspect, others): (Vec<_>, Vec<_>) =
             followed.iter().partition(|followed| Some(followed.id) == self.suspect);
         let in_order = suspect.into_iter().chain(others);
-        in_order.filter(|followed| self.is_over(followed.id)).take(MOST_PROOFS).collect()
+        in_order.filter(|followed| self.is_over(followed.id)).take(MOST_CANDIDATES).collect()
     }
 }
 
@@ -127,15 +127,15 @@ impl Rest {
         self.ends.is_none_or(|ends| ends <= Instant::now())
     }
 
-    fn begins(&mut self, pool: &str) {
-        // Of several answers on their way the first counts.
+    fn begin(&mut self, pool: &str) {
+        // Several answers may be under way: the first one counts.
         if self.is_over() {
-            debug!(pool, "its members are too long for redis to pick");
+            debug!(pool, "member names are too long for the Lua pick");
             self.ends = Some(Instant::now() + FIRST_REST + self.backoff.pause());
         }
     }
 
-    fn is_needless(&mut self) {
+    fn end(&mut self) {
         if self.ends.take().is_some() {
             self.backoff.reset();
         }
@@ -147,7 +147,7 @@ impl Rest {
 struct Session {
     connection: RoutedConnection,
     sha: String,
-    /// [`READ_ONLY`], or EVALSHA where there is none (before Redis 7).
+    /// [`READ_ONLY`], or EVALSHA before Redis 7.
     command: &'static str,
 }
 
@@ -159,7 +159,7 @@ impl Session {
     async fn ask(&mut self, key: &str, point: f64, tried: &[Vec<u8>]) -> Result<Value, RedisError> {
         let states = Companions::of(key).states;
         let mut command = redis::cmd(self.command);
-        // 17 digits carry every double.
+        // 17 digits represent every double.
         command
             .arg(&self.sha)
             .arg(1)
@@ -177,7 +177,7 @@ impl Session {
         }
     }
 
-    /// `Ok(None)`: there is nothing to pick.
+    /// Returns `Ok(None)` where there is nothing to pick.
     async fn pick(
         &mut self,
         key: &str,
@@ -185,7 +185,7 @@ impl Session {
     ) -> Result<Option<(BackendId, Weight)>, RedisError> {
         let mut tried: Vec<Vec<u8>> =
             request.tried.iter().map(|id| id.as_str().as_bytes().to_vec()).collect();
-        for _ in 0..MOST_QUESTIONS {
+        for _ in 0..MOST_ATTEMPTS {
             let Value::Array(answer) = self.ask(key, request.point, &tried).await? else { return Ok(None) };
             let Ok([Value::BulkString(member), score]) = <[Value; 2]>::try_from(answer) else {
                 return Ok(None);
@@ -194,7 +194,7 @@ impl Session {
             match decode_member(&member, score) {
                 Ok(picked) => return Ok(Some(picked)),
                 Err(reason) => {
-                    debug!(key, member = printable(&member), %reason, "redis picked what is no backend");
+                    debug!(key, member = printable(&member), %reason, "the Lua pick returned an unknown backend");
                     tried.push(member);
                 }
             }
@@ -203,18 +203,18 @@ impl Session {
     }
 }
 
-/// What came of a question: of the server, or of a pool.
-enum Said {
-    Beat(Server),
+/// What came of one question to the server.
+enum Outcome {
+    Heartbeat(Server),
     Picked(PoolId),
     TooLarge(PoolId),
-    /// Nothing, in time.
-    Silent(PoolId),
-    /// The key is of another type, or not for us: the connection is sound.
+    /// No answer came in time.
+    NoAnswer(PoolId),
+    /// The key has another type, or the user no right to it. The connection works.
     Refused,
 }
 
-/// Picks for the pools of one part.
+/// Picks for the pools of one shard.
 #[derive(Clone, Copy)]
 struct Picker<'a> {
     settings: &'a Redis,
@@ -223,7 +223,7 @@ struct Picker<'a> {
 }
 
 impl Picker<'_> {
-    async fn run(self, mut door: Door) {
+    async fn run(self, mut requests: ShardQueue) {
         let primary = &self.shard.primary;
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
         let mut rests = Rests::new(&self.shard.pools);
@@ -231,18 +231,18 @@ impl Picker<'_> {
             let address = primary.known().await;
             let answering = async {
                 let session = self.open(&address, &mut rests).await?;
-                door.open();
-                self.serve(session, &mut door.queue, &mut backoff, &mut rests).await
+                requests.start();
+                self.serve(session, &mut requests.requests, &mut backoff, &mut rests).await
             };
             let result = tokio::select! {
                 biased;
                 () = primary.moved_from(&address) => Err(RedisError::PrimaryMoved),
                 result = answering => result,
             };
-            door.close();
+            requests.stop();
             match result {
                 Ok(()) => return,
-                Err(error) => debug!(%error, "redis does not pick now"),
+                Err(error) => debug!(%error, "the Lua pick is not available"),
             }
             tokio::select! {
                 () = primary.moved_from(&address) => {
@@ -261,13 +261,13 @@ impl Picker<'_> {
         let sha = Script::new(SCRIPT).get_hash().to_owned();
         let mut session = Session { connection, sha, command: rests.command };
         session.load().await?;
-        // A first question tells which of the two this server knows and this user may call; where both are
-        // refused it may be for the key, so that of another pool is tried.
-        for proof in rests.to_be_proved(&shard.pools) {
+        // A first question shows which of the two commands this server has and this user may run. Where
+        // both are refused, the refusal may be about the key, so the key of another pool is tried.
+        for candidate in rests.candidates(&shard.pools) {
             for command in [READ_ONLY, "EVALSHA"] {
                 session.command = command;
-                match session.ask(&proof.key, 0.0, &[]).await {
-                    Err(error) if error.code() == Some(TOO_LARGE) => rests.begins(proof),
+                match session.ask(&candidate.key, 0.0, &[]).await {
+                    Err(error) if error.code() == Some(TOO_LARGE) => rests.begin(candidate),
                     Err(error) if error.is_refusal() => continue,
                     Err(error) => return Err(error),
                     Ok(_) => {}
@@ -276,12 +276,12 @@ impl Picker<'_> {
                 return Ok(session);
             }
         }
-        // Whatever is refused may be granted later.
+        // Both were refused for each key. The rights may be granted later.
         session.command = rests.command;
         Ok(session)
     }
 
-    /// Ends with an error when Redis does not answer in time, and with `Ok` when nobody can ask any more.
+    /// Ends with an error when Redis does not answer in time, and with `Ok` when the sessions' end is gone.
     async fn serve(
         &self,
         session: Session,
@@ -289,45 +289,44 @@ impl Picker<'_> {
         backoff: &mut Backoff,
         rests: &mut Rests,
     ) -> Result<(), RedisError> {
-        let mut answers: JoinSet<Result<Said, RedisError>> = JoinSet::new();
+        let mut answers: JoinSet<Result<Outcome, RedisError>> = JoinSet::new();
         let beats = self.settings.heartbeat_interval;
         let mut heartbeat = Instant::now() + jittered(beats);
         loop {
             tokio::select! {
                 biased;
                 Some(done) = answers.join_next() => match done {
-                    // In time, so the next trouble is a new one. A server that only takes connections does
-                    // not get here.
-                    Ok(said) => {
-                        match said? {
-                            Said::Beat(server) => self.shard.primary.check(&server)?,
-                            Said::Picked(pool) => rests.is_needless(pool),
-                            Said::TooLarge(pool) => {
-                                self.followed_as(pool).into_iter().for_each(|followed| rests.begins(followed));
+                    // An answer in time: the next pause begins anew. A server that only accepts
+                    // connections never answers.
+                    Ok(outcome) => {
+                        match outcome? {
+                            Outcome::Heartbeat(server) => self.shard.primary.check(&server)?,
+                            Outcome::Picked(pool) => rests.end(pool),
+                            Outcome::TooLarge(pool) => {
+                                self.pool_of(pool).into_iter().for_each(|followed| rests.begin(followed));
                             }
-                            Said::Silent(pool) => {
+                            Outcome::NoAnswer(pool) => {
                                 rests.suspect = Some(pool);
                                 return Err(RedisError::NoAnswer);
                             }
-                            Said::Refused => {}
+                            Outcome::Refused => {}
                         }
                         backoff.reset();
                     }
-                    // A panic would be a defect of ours; its session was told "no" by the drop of its
-                    // request.
-                    Err(error) => warn!(%error, "a lua pick died"),
+                    // A panic is a defect. Dropping the request has told its session that there is no pick.
+                    Err(error) => warn!(%error, "a Lua pick panicked"),
                 },
                 () = sleep_until(heartbeat) => {
                     let mut connection = session.connection.clone();
-                    answers.spawn(async move { connection.hello().await.map(Said::Beat) });
+                    answers.spawn(async move { connection.hello().await.map(Outcome::Heartbeat) });
                     heartbeat = Instant::now() + jittered(beats);
                 }
                 request = queue.recv() => {
                     let Some(request) = request else { return Ok(()) };
-                    // Dropped, it tells its session "no".
+                    // Dropping the request tells its session that there is no pick.
                     if !request.answer.is_closed()
                         && rests.is_over(request.pool)
-                        && let Some(followed) = self.followed_as(request.pool)
+                        && let Some(followed) = self.pool_of(request.pool)
                     {
                         answers.spawn(self.answer(session.clone(), followed.clone(), request));
                     }
@@ -336,7 +335,7 @@ impl Picker<'_> {
         }
     }
 
-    fn followed_as(&self, pool: PoolId) -> Option<&Followed> {
+    fn pool_of(&self, pool: PoolId) -> Option<&Followed> {
         self.shard.pools.iter().find(|followed| followed.id == pool)
     }
 
@@ -345,21 +344,21 @@ impl Picker<'_> {
         mut session: Session,
         followed: Followed,
         request: LuaRequest,
-    ) -> impl Future<Output = Result<Said, RedisError>> + use<> {
+    ) -> impl Future<Output = Result<Outcome, RedisError>> + use<> {
         let Followed { cell, key, .. } = followed;
         let limit = self.limits.timeout;
         async move {
-            let (picked, said) = match timeout(limit, session.pick(&key, &request)).await {
-                Ok(Ok(picked)) => (picked, Said::Picked(request.pool)),
-                Ok(Err(error)) if error.code() == Some(TOO_LARGE) => (None, Said::TooLarge(request.pool)),
-                Ok(Err(error)) if error.is_refusal() => (None, Said::Refused),
+            let (picked, outcome) = match timeout(limit, session.pick(&key, &request)).await {
+                Ok(Ok(picked)) => (picked, Outcome::Picked(request.pool)),
+                Ok(Err(error)) if error.code() == Some(TOO_LARGE) => (None, Outcome::TooLarge(request.pool)),
+                Ok(Err(error)) if error.is_refusal() => (None, Outcome::Refused),
                 Ok(Err(error)) => return Err(error),
-                Err(_) => return Ok(Said::Silent(request.pool)),
+                Err(_) => return Ok(Outcome::NoAnswer(request.pool)),
             };
             let answer = picked.map(|(id, weight)| (cell.registry().get_or_create(&id), weight));
             // The session may have given up meanwhile.
             drop(request.answer.send(answer));
-            Ok(said)
+            Ok(outcome)
         }
     }
 }

@@ -1,4 +1,4 @@
 //! Lets Redis pick a backend by a Lua script, for sessions whose snapshot is too old to be trusted.
 
-mod doors;
+mod dispatch;
 pub mod lua_pick;

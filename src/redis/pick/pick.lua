@@ -1,25 +1,29 @@
--- Picks a member of the sorted set KEYS[1] with a probability of its score ÷ the sum of the scores of all that are ready.
+-- Picks a member of the sorted set KEYS[1] with a probability of its score ÷ the sum of the scores of all
+-- that are ready.
 --
--- ARGV: a uniform number from 0 to 1 (exclusive), a seed from 1 to 2147483646, the largest set that is read whole, how
--- many of the heaviest are read of a larger one, the key of the admin states (a hash beside the set, of its slot), then the members
--- that are not to be picked. Returns the member and its score as texts (a number would lose its fraction), or nil. Reads only,
--- with ZCARD, ZRANGE, HSTRLEN and HGET. Where members are so long that reading them blocks Redis, it answers the error TOOLARGE, and
--- is not to be asked again soon.
+-- ARGV: a uniform number from 0 to 1 (exclusive), a seed from 1 to 2147483646, the largest set that is read
+-- whole, how many of the heaviest are read of a larger one, the key of the admin states (a hash beside the
+-- set, in its slot), then the members that are not to be picked. Returns the member and its score as texts
+-- (a number would lose its fraction), or nil. It only reads, with ZCARD, ZRANGE, HSTRLEN and HGET. Where
+-- members are so long that reading them blocks Redis, it answers the error TOOLARGE, and the caller does not
+-- ask again soon.
 --
--- The states' key is not among KEYS: Redis would refuse the whole script to a user who may not read it, and states that
--- cannot be read are no reason to pick nobody.
+-- The key of the states is not among KEYS: Redis would refuse the whole script to a user who may not read
+-- it. States that cannot be read count as ready.
 --
--- The caller brings the randomness: Redis's own math.random repeats itself on every call (6.2) or after every restart.
+-- The caller brings the randomness: Redis's own math.random repeats itself on every call (6.2) or after
+-- every restart.
 
 local key, point, seed = KEYS[1], tonumber(ARGV[1]), tonumber(ARGV[2])
 local whole, heaviest, states = tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
 local tried = {}
 for i = 6, #ARGV do tried[ARGV[i]] = true end
 
--- So many answers are thrown away at most, for they are in drain or miss the members.
+-- The most picks that are discarded, because the member is in drain or the pick missed the list.
 local most_tries = 64
 
--- No address is longer (a name has 253 bytes, a unix socket's path 107), and 500 of them have fewer bytes together.
+-- No address is longer (a name has 253 bytes, a unix socket's path 107), and 500 of them have fewer bytes
+-- together.
 local longest, most_bytes = 300, 262144
 
 local function too_large(members)
@@ -28,7 +32,7 @@ local function too_large(members)
     return bytes > most_bytes and redis.error_reply('TOOLARGE the members are too long to be picked from')
 end
 
--- A negative or infinite score is no weight, and what cannot be an address is no backend.
+-- A negative or infinite score is not a valid weight, and what cannot be an address is no backend.
 local function weight(member, score)
     local number = tonumber(score)
     if number and number > 0 and number < math.huge and #member <= longest and not tried[member]
@@ -38,8 +42,8 @@ local function weight(member, score)
     return 0
 end
 
--- Only of who would be picked: a pool of hundreds has few that are not ready. The length is asked first, since a value may
--- be anything.
+-- Asked only for a member that would be picked: few members of a pool are not ready. The length is asked
+-- first, since the value may be anything.
 local function is_ready(member)
     if redis.pcall('HSTRLEN', states, member) ~= 5 then return true end
     local state = redis.pcall('HGET', states, member)
@@ -74,7 +78,7 @@ for i = 1, #list, 2 do
     total = total + weights[i]
 end
 
--- Where in the list `target` lies, of `total`.
+-- The position of `target` in the list, whose weights sum up to `total`.
 local function place(target)
     local last
     for i = 1, #list, 2 do
@@ -95,9 +99,10 @@ end
 -- A list that is not full holds every member that has a weight.
 local is_all = size <= whole or #list < 2 * heaviest
 
--- A large set is not read whole: that would block Redis for a millisecond per thousand members. No member outside the
--- list weighs more than the lightest in it, so each rank of the set gets that much room, and what is hit there is taken
--- with the probability of its weight ÷ that room, unless the list has it already: the same distribution, for some misses.
+-- A large set is not read whole: that would block Redis for a millisecond per thousand members. No member
+-- outside the list weighs more than the lightest in it. So each rank of the set gets that much room, and a
+-- member that is hit there is taken with the probability of its weight ÷ that room, unless the list has it
+-- already. That is the same distribution, with some picks discarded.
 local room, listed = 0, {}
 if not is_all then
     room = tonumber(list[#list])

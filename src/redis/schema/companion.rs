@@ -1,8 +1,8 @@
-//! The keys that stand beside a weights key: its version, its history, who has applied it, and which of its
-//! backends are not to be used.
+//! The companion keys of a weights key: version, history, known table, reports and admin states.
 //!
-//! They share its slot (`config/weights_key.rs`), so that one script may touch them all in a Redis Cluster.
-//! Where braces make that impossible, a Cluster refuses them, and `weights.rs` says so.
+//! They share its slot (`config/weights_key.rs`), so that one script may use them all in a Redis Cluster.
+//! Where braces in the weights key make that impossible, a Cluster refuses the script, and
+//! `weights/refusal.rs` says why.
 
 use crate::config::companion_stem;
 
@@ -11,13 +11,13 @@ use crate::config::companion_stem;
 pub(in crate::redis) struct Companions {
     /// A number that each command raises by one.
     pub(in crate::redis) version: String,
-    /// A stream, newest last.
+    /// A stream of entries, the newest last.
     pub(in crate::redis) history: String,
-    /// The table as the history knows it: what differs from it was changed by other hands.
+    /// The table as of the newest entry: what differs from it was changed by other programs.
     pub(in crate::redis) known: String,
-    /// A hash: which proxy has applied what.
+    /// A hash of the proxies' reports, which say what each has applied.
     pub(in crate::redis) applied: String,
-    /// A hash: which backend is in drain or maint.
+    /// A hash of the backends that are in drain or maint.
     pub(in crate::redis) states: String,
 }
 
@@ -35,7 +35,7 @@ impl Companions {
         }
     }
 
-    /// What an ACL user needs beside the weights key itself, as a key pattern.
+    /// The key pattern that an ACL user needs beside the weights key itself.
     pub(in crate::redis) fn pattern(&self) -> String {
         format!("~{}*", self.version.trim_end_matches("version"))
     }

@@ -1,4 +1,4 @@
-//! Turns Redis's answer into a table. One bad member never spoils the others.
+//! Decodes Redis's answer into a table. A member that cannot be used never affects the others.
 
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 
@@ -6,7 +6,7 @@ use redis::Value;
 
 use crate::balance::{BackendId, InvalidAddress, InvalidWeight, Table, Weight};
 
-/// A table, and what was left out of it.
+/// A table, and the members that were left out of it.
 #[derive(Debug)]
 pub(in crate::redis) struct Decoded {
     pub(in crate::redis) table: Table,
@@ -14,7 +14,7 @@ pub(in crate::redis) struct Decoded {
 }
 
 impl Decoded {
-    /// Tells lists of rejected members apart, without keeping them.
+    /// A fingerprint of the rejected members, which tells two lists apart without keeping them.
     pub(in crate::redis) fn fingerprint_of_rejected(&self) -> u64 {
         let mut hasher = DefaultHasher::new();
         self.rejected.iter().for_each(|rejected| rejected.member.hash(&mut hasher));
@@ -22,10 +22,10 @@ impl Decoded {
     }
 }
 
-/// A member that is no backend, or has no weight.
+/// A member that is not a valid backend, or has no valid weight.
 #[derive(Clone, Debug, PartialEq)]
 pub(in crate::redis) struct Rejected {
-    /// Escaped and shortened: it may hold anything.
+    /// Its name, escaped and shortened.
     pub(in crate::redis) member: String,
     pub(in crate::redis) reason: Reason,
 }
@@ -40,7 +40,7 @@ pub(in crate::redis) enum Reason {
     Weight(#[from] InvalidWeight),
 }
 
-/// The answer is not members with scores.
+/// The answer is no list of members and scores.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "redis answered something that is not a list of members and scores: check what stands between statera and redis, and \
@@ -48,10 +48,10 @@ pub(in crate::redis) enum Reason {
 )]
 pub(in crate::redis) struct Malformed;
 
-/// Characters of a member that are shown; names are at most 253 bytes, members up to 512 MB.
+/// Characters of a member that are shown. Names have 253 bytes at most, members up to 512 MB.
 const SHOWN_CHARS: usize = 80;
 
-/// How many members an answer holds, before it is decoded. 0 where it is no list.
+/// The number of members in an answer that is not decoded yet. 0 where it is no list.
 pub(in crate::redis) fn members(answer: &Value) -> usize {
     match answer {
         Value::Array(items) if matches!(items.first(), Some(Value::Array(_))) => items.len(),
@@ -93,7 +93,7 @@ pub(in crate::redis) fn decode_member(member: &[u8], score: f64) -> Result<(Back
     Ok((text.parse()?, Weight::new(score)?))
 }
 
-/// A score: a double in RESP3, a text in RESP2 and from Lua.
+/// Decodes a score: a double in RESP3, a text in RESP2 and from Lua.
 pub(in crate::redis) fn number(score: &Value) -> Result<f64, Malformed> {
     match score {
         Value::Double(number) => Ok(*number),
@@ -106,7 +106,7 @@ pub(in crate::redis) fn number(score: &Value) -> Result<f64, Malformed> {
     }
 }
 
-/// Fit for a terminal and for one line of a log.
+/// Makes a text fit for a terminal and for one line of a log.
 pub(in crate::redis) fn printable(member: &[u8]) -> String {
     let shown = &member[..member.len().min(4 * SHOWN_CHARS)];
     let text: String = String::from_utf8_lossy(shown).chars().take(SHOWN_CHARS).collect();

@@ -1,4 +1,4 @@
-//! One pool's weights key, and the cell that its tables are published in.
+//! A pool whose table is kept in Redis.
 
 use std::sync::Arc;
 
@@ -6,17 +6,17 @@ use crate::balance::cell::Cell;
 use crate::balance::lua_pick::PoolId;
 use crate::redis::status::TableStatus;
 
-/// A key that a pool's weights stand under, and where its tables are published.
+/// A pool whose table is kept in Redis, and the cell that its table is published in.
 #[derive(Clone, Debug)]
 pub struct Followed {
-    /// Says which pool a request for a Lua pick is for.
+    /// The pool's id, which a request for a Lua pick carries.
     pub id: PoolId,
     /// The pool's name.
     pub pool: Arc<str>,
-    /// Its snapshot cell.
+    /// The pool's snapshot cell.
     pub cell: Arc<Cell>,
-    /// A sorted set.
+    /// The weights key, a sorted set.
     pub key: String,
-    /// What is counted of the table, for the metrics.
+    /// What is counted about the table, for the metrics.
     pub status: Arc<TableStatus>,
 }

@@ -208,7 +208,7 @@ impl<'a> PoolKey<'a> {
             let Followed { pool, key, .. } = self.followed;
             let (error, slot) = (RedisError::SlotUnserved, self.slot);
             let cure = error.cure();
-            warn!(pool = %pool, key, slot, %error, cure, "cannot watch redis");
+            warn!(pool = %pool, key, slot, %error, cure, "no node of the cluster serves the weights");
         }
     }
 }

@@ -1,18 +1,18 @@
-//! How soon one question may follow another, where messages say that something may have changed.
+//! How soon one question may follow another, where messages announce that something may have changed.
 //!
-//! A message usually means news, so the question follows at once. Where messages come without end and bring
-//! none (a sentinel that watches a thousand masters, a slot that no node serves), the rest grows until it is
-//! that of questions without any message.
+//! A message usually means news, so the question follows at once. Where messages keep coming and bring
+//! none (a sentinel that watches a thousand masters, a slot that no node serves), the rest grows until
+//! questions are as rare as without messages.
 
 use std::time::Duration;
 
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep, timeout};
 
-/// Between two questions, whatever messages come.
+/// The shortest rest between two questions.
 const SHORTEST_REST: Duration = Duration::from_millis(20);
 
-/// The rests between questions to one server.
+/// The rests between the questions to one server.
 #[derive(Debug)]
 pub(super) struct NoticePace {
     rest: Duration,
@@ -20,13 +20,13 @@ pub(super) struct NoticePace {
 }
 
 impl NoticePace {
-    /// Messages that bring no news are not heeded more often than once in `longest`.
+    /// Messages without news lead to one question in each `longest` at most.
     pub(super) fn new(longest: Duration) -> Self {
         Self { rest: SHORTEST_REST.min(longest), longest }
     }
 
-    /// Rests after a question, then waits for a message, at most until `next`. `is_news`: the answer was
-    /// another than the one before.
+    /// Rests after a question, then waits for a message, until `next` at most. `is_news`: the answer
+    /// differed from the one before.
     pub(super) async fn wait(&mut self, is_news: bool, next: Instant, messages: &Notify) {
         if is_news {
             self.rest = SHORTEST_REST.min(self.longest);

@@ -29,8 +29,8 @@ pub(in crate::redis) struct Shard {
 
 impl Shard {
     fn has(&self, node: &KeyNode, pools: &[Followed]) -> bool {
-        let names = |pools: &[Followed]| pools.iter().map(|pool| Arc::clone(&pool.pool)).collect::<Vec<_>>();
-        self.primary.is(node) && names(&self.pools) == names(pools)
+        let ids = pools.iter().map(|pool| pool.id);
+        self.primary.is(node) && self.pools.iter().map(|pool| pool.id).eq(ids)
     }
 }
 

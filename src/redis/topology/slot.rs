@@ -1,7 +1,6 @@
-//! Which of a cluster's 16,384 slots a key belongs to.
+//! Computes which of a cluster's 16,384 slots a key belongs to.
 //!
-//! As the cluster specification has it: CRC16 (XMODEM) of the hash tag, or of the whole key where there is
-//! none.
+//! By the cluster specification: CRC16 (XMODEM) of the hash tag, or of the whole key where there is none.
 
 use crate::config::hash_tag;
 
@@ -28,7 +27,7 @@ mod tests {
     #[test]
     fn slots_are_those_of_redis() {
         assert_eq!(crc16(b"123456789"), 0x31C3);
-        // As CLUSTER KEYSLOT answers.
+        // The answers of CLUSTER KEYSLOT.
         for (key, slot) in [("servers", 11335), ("foo", 12182), ("{foo}:version", 12182), ("", 0)] {
             assert_eq!(slot_of(key), slot, "{key}");
         }

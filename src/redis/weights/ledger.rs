@@ -73,7 +73,7 @@ impl Ledger {
     pub async fn look(&mut self) -> Result<Seen, WeightsError> {
         let answer =
             self.read(|ledger, eval| ledger.command(eval, "look", None, &Author::default(), &[])).await;
-        let answer = answer.map_err(|error| self.refused(&error, refusal::Asked::ToRead))?;
+        let answer = answer.map_err(|error| self.refused(&error, refusal::Asked::Table))?;
         answer::seen(answer, &self.key)
     }
 
@@ -101,7 +101,7 @@ impl Ledger {
         };
         let change = self.command("EVAL", wanted, expected, author, &words);
         let answer = self.connection.query(&change).await;
-        let answer = answer.map_err(|error| self.refused(&error, refusal::Asked::ToWrite))?;
+        let answer = answer.map_err(|error| self.refused(&error, refusal::Asked::Change))?;
         answer::done(answer, &self.key, expected)
     }
 
@@ -114,14 +114,14 @@ impl Ledger {
         let notice = self.command("EVAL", "notice", None, &Author::default(), &[]);
         let noticed = match self.connection.query(&notice).await {
             Err(error) if !error.is_refusal() => {
-                return Err(self.refused(&error, refusal::Asked::ToRead));
+                return Err(self.refused(&error, refusal::Asked::Table));
             }
             Err(_) => false,
             Ok(answer) => answer::done(answer, &self.key, None).is_ok(),
         };
         let unsaved = if noticed { None } else { Some(self.look().await?.outside) };
         let entries =
-            self.entries(limit).await.map_err(|error| self.refused(&error, refusal::Asked::ToRead))?;
+            self.entries(limit).await.map_err(|error| self.refused(&error, refusal::Asked::Table))?;
         let all = entries.len();
         let entries: Vec<Entry> = entries.into_iter().filter_map(answer::entry).collect();
         Ok(History {
@@ -155,7 +155,7 @@ impl Ledger {
     /// Redis does not answer, or refuses.
     pub async fn applied(&mut self) -> Result<Reports, WeightsError> {
         let answer = self.read(|ledger, eval| applied::question(eval, &ledger.companions)).await;
-        answer.map(applied::reports).map_err(|error| self.refused(&error, refusal::Asked::ToReadReports))
+        answer.map(applied::reports).map_err(|error| self.refused(&error, refusal::Asked::Reports))
     }
 
     /// Runs a script that writes nothing. Redis 6.2 has no EVAL_RO, and an ACL made for it does not grant

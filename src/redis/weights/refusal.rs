@@ -22,20 +22,20 @@ pub enum WeightsError {
 /// What the command wanted from Redis.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Asked {
-    ToRead,
-    ToWrite,
-    ToReadReports,
+    Table,
+    Change,
+    Reports,
     /// Which backends are in drain or maint.
-    ToReadStates,
+    States,
 }
 
 impl Asked {
     /// The companion key that is read.
     fn key(self, companions: &Companions) -> &str {
         match self {
-            Self::ToRead | Self::ToWrite => &companions.history,
-            Self::ToReadReports => &companions.applied,
-            Self::ToReadStates => &companions.states,
+            Self::Table | Self::Change => &companions.history,
+            Self::Reports => &companions.applied,
+            Self::States => &companions.states,
         }
     }
 }
@@ -93,13 +93,13 @@ pub(super) fn of_redis(
             "redis at {address}: {error}: the slot moves, try again soon"
         ));
     }
-    if error.is_too_large() && asked != Asked::ToWrite {
+    if error.is_too_large() && asked != Asked::Change {
         return WeightsError::Refused(holds_too_much(asked.key(companions)));
     }
     if !error.is_refusal() {
         let unknown = match asked {
-            Asked::ToRead | Asked::ToReadReports | Asked::ToReadStates => "",
-            Asked::ToWrite => {
+            Asked::Table | Asked::Reports | Asked::States => "",
+            Asked::Change => {
                 ": it is not known whether the change was made: look with `statera weights history`"
             }
         };
@@ -108,7 +108,7 @@ pub(super) fn of_redis(
     if matches!(error.server_kind(), Some(ServerErrorKind::Moved | ServerErrorKind::Ask)) {
         return WeightsError::Refused(format!("redis at {address} refuses: {error}: {}", error.cure()));
     }
-    if matches!(asked, Asked::ToReadReports | Asked::ToReadStates) {
+    if matches!(asked, Asked::Reports | Asked::States) {
         let key = asked.key(companions);
         if error.code() == Some("TOOLARGE") {
             return WeightsError::Refused(holds_too_much(key));
@@ -120,13 +120,13 @@ pub(super) fn of_redis(
     let pattern = companions.pattern();
     let cure = match error.server_kind() {
         // Where a script lacks a right, the code of the error does not say so.
-        _ if asked == Asked::ToReadReports && error.is_missing_right() => {
+        _ if asked == Asked::Reports && error.is_missing_right() => {
             format!("grant the ACL user +eval_ro +time +hlen +hscan %R~{}", companions.applied)
         }
         Some(ServerErrorKind::NoPerm) => match asked {
-            Asked::ToRead => format!("grant the ACL user +eval_ro +xrevrange %R~{key} %R{pattern}"),
-            Asked::ToReadStates => format!("grant the ACL user +hlen +hgetall %R~{}", companions.states),
-            Asked::ToWrite | Asked::ToReadReports => format!("grant the ACL user +eval ~{key} {pattern}"),
+            Asked::Table => format!("grant the ACL user +eval_ro +xrevrange %R~{key} %R{pattern}"),
+            Asked::States => format!("grant the ACL user +hlen +hgetall %R~{}", companions.states),
+            Asked::Change | Asked::Reports => format!("grant the ACL user +eval ~{key} {pattern}"),
         },
         Some(ServerErrorKind::CrossSlot) => {
             format!("no key beside {key} can share its slot: use a weights_key without stray braces")
@@ -205,7 +205,7 @@ mod tests {
     fn a_command_that_is_redirected_has_changed_nothing() {
         let error = RedisError::Redirected("redis://10.0.0.2:6379".to_owned());
         let companions = Companions::of("servers");
-        for asked in [Asked::ToRead, Asked::ToWrite, Asked::ToReadReports] {
+        for asked in [Asked::Table, Asked::Change, Asked::Reports] {
             let refused = of_redis("redis://10.0.0.1:6379", "servers", &companions, &error, asked);
             let WeightsError::Unreachable(text) = refused else { panic!("{refused:?}") };
             assert!(text.ends_with("the slot moves, try again soon"), "{text}");

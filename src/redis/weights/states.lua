@@ -1,22 +1,22 @@
--- Puts members of a table into a state, or takes them out of it, all or none.
+-- Puts members of a table into a state, or takes them out of it: all of them, or none.
 --
--- KEYS, of one slot: the weights (a sorted set), the states (a hash of backends that are not ready). ARGV: the state (ready,
--- drain, maint), then the backends. Returns "done" and for each the state before; "missing" and those that are neither
--- members nor, where they are to be ready, in another state; or "refused", a command, its key and why Redis refuses it. For
--- Redis 6.2 and later, Cluster too.
+-- KEYS, of one slot: the weights (a sorted set), the states (a hash of backends that are not ready). ARGV:
+-- the state (ready, drain, maint), then the backends. Returns "done" and the previous state of each; or
+-- "missing" and the backends that are neither members nor, where they are to be ready, in another state; or
+-- "refused", a command, its key and why Redis refuses it. For Redis 6.2 and later, also as a Cluster.
 
 local key, states, state = KEYS[1], KEYS[2], ARGV[1]
--- Other clients can write a value of 512 MB. What is longer is no state.
+-- Other clients can write a value of 512 MB. A longer value is no state.
 local LONGEST_STATE = 32
 
--- Ends the script: told with the command and the key, which Redis's own messages lack.
+-- Ends the script, and returns the command and the key, which Redis's own messages lack.
 local function call(command, target, ...)
     local answer = redis.pcall(command, target, ...)
     if type(answer) == 'table' and answer.err then error({ 'refused', command, target, answer.err }, 0) end
     return answer
 end
 
--- nil where it has none. Users who were granted what an earlier version asked for may HGET alone.
+-- Returns nil where it has none. Users with the rights that an earlier version needed may only HGET.
 local function state_of(member)
     local length = redis.pcall('HSTRLEN', states, member)
     if type(length) == 'number' and length > LONGEST_STATE then return 'unknown' end

@@ -25,7 +25,7 @@ impl Ledger {
         command.arg(SCRIPT).arg(2).arg(&[&self.key, &self.companions.states]).arg(state.name());
         command.arg(members.iter().map(BackendId::as_str).collect::<Vec<_>>());
         let answer: Result<Vec<Value>, _> = self.connection.query(&command).await;
-        let answer = answer.map_err(|error| self.refused(&error, refusal::Asked::ToWrite))?;
+        let answer = answer.map_err(|error| self.refused(&error, refusal::Asked::Change))?;
         let mut words = answer.iter().map(|word| match word {
             Value::BulkString(text) => printable(text),
             _ => String::new(),
@@ -54,7 +54,7 @@ impl Ledger {
     pub async fn states(&mut self) -> Result<Vec<(String, String)>, WeightsError> {
         let key = &self.companions.states;
         let count: Result<usize, _> = self.connection.query(redis::cmd("HLEN").arg(key)).await;
-        let count = count.map_err(|error| self.refused(&error, refusal::Asked::ToReadStates))?;
+        let count = count.map_err(|error| self.refused(&error, refusal::Asked::States))?;
         if count > MOST_STATES {
             return Err(WeightsError::Refused(format!(
                 "{key} has {count} fields: delete those that are no backends"
@@ -63,7 +63,7 @@ impl Ledger {
         let mut fields = redis::cmd("HGETALL");
         fields.arg(&self.companions.states);
         let fields: Result<Vec<(Vec<u8>, Vec<u8>)>, _> = self.connection.query(&fields).await;
-        let fields = fields.map_err(|error| self.refused(&error, refusal::Asked::ToReadStates))?;
+        let fields = fields.map_err(|error| self.refused(&error, refusal::Asked::States))?;
         let mut states: Vec<_> =
             fields.iter().map(|(backend, state)| (printable(backend), printable(state))).collect();
         states.sort_unstable();

@@ -1,12 +1,13 @@
--- Reads and writes a pool's weights for a person, whole or not at all, and keeps the history of it.
+-- Reads and writes a pool's weights for an operator, whole or not at all, and keeps their history.
 --
--- KEYS, all of one slot: the weights (a sorted set), their version (a number), their history (a stream, newest last) and
--- the table as the history knows it (a sorted set: what differs from it was changed by other hands).
--- ARGV: what is wanted (look, notice, set, remove, rollback), the version that is expected or "", who, why, the most
--- members of a table and the bytes of an answer with them, the longest history, the most changes that one entry keeps and
--- the bytes of their text, the longest name; then what is wanted's own: members and weights, members, a version or "".
--- Returns the outcome and the version before it, then what goes with the outcome (src/redis/weights.rs reads it).
--- For Redis 6.2 and later, Cluster too. Weights stay texts: a number would lose digits in cjson.
+-- KEYS, all of one slot: the weights (a sorted set), their version (a number), their history (a stream,
+-- newest last) and the table as of the newest entry (a sorted set: what differs from it was changed by other
+-- programs). ARGV: the operation (look, notice, set, remove, rollback), the version that is expected or "",
+-- the author, the reason, the most members of a table and the bytes of an answer with them, the longest
+-- history, the most changes that one entry keeps and the bytes of their text, the longest name; then the
+-- arguments of the operation: members and weights, members, a version or "". Returns the outcome and the
+-- version before it, then the outcome's own values (src/redis/weights/answer.rs reads them). For Redis 6.2
+-- and later, also as a Cluster. Weights stay texts: a number would lose digits in cjson.
 
 local key, version_key, history, known_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local wanted, expected, who, why = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
@@ -15,20 +16,21 @@ local most_changes, most_text, longest_name = tonumber(ARGV[8]), tonumber(ARGV[9
 local FIRST = 11
 -- Lua's stack holds some 8,000 arguments of one call.
 local ARGUMENTS = 4000
--- No backend's name.
+-- Longer than any backend's name.
 local NO_NAME = '\0'
 -- Bytes that are kept of a name that is longer than any backend's.
 local KEPT_OF_A_NAME = 100
--- What surrounds a member and its score in an answer.
+-- Bytes around a member and its score in an answer.
 local AROUND = 20
--- Members that are read at once, so that a table of long names is refused soon after it is known to be too large.
+-- Members that are read at once, so that a table of long names is refused soon after it is known to be too
+-- large.
 local PER_READ = 500
--- The numbers of versions that a double holds exactly, and room for more of them.
+-- The largest versions that a double holds exactly, with room for more of them.
 local MOST_VERSION = 9007199254000000
--- Of the history, what one rollback goes through: other clients can add a million entries.
+-- Entries that one rollback goes through: other clients can add a million entries.
 local MOST_STEPS, MOST_STEP_BYTES = 2 * tonumber(longest_history), 32000000
 
--- Ends the script: told with the command and the key, which Redis's own messages lack.
+-- Ends the script, and returns the command and the key, which Redis's own messages lack.
 local function refuse(command, target, reason)
     error({ command, target, reason }, 0)
 end
@@ -39,7 +41,7 @@ local function call(command, target, ...)
     return answer
 end
 
--- Refused where its answer would not be taken in. Other clients can write members of 512 MB.
+-- Refused where the answer would not be taken in. Other clients can write members of 512 MB.
 local function read(from)
     local list, held, count, bytes, longest = {}, {}, 0, 0, 0
     repeat
@@ -58,13 +60,14 @@ local function read(from)
     return held, list
 end
 
--- The number of a version that is written so; nil where it is none.
+-- Returns the number of a version; nil where the text is none.
 local function version_of(text)
     local version = text and #text <= 16 and text:match('^%d+$') and tonumber(text)
     return version and version <= MOST_VERSION and version or nil
 end
 
--- Its beginning alone: other clients can write 512 MB. Users who were granted what an earlier version asked for may GET.
+-- Reads only its beginning: other clients can write 512 MB. Users with the rights that an earlier version
+-- needed may GET.
 local function present_version()
     local text = redis.pcall('GETRANGE', version_key, 0, 31)
     if type(text) == 'table' then
@@ -76,7 +79,7 @@ local function present_version()
     return version_of(text) or refuse('GETRANGE', version_key, 'FOREIGN')
 end
 
--- What ZADD takes, as Redis or cjson writes it.
+-- A number that ZADD takes, as Redis or cjson writes it.
 local function is_weight(text)
     if type(text) ~= 'string' or #text > 40 then return false end
     if text == 'inf' or text == '-inf' then return true end
@@ -84,7 +87,7 @@ local function is_weight(text)
     return number and number == number
 end
 
--- The changes of an entry; nil where statera did not write them.
+-- Returns the changes of an entry; nil where statera did not write them.
 local function decoded(text)
     if #text > most_text then return nil end
     local done, changes = pcall(cjson.decode, text)
@@ -108,7 +111,7 @@ local function is_same(a, b)
     return a == b or (a and b and tonumber(a) ~= nil and tonumber(a) == tonumber(b))
 end
 
--- What makes `new` of `old`: { member, old weight or null, new weight or null }.
+-- Returns the changes that lead from `old` to `new`: { member, old weight or null, new weight or null }.
 local function difference(old, new)
     local changes = {}
     for member, weight in pairs(new) do
@@ -122,8 +125,8 @@ local function difference(old, new)
     return changes
 end
 
--- What is kept of a name that is too long for a backend, beside its length. Without its last character of several bytes,
--- which may be cut.
+-- Returns the part that is kept of a name that is too long for a backend. Its last character is dropped
+-- where that has several bytes, which may be cut.
 local function beginning(name)
     return (name:sub(1, KEPT_OF_A_NAME):gsub('[\192-\255][\128-\191]*$', ''))
 end
@@ -134,7 +137,7 @@ local function shortened(change)
     return { beginning(name), change[2], change[3], #name }
 end
 
--- The members that may be backends, and the others by what is kept of their names.
+-- Returns the members that may be backends, and the others by the kept part of their names.
 local function split(held)
     local short, long = {}, {}
     for name, weight in pairs(held) do
@@ -156,8 +159,8 @@ local function encode(changes)
     return #text <= most_text and text or ''
 end
 
--- As src/redis/content.rs does it, which is what proxies say that they have applied: what cannot be a weight or a backend
--- is left out, by lighter rules.
+-- Hashes as src/redis/fleet/content.rs does, which is the hash that proxies report. What cannot be a weight
+-- or a backend is left out, by simpler rules.
 local function hash(list)
     local parts = {}
     for i = 1, #list, 2 do
@@ -176,8 +179,8 @@ local function record(what, version, by, reason, back_to, changes, list, text)
         hash(list))
 end
 
--- An id below all others is refused, unless there is no stream: then nothing is made of it. A stream that is empty, or whose
--- ids have come to their end, is none that statera made.
+-- An id below all others is refused, unless there is no stream, where nothing is made of it. A stream that
+-- is empty, or whose ids are used up, was not made by statera.
 local function prove_history()
     local answer = redis.pcall('XADD', history, 'NOMKSTREAM', '0-1', 'a', 'b')
     local reason = type(answer) == 'table' and answer.err or answer
@@ -186,8 +189,8 @@ local function prove_history()
     refuse('XADD', history, is_foreign and 'FOREIGN' or reason)
 end
 
--- Redis does not take back what a script did before it failed. So everything that is going to be written is tried first
--- in a form that changes nothing: no right, no memory, a replica, all that shows here.
+-- Redis does not undo what a script did before it failed. So every write is tried first in a form that
+-- changes nothing: a missing right, no memory and a replica all show here.
 local function prove(version, held)
     if wanted ~= 'notice' then
         call('ZADD', key, 'XX', 'GT', '-inf', NO_NAME)
@@ -219,7 +222,7 @@ local function write(changes)
     in_pieces('ZREM', removed)
 end
 
--- Nobody could read a larger table, or make it smaller again.
+-- A larger table could not be read, or made smaller again.
 local function check(target)
     local members, bytes, longest = 0, 0, 0
     for member, weight in pairs(target) do
@@ -236,10 +239,11 @@ local function fields(entry)
     return map
 end
 
--- The table at `target`, made from `known`, the one that the newest entry left, by undoing entry after entry. A version
--- lasts until the next one: what was changed by other hands meanwhile belongs to it. Only of the present version is
--- that undone, else going back to it would do nothing. Without a table: why, and the version in question. A table comes
--- in the two parts of split.
+-- Returns the table at version `target`, made from `known`, the table as of the newest entry, by undoing
+-- entry after entry. A version lasts until the next one, so changes by other programs in between belong to
+-- it. Only those of the current version are undone, since going back to it would do nothing otherwise. Where
+-- there is no table, returns why, and the version in question. A table is returned in the two parts of
+-- split.
 local function table_at(target, version, known)
     local oldest, from, bytes = version + 1, '+', 0
     local held, long = split(known)
@@ -274,7 +278,7 @@ end
 local function run()
     local version = present_version()
     local newest = call('XREVRANGE', history, '+', '-', 'COUNT', 1)[1]
-    -- A version key that was deleted must not make old numbers mean something new.
+    -- A version key that was deleted must not give old numbers a new meaning.
     if newest then
         local bytes = 0
         for _, word in ipairs(newest[2]) do bytes = bytes + #word end
@@ -287,7 +291,8 @@ local function run()
     local held, list = read(key)
     local known, known_list = read(known_key)
     local outside = difference(known, held)
-    -- Deleted, or changed by other hands: then it is not known what the newest entry left, and nothing can be undone from there.
+    -- Deleted, or changed by other programs: then the table as of the newest entry is not known, and nothing
+    -- before it can be undone.
     local left = newest and fields(newest).hash
     local is_lost = left and left ~= hash(known_list)
     local outside_text = is_lost and '' or encode(outside)
@@ -314,7 +319,8 @@ local function run()
         local found, long_or_reason, at = table_at(back_to, version, known)
         if not found then return { long_or_reason, version, at, back_to } end
         target = found
-        -- Names that are not kept whole cannot come back, and the way back to the backends must not depend on them.
+        -- Names that are not kept whole cannot come back, and a rollback of the backends must not depend on
+        -- them.
         for name, weight in pairs(held) do
             if #name > longest_name then target[name] = weight end
         end

@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-/// The first pause after a connection is lost: a fleet loses them all at once, and its whole reads come back
-/// spread over so long.
+/// The first pause after a connection is lost. A whole fleet loses its connections at once, so the reads
+/// that follow are spread over this time.
 pub(in crate::redis) const FIRST_PAUSE: Duration = Duration::from_millis(500);
-/// Between two tries at a server that is away: whoever waits hears within a second that it is back.
+/// The longest pause while a server is away: its return is noticed within a second.
 pub(in crate::redis) const LONGEST_PAUSE: Duration = Duration::from_millis(900);
-/// Before the new primary is asked, at most: a whole fleet is told of it in one moment.
+/// The longest pause before a new primary is asked: a whole fleet learns of it at the same moment.
 pub(in crate::redis) const LONGEST_MOVE: Duration = Duration::from_millis(200);

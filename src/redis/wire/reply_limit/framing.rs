@@ -1,32 +1,33 @@
-//! Finds where each reply of a server begins and ends, and refuses what is too large or is no reply.
+//! Finds where each reply of a server begins and ends, and refuses what is too large or is not valid
+//! RESP.
 //!
-//! The redis crate's parser (`redis::parser`, 1.8) reads the same bytes after this one. Both must agree on
+//! The redis crate's parser (`redis::parser`, 1.8) reads the same bytes afterwards. Both must agree on
 //! where a reply ends: otherwise this one counts the bytes of a new reply while the crate still waits for
-//! the rest of an old one, and keeps all of it. And the crate does not refuse the same bytes in all pieces
-//! that they may come in: of `x` alone it forgets that it was wrong. So whatever the crate does not read is
-//! refused here, by the same functions of the standard library. The test `both_parsers_agree_on_every_end`
-//! compares the two.
+//! the rest of an old one and keeps all of it. Nor does the crate refuse the same bytes in whatever
+//! pieces they arrive: after an `x` that arrives alone it forgets that it was wrong. So everything that
+//! the crate does not accept is refused here, by the same functions of the standard library. The test
+//! `both_parsers_agree_on_every_end` compares the two.
 
 use super::{LARGEST_REPLY_BYTES, MOST_VALUES};
 
-/// A length of the protocol is an `i64` and has 20 characters at most; the crate also takes white space
-/// around it.
+/// The longest number. A length of the protocol is an `i64`, which has 20 characters at most; the crate
+/// also accepts white space around it.
 const LONGEST_NUMBER: usize = 64;
-/// Of the first part of a pushed message (`message`, `invalidate`), which the crate needs as a text.
+/// The longest first part of a pushed message (`message`, `invalidate`), which the crate needs as a text.
 const LONGEST_PUSH_KIND: u64 = 64;
-/// Aggregates in one another. Redis's own replies have six (HELLO, CLUSTER SLOTS, XREAD); the crate refuses
-/// more than 100, but goes down a call stack for each.
+/// The deepest nesting of aggregates. Redis's own replies have six levels (HELLO, CLUSTER SLOTS, XREAD).
+/// The crate refuses more than 100, but recurses for each level.
 const MOST_DEPTH: usize = 32;
-/// Bytes of a line that are kept: a longer one is checked piece by piece, so that it takes no memory here
-/// beside the crate's.
+/// Bytes of a line that are kept. A longer line is checked piece by piece, so that it takes no memory
+/// here beside the crate's.
 const LONGEST_KEPT_LINE: usize = 4 << 10;
 
 /// Why the connection ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::redis::wire) enum Refused {
-    /// The reply is larger than it may be, or so are replies that no command asked for.
+    /// The reply is too large, or the replies that no command asked for are too large together.
     TooLarge,
-    /// It is none of the protocol, or of a form that the crate does not read.
+    /// It is not valid RESP, or has a form that the crate does not accept.
     NotUnderstood,
 }
 
@@ -34,19 +35,19 @@ pub(in crate::redis::wire) enum Refused {
 #[derive(Debug, Default)]
 pub(in crate::redis) struct Framing {
     within: Within,
-    /// The aggregates that are open, the outermost first.
+    /// The open aggregates, the outermost first.
     open: Vec<Aggregate>,
-    /// Values that are still to come in all of them.
+    /// Values that all of them together still announce.
     announced: u64,
-    /// The line that is read, or the text that says of which kind a pushed message is.
+    /// The line that is read, or the text that names the kind of a pushed message.
     line: Vec<u8>,
-    /// The beginning of the line was checked and is not kept.
+    /// The beginning of the line was checked and dropped.
     line_is_cut: bool,
-    /// Of the reply so far: values, and bytes with those of a text that is announced.
+    /// The size of the reply so far: values, and bytes with those of a text that is announced.
     values: u64,
     bytes: u64,
     is_push: bool,
-    /// Replies that have ended, pushed messages not among them.
+    /// Replies that have ended, without pushed messages.
     replies: u64,
     /// Bytes of replies that no command asked for.
     unasked_bytes: u64,
@@ -55,20 +56,20 @@ pub(in crate::redis) struct Framing {
 #[derive(Debug)]
 struct Aggregate {
     left: u64,
-    /// The next part says of which kind a pushed message is.
+    /// The next part names the kind of a pushed message.
     names_push: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
 enum Within {
-    /// The next byte says what kind of value follows.
+    /// The next byte names the kind of the value.
     #[default]
     Before,
-    /// A line, up to its `\r\n`: a line feed or a return alone is a part of it.
+    /// A line up to its `\r\n`. A line feed or a return alone is a part of it.
     Line { kind: u8, after_return: bool },
     /// The bytes of a text that are still to come, without its `\r\n`.
     Text { left: u64, content: Content },
-    /// The `\r\n` behind a text.
+    /// The `\r\n` after a text.
     TextEnd { after_return: bool, content: Content },
 }
 
@@ -76,22 +77,22 @@ enum Within {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Content {
     Any,
-    /// A colon is still to come, which divides the format of a verbatim text from the text.
+    /// A colon is still to come. It separates the format of a verbatim text from the text.
     Colon,
-    /// UTF-8: the kind of a pushed message.
+    /// UTF-8, since the text names the kind of a pushed message.
     PushKind,
 }
 
 impl Framing {
-    /// How many replies have ended, pushed messages not among them.
+    /// The number of replies that have ended, without pushed messages.
     pub(in crate::redis) fn replies(&self) -> u64 {
         self.replies
     }
 
-    /// Moves over `bytes`. `asked` is how many replies the server owes or has given.
+    /// Moves over `bytes`. `asked` is the number of commands that were sent.
     ///
     /// # Errors
-    /// The connection is to be ended; the position means nothing from then on.
+    /// The connection has to be ended: the position is lost.
     pub(in crate::redis) fn pass(&mut self, mut bytes: &[u8], asked: u64) -> Result<(), Refused> {
         while let Some((&byte, rest)) = bytes.split_first() {
             if let Within::Text { left, content } = self.within {
@@ -108,7 +109,7 @@ impl Framing {
         Ok(())
     }
 
-    /// The bytes of a text were counted when it was announced, so they are skipped whole.
+    /// Skips bytes of a text, which were counted when the text was announced.
     fn passes_text(&mut self, text: &[u8], left: u64, content: Content) {
         let content = match content {
             Content::Colon if text.contains(&b':') => Content::Any,
@@ -123,7 +124,7 @@ impl Framing {
         };
     }
 
-    /// Takes one byte outside of a text. True where it ends a value without parts.
+    /// Takes one byte outside of a text. Returns true where it ends a value without parts.
     fn take(&mut self, byte: u8) -> Result<bool, Refused> {
         match self.within {
             Within::Before => {
@@ -176,12 +177,12 @@ impl Framing {
         Ok(())
     }
 
-    /// The value that is read says of which kind a pushed message is.
+    /// True where the value names the kind of a pushed message.
     fn names_push(&self) -> bool {
         self.open.last().is_some_and(|aggregate| aggregate.names_push)
     }
 
-    /// Drops what was read of a long line, except the beginning of a character that is not whole yet.
+    /// Drops the beginning of a long line, except the bytes of a character that is not complete.
     fn cuts_line(&mut self, kind: u8) -> Result<(), Refused> {
         // Only simple strings and errors may be long.
         if kind != b'+' && kind != b'-' {
@@ -197,15 +198,15 @@ impl Framing {
         Ok(())
     }
 
-    /// True where no part of the value follows.
+    /// Returns true where no part of the value follows.
     fn ends_line(&mut self, kind: u8) -> Result<bool, Refused> {
-        // The return is the last byte of it.
+        // The last byte is the return.
         self.line.pop();
         let line = std::str::from_utf8(&self.line).map_err(|_| Refused::NotUnderstood)?;
         let is_read = match kind {
             b'#' => line == "t" || line == "f",
             b',' => line.trim().parse::<f64>().is_ok(),
-            // The crate makes another kind of value of it.
+            // The crate would take it for another kind of value.
             b'+' => self.line_is_cut || line != "OK" || !self.names_push(),
             _ => true,
         };
@@ -219,12 +220,12 @@ impl Framing {
         self.announces(kind, number)
     }
 
-    /// A number has been read. True where no part of the value follows.
+    /// Takes a number. Returns true where no part of the value follows.
     fn announces(&mut self, kind: u8, number: i64) -> Result<bool, Refused> {
         let names_push = self.names_push();
         let parts = match (kind, u64::try_from(number)) {
             (b'$', Err(_)) if names_push => return Err(Refused::NotUnderstood),
-            // A negative length means null there.
+            // A negative length means null.
             (b':', _) | (b'$' | b'*' | b'~' | b'>', Err(_)) => return Ok(true),
             // The crate would wait for some 2^64 bytes of a text, and refuse the others.
             (_, Err(_)) => return Err(Refused::NotUnderstood),
@@ -243,7 +244,7 @@ impl Framing {
                 return Ok(false);
             }
             (b'%', Ok(pairs)) => pairs.saturating_mul(2),
-            // Attributes are parts of a value here, with the one that they describe.
+            // Here attributes are parts of a value, together with the value that they describe.
             (b'|', Ok(pairs)) => pairs.saturating_mul(2).saturating_add(1),
             (_, Ok(parts)) => parts,
         };
@@ -259,7 +260,7 @@ impl Framing {
         Ok(false)
     }
 
-    /// A value has ended, and each aggregate whose last part it was.
+    /// Ends a value, and each aggregate whose last part it was.
     fn ends_value(&mut self, asked: u64) -> Result<(), Refused> {
         self.within = Within::Before;
         while let Some(aggregate) = self.open.last_mut() {
@@ -287,7 +288,7 @@ impl Framing {
     }
 }
 
-/// A value of this kind begins with an integer: its length, or itself.
+/// True where a value of this kind begins with an integer: its length, or the value itself.
 fn has_number(kind: u8) -> bool {
     !b"+-_,#(".contains(&kind)
 }
