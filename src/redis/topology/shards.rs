@@ -85,9 +85,10 @@ impl Shards {
         self.written.subscribe()
     }
 
-    /// What connections learn about the cluster. `None` from the second call on.
-    pub(super) fn events(&self) -> Option<mpsc::Receiver<ClusterEvent>> {
-        self.received.lock().unwrap_or_else(PoisonError::into_inner).take()
+    /// What connections learn about the cluster. `None` while another task holds it.
+    pub(super) fn events(&self) -> Option<ClusterEvents<'_>> {
+        let events = self.received.lock().unwrap_or_else(PoisonError::into_inner).take();
+        events.map(|events| ClusterEvents { events: Some(events), shards: self })
     }
 
     /// Divides the pools anew.
@@ -139,6 +140,26 @@ impl Shards {
     }
 }
 
+/// The events of a cluster. Dropping it gives them back, so that a task that is restarted receives them too.
+#[derive(Debug)]
+pub(super) struct ClusterEvents<'a> {
+    /// `None` only while it is dropped.
+    events: Option<mpsc::Receiver<ClusterEvent>>,
+    shards: &'a Shards,
+}
+
+impl ClusterEvents<'_> {
+    pub(super) async fn recv(&mut self) -> Option<ClusterEvent> {
+        self.events.as_mut()?.recv().await
+    }
+}
+
+impl Drop for ClusterEvents<'_> {
+    fn drop(&mut self) {
+        *self.shards.received.lock().unwrap_or_else(PoisonError::into_inner) = self.events.take();
+    }
+}
+
 /// Runs a task for each shard. The task of a shard that is gone is dropped at once, in the middle of what it
 /// waits for. When `over` is ready, starts no more tasks, and waits until those that run have ended by
 /// themselves.
@@ -183,5 +204,27 @@ fn propagate(ended: Result<(), tokio::task::JoinError>) {
         && let Ok(panic) = error.try_into_panic()
     {
         std::panic::resume_unwind(panic);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+
+    #[tokio::test]
+    async fn a_task_that_is_restarted_receives_the_events_of_the_cluster() {
+        let config = Config::from_yaml(
+            "listeners: {web: {bind: \"127.0.0.1:0\", pool: web}}\npools: {web: {weights_key: servers}}\n\
+             redis: {cluster: {nodes: [\"127.0.0.1:7000\"]}}\n",
+        );
+        let settings = config.expect("a valid config").redis.expect("a section for redis");
+        let shards = Shards::of(&Arc::new(settings), &[]);
+        let held = shards.events().expect("it is free");
+        assert!(shards.events().is_none(), "it is held");
+        drop(held);
+        let mut again = shards.events().expect("it was given back");
+        shards.events.try_send(ClusterEvent::OwnersChanged).expect("there is room");
+        assert_eq!(again.recv().await, Some(ClusterEvent::OwnersChanged));
     }
 }
