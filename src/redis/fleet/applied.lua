@@ -4,8 +4,8 @@
 -- fields were last checked.
 --
 -- KEYS: that hash. ARGV is one of:
--- * report, the proxy, what it has applied, its lease in milliseconds, and "first" in this proxy's life, "again" over
--- another connection, or "";
+-- * report, the proxy, what it has applied, its lease in milliseconds, and "first" in this proxy's life, "again"
+--   over another connection, or "";
 -- * leave, the proxy;
 -- * live, the most proxies, a lease, and the time within which all proxies that are alive report again.
 -- live returns { milliseconds until all of these are known, proxy, what it has applied, how many

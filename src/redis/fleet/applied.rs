@@ -186,7 +186,10 @@ impl Reporter<'_> {
         } else {
             format!("{key}, or that of another pool, holds something else than a hash: delete it")
         };
-        info!(%error, cure, "cannot report which weights are applied: `statera weights set --wait` does not see this proxy");
+        info!(
+            %error, cure,
+            "cannot report which weights are applied: `statera weights set --wait` does not see this proxy"
+        );
     }
 
     /// Returns the error after which this connection is of no use any more.

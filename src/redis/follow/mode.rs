@@ -190,11 +190,13 @@ impl<'a> Armed<'a> {
         match self.missing_flags(connection).await {
             Ok(missing) if missing.is_empty() => Ok(Ok(())),
             Ok(missing) => Ok(Err(format!(
-                "notify-keyspace-events lacks \"{missing}\": CONFIG SET it, or set redis.manage_notifications: true"
+                "notify-keyspace-events lacks \"{missing}\": CONFIG SET it, or set \
+                 redis.manage_notifications: true"
             ))),
             Err(error) if error.is_refusal() && is_demanded => Ok(Ok(())),
             Err(error) if error.is_refusal() => Ok(Err(format!(
-                "the server does not show its notify-keyspace-events ({error}): if they are on, set redis.watch: \
+                "the server does not show its notify-keyspace-events ({error}): if they are on, set \
+                 redis.watch: \
                  notifications"
             ))),
             Err(error) => Err(error),

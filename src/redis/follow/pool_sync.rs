@@ -301,14 +301,18 @@ impl<'a> PoolSync<'a> {
                     let last = cell.load().origin.name();
                     warn!(
                         pool = %pool, key, last, held_back,
-                        "redis holds no weights, keeping the last table: ZADD members, or set redis.on_empty: refuse"
+                        "redis holds no weights, keeping the last table: ZADD members, or set \
+                         redis.on_empty: refuse"
                     );
                 }
             }
             OnEmpty::Refuse => {
                 cell.publish_as_of(empty, asked);
                 if let Some((_, held_back)) = line {
-                    error!(pool = %pool, key, held_back, "redis holds no weights, refusing sessions (redis.on_empty)");
+                    error!(
+                        pool = %pool, key, held_back,
+                        "redis holds no weights, refusing sessions (redis.on_empty)"
+                    );
                 }
             }
         }

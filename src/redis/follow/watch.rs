@@ -105,7 +105,8 @@ async fn follow_tables(watcher: Watcher<'_>, mut syncer: Syncer<'_>, first_reads
                 if watching.is_up() && !is_logged_elsewhere(&error) {
                     warn!(
                         %redis, %error,
-                        "connection to redis lost, picking from the last snapshots: it is tried again until it works"
+                        "connection to redis lost, picking from the last snapshots: it is tried again \
+                         until it works"
                     );
                     last_logged = Some(error.to_string());
                 }

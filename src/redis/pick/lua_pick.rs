@@ -194,7 +194,10 @@ impl Session {
             match decode_member(&member, score) {
                 Ok(picked) => return Ok(Some(picked)),
                 Err(reason) => {
-                    debug!(key, member = printable(&member), %reason, "the Lua pick returned an unknown backend");
+                    debug!(
+                        key, member = printable(&member), %reason,
+                        "the Lua pick returned an unknown backend"
+                    );
                     tried.push(member);
                 }
             }

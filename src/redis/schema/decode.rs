@@ -43,7 +43,8 @@ pub(in crate::redis) enum Reason {
 /// The answer is no list of members and scores.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "redis answered something that is not a list of members and scores: check what stands between statera and redis, and \
+    "redis answered something that is not a list of members and scores: check what stands between statera \
+     and redis, and \
      that it is redis"
 )]
 pub(in crate::redis) struct Malformed;

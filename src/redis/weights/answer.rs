@@ -188,7 +188,8 @@ fn failure(outcome: &str, answer: &mut Answer, key: &str, expected: Option<u64>)
             let oldest = answer.number().saturating_sub(1);
             let wanted = answer.number();
             format!(
-                "version {wanted} of {key} is not in the history any more: the oldest to go back to is {oldest}"
+                "version {wanted} of {key} is not in the history any more: the oldest to go back to is \
+                 {oldest}"
             )
         }
         "too_far" => {
@@ -198,7 +199,8 @@ fn failure(outcome: &str, answer: &mut Answer, key: &str, expected: Option<u64>)
         "too_large" => {
             let at = answer.number();
             format!(
-                "{key} cannot go back behind a change at version {at} that is not kept: it was too large, or the key beside the table that \
+                "{key} cannot go back behind a change at version {at} that is not kept: it was too large, \
+                 or the key beside the table that \
                  tells what was before it was lost"
             )
         }

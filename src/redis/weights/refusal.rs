@@ -191,7 +191,8 @@ fn too_large(key: &str, longest: usize) -> String {
         );
     }
     format!(
-        "{key} is too large to be read: a member has {longest} bytes, and no backend's name has more than {LONGEST_NAME}: remove \
+        "{key} is too large to be read: a member has {longest} bytes, and no backend's name has more than \
+         {LONGEST_NAME}: remove \
          it, by `redis-cli EVAL \"for _, m in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do if #m > {LONGEST_NAME} then \
          redis.call('ZREM', KEYS[1], m) end end\" 1 '{key}'`"
     )

@@ -174,18 +174,21 @@ impl RedisError {
             Self::Handshake(error) => tls_error(error).map_or(SPEAKS_NO_TLS, cure_of_tls),
             Self::NoHandshake => SPEAKS_NO_TLS,
             Self::ClosedAtOnce => {
-                "if that port speaks TLS, write rediss:// in redis.url, or set redis.tls beside redis.sentinel or \
+                "if that port speaks TLS, write rediss:// in redis.url, or set redis.tls beside \
+                 redis.sentinel or \
                  redis.cluster; else redis's log may say why"
             }
             Self::NotRedis | Self::InvalidReply => SPEAKS_NO_REDIS,
             Self::UnknownMaster => "check redis.sentinel.master",
             Self::ReplyTooLarge => {
-                "remove the members that are no addresses (`redis-cli ZRANGE KEY 0 -1 | cut -c1-300` shows them), or \
+                "remove the members that are no addresses (`redis-cli ZRANGE KEY 0 -1 | cut -c1-300` shows \
+                 them), or \
                  split the pool"
             }
             // Redis closes a subscribed connection that is owed more than 32 MB, by default.
             Self::ClosedDuringRead => {
-                "redis's log says why; if it is the output buffer limit, remove the members that are no addresses \
+                "redis's log says why; if it is the output buffer limit, remove the members that are no \
+                 addresses \
                  (`redis-cli ZRANGE KEY 0 -1 | cut -c1-300` shows them)"
             }
             Self::TableTooSlow => {
@@ -219,11 +222,11 @@ fn in_redis_words(error: &redis::RedisError) -> String {
 }
 
 const TRIED_AGAIN: &str = "it is tried again until it works";
-const SPEAKS_NO_REDIS: &str = "what answers there does not speak redis's protocol: check its address in the config's redis \
-                               section; if it is TLS, write rediss:// in redis.url, or set redis.tls beside redis.sentinel \
-                               or redis.cluster";
-const SPEAKS_NO_TLS: &str = "if that port speaks plain redis, write redis:// in redis.url, or leave redis.tls out beside \
-                             redis.sentinel or redis.cluster; else name the server's tls-port";
+const SPEAKS_NO_REDIS: &str = "what answers there does not speak redis's protocol: check its address in the \
+                               config's redis section; if it is TLS, write rediss:// in redis.url, or set \
+                               redis.tls beside redis.sentinel or redis.cluster";
+const SPEAKS_NO_TLS: &str = "if that port speaks plain redis, write redis:// in redis.url, or leave \
+                             redis.tls out beside redis.sentinel or redis.cluster; else name the server's tls-port";
 
 fn cure_of_client(error: &redis::RedisError) -> &'static str {
     match error.kind() {
@@ -285,7 +288,8 @@ fn cure_of_tls(error: &rustls::Error) -> &'static str {
                 "reach the server by a name or address that its certificate is for, or have that added to it"
             }
             _ => {
-                "have the server's certificate issued anew, for a server and by the authority in redis.tls.ca_file"
+                "have the server's certificate issued anew, for a server and by the authority in \
+                 redis.tls.ca_file"
             }
         },
         rustls::Error::AlertReceived(AlertDescription::CertificateRequired) => {

@@ -7,10 +7,10 @@ use redis::{ErrorKind, Parser};
 
 use super::*;
 
-/// Replies are asked for without end.
+/// As if a command had been sent for every reply.
 const ALL: u64 = u64::MAX;
 
-/// Passes over `replies` in pieces of several lengths, which make no difference.
+/// Passes over `replies` in pieces of several lengths, which must give the same result.
 fn pass(replies: &[u8]) -> Result<Framing, Refused> {
     let mut framings = Vec::new();
     for piece in [1, 2, 3, 7, replies.len().max(1)] {
@@ -55,7 +55,7 @@ fn every_kind_of_reply_is_followed_to_its_end() {
     }
 }
 
-/// The beginning of such a line is not kept; a character may stand across the cut.
+/// The beginning of a long line is dropped, and a character may lie across the cut.
 #[test]
 fn a_long_line_ends_where_it_ends_and_must_be_text_to_its_end() {
     for pad in 0..4 {
@@ -175,12 +175,12 @@ impl Read for Pieces<'_> {
     }
 }
 
-/// What the crate makes of a stream.
+/// How the crate reads a stream.
 #[derive(Debug, PartialEq, Eq)]
 struct Parsed {
-    /// Where each value ended, pushed messages among them; exact where the pieces have one byte.
+    /// Where each value ended, also of pushed messages; exact where the pieces have one byte.
     ends: Vec<usize>,
-    /// It ended in an error, and not because there were no more bytes.
+    /// The reading ended in an error, and not at the end of the bytes.
     failed: bool,
 }
 
@@ -287,13 +287,13 @@ fn spoil(bytes: &mut Vec<u8>, rng: &mut Rng) {
     }
 }
 
-/// What [`Framing`] does not refuse, the crate reads to its end, and finds the same ends.
+/// The crate has to read what [`Framing`] does not refuse, and find the same ends.
 #[track_caller]
 fn compare(bytes: &[u8], rng: &mut Rng) {
     let shown = || bytes.escape_ascii().to_string();
     let (theirs, ours) = (parsed(bytes, 1, rng), framed(bytes, rng));
     if ours.failed {
-        // What comes after that does not reach the crate.
+        // The bytes after a refusal do not reach the crate.
         let same = ours.ends.len().min(theirs.ends.len());
         assert_eq!(ours.ends[..same], theirs.ends[..same], "{}", shown());
         return;
