@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout_at};
 
-use crate::balance::lua_pick::PoolId;
+use crate::balance::pool::lua_pick::PoolId;
 use crate::redis::schema::companion::Companions;
 use crate::redis::schema::followed::Followed;
 

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::balance::lua_pick::PoolId;
+use crate::balance::pool::lua_pick::PoolId;
 use crate::redis::schema::followed::Followed;
 
 /// Tells the start when each pool's first read is over, and the metrics which connections are reconnects.

@@ -337,8 +337,8 @@ fn too_many() -> String {
 mod tests {
     use super::*;
     use crate::balance::Balance;
-    use crate::balance::cell::Cell;
-    use crate::balance::lua_pick::PoolId;
+    use crate::balance::pool::Cell;
+    use crate::balance::pool::lua_pick::PoolId;
     use crate::control::log_limiter::LOG_WINDOW;
     use std::sync::Arc;
     use tokio::time::advance;

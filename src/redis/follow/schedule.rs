@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use super::changes::{Cause, Causes, Changes, Mark};
 use super::event_rest::{EventRests, Longest};
-use crate::balance::lua_pick::PoolId;
+use crate::balance::pool::lua_pick::PoolId;
 use crate::redis::status::WatchMode;
 
 /// Pools that are read at once. Redis answers so many small tables in less than a millisecond.

@@ -9,7 +9,7 @@ use redis::Value;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
-use crate::balance::cell::Cell;
+use crate::balance::pool::Cell;
 use crate::balance::{AdminState, BackendId};
 use crate::control::log_limiter::LogLimiter;
 use crate::redis::schema::companion::Companions;

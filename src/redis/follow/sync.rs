@@ -14,7 +14,7 @@ use super::pool_sync::{PoolSync, REST_AFTER_REFUSAL, Read, RefusalEnd};
 use super::rest::rest_after;
 use super::schedule::{Next, Schedule};
 use super::table_read;
-use crate::balance::lua_pick::PoolId;
+use crate::balance::pool::lua_pick::PoolId;
 use crate::config::OnEmpty;
 use crate::control::backoff::jittered;
 use crate::redis::schema::followed::Followed;

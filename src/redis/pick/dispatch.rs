@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::mpsc;
 
-use crate::balance::lua_pick::{LuaRequest, PoolId};
+use crate::balance::pool::lua_pick::{LuaRequest, PoolId};
 
 /// Finds the shard of a request by its pool. The sessions' end of the channel only knows whether any
 /// shard answers.

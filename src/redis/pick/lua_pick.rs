@@ -1,5 +1,5 @@
 //! Lets Redis pick backends by a script, on a connection of its own, so that no pick waits behind a table
-//! that is being read. `balance/lua_pick.rs` is the sessions' end of the channel.
+//! that is being read. `balance/pool/lua_pick.rs` is the sessions' end of the channel.
 //!
 //! Requests are taken only while Redis answers. The first pick that is not answered in time refuses the
 //! picks of all sessions at once, until a new connection has proved itself. Nor is Redis asked about a
@@ -17,7 +17,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tracing::{debug, warn};
 
 use super::dispatch::{Dispatcher, ShardQueue};
-use crate::balance::lua_pick::{LuaRequest, LuaRequests, PoolId};
+use crate::balance::pool::lua_pick::{LuaRequest, LuaRequests, PoolId};
 use crate::balance::{BackendId, Weight};
 use crate::config::{LuaPick, Redis, RedisAddress};
 use crate::control::backoff::{Backoff, jittered, spread};

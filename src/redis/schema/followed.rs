@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use crate::balance::cell::Cell;
-use crate::balance::lua_pick::PoolId;
+use crate::balance::pool::Cell;
+use crate::balance::pool::lua_pick::PoolId;
 use crate::redis::status::TableStatus;
 
 /// A pool whose table is kept in Redis, and the cell that its table is published in.
