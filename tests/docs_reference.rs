@@ -382,7 +382,8 @@ async fn documented_by_help(words: Vec<String>, found: &mut BTreeSet<String>) {
     let mut waiting = vec![words];
     while let Some(words) = waiting.pop() {
         let mut command = Command::new(Program::path());
-        command.args(&words).arg("--help");
+        // The short help: a line for each.
+        command.args(&words).arg("-h");
         let help = String::from_utf8(output(command).await.stdout).expect("a text");
         let commands = entries(&help, "Commands");
         let name = ["statera".to_owned()].iter().chain(&words).cloned().collect::<Vec<_>>().join(" ");
