@@ -66,6 +66,19 @@ async fn check_says_what_a_valid_config_would_run() {
 }
 
 #[tokio::test]
+async fn without_any_config_the_files_that_were_looked_for_are_named() {
+    let folder = folder();
+    for arguments in [&["check"][..], &["run"], &["weights", "get", "web"]] {
+        let mut command = Command::new(Program::path());
+        command.args(arguments).current_dir(folder.path());
+        let (code, _, errors) = texts(output(command).await);
+        let expected = "there is neither config.yaml nor /etc/statera/config.yaml: name a config by -c FILE";
+        assert_eq!(code, Some(2), "{errors}");
+        assert!(errors.contains(expected), "{errors}");
+    }
+}
+
+#[tokio::test]
 async fn an_invalid_config_is_refused_with_every_problem_and_code_2() {
     let folder = folder();
     let path = config(&folder, INVALID);

@@ -1,6 +1,7 @@
 //! The commands of `statera`. Each has a file, and returns the exit code of the process.
 
 mod check;
+mod config_argument;
 mod demo;
 mod help;
 mod log_format;
@@ -9,12 +10,13 @@ mod signals;
 mod weights;
 
 use std::io::{self, Write as _};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use clap::{Args, Parser, Subcommand};
+use clap::{Parser, Subcommand};
 
+use self::config_argument::ConfigArgument;
 use self::help::{CHECK_HELP, DEMO_HELP, HELP, RUN_HELP, WEIGHTS_HELP};
 use crate::config::Config;
 
@@ -50,13 +52,6 @@ enum Command {
     Version,
 }
 
-#[derive(Args, Debug)]
-struct ConfigArgument {
-    /// The config file.
-    #[arg(short, long, value_name = "FILE", default_value = "config.yaml")]
-    config: PathBuf,
-}
-
 /// Runs the program with the process's arguments.
 #[must_use]
 pub fn main() -> ExitCode {
@@ -71,23 +66,24 @@ pub fn main() -> ExitCode {
     };
     match arguments.command {
         Command::Run(argument) => match run::prepare() {
-            Ok(prepared) => with_config(&argument.config, |config| run::run(config, prepared)),
+            Ok(prepared) => with_config(&argument, |_, config| run::run(config, prepared)),
             Err(error) => report(Err(error)),
         },
-        Command::Check(argument) => {
-            with_config(&argument.config, |config| check::check(&argument.config, config))
-        }
+        Command::Check(argument) => with_config(&argument, check::check),
         Command::Demo(arguments) => report(demo::demo(&arguments)),
         Command::Weights(command) => weights::weights(&command),
         Command::Version => report(print(concat!("statera ", env!("CARGO_PKG_VERSION"), "\n"))),
     }
 }
 
-fn with_config(path: &Path, command: impl FnOnce(&Config) -> anyhow::Result<()>) -> ExitCode {
-    match Config::load(path) {
-        Ok(config) => report(command(&config)),
+fn with_config(
+    argument: &ConfigArgument,
+    command: impl FnOnce(&Path, &Config) -> anyhow::Result<()>,
+) -> ExitCode {
+    match argument.load() {
+        Ok((path, config)) => report(command(&path, &config)),
         Err(error) => {
-            print_error_line(&error.to_string());
+            print_error_line(&error);
             ExitCode::from(INVALID)
         }
     }

@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 
 use super::simulate::SimulateArguments;
 use super::states::{DrainArguments, StateArguments};
-use crate::cli::ConfigArgument;
+use crate::cli::config_argument::ConfigArgument;
 use crate::redis::weights::LONGEST_HISTORY;
 
 /// What `statera weights` can do.

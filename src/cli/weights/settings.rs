@@ -1,8 +1,10 @@
 //! The pool that a command names, and the Redis that holds its weights.
 
+use std::path::PathBuf;
+
 use super::Failure;
 use super::arguments::Target;
-use crate::config::{Config, Pool, Redis};
+use crate::config::{Pool, Redis};
 
 pub(super) struct Settings {
     pub(super) redis: Redis,
@@ -10,21 +12,20 @@ pub(super) struct Settings {
 }
 
 pub(super) fn settings(target: &Target) -> Result<Settings, Failure> {
-    let (pool, redis) = find_pool(target)?;
+    let (path, pool, redis) = find_pool(target)?;
     let Some(redis) = redis else {
         return Err(Failure::Invalid(format!(
             "{} has no redis section, so its pools use `backends` alone: change the weights in that file",
-            target.config.config.display()
+            path.display()
         )));
     };
     Ok(Settings { redis, pool })
 }
 
-/// The pool that `target` names, and the Redis of its config. Without Redis, a pool uses only its
-/// `backends`.
-pub(super) fn find_pool(target: &Target) -> Result<(Pool, Option<Redis>), Failure> {
-    let path = &target.config.config;
-    let config = Config::load(path).map_err(|error| Failure::Invalid(error.to_string()))?;
+/// The path of the config, the pool that `target` names, and the Redis of the config. Without Redis, a
+/// pool uses only its `backends`.
+pub(super) fn find_pool(target: &Target) -> Result<(PathBuf, Pool, Option<Redis>), Failure> {
+    let (path, config) = target.config.load().map_err(Failure::Invalid)?;
     let Some(pool) = config.pools.iter().find(|pool| *pool.name == *target.pool) else {
         let names: Vec<&str> = config.pools.iter().map(|pool| &*pool.name).collect();
         return Err(Failure::Invalid(format!(
@@ -34,5 +35,5 @@ pub(super) fn find_pool(target: &Target) -> Result<(Pool, Option<Redis>), Failur
             names.join(", ")
         )));
     };
-    Ok((pool.clone(), config.redis))
+    Ok((path, pool.clone(), config.redis))
 }

@@ -84,7 +84,7 @@ struct Answer {
 pub(super) async fn simulate(arguments: &SimulateArguments) -> Result<(), Failure> {
     let SimulateArguments { target, members, only, sessions, active } = arguments;
     let written = parse_members(members)?;
-    let (pool, redis) = find_pool(target)?;
+    let (_, pool, redis) = find_pool(target)?;
     if active.is_some() && pool.balance != Balance::LeastConn {
         return Err(Failure::Invalid(format!(
             "--active: the pool's balance is {}, which does not look at active sessions: leave it out",
