@@ -219,7 +219,7 @@ impl Batch {
         // This task, and the sessions that it has just begun, run after the reactor's next poll. By then the
         // reactor knows which of the clients were reset in the kernel's queue, and those cost no backend a
         // connection.
-        reactor::look_first();
+        reactor::defer_due_tasks_until_next_wait();
         yield_now().await;
         self.0 = BATCH;
         true

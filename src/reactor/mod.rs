@@ -3,7 +3,7 @@
 //! - `watched.rs`: a socket, and what it is ready for.
 //! - `tasks.rs`: the tasks.
 //! - `timer.rs`: `sleep` and `timeout_at`.
-//! - `waking.rs`: how other threads wake this one.
+//! - `thread_waker.rs`: how other threads wake this one.
 //! - `shrink.rs`: gives memory back after a peak.
 //! - `runtime.rs`: runs the thread's tasks until the first of them ends.
 //!
@@ -11,18 +11,18 @@
 //! registration of 384 bytes for each socket, a system call to take it out of epoll again (the kernel does so at the close), a
 //! timer wheel with a lock that is asked at each wait, and tasks that may be joined, aborted and woken by anybody in the middle
 //! of a step, of which many run between two looks at the sockets. benches/README.md ("What the runtime costs") has the figures.
-//! Nothing here is thread-safe but waking, and nothing knows what the tasks do.
+//! Nothing here is thread-safe but `thread_waker.rs`, and nothing knows what the tasks do.
 
 mod runtime;
 mod shrink;
 mod tasks;
+mod thread_waker;
 mod timer;
-mod waking;
 mod watched;
 
 pub use runtime::Runtime;
 pub use shrink::{is_mostly_free, shrink, shrink_table};
-pub use tasks::{look_first, spawn};
+pub use tasks::{defer_due_tasks_until_next_wait, spawn};
 pub use timer::{Elapsed, sleep, sleep_until, timeout_at};
 pub use watched::{Ready, Watched};
 
@@ -39,19 +39,19 @@ use rustix::io::Errno;
 use tokio::time::Instant;
 
 use self::tasks::Tasks;
+use self::thread_waker::ThreadWaker;
 use self::timer::Timers;
-use self::waking::Waking;
-use self::watched::Places;
+use self::watched::Registrations;
 
 /// Events of one wait. Those that are left over come with the next.
-const EVENTS: usize = 256;
-/// Of `Waking`'s descriptor, which has no place.
-const WOKEN: EventData = EventData::new_u64(u64::MAX);
+const EVENTS_PER_WAIT: usize = 256;
+/// Of `ThreadWaker`'s descriptor, which has no place.
+const THREAD_WAKER_TOKEN: EventData = EventData::new_u64(u64::MAX);
 
 thread_local! {
     /// A reference that needs no drop: reading it is one instruction, where a thread-local value with a destructor is checked for
     /// whether it still lives, and an `Rc` in a `RefCell` counts its borrows. A session reads it some 40 times.
-    static OF_THIS_THREAD: Cell<Option<&'static Reactor>> = const { Cell::new(None) };
+    static CURRENT: Cell<Option<&'static Reactor>> = const { Cell::new(None) };
 }
 
 /// What one thread's tasks wait on.
@@ -59,15 +59,15 @@ thread_local! {
 struct Reactor {
     /// `None` once the thread has no reactor any more.
     handles: RefCell<Option<Handles>>,
-    /// The address of the `Waking` among the handles, which tells a wake-up of this thread from one of another.
-    waking: *const Waking,
+    /// The address of the `ThreadWaker` among the handles, which tells a wake-up of this thread from one of another.
+    thread_waker: *const ThreadWaker,
     tasks: Tasks,
-    places: RefCell<Places>,
+    registrations: RefCell<Registrations>,
     timers: RefCell<Timers>,
     /// When it last waited.
-    turned: Cell<Instant>,
+    waited_at: Cell<Instant>,
     /// How often it has waited, modulo 256.
-    turns: Cell<u8>,
+    wait_count: Cell<u8>,
     /// As [`set_busy`] says.
     is_busy: Cell<bool>,
     /// False where tokio's clock runs, which tests can stop.
@@ -78,29 +78,29 @@ struct Reactor {
 #[derive(Debug)]
 struct Handles {
     epoll: OwnedFd,
-    waking: Arc<Waking>,
+    thread_waker: Arc<ThreadWaker>,
 }
 
 impl Reactor {
     /// Makes a reactor this thread's, until the guard is dropped.
     fn install(has_timers: bool) -> io::Result<Installed> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        let waking = Arc::new(Waking::new()?);
+        let thread_waker = Arc::new(ThreadWaker::new()?);
         // Edge-triggered, each write is an event of its own, and nobody has to read.
-        epoll::add(&epoll, waking.event(), WOKEN, EventFlags::IN | EventFlags::ET)?;
+        epoll::add(&epoll, thread_waker.event(), THREAD_WAKER_TOKEN, EventFlags::IN | EventFlags::ET)?;
         // Leaked: some 400 bytes for each thread that ever had a reactor. What it holds is dropped with the guard.
         let reactor: &'static Self = Box::leak(Box::new(Self {
-            waking: Arc::as_ptr(&waking),
-            handles: RefCell::new(Some(Handles { epoll, waking })),
+            thread_waker: Arc::as_ptr(&thread_waker),
+            handles: RefCell::new(Some(Handles { epoll, thread_waker })),
             tasks: Tasks::default(),
-            places: RefCell::default(),
+            registrations: RefCell::default(),
             timers: RefCell::default(),
-            turned: Cell::new(Instant::now()),
-            turns: Cell::default(),
+            waited_at: Cell::new(Instant::now()),
+            wait_count: Cell::default(),
             is_busy: Cell::default(),
             has_timers,
         }));
-        let before = OF_THIS_THREAD.replace(Some(reactor));
+        let before = CURRENT.replace(Some(reactor));
         assert!(before.is_none(), "a thread has one reactor");
         Ok(Installed(reactor))
     }
@@ -110,34 +110,34 @@ impl Reactor {
     }
 
     /// Waits for events, at most until the next timer, and not at all if a task is due; then wakes whom they
-    /// concern. Returns how many there were; with [`EVENTS`] of them there may be more.
-    fn turn(&self) -> usize {
+    /// concern. Returns how many there were; with [`EVENTS_PER_WAIT`] of them there may be more.
+    fn wait(&self) -> usize {
         let handles = self.handles();
-        let timeout = if self.tasks.are_idle() && handles.waking.may_sleep() {
+        let timeout = if self.tasks.are_idle() && handles.thread_waker.announce_sleep() {
             self.until_next_timer()
         } else {
             Some(Duration::ZERO)
         };
         let timeout = timeout.map(|time| Timespec::try_from(time).expect("at most an hour"));
-        let mut events = [const { MaybeUninit::<Event>::uninit() }; EVENTS];
+        let mut events = [const { MaybeUninit::<Event>::uninit() }; EVENTS_PER_WAIT];
         let events: &[Event] = match epoll::wait(&handles.epoll, &mut events, timeout.as_ref()) {
             Ok((events, _)) => events,
             Err(Errno::INTR) => &[],
             Err(error) => panic!("epoll_wait on a descriptor of our own: {error}"),
         };
-        handles.waking.awake();
+        handles.thread_waker.end_sleep();
         drop(handles);
-        self.turned.set(Instant::now());
-        self.turns.set(self.turns.get().wrapping_add(1));
-        let mut places = self.places.borrow_mut();
+        self.waited_at.set(Instant::now());
+        self.wait_count.set(self.wait_count.get().wrapping_add(1));
+        let mut registrations = self.registrations.borrow_mut();
         for &Event { data, flags, .. } in events {
-            if data != WOKEN {
-                places.on_event(data.u64(), flags);
+            if data != THREAD_WAKER_TOKEN {
+                registrations.on_event(data.u64(), flags);
             }
         }
-        drop(places);
-        timer::fire(&self.timers, self.turned.get());
-        self.tasks.looked();
+        drop(registrations);
+        timer::fire(&self.timers, self.waited_at.get());
+        self.tasks.after_wait();
         events.len()
     }
 
@@ -146,8 +146,8 @@ impl Reactor {
     fn until_next_timer(&self) -> Option<Duration> {
         /// The kernel takes no wait of more than 24 days.
         const LONGEST_WAIT: Duration = Duration::from_secs(3600);
-        let next = self.timers.borrow().next()?;
-        Some(next.saturating_duration_since(self.turned.get()).min(LONGEST_WAIT))
+        let next = self.timers.borrow().next_deadline()?;
+        Some(next.saturating_duration_since(self.waited_at.get()).min(LONGEST_WAIT))
     }
 }
 
@@ -157,17 +157,17 @@ struct Installed(&'static Reactor);
 
 impl Drop for Installed {
     fn drop(&mut self) {
-        OF_THIS_THREAD.take();
-        let Reactor { handles, tasks, places, timers, .. } = self.0;
+        CURRENT.take();
+        let Reactor { handles, tasks, registrations, timers, .. } = self.0;
         tasks.release();
-        drop((places.take(), timers.take(), handles.take()));
+        drop((registrations.take(), timers.take(), handles.take()));
     }
 }
 
 /// How often this thread has looked for events, modulo 256.
 #[must_use]
-pub fn turns() -> u8 {
-    with(|reactor| reactor.turns.get()).unwrap_or_default()
+pub fn wait_count() -> u8 {
+    with(|reactor| reactor.wait_count.get()).unwrap_or_default()
 }
 
 /// This thread cannot keep up with what comes, or can again: as who accepts says, and of several the last.
@@ -183,7 +183,7 @@ pub fn is_busy() -> bool {
 
 /// `None` on a thread without, and while one ends.
 fn with<T>(f: impl FnOnce(&Reactor) -> T) -> Option<T> {
-    OF_THIS_THREAD.get().map(f)
+    CURRENT.get().map(f)
 }
 
 /// For tests of what runs on a worker: its sockets, on a runtime of tokio's whose clock can be stopped.
@@ -210,11 +210,11 @@ pub mod beside_tokio {
                 let all = || {
                     with(|reactor| {
                         // Tokio's runtime has waited already.
-                        reactor.handles().waking.wake_by_ref();
-                        reactor.turn()
+                        reactor.handles().thread_waker.wake_by_ref();
+                        reactor.wait()
                     })
                 };
-                while all() == Some(EVENTS) {}
+                while all() == Some(EVENTS_PER_WAIT) {}
             }
         });
         Beside(installed)

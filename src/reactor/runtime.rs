@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::task::{Context, Poll, Wake, Waker};
 
-use super::{Installed, Reactor, Waking};
+use super::{Installed, Reactor, ThreadWaker};
 
 /// A thread's tasks and what they wait on. Dropped, it drops what is left of them.
 ///
@@ -31,19 +31,20 @@ impl Runtime {
     /// Runs `future`, and the tasks that it spawns, until it ends: not a step further.
     pub fn block_on<F: Future>(&mut self, future: F) -> F::Output {
         let reactor = self.0.0;
-        let waking = Arc::clone(&reactor.handles().waking);
-        let main = Arc::new(Main { due: AtomicBool::new(true), waking: Arc::clone(&waking) });
-        let of_main = Waker::from(Arc::clone(&main));
+        let thread_waker = Arc::clone(&reactor.handles().thread_waker);
+        let main =
+            Arc::new(MainWaker { due: AtomicBool::new(true), thread_waker: Arc::clone(&thread_waker) });
+        let main_waker = Waker::from(Arc::clone(&main));
         let mut future = pin!(future);
         loop {
-            reactor.tasks.woken(waking.begin());
+            reactor.tasks.schedule_all(thread_waker.take_woken_tasks());
             if main.due.swap(false, SeqCst)
-                && let Poll::Ready(output) = future.as_mut().poll(&mut Context::from_waker(&of_main))
+                && let Poll::Ready(output) = future.as_mut().poll(&mut Context::from_waker(&main_waker))
             {
                 return output;
             }
             reactor.tasks.run();
-            reactor.turn();
+            reactor.wait();
         }
     }
 }
@@ -56,19 +57,19 @@ impl Drop for Runtime {
 }
 
 /// Wakes the future that is blocked on, which need not be looked at whenever a task was woken.
-struct Main {
+struct MainWaker {
     due: AtomicBool,
-    waking: Arc<Waking>,
+    thread_waker: Arc<ThreadWaker>,
 }
 
-impl Wake for Main {
+impl Wake for MainWaker {
     fn wake(self: Arc<Self>) {
         self.wake_by_ref();
     }
 
     fn wake_by_ref(self: &Arc<Self>) {
         self.due.store(true, SeqCst);
-        self.waking.wake_by_ref();
+        self.thread_waker.wake_by_ref();
     }
 }
 
@@ -115,10 +116,10 @@ mod tests {
         for _ in 0..3 {
             let runtime = Runtime::new().expect("descriptors");
             let reactor = runtime.0.0;
-            let waking = Arc::downgrade(&reactor.handles().waking);
+            let thread_waker = Arc::downgrade(&reactor.handles().thread_waker);
             spawn(std::future::pending());
             drop(runtime);
-            assert!(reactor.handles.borrow().is_none() && waking.upgrade().is_none());
+            assert!(reactor.handles.borrow().is_none() && thread_waker.upgrade().is_none());
             assert!(crate::reactor::with(|_| ()).is_none());
         }
     }
@@ -215,7 +216,7 @@ mod tests {
                 task.await.expect("it ends");
             }
             assert_eq!(*order.borrow(), [10, 20, 30]);
-            super::super::with(|reactor| assert_eq!(reactor.timers.borrow().next(), None))
+            super::super::with(|reactor| assert_eq!(reactor.timers.borrow().next_deadline(), None))
                 .expect("a reactor");
         });
     }

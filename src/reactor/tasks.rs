@@ -19,57 +19,57 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::AcqRel};
 use std::task::{Context, Poll, Wake, Waker};
 
-use super::waking::Waking;
+use super::thread_waker::ThreadWaker;
 use super::{shrink_table, with};
 
 #[cfg(test)]
 mod tests;
 
 /// Steps of one run, then the sockets are looked at; or as many as were due when it began, if those are more.
-const STEPS: usize = 64;
+const STEPS_PER_RUN: usize = 64;
 
 /// Tasks that are due together in a small table.
-const DUE_KEPT: usize = 1024;
+const DUE_CAPACITY_KEPT: usize = 1024;
 
 type Task = Pin<Box<dyn Future<Output = ()>>>;
 
 /// Those of one thread.
 #[derive(Debug, Default)]
 pub(super) struct Tasks {
-    places: RefCell<Vec<Place>>,
+    entries: RefCell<Vec<TaskEntry>>,
     free: RefCell<Vec<u32>>,
     due: RefCell<VecDeque<u32>>,
     /// The one that runs.
     running: Cell<Option<u32>>,
-    /// Those that are due once the sockets were looked at: they have woken themselves, or [`look_first`] has put them here.
+    /// Those that are due once the sockets were looked at: they have woken themselves, or [`defer_due_tasks_until_next_wait`] has put them here.
     yielded: RefCell<Vec<u32>>,
 }
 
 /// One task's, or none's. There is one for each idle session, so its size counts.
-struct Place {
+struct TaskEntry {
     /// `None` too while it runs.
     task: Option<Task>,
     /// Of nobody while it runs, which then has it.
     waker: Waker,
-    alarm: Arc<Alarm>,
+    task_waker: Arc<TaskWaker>,
 }
 
-impl fmt::Debug for Place {
+impl fmt::Debug for TaskEntry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Place").field("alarm", &self.alarm).finish_non_exhaustive()
+        f.debug_struct("TaskEntry").field("task_waker", &self.task_waker).finish_non_exhaustive()
     }
 }
 
 /// What its waker knows of a place.
 #[derive(Debug)]
-struct Alarm {
-    place: u32,
+struct TaskWaker {
+    index: u32,
     /// It was woken, and has not run since.
     is_due: AtomicBool,
-    thread: Arc<Waking>,
+    thread: Arc<ThreadWaker>,
 }
 
-impl Wake for Alarm {
+impl Wake for TaskWaker {
     fn wake(self: Arc<Self>) {
         self.wake_by_ref();
     }
@@ -79,47 +79,47 @@ impl Wake for Alarm {
             return;
         }
         let is_ours = with(|reactor| {
-            let is_ours = ptr::eq(reactor.waking, &*self.thread);
+            let is_ours = ptr::eq(reactor.thread_waker, &*self.thread);
             if is_ours {
-                reactor.tasks.woke(self.place);
+                reactor.tasks.schedule(self.index);
             }
             is_ours
         });
         if is_ours != Some(true) {
-            self.thread.wake_task(self.place);
+            self.thread.wake_task(self.index);
         }
     }
 }
 
 impl Tasks {
-    fn spawn(&self, task: Task, thread: &Arc<Waking>) {
-        let place = self.free.borrow_mut().pop();
-        let mut places = self.places.borrow_mut();
-        let place = place.unwrap_or_else(|| {
-            let place = u32::try_from(places.len()).expect("tasks are fewer");
-            let alarm = Arc::new(Alarm { place, is_due: false.into(), thread: Arc::clone(thread) });
-            places.push(Place { task: None, waker: Arc::clone(&alarm).into(), alarm });
-            place
+    fn spawn(&self, task: Task, thread: &Arc<ThreadWaker>) {
+        let index = self.free.borrow_mut().pop();
+        let mut entries = self.entries.borrow_mut();
+        let index = index.unwrap_or_else(|| {
+            let index = u32::try_from(entries.len()).expect("tasks are fewer");
+            let task_waker = Arc::new(TaskWaker { index, is_due: false.into(), thread: Arc::clone(thread) });
+            entries.push(TaskEntry { task: None, waker: Arc::clone(&task_waker).into(), task_waker });
+            index
         });
-        let new = &mut places[place as usize];
+        let new = &mut entries[index as usize];
         new.task = Some(task);
         // One who still had the waker may have woken it already.
-        if !new.alarm.is_due.swap(true, AcqRel) {
-            self.due.borrow_mut().push_back(place);
+        if !new.task_waker.is_due.swap(true, AcqRel) {
+            self.due.borrow_mut().push_back(index);
         }
     }
 
-    fn woke(&self, place: u32) {
-        if self.running.get() == Some(place) {
-            self.yielded.borrow_mut().push(place);
+    fn schedule(&self, index: u32) {
+        if self.running.get() == Some(index) {
+            self.yielded.borrow_mut().push(index);
         } else {
-            self.due.borrow_mut().push_back(place);
+            self.due.borrow_mut().push_back(index);
         }
     }
 
     /// Other threads have woken them.
-    pub(super) fn woken(&self, places: impl IntoIterator<Item = u32>) {
-        self.due.borrow_mut().extend(places);
+    pub(super) fn schedule_all(&self, indices: impl IntoIterator<Item = u32>) {
+        self.due.borrow_mut().extend(indices);
     }
 
     /// None is due.
@@ -128,24 +128,24 @@ impl Tasks {
     }
 
     /// The sockets were looked at.
-    pub(super) fn looked(&self) {
+    pub(super) fn after_wait(&self) {
         let mut yielded = self.yielded.borrow_mut();
         if !yielded.is_empty() {
             self.due.borrow_mut().extend(yielded.drain(..));
         }
     }
 
-    fn look_first(&self) {
+    fn defer_due_tasks_until_next_wait(&self) {
         self.yielded.borrow_mut().extend(self.due.borrow_mut().drain(..));
     }
 
-    /// Runs the due tasks and those that they wake meanwhile, within [`STEPS`]. A task that wakes itself runs once.
+    /// Runs the due tasks and those that they wake meanwhile, within [`STEPS_PER_RUN`]. A task that wakes itself runs once.
     pub(super) fn run(&self) {
-        let mut steps = self.due.borrow().len().max(STEPS);
+        let mut steps = self.due.borrow().len().max(STEPS_PER_RUN);
         while steps > 0
-            && let Some(place) = self.next()
+            && let Some(index) = self.next()
         {
-            self.step(place);
+            self.step(index);
             steps -= 1;
         }
     }
@@ -154,59 +154,59 @@ impl Tasks {
         self.due.borrow_mut().pop_front()
     }
 
-    fn step(&self, number: u32) {
+    fn step(&self, index: u32) {
         let (mut task, waker) = {
-            let mut places = self.places.borrow_mut();
+            let mut entries = self.entries.borrow_mut();
             // Woken late, it may have been given up after a peak.
-            let Some(place) = places.get_mut(number as usize) else { return };
-            place.alarm.is_due.swap(false, AcqRel);
-            let Some(task) = place.task.take() else { return };
-            (task, mem::replace(&mut place.waker, Waker::noop().clone()))
+            let Some(entry) = entries.get_mut(index as usize) else { return };
+            entry.task_waker.is_due.swap(false, AcqRel);
+            let Some(task) = entry.task.take() else { return };
+            (task, mem::replace(&mut entry.waker, Waker::noop().clone()))
         };
-        self.running.set(Some(number));
+        self.running.set(Some(index));
         // A task that panics, of which the thread's hook has told, is over; the others are not.
         let polled = catch_unwind(AssertUnwindSafe(|| task.as_mut().poll(&mut Context::from_waker(&waker))));
         self.running.set(None);
         let is_over = !matches!(polled, Ok(Poll::Pending));
         let left = if is_over {
-            end(task);
-            self.free.borrow_mut().push(number);
+            drop_task(task);
+            self.free.borrow_mut().push(index);
             None
         } else {
             Some(task)
         };
-        let place = &mut self.places.borrow_mut()[number as usize];
-        (place.task, place.waker) = (left, waker);
+        let entry = &mut self.entries.borrow_mut()[index as usize];
+        (entry.task, entry.waker) = (left, waker);
     }
 
     /// Gives back what it does not need any more.
     pub(super) fn shrink(&self) {
-        shrink_table(&mut self.places.borrow_mut(), &mut self.free.borrow_mut());
-        self.due.borrow_mut().shrink_to(DUE_KEPT);
+        shrink_table(&mut self.entries.borrow_mut(), &mut self.free.borrow_mut());
+        self.due.borrow_mut().shrink_to(DUE_CAPACITY_KEPT);
     }
 
     /// Drops all that have not ended, which may wake and spawn others.
     pub(super) fn clear(&self) {
         self.free.take();
-        while let Some(place) = self.pop() {
-            if let Some(task) = place.task {
-                end(task);
+        while let Some(entry) = self.pop_entry() {
+            if let Some(task) = entry.task {
+                drop_task(task);
             }
         }
     }
 
     /// Frees the tables, once there are no tasks.
     pub(super) fn release(&self) {
-        drop((self.places.take(), self.free.take(), self.due.take(), self.yielded.take()));
+        drop((self.entries.take(), self.free.take(), self.due.take(), self.yielded.take()));
     }
 
-    fn pop(&self) -> Option<Place> {
-        self.places.borrow_mut().pop()
+    fn pop_entry(&self) -> Option<TaskEntry> {
+        self.entries.borrow_mut().pop()
     }
 }
 
 /// A drop that panics is the task's own affair, too.
-fn end(task: Task) {
+fn drop_task(task: Task) {
     let _ = catch_unwind(AssertUnwindSafe(|| drop(task)));
 }
 
@@ -217,12 +217,12 @@ fn end(task: Task) {
 pub fn spawn(task: impl Future<Output = ()> + 'static) {
     // Outside of the reactor: what is large is not moved about there.
     let task = Box::pin(task);
-    with(|reactor| reactor.tasks.spawn(task, &reactor.handles().waking))
+    with(|reactor| reactor.tasks.spawn(task, &reactor.handles().thread_waker))
         .expect("tasks are spawned on the threads of workers");
 }
 
 /// All tasks that are due run only after the next look at the sockets. So a task that was spawned for a new socket knows by then
 /// what the socket is ready for.
-pub fn look_first() {
-    with(|reactor| reactor.tasks.look_first());
+pub fn defer_due_tasks_until_next_wait() {
+    with(|reactor| reactor.tasks.defer_due_tasks_until_next_wait());
 }

@@ -18,18 +18,18 @@ use super::with;
 #[derive(Debug, Default)]
 pub(super) struct Timers {
     waiting: BTreeMap<(Instant, u64), Waker>,
-    last: u64,
+    last_id: u64,
 }
 
 impl Timers {
-    pub(super) fn next(&self) -> Option<Instant> {
+    pub(super) fn next_deadline(&self) -> Option<Instant> {
         self.waiting.first_key_value().map(|((deadline, _), _)| *deadline)
     }
 
-    fn enter(&mut self, deadline: Instant, waker: Waker) -> u64 {
-        self.last += 1;
-        self.waiting.insert((deadline, self.last), waker);
-        self.last
+    fn insert(&mut self, deadline: Instant, waker: Waker) -> u64 {
+        self.last_id += 1;
+        self.waiting.insert((deadline, self.last_id), waker);
+        self.last_id
     }
 }
 
@@ -48,22 +48,22 @@ pub(super) fn fire(timers: &RefCell<Timers>, now: Instant) {
 /// A place among those who wait, given back when dropped.
 struct Sleep {
     deadline: Instant,
-    number: Option<u64>,
+    id: Option<u64>,
 }
 
 impl Future for Sleep {
     type Output = ();
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        let (deadline, number) = (self.deadline, self.number);
+        let (deadline, id) = (self.deadline, self.id);
         with(|reactor| {
             let mut timers = reactor.timers.borrow_mut();
-            let Some(number) = number else {
-                self.number = Some(timers.enter(deadline, cx.waker().clone()));
+            let Some(id) = id else {
+                self.id = Some(timers.insert(deadline, cx.waker().clone()));
                 return Poll::Pending;
             };
             // Who is not there any more was woken.
-            let Some(waker) = timers.waiting.get_mut(&(deadline, number)) else { return Poll::Ready(()) };
+            let Some(waker) = timers.waiting.get_mut(&(deadline, id)) else { return Poll::Ready(()) };
             if !waker.will_wake(cx.waker()) {
                 let before = mem::replace(waker, cx.waker().clone());
                 drop(timers);
@@ -77,8 +77,8 @@ impl Future for Sleep {
 
 impl Drop for Sleep {
     fn drop(&mut self) {
-        if let Some(number) = self.number {
-            with(|reactor| reactor.timers.borrow_mut().waiting.remove(&(self.deadline, number)));
+        if let Some(id) = self.id {
+            with(|reactor| reactor.timers.borrow_mut().waiting.remove(&(self.deadline, id)));
         }
     }
 }
@@ -90,7 +90,7 @@ pub struct Elapsed;
 /// Waits until `deadline` or, where the thread is busy, a little longer. Cancel safe.
 pub async fn sleep_until(deadline: Instant) {
     if with(|reactor| reactor.has_timers) == Some(true) {
-        Sleep { deadline, number: None }.await;
+        Sleep { deadline, id: None }.await;
     } else {
         // What workers do is also tested where tokio's clock runs, since that can be stopped.
         Box::pin(tokio::time::sleep_until(deadline)).await;

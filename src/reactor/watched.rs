@@ -67,8 +67,8 @@ impl From<EventFlags> for Ready {
 
 /// The sockets of a thread.
 #[derive(Debug, Default)]
-pub(super) struct Places {
-    places: Vec<Place>,
+pub(super) struct Registrations {
+    entries: Vec<Registration>,
     free: Vec<u32>,
     /// Of a place that is made anew. A place that was there before, and was given up, had an older one.
     first_generation: u32,
@@ -76,7 +76,7 @@ pub(super) struct Places {
 
 /// One socket's. There are two for each idle session, so its size counts.
 #[derive(Debug, Default)]
-struct Place {
+struct Registration {
     /// Who waits.
     waker: Option<Waker>,
     /// Which of the sockets that had this place one after the other: an event for an earlier one is nobody's.
@@ -85,49 +85,49 @@ struct Place {
     wanted: Ready,
 }
 
-impl Places {
-    fn take(&mut self) -> u32 {
+impl Registrations {
+    fn allocate(&mut self) -> u32 {
         self.free.pop().unwrap_or_else(|| {
-            self.places.push(Place { generation: self.first_generation, ..Place::default() });
-            u32::try_from(self.places.len() - 1).expect("descriptors are fewer")
+            self.entries.push(Registration { generation: self.first_generation, ..Registration::default() });
+            u32::try_from(self.entries.len() - 1).expect("descriptors are fewer")
         })
     }
 
     /// Who waited is given to the caller: the last of a task's wakers may drop the task, and with it other sockets.
-    fn give_back(&mut self, place: u32) -> Option<Waker> {
-        let generation = self.of(place).generation.wrapping_add(1);
-        self.free.push(place);
-        mem::replace(self.of(place), Place { generation, ..Place::default() }).waker
+    fn release(&mut self, index: u32) -> Option<Waker> {
+        let generation = self.entry(index).generation.wrapping_add(1);
+        self.free.push(index);
+        mem::replace(self.entry(index), Registration { generation, ..Registration::default() }).waker
     }
 
     /// Gives back what it does not need any more.
     pub(super) fn shrink(&mut self) {
-        if is_mostly_free(self.places.len(), self.free.len()) {
-            let newest = self.places.iter().map(|place| place.generation).max().unwrap_or_default();
+        if is_mostly_free(self.entries.len(), self.free.len()) {
+            let newest = self.entries.iter().map(|entry| entry.generation).max().unwrap_or_default();
             self.first_generation = newest.wrapping_add(1);
-            shrink_table(&mut self.places, &mut self.free);
+            shrink_table(&mut self.entries, &mut self.free);
         }
     }
 
-    fn of(&mut self, place: u32) -> &mut Place {
-        &mut self.places[place as usize]
+    fn entry(&mut self, index: u32) -> &mut Registration {
+        &mut self.entries[index as usize]
     }
 
-    fn mark(&mut self, place: u32) -> u64 {
-        u64::from(self.of(place).generation) << 32 | u64::from(place)
+    fn token(&mut self, index: u32) -> u64 {
+        u64::from(self.entry(index).generation) << 32 | u64::from(index)
     }
 
-    pub(super) fn on_event(&mut self, mark: u64, flags: EventFlags) {
+    pub(super) fn on_event(&mut self, token: u64, flags: EventFlags) {
         // A place that was given up after a peak has no events either.
-        let Some(place) = self.places.get_mut(mark as u32 as usize) else { return };
-        if u64::from(place.generation) != mark >> 32 {
+        let Some(entry) = self.entries.get_mut(token as u32 as usize) else { return };
+        if u64::from(entry.generation) != token >> 32 {
             return;
         }
         let ready = Ready::from(flags);
-        place.ready = place.ready | ready;
-        if place.wanted.has(ready) {
-            place.wanted = Ready::default();
-            if let Some(waker) = &place.waker {
+        entry.ready = entry.ready | ready;
+        if entry.wanted.has(ready) {
+            entry.wanted = Ready::default();
+            if let Some(waker) = &entry.waker {
                 waker.wake_by_ref();
             }
         }
@@ -138,7 +138,7 @@ impl Places {
 #[derive(Debug)]
 pub struct Watched<S> {
     socket: S,
-    place: u32,
+    index: u32,
     /// A place is its thread's: elsewhere the same number is another socket's.
     of_this_thread: PhantomData<Rc<()>>,
 }
@@ -153,14 +153,14 @@ impl<S: AsFd> Watched<S> {
     /// On a thread without a reactor.
     pub fn new(socket: S, flags: EventFlags) -> Result<Self, (S, io::Error)> {
         let added = with(|reactor| {
-            let mut places = reactor.places.borrow_mut();
-            let place = places.take();
-            let mark = EventData::new_u64(places.mark(place));
-            let added = epoll::add(&reactor.handles().epoll, &socket, mark, flags | EventFlags::ET);
-            added.map(|()| place).inspect_err(|_| drop(places.give_back(place)))
+            let mut registrations = reactor.registrations.borrow_mut();
+            let index = registrations.allocate();
+            let token = EventData::new_u64(registrations.token(index));
+            let added = epoll::add(&reactor.handles().epoll, &socket, token, flags | EventFlags::ET);
+            added.map(|()| index).inspect_err(|_| drop(registrations.release(index)))
         });
         match added.expect("sockets are watched on the threads of workers") {
-            Ok(place) => Ok(Self { socket, place, of_this_thread: PhantomData }),
+            Ok(index) => Ok(Self { socket, index, of_this_thread: PhantomData }),
             Err(error) => Err((socket, error.into())),
         }
     }
@@ -174,14 +174,14 @@ impl<S> Watched<S> {
 
     /// Ready once the socket is ready for any of `wanted`; with all that it is ready for.
     pub fn poll_ready(&self, cx: &mut Context<'_>, wanted: Ready) -> Poll<Ready> {
-        let waits = self.with_place(|place| {
-            if place.ready.has(wanted) {
-                return Err(place.ready);
+        let waits = self.with_registration(|entry| {
+            if entry.ready.has(wanted) {
+                return Err(entry.ready);
             }
-            place.wanted = place.wanted | wanted;
-            let known = place.waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker()));
-            // The one before is dropped by the caller, as in `give_back`.
-            Ok(if known { None } else { place.waker.replace(cx.waker().clone()) })
+            entry.wanted = entry.wanted | wanted;
+            let known = entry.waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker()));
+            // The one before is dropped by the caller, as in `release`.
+            Ok(if known { None } else { entry.waker.replace(cx.waker().clone()) })
         });
         match waits {
             Some(Err(ready)) => Poll::Ready(ready),
@@ -192,22 +192,22 @@ impl<S> Watched<S> {
     /// All that it is known to be ready for.
     #[must_use]
     pub fn ready(&self) -> Ready {
-        self.with_place(|place| place.ready).unwrap_or_default()
+        self.with_registration(|entry| entry.ready).unwrap_or_default()
     }
 
     /// It was found not to be ready for any of `found`: wait for the next event.
     pub fn clear(&self, found: Ready) {
-        self.with_place(|place| place.ready = Ready(place.ready.0 & !found.0));
+        self.with_registration(|entry| entry.ready = Ready(entry.ready.0 & !found.0));
     }
 
     /// It may be ready for `these`, though no event said so: the next use finds out.
     pub fn assume(&self, these: Ready) {
-        self.with_place(|place| place.ready = place.ready | these);
+        self.with_registration(|entry| entry.ready = entry.ready | these);
     }
 
     /// `None` while the thread ends, when nobody will be woken any more.
-    fn with_place<T>(&self, f: impl FnOnce(&mut Place) -> T) -> Option<T> {
-        with(|reactor| f(reactor.places.borrow_mut().of(self.place)))
+    fn with_registration<T>(&self, f: impl FnOnce(&mut Registration) -> T) -> Option<T> {
+        with(|reactor| f(reactor.registrations.borrow_mut().entry(self.index)))
     }
 }
 
@@ -215,7 +215,7 @@ impl<S> Drop for Watched<S> {
     fn drop(&mut self) {
         // The close that follows takes it out of epoll. Where it does not, because another process was forked with the same
         // descriptor, events still come, for a generation that is over.
-        let waker = with(|reactor| reactor.places.borrow_mut().give_back(self.place));
+        let waker = with(|reactor| reactor.registrations.borrow_mut().release(self.index));
         drop(waker);
     }
 }
@@ -227,23 +227,23 @@ mod tests {
     #[test]
     fn memory_is_given_back_after_a_peak_of_sockets_and_late_events_are_dropped() {
         const PEAK: u32 = 10_000;
-        let mut places = Places::default();
-        let marks: Vec<u64> = (0..PEAK)
+        let mut registrations = Registrations::default();
+        let tokens: Vec<u64> = (0..PEAK)
             .map(|_| {
-                let place = places.take();
-                places.mark(place)
+                let index = registrations.allocate();
+                registrations.token(index)
             })
             .collect();
-        (0..PEAK).for_each(|place| drop(places.give_back(place)));
-        places.shrink();
-        assert!(places.places.capacity() <= 2048 && places.free.capacity() <= 2048);
+        (0..PEAK).for_each(|index| drop(registrations.release(index)));
+        registrations.shrink();
+        assert!(registrations.entries.capacity() <= 2048 && registrations.free.capacity() <= 2048);
         // After the next peak, places of the same numbers are other sockets'.
         for _ in 0..PEAK {
-            places.take();
+            registrations.allocate();
         }
-        for mark in marks {
-            places.on_event(mark, EventFlags::IN);
+        for token in tokens {
+            registrations.on_event(token, EventFlags::IN);
         }
-        assert!(places.places.iter().all(|place| place.ready == Ready::default()));
+        assert!(registrations.entries.iter().all(|entry| entry.ready == Ready::default()));
     }
 }

@@ -42,13 +42,13 @@ impl Opening {
 
     /// Where the kernel will not, there is one packet more. It holds the handshake for 200 ms at most.
     fn hold(socket: &Socket) -> Self {
-        set_tcp_quickack(socket, false).map_or(Self::Unused, |()| Self::Handshake(reactor::turns()))
+        set_tcp_quickack(socket, false).map_or(Self::Unused, |()| Self::Handshake(reactor::wait_count()))
     }
 
     /// Nothing is there to be written: the backend may be one who speaks first, and does not wait for longer than a few turns.
     pub(super) fn wait(&mut self, socket: &Socket, cx: &Context<'_>) {
         let Self::Handshake(since) = *self else { return };
-        if reactor::turns().wrapping_sub(since) < TURNS_HELD {
+        if reactor::wait_count().wrapping_sub(since) < TURNS_HELD {
             cx.waker().wake_by_ref();
         } else {
             // A socket that takes no option is dead already, and the next read says so.

@@ -18,8 +18,8 @@ fn run<F: Future>(future: F) -> F::Output {
 }
 
 /// How many places the tasks of this thread have taken up.
-fn places() -> usize {
-    with(|reactor| reactor.tasks.places.borrow().len()).expect("a reactor")
+fn entries() -> usize {
+    with(|reactor| reactor.tasks.entries.borrow().len()).expect("a reactor")
 }
 
 #[test]
@@ -85,7 +85,7 @@ fn a_place_serves_one_task_after_the_other() {
             late.borrow().iter().for_each(Waker::wake_by_ref);
             yield_now().await;
         }
-        assert_eq!(places(), 1);
+        assert_eq!(entries(), 1);
     });
 }
 
@@ -104,11 +104,11 @@ fn memory_is_given_back_after_a_peak_of_tasks_and_late_wakers_do_no_harm() {
         while late.borrow().len() < PEAK {
             yield_now().await;
         }
-        let before = places();
+        let before = entries();
         with(|reactor| reactor.tasks.shrink());
         let capacities = with(|reactor| {
             let tasks = &reactor.tasks;
-            [tasks.places.borrow().capacity(), tasks.free.borrow().capacity(), tasks.due.borrow().capacity()]
+            [tasks.entries.borrow().capacity(), tasks.free.borrow().capacity(), tasks.due.borrow().capacity()]
         });
         let after = capacities.expect("a reactor");
         assert!(before >= PEAK && after.iter().all(|capacity| *capacity <= 2048), "{before}, {after:?}");
@@ -220,9 +220,9 @@ fn tasks_that_wake_each_other_let_the_sockets_be_looked_at() {
             }));
         }
         yield_now().await;
-        assert_eq!(steps.get(), STEPS);
+        assert_eq!(steps.get(), STEPS_PER_RUN);
         yield_now().await;
-        assert_eq!(steps.get(), 2 * STEPS);
+        assert_eq!(steps.get(), 2 * STEPS_PER_RUN);
     });
 }
 
@@ -249,7 +249,7 @@ fn a_task_that_comes_after_the_look_knows_what_its_socket_is_ready_for() {
         let watched = Watched::new(socket, EventFlags::IN).expect("a reactor");
         spawn(async move { tell.send(watched.ready()).expect("it is waited for") });
         if waits {
-            look_first();
+            defer_due_tasks_until_next_wait();
         }
     }
 }
