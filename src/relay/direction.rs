@@ -27,16 +27,16 @@ mod tests;
 /// Bytes that one poll may move before the other sessions of the worker get their turn: some 100 µs of copying.
 const BUDGET_BYTES: usize = 512 * 1024;
 /// What a move counts for at least, so that a peer who trickles bytes as fast as they are moved gets 128 moves, not 500,000.
-const LEAST_COST_BYTES: usize = 4096;
+const MIN_COST_BYTES: usize = 4096;
 /// The first read of many. A socket that has nothing under way takes so much at once, so nothing of it is parked.
 const FIRST_READ_BYTES: usize = BUFFER_BYTES / 2;
 /// Full reads in a row that make a direction bulk. An answer of 64 KiB costs less copied than through a pipe.
 const BULK_READS: u8 = 2;
 /// For how much a direction looks whose target has refused something: twice what was taken, within these.
-const LEAST_LOOK_KIB: u8 = 16;
-const MOST_LOOK_KIB: u8 = (BUFFER_BYTES / 1024) as u8;
+const MIN_PEEK_KIB: u8 = 16;
+const MAX_PEEK_KIB: u8 = (BUFFER_BYTES / 1024) as u8;
 /// Looks in a row that were neither full nor refused, after which a direction copies again.
-const CALM_PEEKS: u8 = 16;
+const QUIET_PEEKS: u8 = 16;
 /// A splice of less is no bulk: copying it takes two system calls, moving it through a pipe three.
 const SMALL_SPLICE_BYTES: usize = 32 * 1024;
 /// Small ones in a row that make a direction peek, and then copy, again.
@@ -48,15 +48,15 @@ pub(super) struct Direction {
     /// What was read and not yet taken by the target. Boxed: all idle sessions pay for its place, few have something in it.
     waiting: Option<Box<Waiting>>,
     state: State,
-    way: Way,
+    path: Path,
     /// Reads in a row that speak for another way.
-    streak: u8,
+    switch_streak: u8,
     /// Peeks in a row after which nothing was left.
-    calm: u8,
+    quiet_peeks: u8,
     /// The target would not take all that the source has.
     refused: bool,
     /// How much the next look is for, in KiB; 0: as much as there is room for.
-    look_kib: u8,
+    peek_kib: u8,
 }
 
 #[derive(Debug)]
@@ -82,7 +82,7 @@ enum State {
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Way {
+enum Path {
     #[default]
     Copy,
     Peek,
@@ -129,7 +129,7 @@ impl Direction {
     ) -> Poll<Result<(), Broken>> {
         let mut budget = BUDGET_BYTES;
         loop {
-            ready!(self.poll_waiting(cx, target, buffers, &mut moved))?;
+            ready!(self.poll_write_waiting(cx, target, buffers, &mut moved))?;
             if self.refused {
                 ready!(target.poll_writable(cx));
                 self.refused = false;
@@ -142,14 +142,14 @@ impl Direction {
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
             }
-            let read = match self.way {
-                Way::Copy => ready!(self.poll_copy(cx, source, target, buffers, &mut moved))?,
-                Way::Peek => ready!(self.poll_peek(cx, source, target, buffers, &mut moved))?,
-                Way::Splice => ready!(self.poll_splice(cx, source, buffers))?,
+            let read = match self.path {
+                Path::Copy => ready!(self.poll_copy(cx, source, target, buffers, &mut moved))?,
+                Path::Peek => ready!(self.poll_peek(cx, source, target, buffers, &mut moved))?,
+                Path::Splice => ready!(self.poll_splice(cx, source, buffers))?,
             };
             match read {
                 Some(0) => self.state = State::SourceEnded,
-                Some(read) => budget = budget.saturating_sub(read.max(LEAST_COST_BYTES)),
+                Some(read) => budget = budget.saturating_sub(read.max(MIN_COST_BYTES)),
                 // The way has changed.
                 None => {}
             }
@@ -166,12 +166,12 @@ impl Direction {
         moved: &mut impl FnMut(u64),
     ) -> Poll<Result<Option<usize>, Broken>> {
         let mut buffer = buffers.copy.borrow_mut();
-        let most = if source.can_peek() { FIRST_READ_BYTES } else { BUFFER_BYTES };
-        let read = ready!(source.poll_read(cx, &mut buffer[..most])).map_err(Broken::source)?;
+        let limit = if source.can_peek() { FIRST_READ_BYTES } else { BUFFER_BYTES };
+        let read = ready!(source.poll_read(cx, &mut buffer[..limit])).map_err(Broken::source)?;
         self.write_or_park(cx, target, &buffer[..read], moved)?;
-        if source.can_peek() && (read == most || self.holds_bytes()) {
-            self.go(Way::Peek);
-            self.streak = u8::from(read == most);
+        if source.can_peek() && (read == limit || self.holds_bytes()) {
+            self.switch_to(Path::Peek);
+            self.switch_streak = u8::from(read == limit);
         }
         Poll::Ready(Ok(Some(read)))
     }
@@ -186,15 +186,15 @@ impl Direction {
         moved: &mut impl FnMut(u64),
     ) -> Poll<Result<Option<usize>, Broken>> {
         let mut buffer = buffers.copy.borrow_mut();
-        let most = if self.look_kib == 0 { BUFFER_BYTES } else { usize::from(self.look_kib) * 1024 };
-        let there = ready!(source.poll_peek(cx, &mut buffer[..most])).map_err(Broken::source)?;
-        if there == 0 {
-            self.go(Way::Copy);
+        let limit = if self.peek_kib == 0 { BUFFER_BYTES } else { usize::from(self.peek_kib) * 1024 };
+        let available = ready!(source.poll_peek(cx, &mut buffer[..limit])).map_err(Broken::source)?;
+        if available == 0 {
+            self.switch_to(Path::Copy);
             return Poll::Ready(Ok(None));
         }
         let mut taken = 0;
-        while taken < there && !self.refused {
-            match target.poll_write(cx, &buffer[taken..there]) {
+        while taken < available && !self.refused {
+            match target.poll_write(cx, &buffer[taken..available]) {
                 Poll::Ready(Ok(0)) => return Poll::Ready(Err(Broken::Target(0))),
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(Broken::target(error))),
                 Poll::Ready(Ok(written)) => taken += written,
@@ -203,28 +203,28 @@ impl Direction {
         }
         if taken > 0 {
             moved(taken as u64);
-            let is_all = !self.refused && there < most;
+            let is_all = !self.refused && available < limit;
             source.discard(&mut buffer[..taken], is_all).map_err(Broken::source)?;
         }
         // A target that takes little at a time must not make us copy everything each time.
-        let next = u8::try_from(2 * taken / 1024).unwrap_or(u8::MAX).clamp(LEAST_LOOK_KIB, MOST_LOOK_KIB);
-        self.look_kib = if self.refused { next } else { 0 };
-        let is_full = there == BUFFER_BYTES;
+        let next = u8::try_from(2 * taken / 1024).unwrap_or(u8::MAX).clamp(MIN_PEEK_KIB, MAX_PEEK_KIB);
+        self.peek_kib = if self.refused { next } else { 0 };
+        let is_full = available == BUFFER_BYTES;
         // Who looks at the same bytes again and again has a slow reader, no bulk, and must not sit on a pipe.
-        self.streak = if is_full && taken >= there / 2 { self.streak + 1 } else { 0 };
-        self.calm = if is_full || self.refused { 0 } else { self.calm + 1 };
-        if self.streak >= BULK_READS && source.can_splice() && target.can_splice() {
-            self.go(Way::Splice);
-        } else if self.calm >= CALM_PEEKS {
-            self.go(Way::Copy);
+        self.switch_streak = if is_full && taken >= available / 2 { self.switch_streak + 1 } else { 0 };
+        self.quiet_peeks = if is_full || self.refused { 0 } else { self.quiet_peeks + 1 };
+        if self.switch_streak >= BULK_READS && source.can_splice() && target.can_splice() {
+            self.switch_to(Path::Splice);
+        } else if self.quiet_peeks >= QUIET_PEEKS {
+            self.switch_to(Path::Copy);
         }
-        self.streak = self.streak.min(BULK_READS);
+        self.switch_streak = self.switch_streak.min(BULK_READS);
         // Where the target has refused something, it wakes us.
-        if self.refused { Poll::Pending } else { Poll::Ready(Ok(Some(there))) }
+        if self.refused { Poll::Pending } else { Poll::Ready(Ok(Some(available))) }
     }
 
-    fn go(&mut self, way: Way) {
-        (self.way, self.streak, self.calm, self.look_kib) = (way, 0, 0, 0);
+    fn switch_to(&mut self, path: Path) {
+        (self.path, self.switch_streak, self.quiet_peeks, self.peek_kib) = (path, 0, 0, 0);
     }
 
     /// Moves what the source has into a pipe. `None`: the way has changed.
@@ -235,25 +235,25 @@ impl Direction {
         buffers: &Buffers,
     ) -> Poll<Result<Option<usize>, Broken>> {
         let Some(mut pipe) = buffers.pipes.take() else {
-            self.go(Way::Peek);
+            self.switch_to(Path::Peek);
             return Poll::Ready(Ok(None));
         };
         let read = match source.poll_fill(cx, &mut pipe) {
             Poll::Ready(Ok(read)) => read,
             other => {
-                buffers.pipes.give_back(pipe);
+                buffers.pipes.put_back(pipe);
                 return other.map(|result| result.map(Some).map_err(Broken::source));
             }
         };
         if read == 0 {
             // The end, or an urgent byte, behind which the stream goes on: only a read tells them apart.
-            buffers.pipes.give_back(pipe);
-            self.go(Way::Copy);
+            buffers.pipes.put_back(pipe);
+            self.switch_to(Path::Copy);
             return Poll::Ready(Ok(None));
         }
-        self.streak = if read < SMALL_SPLICE_BYTES { self.streak + 1 } else { 0 };
-        if self.streak >= SMALL_SPLICES {
-            self.go(Way::Peek);
+        self.switch_streak = if read < SMALL_SPLICE_BYTES { self.switch_streak + 1 } else { 0 };
+        if self.switch_streak >= SMALL_SPLICES {
+            self.switch_to(Path::Peek);
         }
         self.waiting = Some(Box::new(Waiting::Piped(pipe)));
         Poll::Ready(Ok(Some(read)))
@@ -284,7 +284,7 @@ impl Direction {
     }
 
     /// Ready once nothing waits.
-    fn poll_waiting(
+    fn poll_write_waiting(
         &mut self,
         cx: &mut Context<'_>,
         target: &mut Stream,
@@ -311,7 +311,7 @@ impl Direction {
             if left == 0
                 && let Some(Waiting::Piped(pipe)) = self.waiting.take().map(|waiting| *waiting)
             {
-                buffers.pipes.give_back(pipe);
+                buffers.pipes.put_back(pipe);
             }
         }
     }

@@ -21,9 +21,9 @@ mod tests;
 const LONGEST_TICK: Duration = Duration::from_secs(1);
 const SHORTEST_TICK: Duration = Duration::from_millis(10);
 /// Between two looks of a stalled session at the socket that it does not read.
-const LOOK_INTERVAL: Duration = Duration::from_secs(2);
+const STALL_CHECK_INTERVAL: Duration = Duration::from_secs(2);
 /// Of a session's peers: so a vanished one is noticed at most a quarter of its timeout late.
-const CHECKS_A_TIMEOUT: u32 = 4;
+const CHECKS_PER_TIMEOUT: u32 = 4;
 /// A session that was silent for so long owes nobody anything that we know of.
 const QUIET_TIME: Duration = Duration::from_secs(1);
 /// The clock stops when there was no session for so many ticks, so that an idle proxy sleeps.
@@ -52,7 +52,7 @@ pub(super) enum Due {
     /// It was silent for too long, as far as the clock knows.
     Silent,
     /// It was told to end.
-    Told,
+    EndRequested,
     /// Bytes were passed on some time ago: look whether the peers acknowledge them.
     Check,
 }
@@ -82,30 +82,30 @@ impl IdleClock {
                 without_sessions = 0;
             }
             sleep(self.tick).await;
-            let some = self.look();
+            let has_sessions = self.advance();
             until_shrink -= 1;
             if until_shrink == 0 {
                 self.shrink();
                 until_shrink = SHRINK_TICKS;
             }
-            without_sessions = if some { 0 } else { without_sessions + 1 };
+            without_sessions = if has_sessions { 0 } else { without_sessions + 1 };
         }
     }
 
     /// Wakes every session whose time has come. Returns false if there is no session.
-    fn look(&self) -> bool {
+    fn advance(&self) -> bool {
         let now = self.now.get().wrapping_add(1);
         self.now.set(now);
-        let looks = now.is_multiple_of(self.ticks(LOOK_INTERVAL));
+        let checks_stalled = now.is_multiple_of(self.ticks(STALL_CHECK_INTERVAL));
         let mut entries = self.entries.borrow_mut();
-        for (place, entry) in (0..).zip(entries.iter_mut()) {
-            let checks = entry.is_checked(now, place);
-            entry.state.set(State::CHECK, checks);
+        for (index, entry) in (0..).zip(entries.iter_mut()) {
+            let checks = entry.is_check_due(now, index);
+            entry.state.set(State::CHECK_DUE, checks);
             if let Some(waker) = &entry.waker
                 && (checks
                     || entry.is_expired(now)
                     || entry.settles_at == now
-                    || (looks && entry.state.has_any(State::STALLED)))
+                    || (checks_stalled && entry.state.has_any(State::STALLED)))
             {
                 waker.wake_by_ref();
             }
@@ -123,7 +123,7 @@ impl IdleClock {
             let most = 2 * (entries.len() - free.len());
             for entry in entries.iter_mut().skip(most) {
                 if let Some(waker) = &entry.waker {
-                    entry.state.set(State::MOVE, true);
+                    entry.state.set(State::MOVE_REQUESTED, true);
                     waker.wake_by_ref();
                 }
             }
@@ -157,30 +157,31 @@ impl IdleClock {
         let (now, settles) = (self.now.get(), self.ticks(settle_time));
         let age = Tick::try_from(age.as_nanos() / self.tick.as_nanos()).unwrap_or(NO_LIMIT).min(NO_LIMIT);
         let mut entries = self.entries.borrow_mut();
-        let is_meant = |entry: &Entry| {
+        let is_candidate = |entry: &Entry| {
             let began = entry.settles_at.wrapping_sub(settles);
-            !entry.state.has_any(State::ENDS)
+            !entry.state.has_any(State::END_REQUESTED)
                 && backends.binary_search(&entry.backend).is_ok()
                 && now.wrapping_sub(began).saturating_add(1) >= age
         };
-        let meant = entries.iter().enumerate().filter(|(_, entry)| is_meant(entry));
-        let mut meant: Vec<_> = meant.map(|(n, entry)| (now.wrapping_sub(entry.last_activity), n)).collect();
+        let candidates = entries.iter().enumerate().filter(|(_, entry)| is_candidate(entry));
+        let mut candidates: Vec<_> =
+            candidates.map(|(n, entry)| (now.wrapping_sub(entry.last_activity), n)).collect();
         // Those that were let go are replaced, so that a step ends as many as it should.
-        let most = (most(meant.len()) + self.deferred.take()).min(meant.len());
-        if most < meant.len() {
-            meant.select_nth_unstable_by(most, |a, b| b.cmp(a));
+        let most = (most(candidates.len()) + self.deferred.take()).min(candidates.len());
+        if most < candidates.len() {
+            candidates.select_nth_unstable_by(most, |a, b| b.cmp(a));
         }
-        for (_, n) in &meant[..most] {
-            entries[*n].state.set(State::ENDS, true);
+        for (_, n) in &candidates[..most] {
+            entries[*n].state.set(State::END_REQUESTED, true);
             if let Some(waker) = &entries[*n].waker {
                 waker.wake_by_ref();
             }
         }
-        meant.len() - most
+        candidates.len() - most
     }
 
     /// Begins to look over a session, active now, of the backend with this key, that settles after `settle_time`.
-    pub(super) fn enter(&self, settle_time: Duration, backend: u64) -> Idle<'_> {
+    pub(super) fn enter(&self, settle_time: Duration, backend: u64) -> IdleHandle<'_> {
         let now = self.now.get();
         let entry = Entry {
             waker: None,
@@ -192,10 +193,10 @@ impl IdleClock {
             backend,
         };
         let mut entries = self.entries.borrow_mut();
-        let place = match self.free.borrow_mut().pop() {
-            Some(place) => {
-                entries[place as usize] = entry;
-                place
+        let index = match self.free.borrow_mut().pop() {
+            Some(index) => {
+                entries[index as usize] = entry;
+                index
             }
             None => {
                 entries.push(entry);
@@ -203,21 +204,21 @@ impl IdleClock {
             }
         };
         self.entered.notify_one();
-        Idle { clock: self, place, last_look: now }
+        IdleHandle { clock: self, index, last_stall_check: now }
     }
 }
 
 /// One session's place at its worker's clock; given back when dropped.
 #[derive(Debug)]
-pub(super) struct Idle<'a> {
+pub(super) struct IdleHandle<'a> {
     clock: &'a IdleClock,
-    place: u32,
-    last_look: Tick,
+    index: u32,
+    last_stall_check: Tick,
 }
 
-impl Idle<'_> {
+impl IdleHandle<'_> {
     fn entry(&self) -> RefMut<'_, Entry> {
-        RefMut::map(self.clock.entries.borrow_mut(), |entries| &mut entries[self.place as usize])
+        RefMut::map(self.clock.entries.borrow_mut(), |entries| &mut entries[self.index as usize])
     }
 
     /// Bytes moved, or a half closed.
@@ -228,7 +229,7 @@ impl Idle<'_> {
     }
 
     /// Bytes moved on the wire so long ago. Returns false where the clock knew of that, or of a later move.
-    pub(super) fn moved(&mut self, ago: Duration) -> bool {
+    pub(super) fn record_move(&mut self, ago: Duration) -> bool {
         let now = self.clock.now.get();
         let ticks = ago.as_nanos() / self.clock.tick.as_nanos();
         let mut entry = self.entry();
@@ -252,16 +253,16 @@ impl Idle<'_> {
         stalled: bool,
     ) -> Poll<Due> {
         let mut entry = self.entry();
-        if entry.state.has_any(State::ENDS.and(State::CHECK).and(State::MOVE)) {
-            if entry.state.has_any(State::MOVE) {
+        if entry.state.has_any(State::END_REQUESTED.and(State::CHECK_DUE).and(State::MOVE_REQUESTED)) {
+            if entry.state.has_any(State::MOVE_REQUESTED) {
                 drop(entry);
-                self.take_lower_place();
+                self.move_to_lower_index();
                 return self.poll_due(cx, limit, stalled);
             }
-            if entry.state.has_any(State::ENDS) {
-                return Poll::Ready(Due::Told);
+            if entry.state.has_any(State::END_REQUESTED) {
+                return Poll::Ready(Due::EndRequested);
             }
-            entry.state.set(State::CHECK, false);
+            entry.state.set(State::CHECK_DUE, false);
             return Poll::Ready(Due::Check);
         }
         entry.state.set(State::STALLED, stalled);
@@ -275,13 +276,13 @@ impl Idle<'_> {
         Poll::Pending
     }
 
-    fn take_lower_place(&mut self) {
+    fn move_to_lower_index(&mut self) {
         let (mut entries, mut free) = (self.clock.entries.borrow_mut(), self.clock.free.borrow_mut());
-        entries[self.place as usize].state.set(State::MOVE, false);
+        entries[self.index as usize].state.set(State::MOVE_REQUESTED, false);
         // The lowest, since the table has just shrunk.
-        if let Some(lower) = free.pop_if(|lower| *lower < self.place) {
-            entries.swap(lower as usize, self.place as usize);
-            self.clock.vacated.borrow_mut().push(std::mem::replace(&mut self.place, lower));
+        if let Some(lower) = free.pop_if(|lower| *lower < self.index) {
+            entries.swap(lower as usize, self.index as usize);
+            self.clock.vacated.borrow_mut().push(std::mem::replace(&mut self.index, lower));
         }
     }
 
@@ -303,7 +304,7 @@ impl Idle<'_> {
         if entry.state.has_any(State::DEFERRED) {
             return false;
         }
-        entry.state.set(State::ENDS, false);
+        entry.state.set(State::END_REQUESTED, false);
         entry.state.set(State::DEFERRED, true);
         self.clock.deferred.set(self.clock.deferred.get() + 1);
         true
@@ -316,33 +317,33 @@ impl Idle<'_> {
 
     /// True once every few seconds in which nothing moved: a stalled session is to look after the socket that it does not
     /// read. While bytes move, what the source sent before it broke is still to be passed on.
-    pub(super) fn looks(&mut self) -> bool {
-        let (now, interval) = (self.clock.now.get(), self.clock.ticks(LOOK_INTERVAL));
+    pub(super) fn is_stall_check_due(&mut self) -> bool {
+        let (now, interval) = (self.clock.now.get(), self.clock.ticks(STALL_CHECK_INTERVAL));
         let silent = now.wrapping_sub(self.entry().last_activity) >= interval;
-        let due = silent && now.wrapping_sub(self.last_look) >= interval;
+        let due = silent && now.wrapping_sub(self.last_stall_check) >= interval;
         if due {
-            self.last_look = now;
+            self.last_stall_check = now;
         }
         due
     }
 
     /// True once: when the session has lived for its settle time. From then on, while its peers may not have all bytes, they are
     /// checked several times within `peer_timeout`.
-    pub(super) fn settles(&mut self, peer_timeout: Duration) -> bool {
+    pub(super) fn has_just_settled(&mut self, peer_timeout: Duration) -> bool {
         let mut entry = self.entry();
         let due = !entry.state.has_any(State::SETTLED)
             && self.clock.now.get().wrapping_sub(entry.settles_at) < NO_LIMIT;
         if due {
             entry.state.set(State::SETTLED, true);
-            entry.check_mask = self.clock.check_mask(peer_timeout / CHECKS_A_TIMEOUT);
+            entry.check_mask = self.clock.check_mask(peer_timeout / CHECKS_PER_TIMEOUT);
         }
         due
     }
 }
 
-impl Drop for Idle<'_> {
+impl Drop for IdleHandle<'_> {
     fn drop(&mut self) {
         *self.entry() = Entry::default();
-        self.clock.free.borrow_mut().push(self.place);
+        self.clock.free.borrow_mut().push(self.index);
     }
 }

@@ -30,14 +30,14 @@ use socket2::TcpKeepalive;
 
 use self::direction::Direction;
 pub use self::idle::IdleClock;
-use self::idle::{Due, Idle};
+use self::idle::{Due, IdleHandle};
 use self::pair::Pair;
 use self::pipe::Pipes;
 use self::sock_diag::SockDiag;
 use crate::observe::counters::{BackendCounters, Counter};
 
 /// The errno of a connection whose peer has vanished: the kernel would say the same, a quarter of an hour later.
-const VANISHED: u16 = Errno::TIMEDOUT.raw_os_error() as u16;
+const ERRNO_VANISHED: u16 = Errno::TIMEDOUT.raw_os_error() as u16;
 
 /// What all sessions of a worker share.
 #[derive(Debug)]
@@ -189,7 +189,7 @@ pub fn relay<'a>(
 /// each.
 struct Relaying<'a> {
     pair: Pair<'a>,
-    idle: Idle<'a>,
+    idle: IdleHandle<'a>,
     limits: &'a Limits,
     shared: &'a Shared,
     meter: Meter<'a>,
@@ -201,10 +201,10 @@ impl Relaying<'_> {
         if let Poll::Ready(ended) = self.advance(cx) {
             return Poll::Ready(ended);
         }
-        if self.idle.settles(self.limits.peer_timeout) {
+        if self.idle.has_just_settled(self.limits.peer_timeout) {
             self.pair.backend.keep_alive(&self.limits.keepalive);
         }
-        if self.pair.holds_bytes() && self.idle.looks() {
+        if self.pair.holds_bytes() && self.idle.is_stall_check_due() {
             if let Some(side) = self.pair.broken_source() {
                 self.meter.session.errno = self.pair.errno(side);
                 return Poll::Ready(Ended::Reset(side));
@@ -218,10 +218,10 @@ impl Relaying<'_> {
             let limit = if is_open { self.limits.idle } else { Some(self.limits.half_closed) };
             let ended = match ready!(self.idle.poll_due(cx, limit, self.pair.holds_bytes())) {
                 Due::Check => self.vanished().map(|side| {
-                    self.meter.session.errno = VANISHED;
+                    self.meter.session.errno = ERRNO_VANISHED;
                     Ended::Reset(side)
                 }),
-                Due::Told => {
+                Due::EndRequested => {
                     let is_active = self.has_moved() && !self.idle.is_quiet();
                     (!(is_active && self.idle.defer())).then_some(Ended::Drained)
                 }
@@ -272,7 +272,7 @@ impl Relaying<'_> {
         let moved = [&*self.pair.client, &*self.pair.backend]
             .map(|stream| stream.wire(diag).map(|wire| wire.since_bytes_moved(self.limits.keepalive_idle)));
         let last = moved.into_iter().flatten().min();
-        last.is_some_and(|ago| self.idle.moved(ago))
+        last.is_some_and(|ago| self.idle.record_move(ago))
     }
 
     /// A side that has vanished while bytes for it are unacknowledged, of which keepalive would say nothing.

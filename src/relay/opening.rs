@@ -13,7 +13,7 @@ use crate::reactor;
 /// What fits into one packet on every path that TCP is used on (536 bytes are the least that IPv4 hosts take).
 const ONE_PACKET_BYTES: usize = 512;
 /// Turns of a busy worker until a handshake is ended without bytes.
-const TURNS_HELD: u8 = 3;
+const MAX_WAITS_HELD: u8 = 3;
 
 /// What a TCP connection that we opened may still hold back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,18 +37,18 @@ impl Opening {
     /// keeps up with them would pay for the switch and gain nothing.
     #[must_use]
     pub fn before_connect(socket: &Socket) -> Self {
-        if reactor::is_busy() { Self::hold(socket) } else { Self::Unused }
+        if reactor::is_busy() { Self::hold_handshake(socket) } else { Self::Unused }
     }
 
     /// Where the kernel will not, there is one packet more. It holds the handshake for 200 ms at most.
-    fn hold(socket: &Socket) -> Self {
+    fn hold_handshake(socket: &Socket) -> Self {
         set_tcp_quickack(socket, false).map_or(Self::Unused, |()| Self::Handshake(reactor::wait_count()))
     }
 
     /// Nothing is there to be written: the backend may be one who speaks first, and does not wait for longer than a few turns.
-    pub(super) fn wait(&mut self, socket: &Socket, cx: &Context<'_>) {
+    pub(super) fn release_if_late(&mut self, socket: &Socket, cx: &Context<'_>) {
         let Self::Handshake(since) = *self else { return };
-        if reactor::wait_count().wrapping_sub(since) < TURNS_HELD {
+        if reactor::wait_count().wrapping_sub(since) < MAX_WAITS_HELD {
             cx.waker().wake_by_ref();
         } else {
             // A socket that takes no option is dead already, and the next read says so.
@@ -90,7 +90,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
         listener.set_nonblocking(true).expect("a socket");
         let socket = Socket::new(Domain::IPV4, Type::STREAM.nonblocking(), None).expect("a descriptor");
-        let opening = Opening::hold(&socket);
+        let opening = Opening::hold_handshake(&socket);
         assert!(matches!(opening, Opening::Handshake(_)), "{opening:?}");
         let address = listener.local_addr().expect("bound").into();
         let _ = socket.connect(&address).inspect_err(|error| assert_eq!(error.raw_os_error(), Some(115)));

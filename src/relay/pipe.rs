@@ -16,9 +16,9 @@ use crate::net::descriptors::{User, is_reserved};
 const CAPACITY_BYTES: usize = 1024 * 1024;
 /// Below this a pipe is no better than the worker's buffer. The kernel gives such small ones to a user who holds
 /// 64 MiB of pipes already (`fs.pipe-user-pages-soft`).
-const LEAST_CAPACITY_BYTES: usize = 64 * 1024;
+const MIN_CAPACITY_BYTES: usize = 64 * 1024;
 /// A worker that moves this many bulk flows at once copies the others.
-const MOST_PIPES: usize = 32;
+const MAX_PIPES: usize = 32;
 
 /// A worker's pipes.
 #[derive(Debug, Default)]
@@ -45,7 +45,7 @@ impl Pipes {
         if let Some(pipe) = self.idle.borrow_mut().pop() {
             return Some(pipe);
         }
-        if self.open.get() >= MOST_PIPES {
+        if self.open.get() >= MAX_PIPES {
             return None;
         }
         let (reader, writer) = pipe_with(PipeFlags::NONBLOCK | PipeFlags::CLOEXEC).ok()?;
@@ -54,7 +54,7 @@ impl Pipes {
         }
         let capacity_bytes =
             fcntl_setpipe_size(&writer, CAPACITY_BYTES).or_else(|_| fcntl_getpipe_size(&writer)).ok()?;
-        if capacity_bytes < LEAST_CAPACITY_BYTES {
+        if capacity_bytes < MIN_CAPACITY_BYTES {
             return None;
         }
         self.open.set(self.open.get() + 1);
@@ -62,7 +62,7 @@ impl Pipes {
     }
 
     /// Takes back a pipe that is empty.
-    pub(super) fn give_back(&self, pipe: Pipe) {
+    pub(super) fn put_back(&self, pipe: Pipe) {
         if pipe.held_bytes == 0 {
             self.idle.borrow_mut().push(pipe);
         }
@@ -83,13 +83,13 @@ mod tests {
     fn empty_pipes_are_used_again_and_others_are_not() {
         let pipes = Pipes::default();
         let pipe = pipes.take().expect("a pipe");
-        assert!(pipe.capacity_bytes >= LEAST_CAPACITY_BYTES);
-        pipes.give_back(pipe);
+        assert!(pipe.capacity_bytes >= MIN_CAPACITY_BYTES);
+        pipes.put_back(pipe);
         assert_eq!(pipes.open.get(), 1);
         let mut pipe = pipes.take().expect("the same pipe");
         assert_eq!(pipes.open.get(), 1);
         pipe.held_bytes = 1;
-        pipes.give_back(pipe);
+        pipes.put_back(pipe);
         assert_eq!((pipes.open.get(), pipes.idle.borrow().len()), (0, 0));
     }
 
@@ -97,7 +97,7 @@ mod tests {
     fn there_is_a_limit() {
         let pipes = Pipes::default();
         let taken: Vec<_> = std::iter::from_fn(|| pipes.take()).collect();
-        assert!(taken.len() <= MOST_PIPES && !taken.is_empty());
+        assert!(taken.len() <= MAX_PIPES && !taken.is_empty());
         drop(taken);
         assert!(pipes.take().is_some());
     }

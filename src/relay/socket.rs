@@ -87,7 +87,7 @@ impl StreamSocket {
     }
 
     /// Ready once an event has said that there is something to be read: bytes, the end or an error.
-    pub(super) fn poll_heard(&self, cx: &mut Context<'_>) -> Poll<()> {
+    pub(super) fn poll_input(&self, cx: &mut Context<'_>) -> Poll<()> {
         self.watched.poll_ready(cx, Ready::READ).map(drop)
     }
 

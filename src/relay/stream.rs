@@ -18,9 +18,9 @@ use super::wire::Wire;
 use crate::reactor::sleep;
 
 /// Between two looks at a socket whose bytes are under way.
-const LONGEST_LOOK_INTERVAL: Duration = Duration::from_millis(50);
+const MAX_POLL_INTERVAL: Duration = Duration::from_millis(50);
 /// Between two questions whether the peer of such a socket has vanished.
-const LOSS_INTERVAL: Duration = Duration::from_millis(500);
+const LOSS_CHECK_INTERVAL: Duration = Duration::from_millis(500);
 
 /// A connected socket.
 ///
@@ -55,7 +55,7 @@ impl Stream {
 
     /// To be called while nothing is there to be written.
     pub(super) fn poll_opening(&mut self, cx: &mut Context<'_>) {
-        self.opening.wait(self.socket.socket(), cx);
+        self.opening.release_if_late(self.socket.socket(), cx);
     }
 
     /// Waits until a connect that is under way has ended.
@@ -76,8 +76,8 @@ impl Stream {
     }
 
     /// Ready once the peer has sent or ended anything, as far as an event has said so: it makes no system call.
-    pub fn poll_heard(&self, cx: &mut Context<'_>) -> Poll<()> {
-        self.socket.poll_heard(cx)
+    pub fn poll_input(&self, cx: &mut Context<'_>) -> Poll<()> {
+        self.socket.poll_input(cx)
     }
 
     /// True for a connection that is reset or broken, as far as an event has said so: it makes no system call.
@@ -205,16 +205,16 @@ impl Stream {
             return;
         }
         let began = Instant::now();
-        let (mut pause, mut next_question) = (Duration::from_millis(1), LOSS_INTERVAL);
+        let (mut pause, mut next_loss_check) = (Duration::from_millis(1), LOSS_CHECK_INTERVAL);
         while is_writable(&self.socket).is_ok_and(|writable| !writable) && began.elapsed() < limit {
-            if began.elapsed() >= next_question {
+            if began.elapsed() >= next_loss_check {
                 if is_lost() {
                     return;
                 }
-                next_question += LOSS_INTERVAL;
+                next_loss_check += LOSS_CHECK_INTERVAL;
             }
             sleep(pause).await;
-            pause = (pause * 2).min(LONGEST_LOOK_INTERVAL);
+            pause = (pause * 2).min(MAX_POLL_INTERVAL);
         }
     }
 

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 /// Unanswered retransmissions or window probes, without which a peer is never taken for vanished: one may get lost, and a
 /// peer needs a round trip for its answer.
-const LEAST_UNANSWERED: u8 = 2;
+const MIN_UNANSWERED: u8 = 2;
 /// The kernel's default smallest (TCP_RTO_MIN) and largest (TCP_RTO_MAX) retransmission timeout.
 const FIRST_TIMEOUT: Duration = Duration::from_millis(200);
 const LONGEST_TIMEOUT: Duration = Duration::from_secs(120);
@@ -66,7 +66,7 @@ impl Wire {
     /// then no probe is unanswered.
     pub(super) fn is_vanished(&self, limit: Duration) -> bool {
         self.unacknowledged_bytes > 0
-            && self.retransmits.max(self.probes) >= LEAST_UNANSWERED
+            && self.retransmits.max(self.probes) >= MIN_UNANSWERED
             && self.last_ack.min(self.last_data_received) >= limit
     }
 }

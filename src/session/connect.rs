@@ -93,7 +93,7 @@ pub(super) async fn connect(report: &mut Report, client: &Stream) -> Result<Stre
 
     if context.worker.expects_reset() {
         // A client without an event by then is served: its backend may have to speak first.
-        let _ = timeout_at(accepted + FLOOD_WAIT, poll_fn(|cx| client.poll_heard(cx))).await;
+        let _ = timeout_at(accepted + FLOOD_WAIT, poll_fn(|cx| client.poll_input(cx))).await;
         asked = Instant::now();
     }
     for attempt in 0..settings.attempts.get() {

@@ -1,4 +1,4 @@
-//! Every place where a socket says "not now" or there is no pipe, one at a time, on the two sockets of one direction.
+//! Every offset where a socket says "not now" or there is no pipe, one at a time, on the two sockets of one direction.
 //!
 //! Its task is woken by nothing else than these sockets, so a direction that forgets to ask for its next wake-up waits
 //! for ever, and its test says so after [`PATIENCE`]. What sessions make of it is shown from outside: see
@@ -34,7 +34,7 @@ struct Flow {
 /// A flow that splices from the first byte on, who writes to it, and who reads from it.
 async fn spliced() -> (Flow, TcpStream, TcpStream) {
     let (mut flow, writer, reader) = copied().await;
-    flow.direction.way = Way::Splice;
+    flow.direction.path = Path::Splice;
     (flow, writer, reader)
 }
 
@@ -71,9 +71,9 @@ async fn connection() -> (TcpStream, TcpStream) {
     (outer, inner)
 }
 
-/// The byte at `place` of what is sent.
-fn byte(place: usize) -> u8 {
-    (place % 251) as u8 ^ (place >> 12) as u8
+/// The byte at `offset` of what is sent.
+fn byte(offset: usize) -> u8 {
+    (offset % 251) as u8 ^ (offset >> 12) as u8
 }
 
 fn bytes(start: usize, end: usize) -> Vec<u8> {
@@ -84,20 +84,20 @@ fn bytes(start: usize, end: usize) -> Vec<u8> {
 fn slowly_reads(mut reader: TcpStream, end: usize) -> tokio::task::JoinHandle<TcpStream> {
     tokio::spawn(async move {
         let mut buffer = vec![0; 65_536];
-        let mut place = 0;
-        while place < end {
-            let most = if place < 1_000 { 1 } else { buffer.len() };
-            let count = reader.read(&mut buffer[..most]).await.expect("connected");
-            assert!(count > 0, "it ended after {place} of {end} bytes");
-            assert!(buffer[..count] == bytes(place, place + count), "between {place} and +{count}");
-            place += count;
-            if place == 1_000 {
+        let mut offset = 0;
+        while offset < end {
+            let limit = if offset < 1_000 { 1 } else { buffer.len() };
+            let count = reader.read(&mut buffer[..limit]).await.expect("connected");
+            assert!(count > 0, "it ended after {offset} of {end} bytes");
+            assert!(buffer[..count] == bytes(offset, offset + count), "between {offset} and +{count}");
+            offset += count;
+            if offset == 1_000 {
                 // With the least of buffers, one delayed acknowledgement follows the other.
                 SockRef::from(&reader).set_recv_buffer_size(1 << 20).expect("tcp");
             }
             tokio::task::yield_now().await;
         }
-        assert_eq!(place, end, "more came than was sent");
+        assert_eq!(offset, end, "more came than was sent");
         reader
     })
 }
@@ -156,7 +156,7 @@ impl Flow {
     fn free_pipes(&self) -> usize {
         let pipes = self.takes_all_pipes();
         let count = pipes.len();
-        pipes.into_iter().for_each(|pipe| self.buffers.pipes.give_back(pipe));
+        pipes.into_iter().for_each(|pipe| self.buffers.pipes.put_back(pipe));
         count
     }
 }
@@ -165,24 +165,24 @@ impl Flow {
 async fn an_empty_source_keeps_no_pipe_and_its_next_byte_wakes() {
     let _reactor = beside_tokio::install();
     let (mut flow, mut writer, reader) = spliced().await;
-    let (pipes, mut place) = (flow.free_pipes(), 0);
+    let (pipes, mut offset) = (flow.free_pipes(), 0);
     for length in [1, 500, 1] {
         for _ in 0..10 {
             assert!(flow.poll_once().await.is_pending());
             assert!(!flow.direction.holds_bytes() && flow.free_pipes() == pipes, "it keeps a pipe");
         }
-        let end = place + length;
-        let chunk = bytes(place, end);
+        let end = offset + length;
+        let chunk = bytes(offset, end);
         let (moves, write) = tokio::join!(
             flow.moves_until("bytes have come", |flow| flow.moved_bytes == end),
             writer.write_all(&chunk),
         );
         assert!(moves.is_pending() && write.is_ok());
-        place = end;
+        offset = end;
     }
     // Four small ones in a row would make it copy.
-    assert!(flow.direction.way == Way::Splice);
-    slowly_reads(reader, place).await.expect("every byte has come");
+    assert!(flow.direction.path == Path::Splice);
+    slowly_reads(reader, offset).await.expect("every byte has come");
 }
 
 #[tokio::test]
@@ -247,7 +247,7 @@ async fn a_target_that_goes_away_while_a_pipe_holds_its_bytes_breaks_the_directi
     let broken = timeout(PATIENCE, poll_fn(|cx| flow.poll(cx))).await.expect("the reset wakes it");
     assert!(matches!(broken, Err(Broken::Target(_))), "{broken:?}");
     flow.direction.abandon();
-    // Its pipe, which is not empty, was closed: another may be opened in its place.
+    // Its pipe, which is not empty, was closed: another may be opened in its offset.
     assert_eq!(flow.free_pipes(), Flow::free_pipes(&spliced().await.0));
 }
 
@@ -270,14 +270,14 @@ async fn without_a_pipe_bulk_is_copied_and_with_one_it_is_spliced_again() {
     let (mut flow, writer, reader) = spliced().await;
     let pipes = flow.takes_all_pipes();
     let written = flow.stall(&writer).await;
-    assert!(flow.direction.way == Way::Peek && flow.piped_bytes() == 0);
+    assert!(flow.direction.path == Path::Peek && flow.piped_bytes() == 0);
     let reads = slowly_reads(reader, written);
     let moves = flow.moves_until("the target takes bytes", |flow| flow.moved_bytes == written).await;
     assert!(moves.is_pending());
     let reader = reads.await.expect("every byte has come");
 
     drop(pipes);
-    assert!(flow.direction.way == Way::Peek, "nothing has come since");
+    assert!(flow.direction.path == Path::Peek, "nothing has come since");
     // With the least of buffers the target takes too little at a time for bulk.
     flow.target_socket.set_send_buffer_size(1 << 20).expect("tcp");
     let write = tokio::spawn(async move {
@@ -289,7 +289,7 @@ async fn without_a_pipe_bulk_is_copied_and_with_one_it_is_spliced_again() {
         let (mut reader, mut buffer) = (reader, vec![0; 1 << 20]);
         while reader.read(&mut buffer).await.expect("connected") > 0 {}
     });
-    let moves = flow.moves_until("it splices", |flow| flow.direction.way == Way::Splice).await;
+    let moves = flow.moves_until("it splices", |flow| flow.direction.path == Path::Splice).await;
     assert!(moves.is_pending());
     write.abort();
     read.abort();

@@ -35,15 +35,15 @@ impl State {
     /// It waits for a socket to take bytes, and is woken now and then to look after the other one.
     pub(super) const STALLED: Self = Self(2);
     /// It is told to end.
-    pub(super) const ENDS: Self = Self(4);
+    pub(super) const END_REQUESTED: Self = Self(4);
     /// It was told to end before, and was let go because bytes moved.
     pub(super) const DEFERRED: Self = Self(8);
     /// Bytes have moved since its peers were last known to have all of them.
     pub(super) const UNCONFIRMED: Self = Self(16);
     /// Its peers are to be checked.
-    pub(super) const CHECK: Self = Self(32);
+    pub(super) const CHECK_DUE: Self = Self(32);
     /// It is to move to a lower place.
-    pub(super) const MOVE: Self = Self(64);
+    pub(super) const MOVE_REQUESTED: Self = Self(64);
 
     pub(super) const fn and(self, other: Self) -> Self {
         Self(self.0 | other.0)
@@ -68,8 +68,8 @@ impl Entry {
     }
 
     /// Its peers are to be checked at this tick. By its `place`, so that not all sessions are checked at the same one.
-    pub(super) fn is_checked(&self, now: Tick, place: u32) -> bool {
+    pub(super) fn is_check_due(&self, now: Tick, index: u32) -> bool {
         self.state.has_all(State::SETTLED.and(State::UNCONFIRMED))
-            && now.wrapping_add(place) & Tick::from(self.check_mask) == 0
+            && now.wrapping_add(index) & Tick::from(self.check_mask) == 0
     }
 }

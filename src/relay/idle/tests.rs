@@ -44,7 +44,7 @@ async fn a_session_without_a_limit_lives_settles_once_and_has_its_peers_checked_
         let mut settled = 0;
         let mut checks = 0;
         let silence = poll_fn(|cx| {
-            settled += u32::from(idle.settles(PEER_TIMEOUT));
+            settled += u32::from(idle.has_just_settled(PEER_TIMEOUT));
             loop {
                 let due = ready!(idle.poll_due(cx, None, false));
                 if due != Due::Check {
@@ -85,9 +85,9 @@ async fn places_are_used_again_and_the_clock_stops_without_sessions() {
 async fn those_silent_for_longest_are_ended_first_and_no_one_of_others_or_too_young() {
     let clock = IdleClock::new(LIMIT);
     let settle = Duration::from_secs(5);
-    let is_over = |idle: &mut Idle<'_>| {
+    let is_over = |idle: &mut IdleHandle<'_>| {
         let mut cx = Context::from_waker(Waker::noop());
-        matches!(idle.poll_due(&mut cx, None, false), Poll::Ready(Due::Told))
+        matches!(idle.poll_due(&mut cx, None, false), Poll::Ready(Due::EndRequested))
     };
     let sessions = async {
         let mut of_other = clock.enter(settle, 7);
@@ -126,7 +126,7 @@ async fn those_silent_for_longest_are_ended_first_and_no_one_of_others_or_too_yo
 async fn memory_is_given_back_after_a_peak_though_some_sessions_of_it_go_on() {
     const PEAK: usize = 50_000;
     let clock = IdleClock::new(LIMIT);
-    let poll = |idle: &mut Idle<'_>| {
+    let poll = |idle: &mut IdleHandle<'_>| {
         let mut cx = Context::from_waker(Waker::noop());
         assert!(idle.poll_due(&mut cx, Some(1000 * LIMIT), false).is_pending());
     };
@@ -163,9 +163,9 @@ async fn memory_is_given_back_after_a_peak_though_some_sessions_of_it_go_on() {
 async fn a_session_whose_bytes_moved_below_us_is_ended_when_its_turn_comes_by_that() {
     let clock = IdleClock::new(LIMIT);
     let settle = Duration::from_secs(5);
-    let is_told = |idle: &mut Idle<'_>| {
+    let is_told_to_end = |idle: &mut IdleHandle<'_>| {
         let mut cx = Context::from_waker(Waker::noop());
-        matches!(idle.poll_due(&mut cx, None, false), Poll::Ready(Due::Told))
+        matches!(idle.poll_due(&mut cx, None, false), Poll::Ready(Due::EndRequested))
     };
     let sessions = async {
         let (mut slow, mut silent) = (clock.enter(settle, 8), clock.enter(settle, 8));
@@ -174,14 +174,14 @@ async fn a_session_whose_bytes_moved_below_us_is_ended_when_its_turn_comes_by_th
         sleep(4 * LIMIT).await;
         let end = |most| clock.end_sessions(&[8], LIMIT, settle, |_| most);
         assert_eq!(end(1), 1);
-        assert!(is_told(&mut slow) && !is_told(&mut silent), "as far as the clock knows");
-        assert!(slow.moved(LIMIT / 2) && !slow.moved(LIMIT / 2) && !slow.moved(LIMIT));
-        assert!(slow.defer() && !is_told(&mut slow));
+        assert!(is_told_to_end(&mut slow) && !is_told_to_end(&mut silent), "as far as the clock knows");
+        assert!(slow.record_move(LIMIT / 2) && !slow.record_move(LIMIT / 2) && !slow.record_move(LIMIT));
+        assert!(slow.defer() && !is_told_to_end(&mut slow));
         // Its place in the step is taken by another.
         assert_eq!(end(0), 1);
-        assert!(is_told(&mut silent) && !is_told(&mut slow));
+        assert!(is_told_to_end(&mut silent) && !is_told_to_end(&mut slow));
         assert_eq!(end(1), 0);
-        assert!(is_told(&mut slow) && !slow.defer(), "only once");
+        assert!(is_told_to_end(&mut slow) && !slow.defer(), "only once");
     };
     tokio::select! {
         () = clock.run() => unreachable!("it never ends"),
@@ -199,7 +199,7 @@ async fn a_clock_that_wraps_closes_nobody_early_and_nobody_late() {
         let mut idle = clock.enter(LIMIT / 2, 0);
         idle.confirm();
         poll_fn(|cx| {
-            settled += u32::from(idle.settles(PEER_TIMEOUT));
+            settled += u32::from(idle.has_just_settled(PEER_TIMEOUT));
             idle.poll_due(cx, Some(LIMIT), false)
         })
         .await;
