@@ -1,17 +1,22 @@
-//! What the tasks of a worker thread wait on: sockets, points in time, and other threads.
+//! The event loop of a worker thread: tasks wait here for sockets, for points in time and for other threads.
 //!
-//! - `watched.rs`: a socket, and what it is ready for.
-//! - `tasks.rs`: the tasks.
+//! - `runtime.rs`: runs the thread's tasks until the main future ends.
+//! - `tasks.rs`: the queue of tasks that are due.
+//! - `watched.rs`: a socket and its readiness.
 //! - `timer.rs`: `sleep` and `timeout_at`.
 //! - `thread_waker.rs`: how other threads wake this one.
 //! - `shrink.rs`: gives memory back after a peak.
-//! - `runtime.rs`: runs the thread's tasks until the first of them ends.
 //!
-//! Tokio's own drivers and tasks do the same for any program, and that is what a short session pays for: a thread-safe
-//! registration of 384 bytes for each socket, a system call to take it out of epoll again (the kernel does so at the close), a
-//! timer wheel with a lock that is asked at each wait, and tasks that may be joined, aborted and woken by anybody in the middle
-//! of a step, of which many run between two looks at the sockets. benches/README.md ("What the runtime costs") has the figures.
-//! Nothing here is thread-safe but `thread_waker.rs`, and nothing knows what the tasks do.
+//! One iteration of the loop runs the due tasks, waits for events in epoll, and marks as due the tasks that
+//! these events, expired timers and other threads concern.
+//!
+//! Tokio's drivers serve any program, and a short session pays for that generality: a thread-safe
+//! registration of 384 bytes for each socket, a system call to remove it from epoll (closing the socket does
+//! that anyway), a timer wheel whose lock is taken at each wait, and tasks that can be joined, aborted and
+//! woken by any thread at any moment. benches/README.md ("What the runtime costs") has the figures. Here
+//! only `ThreadWaker` is thread-safe.
+//!
+//! The reactor knows nothing of sessions; `data_plane/worker.rs` starts the tasks.
 
 mod runtime;
 mod shrink;
@@ -43,38 +48,43 @@ use self::thread_waker::ThreadWaker;
 use self::timer::Timers;
 use self::watched::Registrations;
 
-/// Events of one wait. Those that are left over come with the next.
+/// The most events that one wait returns. The kernel keeps the others for the next wait.
 const EVENTS_PER_WAIT: usize = 256;
-/// Of `ThreadWaker`'s descriptor, which has no place.
+/// The token of the thread waker's eventfd. No [`Registrations`] entry has this token, because an index of
+/// `u32::MAX` is never reached.
 const THREAD_WAKER_TOKEN: EventData = EventData::new_u64(u64::MAX);
 
 thread_local! {
-    /// A reference that needs no drop: reading it is one instruction, where a thread-local value with a destructor is checked for
-    /// whether it still lives, and an `Rc` in a `RefCell` counts its borrows. A session reads it some 40 times.
+    /// The reactor of this thread.
+    ///
+    /// A plain reference, because a session reads it some 40 times: a value without a destructor is read in
+    /// one instruction. For a value with a destructor the thread-local would first check whether it is still
+    /// alive, and an `Rc` in a `RefCell` would also count borrows.
     static CURRENT: Cell<Option<&'static Reactor>> = const { Cell::new(None) };
 }
 
-/// What one thread's tasks wait on.
+/// The state of one thread's event loop.
 #[derive(Debug)]
 struct Reactor {
-    /// `None` once the thread has no reactor any more.
+    /// `None` once [`Installed`] was dropped.
     handles: RefCell<Option<Handles>>,
-    /// The address of the `ThreadWaker` among the handles, which tells a wake-up of this thread from one of another.
+    /// The address of the `ThreadWaker` in `handles`. A task's waker compares it with its own, to find out
+    /// whether it is woken on the task's thread.
     thread_waker: *const ThreadWaker,
     tasks: Tasks,
     registrations: RefCell<Registrations>,
     timers: RefCell<Timers>,
-    /// When it last waited.
+    /// When the last wait ended.
     waited_at: Cell<Instant>,
-    /// How often it has waited, modulo 256.
+    /// The number of waits so far, modulo 256.
     wait_count: Cell<u8>,
-    /// As [`set_busy`] says.
+    /// Set by [`set_busy`].
     is_busy: Cell<bool>,
-    /// False where tokio's clock runs, which tests can stop.
+    /// False in tests that run beside tokio and use its clock, which they can stop.
     has_timers: bool,
 }
 
-/// The descriptors of a reactor.
+/// The descriptors of a reactor, and what other threads share with it.
 #[derive(Debug)]
 struct Handles {
     epoll: OwnedFd,
@@ -82,13 +92,14 @@ struct Handles {
 }
 
 impl Reactor {
-    /// Makes a reactor this thread's, until the guard is dropped.
+    /// Creates a reactor for this thread. It works until the returned guard is dropped.
     fn install(has_timers: bool) -> io::Result<Installed> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let thread_waker = Arc::new(ThreadWaker::new()?);
-        // Edge-triggered, each write is an event of its own, and nobody has to read.
+        // Edge-triggered: each write to the eventfd is a new event, so the counter is never read.
         epoll::add(&epoll, thread_waker.event(), THREAD_WAKER_TOKEN, EventFlags::IN | EventFlags::ET)?;
-        // Leaked: some 400 bytes for each thread that ever had a reactor. What it holds is dropped with the guard.
+        // Leaked: some 400 bytes for each thread that ever had a reactor. Its contents are dropped with the
+        // guard.
         let reactor: &'static Self = Box::leak(Box::new(Self {
             thread_waker: Arc::as_ptr(&thread_waker),
             handles: RefCell::new(Some(Handles { epoll, thread_waker })),
@@ -109,8 +120,10 @@ impl Reactor {
         Ref::map(self.handles.borrow(), |handles| handles.as_ref().expect("they go with the guard"))
     }
 
-    /// Waits for events, at most until the next timer, and not at all if a task is due; then wakes whom they
-    /// concern. Returns how many there were; with [`EVENTS_PER_WAIT`] of them there may be more.
+    /// Waits for events and wakes the tasks that they concern, then those whose timers have expired.
+    ///
+    /// It waits until the next timer, or not at all if a task is due or another thread has woken this one.
+    /// Returns the number of events; if it is [`EVENTS_PER_WAIT`], there may be more.
     fn wait(&self) -> usize {
         let handles = self.handles();
         let timeout = if self.tasks.are_idle() && handles.thread_waker.announce_sleep() {
@@ -141,17 +154,17 @@ impl Reactor {
         events.len()
     }
 
-    /// Counted from the end of the last wait, not from now: one look at the clock a turn is enough. The tasks that have run since
-    /// make a timer late by as much as they took.
+    /// The time from the end of the last wait to the next timer. Counting from there needs one reading of the
+    /// clock per iteration; the price is that a timer is late by the time that the tasks took since.
     fn until_next_timer(&self) -> Option<Duration> {
-        /// The kernel takes no wait of more than 24 days.
+        /// The kernel refuses timeouts of more than 24 days.
         const LONGEST_WAIT: Duration = Duration::from_secs(3600);
         let next = self.timers.borrow().next_deadline()?;
         Some(next.saturating_duration_since(self.waited_at.get()).min(LONGEST_WAIT))
     }
 }
 
-/// Keeps a reactor installed on its thread, and releases what it holds when dropped.
+/// Keeps a reactor installed on its thread. Dropping it drops the reactor's contents.
 #[derive(Debug)]
 struct Installed(&'static Reactor);
 
@@ -164,40 +177,41 @@ impl Drop for Installed {
     }
 }
 
-/// How often this thread has looked for events, modulo 256.
+/// The number of times that this thread has waited for events, modulo 256.
 #[must_use]
 pub fn wait_count() -> u8 {
     with(|reactor| reactor.wait_count.get()).unwrap_or_default()
 }
 
-/// This thread cannot keep up with what comes, or can again: as who accepts says, and of several the last.
+/// Records whether more connections arrive than this thread can accept at once. The accept loops call it;
+/// with several of them on a thread, the last call counts.
 pub fn set_busy(is_busy: bool) {
     with(|reactor| reactor.is_busy.set(is_busy));
 }
 
-/// What [`set_busy`] was last told.
+/// The last value of [`set_busy`] on this thread; false without a reactor.
 #[must_use]
 pub fn is_busy() -> bool {
     with(|reactor| reactor.is_busy.get()).unwrap_or_default()
 }
 
-/// `None` on a thread without, and while one ends.
+/// Calls `f` with this thread's reactor. `None` if the thread has none, or none any more.
 fn with<T>(f: impl FnOnce(&Reactor) -> T) -> Option<T> {
     CURRENT.get().map(f)
 }
 
-/// For tests of what runs on a worker: its sockets, on a runtime of tokio's whose clock can be stopped.
+/// Lets tests run sessions on a tokio runtime, whose clock they can stop. The reactor watches the sockets.
 #[cfg(test)]
 pub mod beside_tokio {
     use super::*;
     use std::task::Wake as _;
     use tokio::io::unix::AsyncFd;
 
-    /// Until it is dropped, tasks of this thread may watch sockets.
+    /// Lets the tasks of this thread watch sockets until it is dropped.
     #[derive(Debug)]
     pub struct Beside(#[expect(dead_code, reason = "for its drop")] Installed);
 
-    /// Must be called in a runtime of one thread.
+    /// Installs a reactor. Must be called in a current-thread runtime.
     #[must_use]
     pub fn install() -> Beside {
         let installed = Reactor::install(false).expect("descriptors");
@@ -209,7 +223,7 @@ pub mod beside_tokio {
                 ready.clear_ready();
                 let all = || {
                     with(|reactor| {
-                        // Tokio's runtime has waited already.
+                        // Tokio's runtime has waited already, so this wait must return at once.
                         reactor.handles().thread_waker.wake_by_ref();
                         reactor.wait()
                     })

@@ -1,4 +1,5 @@
-//! Runs the tasks of a worker thread. Who works for whom is `data_plane/worker.rs`'s.
+//! Runs the tasks of a worker thread: the loop itself. Which tasks there are is decided in
+//! `data_plane/worker.rs`.
 
 use std::future::Future;
 use std::io;
@@ -9,26 +10,27 @@ use std::task::{Context, Poll, Wake, Waker};
 
 use super::{Installed, Reactor, ThreadWaker};
 
-/// A thread's tasks and what they wait on. Dropped, it drops what is left of them.
+/// The tasks of one thread, and the reactor that they wait on. Dropping it drops the tasks that are left.
 ///
-/// Neither tokio's timers nor its sockets work here, nor its ways to spawn ([`spawn`](super::spawn) is this thread's); its channels
-/// and its other ways to wait for one another do.
+/// Tokio's timers, sockets and `spawn` do not work on this runtime; use [`sleep`](super::sleep),
+/// [`Watched`](super::Watched) and [`spawn`](super::spawn). Tokio's channels, `Notify` and `select!` work,
+/// because they need no driver.
 #[derive(Debug)]
 pub struct Runtime(Installed);
 
 impl Runtime {
-    /// For this thread.
+    /// Creates the runtime of this thread.
     ///
     /// # Errors
-    /// No descriptor.
+    /// No descriptor is left for epoll or the eventfd.
     ///
     /// # Panics
-    /// It has one already.
+    /// The thread has a runtime already.
     pub fn new() -> io::Result<Self> {
         Ok(Self(Reactor::install(true)?))
     }
 
-    /// Runs `future`, and the tasks that it spawns, until it ends: not a step further.
+    /// Runs `future` and the tasks of this thread until `future` ends. Tasks are not polled any more then.
     pub fn block_on<F: Future>(&mut self, future: F) -> F::Output {
         let reactor = self.0.0;
         let thread_waker = Arc::clone(&reactor.handles().thread_waker);
@@ -51,12 +53,13 @@ impl Runtime {
 
 impl Drop for Runtime {
     fn drop(&mut self) {
-        // While they still can give back what they waited on.
+        // While the reactor still works: the tasks' sockets and timers remove their entries from it.
         self.0.0.tasks.clear();
     }
 }
 
-/// Wakes the future that is blocked on, which need not be looked at whenever a task was woken.
+/// The waker of the future passed to [`Runtime::block_on`]. With a flag of its own that future is polled
+/// only when it was woken itself, not whenever a task was.
 struct MainWaker {
     due: AtomicBool,
     thread_waker: Arc<ThreadWaker>,
@@ -110,7 +113,7 @@ mod tests {
         }
     }
 
-    /// The reactor itself is leaked, for the sake of a cheap look at it. What it holds must not be.
+    /// The reactor itself is leaked, so that it can be read without a check. Its contents must not be.
     #[test]
     fn a_runtime_that_is_dropped_leaves_no_descriptors_and_no_tables() {
         for _ in 0..3 {
@@ -128,7 +131,7 @@ mod tests {
     fn a_task_is_woken_by_its_socket_by_time_and_by_other_threads() {
         run(async {
             let (socket, mut other) = pair();
-            let (told, tells) = oneshot::channel();
+            let (sender, receiver) = oneshot::channel();
             spawn(async move {
                 sleep(Duration::from_millis(5)).await;
                 other.write_all(&[7]).expect("room");
@@ -136,15 +139,15 @@ mod tests {
             assert_eq!(read(&socket).await, 7);
             let thread = thread::spawn(move || {
                 thread::sleep(Duration::from_millis(5));
-                told.send(9)
+                sender.send(9)
             });
-            assert_eq!(tells.await, Ok(9));
+            assert_eq!(receiver.await, Ok(9));
             assert_eq!(thread.join().expect("it ends"), Ok(()));
         });
     }
 
-    /// From a thread that answers at once or a little later, so that many answers come just when this one goes to sleep. One
-    /// that is lost is noticed when its time is over.
+    /// The other thread answers at once or a little later, so that many answers come just when this thread
+    /// goes to sleep. A lost wake-up shows as a timeout.
     #[test]
     fn no_wake_up_of_another_thread_is_lost() {
         run(async {
@@ -153,9 +156,9 @@ mod tests {
                 let mut number = 0;
                 loop {
                     match from.try_recv() {
-                        Ok(told) => {
+                        Ok(sender) => {
                             (0..number % 499).for_each(|_| std::hint::spin_loop());
-                            told.send(number).expect("it is waited for");
+                            sender.send(number).expect("it is waited for");
                             number += 1;
                         }
                         Err(std::sync::mpsc::TryRecvError::Empty) => std::hint::spin_loop(),
@@ -164,26 +167,27 @@ mod tests {
                 }
             });
             for number in 0..20_000 {
-                let (told, tells) = oneshot::channel();
-                to.send(told).expect("it runs");
+                let (sender, receiver) = oneshot::channel();
+                to.send(sender).expect("it runs");
                 let limit = Instant::now() + Duration::from_secs(20);
-                assert_eq!(timeout_at(limit, tells).await, Ok(Ok(number)));
+                assert_eq!(timeout_at(limit, receiver).await, Ok(Ok(number)));
             }
             drop(to);
             thread.join().expect("it ends");
         });
     }
 
-    /// However long the thread has slept without any timer: the first one that is set then is as punctual as any other.
+    /// The deadline of a timer is compared with the end of the last wait. That must not be an old time after
+    /// a long sleep without timers.
     #[test]
     fn a_timer_after_a_long_sleep_is_not_late() {
         run(async {
-            let (told, tells) = oneshot::channel();
+            let (sender, receiver) = oneshot::channel();
             let thread = thread::spawn(move || {
                 thread::sleep(Duration::from_secs(2));
-                told.send(())
+                sender.send(())
             });
-            tells.await.expect("it is told");
+            receiver.await.expect("the thread sends");
             let begun = Instant::now();
             sleep(Duration::from_millis(5)).await;
             let slept = begun.elapsed();
@@ -199,16 +203,16 @@ mod tests {
             let at = move |millis| begun + Duration::from_millis(millis);
             assert!(timeout_at(at(5), std::future::pending::<()>()).await.is_err());
             assert!(Instant::now() >= at(5));
-            // Over already, and still asked once.
+            // The deadline is over already, and the future is still polled once.
             assert_eq!(timeout_at(at(0), async { 3 }).await, Ok(3));
             assert!(timeout_at(at(0), std::future::pending::<()>()).await.is_err());
             let order = std::rc::Rc::new(std::cell::RefCell::new(Vec::new()));
             let tasks = [30, 10, 20].map(|millis| {
-                let (order, (tell, ended)) = (std::rc::Rc::clone(&order), oneshot::channel());
+                let (order, (sender, ended)) = (std::rc::Rc::clone(&order), oneshot::channel());
                 spawn(async move {
                     sleep_until(at(millis)).await;
                     order.borrow_mut().push(millis);
-                    tell.send(()).expect("it is waited for");
+                    sender.send(()).expect("it is waited for");
                 });
                 ended
             });
@@ -221,12 +225,12 @@ mod tests {
         });
     }
 
-    /// Its place goes to the next one, and what still comes for it is not taken for the next one's.
+    /// The entry of a closed socket is reused. Late events of the old socket must not reach the new one.
     #[test]
-    fn an_event_of_a_socket_that_is_closed_is_nobody_elses() {
+    fn a_late_event_of_a_closed_socket_does_not_reach_its_successor() {
         run(async {
             let (first, mut other) = pair();
-            // As a child process that was just forked would: epoll still has it after the close.
+            // As in a forked child process: the copy keeps the socket in epoll after the close.
             let forked = first.socket().try_clone().expect("a descriptor");
             drop(first);
             let (second, mut to_second) = pair();
@@ -241,9 +245,9 @@ mod tests {
         });
     }
 
-    /// A task that always wants to run keeps nobody from his socket or his time.
+    /// A task that is always due lets other tasks' sockets and timers be served.
     #[test]
-    fn a_busy_task_starves_nobody() {
+    fn a_busy_task_starves_no_other() {
         run(async {
             spawn(async {
                 loop {
@@ -263,23 +267,23 @@ mod tests {
     }
 
     #[test]
-    fn what_is_left_is_dropped_with_the_runtime() {
-        let (told, mut tells) = oneshot::channel::<()>();
+    fn tasks_that_are_left_are_dropped_with_the_runtime() {
+        let (sender, mut receiver) = oneshot::channel::<()>();
         run(async move {
             let (socket, other) = pair();
             spawn(async move {
-                let _told = told;
+                let _sender = sender;
                 let _other = other;
                 read(&socket).await;
             });
             tokio::task::yield_now().await;
         });
-        assert_eq!(tells.try_recv(), Err(oneshot::error::TryRecvError::Closed));
+        assert_eq!(receiver.try_recv(), Err(oneshot::error::TryRecvError::Closed));
     }
 
     #[test]
     #[should_panic(expected = "a defect")]
-    fn a_panic_of_the_first_task_is_the_threads() {
+    fn a_panic_of_the_main_future_reaches_the_caller() {
         run(async { panic!("a defect") });
     }
 }

@@ -1,24 +1,24 @@
-//! Gives back the memory of tables whose entries are numbered, after a peak.
+//! Gives back the memory of tables after a peak. Their entries are found by index, so they cannot be moved.
 //!
-//! A place that is taken keeps its number, so only free entries at a table's end can go. From then on the lowest free one is taken
-//! first, so that the end becomes free as those who are there leave.
+//! Only free entries at a table's end can be removed. After that, the lowest free entry is used first, so
+//! that the end becomes free while its users leave.
 
 use super::with;
 
-/// Tables of so many entries stay as they are: they have a few dozen kilobytes at most.
+/// Tables of up to this many entries keep their memory: a few dozen kilobytes.
 const KEPT_ENTRIES: usize = 1024;
-/// A table shrinks once it has so many entries for each one that is taken, and then keeps half of them: one that grows and shrinks a
-/// little does neither.
+/// A table is shrunk when it has this many entries for each used one, and then keeps two for each. The gap
+/// keeps a table that grows and shrinks a little from being reallocated each time.
 const ENTRIES_PER_USED_ONE: usize = 4;
 
-/// True where [`shrink_table`] would have something to do.
+/// True if [`shrink_table`] would do anything.
 #[must_use]
 pub fn is_mostly_free(entries: usize, free: usize) -> bool {
     entries > KEPT_ENTRIES && entries / ENTRIES_PER_USED_ONE >= entries - free
 }
 
-/// Removes what is free at the end of `entries`, and lets the lowest of the other `free` ones be the next that is popped, if most are
-/// free. Costs up to a few milliseconds for 100,000 entries, so it is for once in a while.
+/// Removes free entries from the end of `entries` if most entries are free, and sorts `free` so that the
+/// lowest index is popped next. Takes up to a few milliseconds for 100,000 entries, so call it rarely.
 pub fn shrink_table<T>(entries: &mut Vec<T>, free: &mut Vec<u32>) {
     if !is_mostly_free(entries.len(), free.len()) {
         return;
@@ -34,7 +34,7 @@ pub fn shrink_table<T>(entries: &mut Vec<T>, free: &mut Vec<u32>) {
     free.shrink_to(kept);
 }
 
-/// Gives back what this thread's tables of sockets and tasks do not need any more.
+/// Gives back memory that this thread's tables of sockets and tasks do not need any more.
 pub fn shrink() {
     with(|reactor| {
         reactor.registrations.borrow_mut().shrink();
@@ -47,14 +47,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_table_shrinks_after_a_peak_as_far_as_its_last_place_that_is_taken() {
+    fn a_table_shrinks_after_a_peak_down_to_its_last_used_entry() {
         let mut entries: Vec<u32> = (0..100_000).collect();
         let mut free: Vec<u32> = (0..100_000).filter(|index| *index != 40_000 && *index != 7).collect();
         fastrand::Rng::with_seed(1).shuffle(&mut free);
         shrink_table(&mut entries, &mut free);
         assert_eq!((entries.len(), free.len()), (40_001, 39_999));
         assert!(entries.capacity() < 50_000 && free.capacity() < 50_000);
-        assert_eq!(free.pop(), Some(0), "the lowest is taken first");
+        assert_eq!(free.pop(), Some(0), "the lowest is used first");
         free.push(40_000);
         shrink_table(&mut entries, &mut free);
         assert_eq!((entries.len(), free.len()), (KEPT_ENTRIES, KEPT_ENTRIES - 2));

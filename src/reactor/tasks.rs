@@ -1,12 +1,15 @@
-//! The tasks of a worker thread: run in the order in which they were woken, each once however often it was.
+//! The tasks of a worker thread. They run in the order in which they were woken; a task that is woken
+//! several times before it runs is polled once.
 //!
-//! One that wakes itself comes after the next look at the sockets, so that whoever yields lets them be looked at. What serves a
-//! task for the next one, too, is kept: its place, and the waker that sockets and timers hold. So a task costs one allocation, of
-//! its own size. A waker that outlives its task wakes the next one in its place for nothing, which a future has to bear from
-//! anybody.
+//! A task that wakes itself runs again only after the next wait for events, so a task that yields lets the
+//! reactor look at the sockets.
 //!
-//! Tasks are not joined, aborted or given a result: who wants to know of an end has a channel. Next: `runtime.rs` says when they
-//! run, `waking.rs` how other threads reach them.
+//! Entries of the table are reused, together with the wakers that sockets and timers hold. So a task costs
+//! one allocation of its own size. A waker that outlives its task causes one needless poll of the entry's
+//! next task, which every future must tolerate anyway.
+//!
+//! Tasks cannot be joined or aborted and return nothing; a channel tells of an end. Next: `runtime.rs` says
+//! when tasks run, `thread_waker.rs` how other threads wake them.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -25,31 +28,34 @@ use super::{shrink_table, with};
 #[cfg(test)]
 mod tests;
 
-/// Steps of one run, then the sockets are looked at; or as many as were due when it began, if those are more.
+/// Polls in one run before the next wait for events. A run that begins with more due tasks polls each of
+/// those once.
 const STEPS_PER_RUN: usize = 64;
 
-/// Tasks that are due together in a small table.
+/// The capacity of the queue of due tasks that is kept after a peak.
 const DUE_CAPACITY_KEPT: usize = 1024;
 
 type Task = Pin<Box<dyn Future<Output = ()>>>;
 
-/// Those of one thread.
+/// All tasks of one thread.
 #[derive(Debug, Default)]
 pub(super) struct Tasks {
     entries: RefCell<Vec<TaskEntry>>,
     free: RefCell<Vec<u32>>,
     due: RefCell<VecDeque<u32>>,
-    /// The one that runs.
+    /// The task that is being polled.
     running: Cell<Option<u32>>,
-    /// Those that are due once the sockets were looked at: they have woken themselves, or [`defer_due_tasks_until_next_wait`] has put them here.
+    /// Tasks that become due after the next wait: they woke themselves, or
+    /// [`defer_due_tasks_until_next_wait`] moved them here.
     yielded: RefCell<Vec<u32>>,
 }
 
-/// One task's, or none's. There is one for each idle session, so its size counts.
+/// The entry of one task, or a free entry. Each idle session has one, so its size matters.
 struct TaskEntry {
-    /// `None` too while it runs.
+    /// `None` if the entry is free, and while the task is being polled.
     task: Option<Task>,
-    /// Of nobody while it runs, which then has it.
+    /// The waker of `task_waker`. A no-op waker while the task is being polled, because the poll has taken
+    /// this one.
     waker: Waker,
     task_waker: Arc<TaskWaker>,
 }
@@ -60,11 +66,12 @@ impl fmt::Debug for TaskEntry {
     }
 }
 
-/// What its waker knows of a place.
+/// The target of a task's waker. It belongs to the entry, not to the task, and is used by all tasks that the
+/// entry ever has.
 #[derive(Debug)]
 struct TaskWaker {
     index: u32,
-    /// It was woken, and has not run since.
+    /// The task was woken and has not been polled since.
     is_due: AtomicBool,
     thread: Arc<ThreadWaker>,
 }
@@ -103,12 +110,13 @@ impl Tasks {
         });
         let new = &mut entries[index as usize];
         new.task = Some(task);
-        // One who still had the waker may have woken it already.
+        // A stale waker may have woken the entry already; then its index is queued.
         if !new.task_waker.is_due.swap(true, AcqRel) {
             self.due.borrow_mut().push_back(index);
         }
     }
 
+    /// Queues a task that this thread has woken. A task that wakes itself becomes due after the next wait.
     fn schedule(&self, index: u32) {
         if self.running.get() == Some(index) {
             self.yielded.borrow_mut().push(index);
@@ -117,17 +125,17 @@ impl Tasks {
         }
     }
 
-    /// Other threads have woken them.
+    /// Queues tasks that other threads have woken.
     pub(super) fn schedule_all(&self, indices: impl IntoIterator<Item = u32>) {
         self.due.borrow_mut().extend(indices);
     }
 
-    /// None is due.
+    /// True if no task is due.
     pub(super) fn are_idle(&self) -> bool {
         self.due.borrow().is_empty() && self.yielded.borrow().is_empty()
     }
 
-    /// The sockets were looked at.
+    /// Makes those tasks due that waited for the end of the wait for events.
     pub(super) fn after_wait(&self) {
         let mut yielded = self.yielded.borrow_mut();
         if !yielded.is_empty() {
@@ -139,7 +147,8 @@ impl Tasks {
         self.yielded.borrow_mut().extend(self.due.borrow_mut().drain(..));
     }
 
-    /// Runs the due tasks and those that they wake meanwhile, within [`STEPS_PER_RUN`]. A task that wakes itself runs once.
+    /// Polls the due tasks and those that they wake meanwhile, at most [`STEPS_PER_RUN`] or as many as were
+    /// due at the start. A task that wakes itself is polled once.
     pub(super) fn run(&self) {
         let mut steps = self.due.borrow().len().max(STEPS_PER_RUN);
         while steps > 0
@@ -157,14 +166,14 @@ impl Tasks {
     fn step(&self, index: u32) {
         let (mut task, waker) = {
             let mut entries = self.entries.borrow_mut();
-            // Woken late, it may have been given up after a peak.
+            // A stale waker may have woken an entry that `shrink` has removed since.
             let Some(entry) = entries.get_mut(index as usize) else { return };
             entry.task_waker.is_due.swap(false, AcqRel);
             let Some(task) = entry.task.take() else { return };
             (task, mem::replace(&mut entry.waker, Waker::noop().clone()))
         };
         self.running.set(Some(index));
-        // A task that panics, of which the thread's hook has told, is over; the others are not.
+        // A panic ends this task alone; the panic hook has logged it.
         let polled = catch_unwind(AssertUnwindSafe(|| task.as_mut().poll(&mut Context::from_waker(&waker))));
         self.running.set(None);
         let is_over = !matches!(polled, Ok(Poll::Pending));
@@ -179,13 +188,13 @@ impl Tasks {
         (entry.task, entry.waker) = (left, waker);
     }
 
-    /// Gives back what it does not need any more.
+    /// Gives memory back after a peak.
     pub(super) fn shrink(&self) {
         shrink_table(&mut self.entries.borrow_mut(), &mut self.free.borrow_mut());
         self.due.borrow_mut().shrink_to(DUE_CAPACITY_KEPT);
     }
 
-    /// Drops all that have not ended, which may wake and spawn others.
+    /// Drops all tasks. Their drops may wake and spawn others, which are dropped, too.
     pub(super) fn clear(&self) {
         self.free.take();
         while let Some(entry) = self.pop_entry() {
@@ -195,7 +204,7 @@ impl Tasks {
         }
     }
 
-    /// Frees the tables, once there are no tasks.
+    /// Frees the tables. There are no tasks any more.
     pub(super) fn release(&self) {
         drop((self.entries.take(), self.free.take(), self.due.take(), self.yielded.take()));
     }
@@ -205,24 +214,24 @@ impl Tasks {
     }
 }
 
-/// A drop that panics is the task's own affair, too.
+/// Drops a task. A panic in its drop is caught, like one in its poll.
 fn drop_task(task: Task) {
     let _ = catch_unwind(AssertUnwindSafe(|| drop(task)));
 }
 
-/// Lets this thread run `task` beside what it runs already, until it ends.
+/// Runs `task` on this thread, beside its other tasks, until it ends.
 ///
 /// # Panics
 /// On a thread without a [`Runtime`](super::Runtime).
 pub fn spawn(task: impl Future<Output = ()> + 'static) {
-    // Outside of the reactor: what is large is not moved about there.
+    // Boxed here and not in `Tasks`, so that a large task is moved once only.
     let task = Box::pin(task);
     with(|reactor| reactor.tasks.spawn(task, &reactor.handles().thread_waker))
         .expect("tasks are spawned on the threads of workers");
 }
 
-/// All tasks that are due run only after the next look at the sockets. So a task that was spawned for a new socket knows by then
-/// what the socket is ready for.
+/// Lets all tasks that are due now run only after the next wait for events. So a task that was just spawned
+/// for a new socket knows, when it runs, what the socket is ready for.
 pub fn defer_due_tasks_until_next_wait() {
     with(|reactor| reactor.tasks.defer_due_tasks_until_next_wait());
 }

@@ -1,7 +1,8 @@
 //! Points in time that tasks of a worker wait for.
 //!
-//! Few at once (what lasts as long as a session is `relay`'s idle clock's), so a sorted map does. Waiting costs no look at the
-//! clock: the thread has one when it comes from its sockets.
+//! Few tasks wait at once, since timeouts that last as long as a session belong to the relay's idle clock.
+//! So a sorted map is enough. To find the next timer costs no reading of the clock: the reactor reads it
+//! once after each wait.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -14,7 +15,7 @@ use tokio::time::Instant;
 
 use super::with;
 
-/// Those who wait, the next one first.
+/// The waiting tasks, sorted by deadline. The number tells timers of the same deadline apart.
 #[derive(Debug, Default)]
 pub(super) struct Timers {
     waiting: BTreeMap<(Instant, u64), Waker>,
@@ -33,7 +34,7 @@ impl Timers {
     }
 }
 
-/// Wakes those whose time has come by `now`.
+/// Wakes the tasks whose deadline is not later than `now`. Each waker is called without a borrow of the map.
 pub(super) fn fire(timers: &RefCell<Timers>, now: Instant) {
     let next = || {
         let mut timers = timers.borrow_mut();
@@ -45,7 +46,7 @@ pub(super) fn fire(timers: &RefCell<Timers>, now: Instant) {
     }
 }
 
-/// A place among those who wait, given back when dropped.
+/// One timer. It is inserted at the first poll and removed when dropped.
 struct Sleep {
     deadline: Instant,
     id: Option<u64>,
@@ -62,7 +63,7 @@ impl Future for Sleep {
                 self.id = Some(timers.insert(deadline, cx.waker().clone()));
                 return Poll::Pending;
             };
-            // Who is not there any more was woken.
+            // A timer that is not in the map any more has fired.
             let Some(waker) = timers.waiting.get_mut(&(deadline, id)) else { return Poll::Ready(()) };
             if !waker.will_wake(cx.waker()) {
                 let before = mem::replace(waker, cx.waker().clone());
@@ -83,16 +84,16 @@ impl Drop for Sleep {
     }
 }
 
-/// The time was over before what it was given for.
+/// The deadline came before the future's output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Elapsed;
 
-/// Waits until `deadline` or, where the thread is busy, a little longer. Cancel safe.
+/// Waits until `deadline`, or a little longer if the thread is busy. Cancel safe.
 pub async fn sleep_until(deadline: Instant) {
     if with(|reactor| reactor.has_timers) == Some(true) {
         Sleep { deadline, id: None }.await;
     } else {
-        // What workers do is also tested where tokio's clock runs, since that can be stopped.
+        // Tests run on tokio's clock, which they can stop.
         Box::pin(tokio::time::sleep_until(deadline)).await;
     }
 }
@@ -102,10 +103,10 @@ pub async fn sleep(duration: Duration) {
     sleep_until(Instant::now() + duration).await;
 }
 
-/// What `future` gives, until `deadline`; asked once even if that is over.
+/// The output of `future`, if it is ready before `deadline`. The future is polled at least once.
 ///
 /// # Errors
-/// It gave nothing in time, and was dropped.
+/// The deadline came first. `future` is dropped.
 pub async fn timeout_at<F: Future>(deadline: Instant, future: F) -> Result<F::Output, Elapsed> {
     tokio::select! {
         biased;

@@ -1,8 +1,14 @@
-//! A socket that this thread's reactor watches, and what it is known to be ready for.
+//! A socket that this thread's reactor watches, and its readiness.
 //!
-//! Events are edge-triggered: what a socket is ready for stays known until whoever uses it finds the opposite and says so
-//! ([`Watched::clear`]), and only then is there a new event. So nobody asks the kernel for what is known, and nobody who says
-//! it too early is ever woken again.
+//! epoll is edge-triggered: it reports a change once. So readiness is remembered until a system call returns
+//! EAGAIN, and the caller then clears it ([`Watched::clear`]); only after that does the kernel report it
+//! again. While readiness is known, no system call is needed to find it out. A caller that clears readiness
+//! too early, with bytes or room left, is never woken for them.
+//!
+//! Each socket has an entry in a table, and epoll returns the entry's *token*: its index and its generation.
+//! Entries are reused. Closing a socket removes it from epoll unless another process has the same descriptor,
+//! and events may be pending already; the generation tells such late events from those of the entry's new
+//! socket.
 
 use std::io;
 use std::marker::PhantomData;
@@ -16,23 +22,24 @@ use rustix::event::epoll::{self, EventData, EventFlags};
 
 use super::{is_mostly_free, shrink_table, with};
 
-/// What a socket is ready for, as a set.
+/// A set of the things that a socket is ready for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Ready(u8);
 
 impl Ready {
-    /// A read would not block: bytes, the end or an error.
+    /// A read would not block: there are bytes, or the end, or an error.
     pub const READ: Self = Self(1);
-    /// A write would not block: room or an error.
+    /// A write would not block: there is room, or an error.
     pub const WRITE: Self = Self(2);
-    /// An urgent byte (MSG_OOB) has come.
+    /// An urgent byte (MSG_OOB) has arrived.
     pub const URGENT: Self = Self(4);
-    /// No event will follow for what is still there to be read: the peer has ended, or the connection is broken.
+    /// The peer has ended its half, or the connection is broken. No event will follow for bytes that are
+    /// still unread.
     pub const ENDED: Self = Self(8);
-    /// The connection is broken, or none came about.
+    /// The connection is broken, or could not be made.
     pub const BROKEN: Self = Self(16);
 
-    /// True if any of `other` is among it.
+    /// True if the set has any of `other`.
     #[must_use]
     pub fn has(self, other: Self) -> bool {
         self.0 & other.0 != 0
@@ -54,7 +61,8 @@ impl From<EventFlags> for Ready {
         [
             (EventFlags::IN | EventFlags::PRI | ended, Self::READ),
             (EventFlags::OUT | broken, Self::WRITE),
-            // A read that finds nothing must not be taken for one before an urgent byte, whose event came with the end's.
+            // Kept when the end comes with the same event: a read that stops short may have stopped before
+            // the urgent byte, with more behind it.
             (EventFlags::PRI, Self::URGENT),
             (ended, Self::ENDED),
             (broken, Self::BROKEN),
@@ -65,21 +73,22 @@ impl From<EventFlags> for Ready {
     }
 }
 
-/// The sockets of a thread.
+/// The watched sockets of one thread.
 #[derive(Debug, Default)]
 pub(super) struct Registrations {
     entries: Vec<Registration>,
     free: Vec<u32>,
-    /// Of a place that is made anew. A place that was there before, and was given up, had an older one.
+    /// The generation of the next entry that is added. After the table was shrunk it is higher than those of
+    /// all removed entries.
     first_generation: u32,
 }
 
-/// One socket's. There are two for each idle session, so its size counts.
+/// The entry of one socket. An idle session has two, so its size (24 bytes) matters.
 #[derive(Debug, Default)]
 struct Registration {
-    /// Who waits.
+    /// The task that waits for `wanted`.
     waker: Option<Waker>,
-    /// Which of the sockets that had this place one after the other: an event for an earlier one is nobody's.
+    /// How many sockets have had this entry before. Events with an older generation are dropped.
     generation: u32,
     ready: Ready,
     wanted: Ready,
@@ -93,14 +102,15 @@ impl Registrations {
         })
     }
 
-    /// Who waited is given to the caller: the last of a task's wakers may drop the task, and with it other sockets.
+    /// Frees an entry. Returns the waker for the caller to drop once no borrow of the table is left: the
+    /// last waker of a task may drop the task, and with it other sockets.
     fn release(&mut self, index: u32) -> Option<Waker> {
         let generation = self.entry(index).generation.wrapping_add(1);
         self.free.push(index);
         mem::replace(self.entry(index), Registration { generation, ..Registration::default() }).waker
     }
 
-    /// Gives back what it does not need any more.
+    /// Gives memory back after a peak.
     pub(super) fn shrink(&mut self) {
         if is_mostly_free(self.entries.len(), self.free.len()) {
             let newest = self.entries.iter().map(|entry| entry.generation).max().unwrap_or_default();
@@ -118,7 +128,7 @@ impl Registrations {
     }
 
     pub(super) fn on_event(&mut self, token: u64, flags: EventFlags) {
-        // A place that was given up after a peak has no events either.
+        // The entry may have been removed by `shrink`.
         let Some(entry) = self.entries.get_mut(token as u32 as usize) else { return };
         if u64::from(entry.generation) != token >> 32 {
             return;
@@ -134,20 +144,22 @@ impl Registrations {
     }
 }
 
-/// A socket of this thread, closed when dropped. One task waits for it at a time.
+/// A socket that this thread's reactor watches. It is closed when dropped. Only one task may wait for it at
+/// a time.
 #[derive(Debug)]
 pub struct Watched<S> {
     socket: S,
     index: u32,
-    /// A place is its thread's: elsewhere the same number is another socket's.
+    /// Makes it `!Send`: the index is valid for this thread's table alone.
     of_this_thread: PhantomData<Rc<()>>,
 }
 
 impl<S: AsFd> Watched<S> {
-    /// Begins to watch `socket`, which must not block, for `flags`.
+    /// Starts to watch `socket`, which must be non-blocking, for `flags`.
     ///
     /// # Errors
-    /// The kernel can watch no more sockets. The socket is given back: it is for the caller to close it as it should be.
+    /// The kernel can watch no more sockets (ENOSPC, ENOMEM). Returns the socket, so that the caller decides
+    /// how to close it.
     ///
     /// # Panics
     /// On a thread without a reactor.
@@ -167,12 +179,12 @@ impl<S: AsFd> Watched<S> {
 }
 
 impl<S> Watched<S> {
-    /// For its options.
+    /// The socket itself, for its options and system calls.
     pub fn socket(&self) -> &S {
         &self.socket
     }
 
-    /// Ready once the socket is ready for any of `wanted`; with all that it is ready for.
+    /// Ready if the socket is ready for any of `wanted`; returns all that it is ready for.
     pub fn poll_ready(&self, cx: &mut Context<'_>, wanted: Ready) -> Poll<Ready> {
         let waits = self.with_registration(|entry| {
             if entry.ready.has(wanted) {
@@ -180,7 +192,7 @@ impl<S> Watched<S> {
             }
             entry.wanted = entry.wanted | wanted;
             let known = entry.waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker()));
-            // The one before is dropped by the caller, as in `release`.
+            // The old waker is returned, so that it is dropped after the borrow: see `release`.
             Ok(if known { None } else { entry.waker.replace(cx.waker().clone()) })
         });
         match waits {
@@ -189,23 +201,23 @@ impl<S> Watched<S> {
         }
     }
 
-    /// All that it is known to be ready for.
+    /// All that the socket is known to be ready for.
     #[must_use]
     pub fn ready(&self) -> Ready {
         self.with_registration(|entry| entry.ready).unwrap_or_default()
     }
 
-    /// It was found not to be ready for any of `found`: wait for the next event.
+    /// Forgets the readiness `found`, after a system call returned EAGAIN. The next event sets it again.
     pub fn clear(&self, found: Ready) {
         self.with_registration(|entry| entry.ready = Ready(entry.ready.0 & !found.0));
     }
 
-    /// It may be ready for `these`, though no event said so: the next use finds out.
+    /// Assumes readiness for `these` without an event, so that the next system call is tried.
     pub fn assume(&self, these: Ready) {
         self.with_registration(|entry| entry.ready = entry.ready | these);
     }
 
-    /// `None` while the thread ends, when nobody will be woken any more.
+    /// `None` while the thread ends: no task will be woken any more.
     fn with_registration<T>(&self, f: impl FnOnce(&mut Registration) -> T) -> Option<T> {
         with(|reactor| f(reactor.registrations.borrow_mut().entry(self.index)))
     }
@@ -213,8 +225,8 @@ impl<S> Watched<S> {
 
 impl<S> Drop for Watched<S> {
     fn drop(&mut self) {
-        // The close that follows takes it out of epoll. Where it does not, because another process was forked with the same
-        // descriptor, events still come, for a generation that is over.
+        // Closing the socket removes it from epoll, which saves a system call. If another process has
+        // inherited the descriptor, epoll keeps it and reports events with the old generation.
         let waker = with(|reactor| reactor.registrations.borrow_mut().release(self.index));
         drop(waker);
     }
@@ -237,7 +249,7 @@ mod tests {
         (0..PEAK).for_each(|index| drop(registrations.release(index)));
         registrations.shrink();
         assert!(registrations.entries.capacity() <= 2048 && registrations.free.capacity() <= 2048);
-        // After the next peak, places of the same numbers are other sockets'.
+        // After the next peak, the same indices belong to other sockets.
         for _ in 0..PEAK {
             registrations.allocate();
         }

@@ -1,4 +1,4 @@
-//! What the tasks of a thread promise one another.
+//! The order in which tasks run, their wakers, their panics, and the memory of their table.
 
 use super::super::{Ready, Runtime, Watched};
 use super::*;
@@ -17,8 +17,8 @@ fn run<F: Future>(future: F) -> F::Output {
     Runtime::new().expect("descriptors").block_on(future)
 }
 
-/// How many places the tasks of this thread have taken up.
-fn entries() -> usize {
+/// The length of this thread's table of tasks.
+fn table_length() -> usize {
     with(|reactor| reactor.tasks.entries.borrow().len()).expect("a reactor")
 }
 
@@ -26,18 +26,18 @@ fn entries() -> usize {
 fn tasks_run_in_the_order_in_which_they_were_woken() {
     run(async {
         let order = Rc::new(RefCell::new(Vec::new()));
-        let (tells, told): (Vec<_>, Vec<_>) = (0..3).map(|_| oneshot::channel()).unzip();
-        for (number, told) in told.into_iter().enumerate() {
+        let (senders, receivers): (Vec<_>, Vec<_>) = (0..3).map(|_| oneshot::channel()).unzip();
+        for (number, receiver) in receivers.into_iter().enumerate() {
             let order = Rc::clone(&order);
             spawn(async move {
                 order.borrow_mut().push(number);
-                told.await.expect("it is told");
+                receiver.await.expect("it is sent");
                 order.borrow_mut().push(number);
             });
         }
         yield_now().await;
-        for tell in tells.into_iter().rev() {
-            tell.send(()).expect("it waits");
+        for sender in senders.into_iter().rev() {
+            sender.send(()).expect("it waits");
         }
         yield_now().await;
         assert_eq!(*order.borrow(), [0, 1, 2, 2, 1, 0]);
@@ -66,26 +66,26 @@ fn a_task_that_is_woken_often_runs_once() {
     });
 }
 
-/// There are as many places as there were tasks at once, and a stale waker does no harm.
+/// The table has as many entries as there were tasks at once, and a stale waker does no harm.
 #[test]
-fn a_place_serves_one_task_after_the_other() {
+fn an_entry_is_used_again_by_the_next_task() {
     run(async {
         let late = Rc::new(RefCell::new(Vec::<Waker>::new()));
         for _ in 0..100 {
-            let (tell, told) = oneshot::channel();
+            let (sender, receiver) = oneshot::channel();
             let kept = Rc::clone(&late);
             spawn(async move {
                 let waker = poll_fn(|cx| Poll::Ready(cx.waker().clone())).await;
                 kept.borrow_mut().push(waker);
                 yield_now().await;
                 kept.borrow().iter().for_each(Waker::wake_by_ref);
-                tell.send(()).expect("it is waited for");
+                sender.send(()).expect("it is waited for");
             });
-            told.await.expect("it ends");
+            receiver.await.expect("it ends");
             late.borrow().iter().for_each(Waker::wake_by_ref);
             yield_now().await;
         }
-        assert_eq!(entries(), 1);
+        assert_eq!(table_length(), 1);
     });
 }
 
@@ -104,7 +104,7 @@ fn memory_is_given_back_after_a_peak_of_tasks_and_late_wakers_do_no_harm() {
         while late.borrow().len() < PEAK {
             yield_now().await;
         }
-        let before = entries();
+        let before = table_length();
         with(|reactor| reactor.tasks.shrink());
         let capacities = with(|reactor| {
             let tasks = &reactor.tasks;
@@ -113,9 +113,9 @@ fn memory_is_given_back_after_a_peak_of_tasks_and_late_wakers_do_no_harm() {
         let after = capacities.expect("a reactor");
         assert!(before >= PEAK && after.iter().all(|capacity| *capacity <= 2048), "{before}, {after:?}");
         late.borrow().iter().for_each(Waker::wake_by_ref);
-        let (tell, told) = oneshot::channel();
-        spawn(async move { tell.send(7).expect("it is waited for") });
-        assert_eq!(told.await, Ok(7));
+        let (sender, receiver) = oneshot::channel();
+        spawn(async move { sender.send(7).expect("it is waited for") });
+        assert_eq!(receiver.await, Ok(7));
     });
 }
 
@@ -128,31 +128,31 @@ fn a_task_that_panics_ends_alone() {
         }
     }
     run(async {
-        let (tell, told) = oneshot::channel::<()>();
+        let (sender, receiver) = oneshot::channel::<()>();
         spawn(async move {
-            let _tell = tell;
+            let _sender = sender;
             panic!("a defect");
         });
-        let (tell, dropped) = oneshot::channel::<()>();
-        let held = (PanicsToo, tell);
+        let (sender, dropped) = oneshot::channel::<()>();
+        let held = (PanicsToo, sender);
         spawn(poll_fn(move |_| {
             let _ = &held;
             Poll::Ready(())
         }));
-        let (tell, other) = oneshot::channel();
+        let (sender, other) = oneshot::channel();
         spawn(async move {
             yield_now().await;
-            tell.send(7).expect("it is waited for");
+            sender.send(7).expect("it is waited for");
         });
-        assert!(told.await.is_err());
+        assert!(receiver.await.is_err());
         assert!(dropped.await.is_err());
         assert_eq!(other.await, Ok(7));
     });
 }
 
-/// Tasks that are woken or spawned while the last tasks of the thread are dropped.
+/// The drop of a task wakes one task and spawns another while the runtime drops its tasks.
 #[test]
-fn the_last_tasks_may_wake_and_spawn() {
+fn tasks_that_the_runtime_drops_may_wake_and_spawn_others() {
     struct Last(Option<oneshot::Sender<()>>, Rc<Cell<bool>>);
     impl Drop for Last {
         fn drop(&mut self) {
@@ -163,20 +163,20 @@ fn the_last_tasks_may_wake_and_spawn() {
     }
     let (ended, has_spawned) = (Rc::new(()), Rc::new(Cell::new(false)));
     run(async {
-        let (tell, told) = oneshot::channel();
+        let (sender, receiver) = oneshot::channel();
         let both = [Rc::clone(&ended), Rc::clone(&ended)];
-        let last = Last(Some(tell), Rc::clone(&has_spawned));
+        let last = Last(Some(sender), Rc::clone(&has_spawned));
         let [first, second] = both;
         spawn(async move {
             let _held = first;
-            let _ = told.await;
+            let _ = receiver.await;
             unreachable!("nothing runs any more");
         });
         spawn(async move {
             let _held = (second, last);
             pending::<()>().await;
         });
-        // Its place is the last one, free, and gone before the others.
+        // Its entry is the last of the table and free, and is removed before the others.
         spawn(async {});
         yield_now().await;
     });
@@ -184,9 +184,9 @@ fn the_last_tasks_may_wake_and_spawn() {
     assert_eq!(Rc::strong_count(&ended), 1);
 }
 
-/// One that always wants to run lets the sockets be looked at, and what came from them run.
+/// Between two polls of a task that is always due, the reactor waits for events and other tasks run.
 #[test]
-fn a_task_that_wakes_itself_runs_once_a_turn() {
+fn a_task_that_wakes_itself_runs_once_per_iteration() {
     run(async {
         let steps = Rc::new(Cell::new(0));
         let counted = Rc::clone(&steps);
@@ -204,7 +204,7 @@ fn a_task_that_wakes_itself_runs_once_a_turn() {
 }
 
 #[test]
-fn tasks_that_wake_each_other_let_the_sockets_be_looked_at() {
+fn tasks_that_wake_each_other_let_the_reactor_wait_for_events() {
     run(async {
         let (steps, wakers) = (Rc::new(Cell::new(0)), Rc::new(RefCell::new([None::<Waker>, None])));
         for number in 0..2 {
@@ -226,28 +226,29 @@ fn tasks_that_wake_each_other_let_the_sockets_be_looked_at() {
     });
 }
 
-/// The socket is ready before it is watched. A task that runs before the next look cannot know that.
+/// The socket is ready before it is watched. A task that runs before the next wait for events cannot know
+/// that.
 #[test]
-fn a_task_that_comes_after_the_look_knows_what_its_socket_is_ready_for() {
+fn a_task_deferred_until_the_next_wait_knows_what_its_socket_is_ready_for() {
     for (waits, expected) in [(false, Ready::default()), (true, Ready::READ)] {
         run(async move {
-            let (tell, told) = oneshot::channel();
+            let (sender, receiver) = oneshot::channel();
             let (socket, mut other) = UnixStream::pair().expect("descriptors");
             other.write_all(&[7]).expect("room");
-            // Spawned by a task, then by the future that the thread is blocked on.
-            let (tell_of_task, told_by_task) = oneshot::channel();
+            // Spawned by a task, then by the main future.
+            let (sender_of_task, receiver_of_task) = oneshot::channel();
             let (of_task, mut other) = UnixStream::pair().expect("descriptors");
             other.write_all(&[7]).expect("room");
-            spawn(async move { begin(of_task, waits, tell_of_task) });
-            assert_eq!(told_by_task.await, Ok(expected));
-            begin(socket, waits, tell);
-            assert_eq!(told.await, Ok(expected));
+            spawn(async move { begin(of_task, waits, sender_of_task) });
+            assert_eq!(receiver_of_task.await, Ok(expected));
+            begin(socket, waits, sender);
+            assert_eq!(receiver.await, Ok(expected));
         });
     }
-    fn begin(socket: UnixStream, waits: bool, tell: oneshot::Sender<Ready>) {
+    fn begin(socket: UnixStream, waits: bool, sender: oneshot::Sender<Ready>) {
         socket.set_nonblocking(true).expect("a socket");
         let watched = Watched::new(socket, EventFlags::IN).expect("a reactor");
-        spawn(async move { tell.send(watched.ready()).expect("it is waited for") });
+        spawn(async move { sender.send(watched.ready()).expect("it is waited for") });
         if waits {
             defer_due_tasks_until_next_wait();
         }
