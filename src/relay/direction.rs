@@ -1,18 +1,30 @@
-//! One direction of a session: bytes from one socket to the other, waiting in nobody's memory.
+//! Moves the bytes of one direction of a session, from its source socket to its target socket.
 //!
-//! - It begins by copying: what is there moves through a buffer that the worker owns, and only what the target would not
-//!   take is parked in a buffer of the direction's own.
-//! - Where much comes, or where the target has refused something, it peeks: it copies what is there, and takes from the
-//!   source only as much as the target took. That is a third system call for each 64 KiB, and nothing has to be parked: a
-//!   thousand slow readers cost the kernel's buffers alone. (Memory that was parked once is hardly ever given back: sessions
-//!   that live on lie between.)
-//! - A direction that keeps filling the worker's buffer is bulk, and goes over to `splice(2)`: the kernel moves pages through
-//!   a pooled pipe, and what the target would not take waits there.
+//! A direction uses one of three paths:
 //!
-//! Nothing more is read until what waits is gone. So an idle session holds neither buffer nor pipe, a slow reader holds
-//! back a fast writer, and what a direction holds is bounded by one read or one pipe.
+//! - *Copy*: a read into the worker's buffer, then a write. Bytes that the target refuses are parked in a
+//!   buffer of the direction's own.
+//! - *Peek*: a read with MSG_PEEK, a write, then a read that discards from the source what the target took.
+//!   That is a third system call for each 64 KiB, but refused bytes stay in the source's receive buffer. So
+//!   a thousand slow readers need no memory of this process. (Freed parking buffers hardly ever return to
+//!   the kernel, because the allocations of other sessions lie between them.)
+//! - *Splice*: `splice(2)` moves pages through a pooled pipe without copying them. Bytes that the target
+//!   refuses stay in the pipe.
 //!
-//! It closes nothing and knows nothing of the other direction: `mod.rs` does. Next: `socket.rs` for the system calls, `pipe.rs`.
+//! | from | to | when |
+//! |---|---|---|
+//! | copy | peek | a read was full, or the target refused bytes |
+//! | peek | splice | the second full read in a row, most of it taken |
+//! | peek | copy | 16 peeks in a row were neither full nor refused |
+//! | splice | peek | four small moves in a row, or no pipe is free |
+//! | splice | copy | the end of the source, or an urgent byte, which splice cannot pass |
+//!
+//! Nothing is read while earlier bytes wait. So an idle direction owns neither buffer nor pipe, a slow
+//! reader slows down a fast writer, and the bytes that a direction holds are bounded by one read or one
+//! pipe.
+//!
+//! A direction closes nothing and does not know the other direction; `pair.rs` does. Next: `socket.rs` for
+//! the system calls, `pipe.rs` for the pipes.
 
 use std::io;
 use std::task::{Context, Poll, ready};
@@ -24,63 +36,72 @@ use super::{BUFFER_BYTES, Buffers};
 #[cfg(test)]
 mod tests;
 
-/// Bytes that one poll may move before the other sessions of the worker get their turn: some 100 µs of copying.
+/// The bytes that one poll may move before other sessions of the worker run: some 100 µs of copying.
 const BUDGET_BYTES: usize = 512 * 1024;
-/// What a move counts for at least, so that a peer who trickles bytes as fast as they are moved gets 128 moves, not 500,000.
+/// The least that a move counts against the budget. So a peer that sends single bytes as fast as they are
+/// moved gets 128 moves per poll, not 500,000.
 const MIN_COST_BYTES: usize = 4096;
-/// The first read of many. A socket that has nothing under way takes so much at once, so nothing of it is parked.
+/// The largest read of the copy path. A socket whose send buffer is empty takes this much at once, so that
+/// nothing has to be parked.
 const FIRST_READ_BYTES: usize = BUFFER_BYTES / 2;
-/// Full reads in a row that make a direction bulk. An answer of 64 KiB costs less copied than through a pipe.
+/// Full reads in a row that make a direction splice. With two, an answer of 64 KiB is still copied, which
+/// costs less than a pipe.
 const BULK_READS: u8 = 2;
-/// For how much a direction looks whose target has refused something: twice what was taken, within these.
+/// Bounds of the size of the next peek after the target refused bytes. The size is twice what the target
+/// took.
 const MIN_PEEK_KIB: u8 = 16;
 const MAX_PEEK_KIB: u8 = (BUFFER_BYTES / 1024) as u8;
-/// Looks in a row that were neither full nor refused, after which a direction copies again.
+/// Peeks in a row, neither full nor refused, after which a direction copies again.
 const QUIET_PEEKS: u8 = 16;
-/// A splice of less is no bulk: copying it takes two system calls, moving it through a pipe three.
+/// Splicing fewer bytes than this does not pay: a copy takes two system calls, a move through a pipe three.
 const SMALL_SPLICE_BYTES: usize = 32 * 1024;
-/// Small ones in a row that make a direction peek, and then copy, again.
+/// Small splices in a row after which a direction peeks again.
 const SMALL_SPLICES: u8 = 4;
 
 /// The state of one direction.
 #[derive(Debug, Default)]
 pub(super) struct Direction {
-    /// What was read and not yet taken by the target. Boxed: all idle sessions pay for its place, few have something in it.
+    /// Bytes that were read and that the target has not taken. Boxed, because every idle session has the
+    /// field and few have such bytes.
     waiting: Option<Box<Waiting>>,
     state: State,
     path: Path,
-    /// Reads in a row that speak for another way.
+    /// Reads in a row that count towards the next switch: full peeks while peeking, small moves while
+    /// splicing.
     switch_streak: u8,
-    /// Peeks in a row after which nothing was left.
+    /// Peeks in a row that were neither full nor refused.
     quiet_peeks: u8,
-    /// The target would not take all that the source has.
+    /// The target refused bytes that are still in the source. Nothing is read until it is writable.
     refused: bool,
-    /// How much the next look is for, in KiB; 0: as much as there is room for.
+    /// The size of the next peek in KiB; 0 stands for the whole buffer.
     peek_kib: u8,
 }
 
 #[derive(Debug)]
+/// Where bytes wait that were taken out of the source.
 enum Waiting {
     Parked {
         bytes: Box<[u8]>,
-        /// How much of it has gone.
+        /// The number of bytes that the target has taken.
         start: usize,
     },
     Piped(Pipe),
 }
 
+/// How far a direction has come.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum State {
     #[default]
     Open,
-    /// The source has ended; bytes may still wait.
+    /// The source has ended. Bytes may still wait.
     SourceEnded,
-    /// Everything was passed on.
+    /// All bytes were passed on.
     Done,
-    /// The target is gone.
+    /// The target broke. Nothing more is moved.
     Abandoned,
 }
 
+/// How a direction moves its bytes: see the module's documentation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Path {
     #[default]
@@ -89,13 +110,13 @@ enum Path {
     Splice,
 }
 
-/// Which socket of a direction failed, by which errno (0: none is known). The errno is for the log alone: to the other side
-/// it is a reset either way.
+/// The socket of a direction that failed, with its errno (0: not known). The errno is only logged; the other
+/// side gets a reset in any case.
 #[derive(Debug)]
 pub(super) enum Broken {
-    /// The one that is read.
+    /// The socket that is read.
     Source(u16),
-    /// The one that is written.
+    /// The socket that is written.
     Target(u16),
 }
 
@@ -109,16 +130,17 @@ impl Broken {
     }
 }
 
-/// 0 where the kernel gave none.
+/// The errno of `error`, or 0 if it has none.
 pub(super) fn errno(error: &io::Error) -> u16 {
     error.raw_os_error().and_then(|errno| u16::try_from(errno).ok()).unwrap_or(0)
 }
 
 impl Direction {
-    /// Moves bytes until one side would block. Ready once the source has ended and all its bytes were taken; the target
-    /// is not told, since that costs a system call that a session which is over on both sides can do without.
+    /// Moves bytes until one side would block. Ready once the source has ended and the target has all its
+    /// bytes. The caller shuts the target down, or just closes it if the other direction has ended, too:
+    /// that saves a system call.
     ///
-    /// `moved` is called with the number of bytes that the target took.
+    /// Calls `moved` with the number of bytes each time the target takes some.
     pub(super) fn poll_move(
         &mut self,
         cx: &mut Context<'_>,
@@ -139,6 +161,7 @@ impl Direction {
                 return Poll::Ready(Ok(()));
             }
             if budget == 0 {
+                // The budget is spent: other sessions run first, then this task again.
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
             }
@@ -150,13 +173,13 @@ impl Direction {
             match read {
                 Some(0) => self.state = State::SourceEnded,
                 Some(read) => budget = budget.saturating_sub(read.max(MIN_COST_BYTES)),
-                // The way has changed.
+                // Only the path has changed.
                 None => {}
             }
         }
     }
 
-    /// Reads once into the worker's buffer, and writes what the target takes. `Some(0)`: the source has ended.
+    /// Reads once into the worker's buffer and writes it to the target. `Some(0)`: the source has ended.
     fn poll_copy(
         &mut self,
         cx: &mut Context<'_>,
@@ -176,7 +199,8 @@ impl Direction {
         Poll::Ready(Ok(Some(read)))
     }
 
-    /// Copies what the source has, and takes from it what the target took. `None`: only a read tells what there is.
+    /// Writes a copy of what is in the source to the target, and discards from the source what the target
+    /// took. `None`: there are no bytes to peek at, and a plain read must find out why.
     fn poll_peek(
         &mut self,
         cx: &mut Context<'_>,
@@ -206,11 +230,12 @@ impl Direction {
             let is_all = !self.refused && available < limit;
             source.discard(&mut buffer[..taken], is_all).map_err(Broken::source)?;
         }
-        // A target that takes little at a time must not make us copy everything each time.
+        // For a target that takes little at a time, the next peek copies less.
         let next = u8::try_from(2 * taken / 1024).unwrap_or(u8::MAX).clamp(MIN_PEEK_KIB, MAX_PEEK_KIB);
         self.peek_kib = if self.refused { next } else { 0 };
         let is_full = available == BUFFER_BYTES;
-        // Who looks at the same bytes again and again has a slow reader, no bulk, and must not sit on a pipe.
+        // A slow reader fills the peeks, too. It is not bulk, and must not occupy a pipe while its bytes
+        // wait.
         self.switch_streak = if is_full && taken >= available / 2 { self.switch_streak + 1 } else { 0 };
         self.quiet_peeks = if is_full || self.refused { 0 } else { self.quiet_peeks + 1 };
         if self.switch_streak >= BULK_READS && source.can_splice() && target.can_splice() {
@@ -218,16 +243,18 @@ impl Direction {
         } else if self.quiet_peeks >= QUIET_PEEKS {
             self.switch_to(Path::Copy);
         }
+        // Bounded, because the streak grows on where a side cannot splice.
         self.switch_streak = self.switch_streak.min(BULK_READS);
-        // Where the target has refused something, it wakes us.
+        // After a refusal, the target's next event wakes the task.
         if self.refused { Poll::Pending } else { Poll::Ready(Ok(Some(available))) }
     }
 
+    /// Changes the path and begins to count anew.
     fn switch_to(&mut self, path: Path) {
         (self.path, self.switch_streak, self.quiet_peeks, self.peek_kib) = (path, 0, 0, 0);
     }
 
-    /// Moves what the source has into a pipe. `None`: the way has changed.
+    /// Moves what is in the source into a pipe. `None`: only the path has changed.
     fn poll_splice(
         &mut self,
         cx: &mut Context<'_>,
@@ -246,7 +273,7 @@ impl Direction {
             }
         };
         if read == 0 {
-            // The end, or an urgent byte, behind which the stream goes on: only a read tells them apart.
+            // Either the end or an urgent byte, behind which the stream goes on. Only a read tells which.
             buffers.pipes.put_back(pipe);
             self.switch_to(Path::Copy);
             return Poll::Ready(Ok(None));
@@ -259,6 +286,7 @@ impl Direction {
         Poll::Ready(Ok(Some(read)))
     }
 
+    /// Writes `bytes` to the target, and parks what it refuses.
     fn write_or_park(
         &mut self,
         cx: &mut Context<'_>,
@@ -283,7 +311,7 @@ impl Direction {
         Ok(())
     }
 
-    /// Ready once nothing waits.
+    /// Writes waiting bytes to the target. Ready once none is left.
     fn poll_write_waiting(
         &mut self,
         cx: &mut Context<'_>,
@@ -316,22 +344,24 @@ impl Direction {
         }
     }
 
-    /// Stops, because the target is gone: nothing more will move.
+    /// Gives up, because the target broke: what waits is dropped, and nothing more is moved.
     pub(super) fn abandon(&mut self) {
         self.refused = false;
         self.waiting = None;
         self.state = State::Abandoned;
     }
 
+    /// Nothing more will be moved.
     pub(super) fn is_done(&self) -> bool {
         matches!(self.state, State::Done | State::Abandoned)
     }
 
+    /// The target broke.
     pub(super) fn is_abandoned(&self) -> bool {
         self.state == State::Abandoned
     }
 
-    /// True while bytes wait, here or in the source, that the target would not take.
+    /// True if the target has refused bytes. They wait here or in the source.
     pub(super) fn holds_bytes(&self) -> bool {
         self.waiting.is_some() || self.refused
     }

@@ -1,9 +1,10 @@
-//! Tells when a session has been silent for too long, when it has lived long enough to be worth some care, and when it is to end
-//! for another's sake.
+//! A worker's clock: it wakes a session that was silent for too long, that is to end early, or whose peers
+//! are to be checked.
 //!
-//! One clock for all sessions of a worker. A timer each would cost every short session a place in the reactor's sorted map,
-//! and every session that moves bytes another one for each move. Here activity is one store, and once a tick the worker looks over all its sessions (3 ns each). The price is precision: a session may be closed up
-//! to two ticks late, never early.
+//! All sessions of a worker share one clock. A timer per session would cost every short session an insertion
+//! into the reactor's sorted map, and every move of bytes another one. Here activity is one store, and once
+//! per tick the worker goes over the table of its sessions (3 ns each). The price is precision: a session is
+//! closed up to two ticks late, never early.
 
 use std::cell::{Cell, RefCell, RefMut};
 use std::task::{Context, Poll};
@@ -18,47 +19,50 @@ mod entry;
 #[cfg(test)]
 mod tests;
 
+/// Bounds of a tick, which is a tenth of the shortest limit.
 const LONGEST_TICK: Duration = Duration::from_secs(1);
 const SHORTEST_TICK: Duration = Duration::from_millis(10);
-/// Between two looks of a stalled session at the socket that it does not read.
+/// How often a stalled session checks the socket that it does not read.
 const STALL_CHECK_INTERVAL: Duration = Duration::from_secs(2);
-/// Of a session's peers: so a vanished one is noticed at most a quarter of its timeout late.
+/// How often the peers of a session are checked within their timeout. So a vanished peer is noticed at most
+/// a quarter of its timeout late.
 const CHECKS_PER_TIMEOUT: u32 = 4;
-/// A session that was silent for so long owes nobody anything that we know of.
+/// A session that was silent for this long is quiet: no answer seems to be under way.
 const QUIET_TIME: Duration = Duration::from_secs(1);
-/// The clock stops when there was no session for so many ticks, so that an idle proxy sleeps.
+/// Ticks without a session after which the clock stops, so that an idle proxy sleeps.
 const TICKS_WITHOUT_SESSIONS: u32 = 5;
-/// Between two looks whether memory can be given back after a peak.
+/// Ticks between two checks whether memory can be given back after a peak.
 const SHRINK_TICKS: u32 = 20;
 
-/// A worker's clock, and the sessions that it looks over.
+/// The clock of one worker, with an entry for each session.
 #[derive(Debug)]
 pub struct IdleClock {
     tick: Duration,
     now: Cell<Tick>,
     entries: RefCell<Vec<Entry>>,
-    /// Entries without a session.
+    /// The indices of entries without a session.
     free: RefCell<Vec<u32>>,
-    /// Entries whose sessions have moved to lower places. They are not taken again before the next look at the memory.
+    /// The indices of entries whose sessions have moved to lower ones. They are not used before the next
+    /// check of the memory, so that the end of the table can become free.
     vacated: RefCell<Vec<u32>>,
     entered: Notify,
-    /// Sessions that were told to end and let go since the last step.
+    /// Sessions whose requested end was delayed since the last call of [`IdleClock::end_sessions`].
     deferred: Cell<usize>,
 }
 
-/// What a session is to do now, though no byte moves.
+/// Why the clock woke a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Due {
-    /// It was silent for too long, as far as the clock knows.
+    /// It was silent for its limit, as far as the clock knows.
     Silent,
-    /// It was told to end.
+    /// [`IdleClock::end_sessions`] has chosen it.
     EndRequested,
-    /// Bytes were passed on some time ago: look whether the peers acknowledge them.
+    /// Bytes were passed on some time ago: its peers' acknowledgements are to be checked.
     Check,
 }
 
 impl IdleClock {
-    /// Precise to a tenth of `shortest_limit`, within reason.
+    /// Creates a clock whose tick is a tenth of `shortest_limit`, between 10 ms and 1 s.
     #[must_use]
     pub fn new(shortest_limit: Duration) -> Self {
         Self {
@@ -92,7 +96,8 @@ impl IdleClock {
         }
     }
 
-    /// Wakes every session whose time has come. Returns false if there is no session.
+    /// Counts one tick and wakes the sessions for which something is due. Returns false if there is no
+    /// session.
     fn advance(&self) -> bool {
         let now = self.now.get().wrapping_add(1);
         self.now.set(now);
@@ -113,13 +118,14 @@ impl IdleClock {
         entries.len() > self.free.borrow().len() + self.vacated.borrow().len()
     }
 
-    /// Gives back memory after a peak of sessions, of the clock and of the thread's other tables.
+    /// Gives back memory of the clock and of the thread's other tables after a peak of sessions.
     fn shrink(&self) {
         let (mut entries, mut free) = (self.entries.borrow_mut(), self.free.borrow_mut());
         free.append(&mut self.vacated.take());
         if is_mostly_free(entries.len(), free.len()) {
             shrink_table(&mut entries, &mut free);
-            // Those that still hold places far behind move to lower ones.
+            // Sessions far behind in the table move to lower entries, so that its end becomes free. They do
+            // it themselves, when they are woken, because their handles hold the index.
             let most = 2 * (entries.len() - free.len());
             for entry in entries.iter_mut().skip(most) {
                 if let Some(waker) = &entry.waker {
@@ -132,21 +138,26 @@ impl IdleClock {
         shrink();
     }
 
-    /// Ticks that are over only after `duration`, wherever within a tick it begins; at most [`NO_LIMIT`].
+    /// The number of ticks after which at least `duration` has passed, wherever within a tick it began. At
+    /// most [`NO_LIMIT`].
     fn ticks(&self, duration: Duration) -> Tick {
         let ticks = duration.as_nanos().div_ceil(self.tick.as_nanos()) + 1;
         Tick::try_from(ticks).unwrap_or(NO_LIMIT).min(NO_LIMIT)
     }
 
-    /// One less than the largest power of two whose number of ticks is not longer than `interval`.
+    /// A mask of low bits, whose period is the largest power of two ticks that is not longer than
+    /// `interval`.
     fn check_mask(&self, interval: Duration) -> u8 {
         let ticks = (interval.as_nanos() / self.tick.as_nanos()).max(1);
         u8::try_from((1u128 << ticks.ilog2()) - 1).unwrap_or(u8::MAX)
     }
 
-    /// Tells sessions to end, those first that have been silent for longest: of the backends whose keys are in `backends`, which is sorted, and of
-    /// those sessions the ones that began `age` ago or earlier (to a tick). `most` says how many of so many; `settle_time` is theirs.
-    /// Returns how many are left of these.
+    /// Requests the end of sessions of `backends` (sorted keys), of those first that were silent for
+    /// longest.
+    ///
+    /// Only sessions count that began at least `age` ago (to a tick); `settle_time` is theirs. `most` gets
+    /// the number of such sessions and returns how many of them to end. Returns the number of those that are
+    /// left.
     pub fn end_sessions(
         &self,
         backends: &[u64],
@@ -166,7 +177,7 @@ impl IdleClock {
         let candidates = entries.iter().enumerate().filter(|(_, entry)| is_candidate(entry));
         let mut candidates: Vec<_> =
             candidates.map(|(n, entry)| (now.wrapping_sub(entry.last_activity), n)).collect();
-        // Those that were let go are replaced, so that a step ends as many as it should.
+        // Sessions that got a delay are replaced by others, so that a step ends as many as it should.
         let most = (most(candidates.len()) + self.deferred.take()).min(candidates.len());
         if most < candidates.len() {
             candidates.select_nth_unstable_by(most, |a, b| b.cmp(a));
@@ -180,7 +191,7 @@ impl IdleClock {
         candidates.len() - most
     }
 
-    /// Begins to look over a session, active now, of the backend with this key, that settles after `settle_time`.
+    /// Adds a session of `backend` (its key), which is active now and settles after `settle_time`.
     pub(super) fn enter(&self, settle_time: Duration, backend: u64) -> IdleHandle<'_> {
         let now = self.now.get();
         let entry = Entry {
@@ -208,7 +219,7 @@ impl IdleClock {
     }
 }
 
-/// One session's place at its worker's clock; given back when dropped.
+/// One session's entry at its worker's clock. Dropping it frees the entry.
 #[derive(Debug)]
 pub(super) struct IdleHandle<'a> {
     clock: &'a IdleClock,
@@ -221,14 +232,15 @@ impl IdleHandle<'_> {
         RefMut::map(self.clock.entries.borrow_mut(), |entries| &mut entries[self.index as usize])
     }
 
-    /// Bytes moved, or a half closed.
+    /// Records activity: bytes moved, or a half was closed.
     pub(super) fn touch(&mut self) {
         let mut entry = self.entry();
         entry.last_activity = self.clock.now.get();
         entry.state.set(State::UNCONFIRMED, true);
     }
 
-    /// Bytes moved on the wire so long ago. Returns false where the clock knew of that, or of a later move.
+    /// Records that bytes moved on the wire `ago`. Returns false if that is not later than what the clock
+    /// knew.
     pub(super) fn record_move(&mut self, ago: Duration) -> bool {
         let now = self.clock.now.get();
         let ticks = ago.as_nanos() / self.clock.tick.as_nanos();
@@ -243,9 +255,9 @@ impl IdleHandle<'_> {
         }
     }
 
-    /// What is due of the session: to end, if it is told to or has been silent for `limit` (`None` never is), or to check its
-    /// peers, which is due once each time. `limit` may differ from poll to poll. While it is `stalled`, it is polled at least every
-    /// few seconds.
+    /// Ready when something is due for the session: its end was requested, its peers are to be checked
+    /// (reported once each time), or it was silent for `limit` (`None`: never). `limit` may differ from poll
+    /// to poll. A `stalled` session is also woken every [`STALL_CHECK_INTERVAL`].
     pub(super) fn poll_due(
         &mut self,
         cx: &mut Context<'_>,
@@ -276,29 +288,30 @@ impl IdleHandle<'_> {
         Poll::Pending
     }
 
+    /// Moves the session to the lowest free entry, if that is lower than its own.
     fn move_to_lower_index(&mut self) {
         let (mut entries, mut free) = (self.clock.entries.borrow_mut(), self.clock.free.borrow_mut());
         entries[self.index as usize].state.set(State::MOVE_REQUESTED, false);
-        // The lowest, since the table has just shrunk.
+        // `shrink_table` has sorted the list: the lowest index is popped first.
         if let Some(lower) = free.pop_if(|lower| *lower < self.index) {
             entries.swap(lower as usize, self.index as usize);
             self.clock.vacated.borrow_mut().push(std::mem::replace(&mut self.index, lower));
         }
     }
 
-    /// It has not been silent for `limit`.
+    /// True if the session has not been silent for `limit`.
     pub(super) fn is_active(&self, limit: Option<Duration>) -> bool {
         let silent = self.clock.now.get().wrapping_sub(self.entry().last_activity);
         limit.is_none_or(|limit| silent < self.clock.ticks(limit))
     }
 
-    /// Its peers have all bytes: they need not be checked until others have moved.
+    /// Records that the peers have all bytes. They are not checked again before other bytes have moved.
     pub(super) fn confirm(&mut self) {
         self.entry().state.set(State::UNCONFIRMED, false);
     }
 
-    /// Lets a session go that was told to end, if it was not let go before. It is told again when its turn comes by its last
-    /// activity.
+    /// Delays the requested end of a session once, because bytes still move. Returns false if it was delayed
+    /// before. The end is requested again when the session is among the longest silent ones by then.
     pub(super) fn defer(&mut self) -> bool {
         let mut entry = self.entry();
         if entry.state.has_any(State::DEFERRED) {
@@ -310,13 +323,14 @@ impl IdleHandle<'_> {
         true
     }
 
-    /// True if it has moved nothing for a while.
+    /// True if the session has moved nothing for [`QUIET_TIME`].
     pub(super) fn is_quiet(&self) -> bool {
         self.clock.now.get().wrapping_sub(self.entry().last_activity) >= self.clock.ticks(QUIET_TIME)
     }
 
-    /// True once every few seconds in which nothing moved: a stalled session is to look after the socket that it does not
-    /// read. While bytes move, what the source sent before it broke is still to be passed on.
+    /// True once per [`STALL_CHECK_INTERVAL`] of silence: a stalled session then checks whether the socket
+    /// that it does not read was reset. While bytes move, the check can wait: what the source sent before
+    /// the reset is still passed on.
     pub(super) fn is_stall_check_due(&mut self) -> bool {
         let (now, interval) = (self.clock.now.get(), self.clock.ticks(STALL_CHECK_INTERVAL));
         let silent = now.wrapping_sub(self.entry().last_activity) >= interval;
@@ -327,8 +341,8 @@ impl IdleHandle<'_> {
         due
     }
 
-    /// True once: when the session has lived for its settle time. From then on, while its peers may not have all bytes, they are
-    /// checked several times within `peer_timeout`.
+    /// True once, when the session has lived for its settle time. From then on its peers are checked several
+    /// times per `peer_timeout` while they may lack bytes.
     pub(super) fn has_just_settled(&mut self, peer_timeout: Duration) -> bool {
         let mut entry = self.entry();
         let due = !entry.state.has_any(State::SETTLED)

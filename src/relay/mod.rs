@@ -1,8 +1,17 @@
-//! Copies bytes both ways between a client and a backend until both have ended, one fails, or neither speaks.
+//! Relays bytes between a client and a backend, in both directions, until both have ended, one breaks, or a
+//! limit of silence is over.
 //!
-//! It knows nothing of pools or weights: two [`Stream`]s, their [`Limits`], what the worker's sessions have [`Shared`], and
-//! a [`Meter`]. Half-close, reset, silence and shutdown mean the same whether bytes are copied or spliced;
-//! `tests/relay.rs` holds both to that, scenario by scenario.
+//! - `pair.rs`: both directions of a session, and half-closes.
+//! - `direction.rs`: one direction and its three paths: copy, peek, splice.
+//! - `stream.rs`, `socket.rs`: one side of a session, and its system calls.
+//! - `opening.rs`: packets that the kernel holds back at the beginning.
+//! - `pipe.rs`: the worker's pipes.
+//! - `idle.rs`: the worker's clock.
+//! - `wire.rs`, `sock_diag.rs`: what the kernel reports about a connection.
+//!
+//! The relay knows no pool and no weight. It gets two [`Stream`]s, their [`Limits`], what the worker's
+//! sessions have [`Shared`], and a [`Meter`]. Half-close, reset, silence and shutdown mean the same on every
+//! path; `tests/relay.rs` runs the same scenarios over all of them.
 
 mod direction;
 mod idle;
@@ -36,23 +45,26 @@ use self::pipe::Pipes;
 use self::sock_diag::SockDiag;
 use crate::observe::counters::{BackendCounters, Counter};
 
-/// The errno of a connection whose peer has vanished: the kernel would say the same, a quarter of an hour later.
+/// The errno reported for a peer that has vanished. The kernel would report the same, a quarter of an hour
+/// later.
 const ERRNO_VANISHED: u16 = Errno::TIMEDOUT.raw_os_error() as u16;
 
 /// What all sessions of a worker share.
 #[derive(Debug)]
 pub struct Shared {
     buffers: Buffers,
-    /// `None`: see [`Shared::new`].
+    /// `None` if the kernel does not report the state of connections.
     diag: Option<SockDiag>,
-    /// Must be run for timeouts to fire.
+    /// The clock. [`IdleClock::run`] must be polled for limits to have an effect.
     pub clock: IdleClock,
 }
 
 impl Shared {
-    /// `shortest_limit`: of all that any session will have. The second value is why the kernel does not tell the state of
-    /// connections, if so: then bytes that move in its buffers alone are not seen, and neither are peers that vanish while bytes
-    /// are unacknowledged.
+    /// `shortest_limit` is the shortest limit of silence that any session will have.
+    ///
+    /// The second value is the reason why the kernel does not report the state of connections, if it does
+    /// not. Then two things go unnoticed: bytes that leave the kernel's send buffer without an event, and
+    /// peers that vanish while bytes for them are unacknowledged.
     #[must_use]
     pub fn new(shortest_limit: Duration) -> (Self, Option<io::Error>) {
         let (diag, error) = match SockDiag::open() {
@@ -63,16 +75,17 @@ impl Shared {
     }
 }
 
-/// What is lent to the sessions whose bytes are just moving.
+/// Memory that a session uses only while its bytes move.
 #[derive(Debug)]
 struct Buffers {
-    /// Bytes are copied through it.
+    /// The buffer that bytes are copied through.
     copy: RefCell<Box<[u8]>>,
-    /// Bulk is spliced through them.
+    /// The pipes that bytes are spliced through.
     pipes: Pipes,
 }
 
-/// Large enough to empty a default receive buffer in two reads, small enough to stay in a core's second-level cache.
+/// Large enough to empty a default receive buffer in two reads, and small enough to stay in the second-level
+/// cache of a core.
 const BUFFER_BYTES: usize = 64 * 1024;
 
 impl Default for Buffers {
@@ -81,49 +94,51 @@ impl Default for Buffers {
     }
 }
 
-/// How long a session may be silent, and how its backend is watched meanwhile.
+/// How long a session may be silent, and how vanished peers are found.
 #[derive(Clone, Debug)]
 pub struct Limits {
-    /// While both halves are open; `None`: for ever.
+    /// The longest silence while both halves are open. `None`: no limit.
     pub idle: Option<Duration>,
-    /// Once one half is closed.
+    /// The longest silence once one half is closed.
     pub half_closed: Duration,
-    /// How the backend is asked whether it still lives; the client's socket has inherited its own from the listening one.
+    /// The keepalive probes to the backend. The client's socket has inherited its own from the listening
+    /// socket.
     pub keepalive: TcpKeepalive,
-    /// Of that: the silence before the first question.
+    /// The silence before the first of these probes.
     pub keepalive_idle: Duration,
-    /// A peer that answers neither keepalive probes nor retransmissions for so long has vanished.
+    /// A peer that answers neither keepalive probes nor retransmissions for this long has vanished.
     pub peer_timeout: Duration,
-    /// Before this, a session is not worth the four system calls that keepalive costs: most end sooner.
+    /// The lifetime after which keepalive is switched on at the backend's socket. Most sessions end sooner
+    /// and save these four system calls.
     pub settle_time: Duration,
 }
 
-/// Where a session is counted while it is relayed.
+/// The counters of a session while it is relayed.
 #[derive(Debug)]
 pub struct Meter<'a> {
-    /// Of all sessions of its backend on this worker.
+    /// Counters of all sessions of its backend on this worker.
     pub backend: &'a BackendCounters,
-    /// Of all sessions of this worker: those of which a half was closed.
+    /// Counts the sessions of this worker of which a half was closed.
     pub half_closed: &'a Counter,
-    /// Of this session.
+    /// Counters of this session.
     pub session: &'a mut Tally,
 }
 
-/// What is counted of one session while it is relayed.
+/// The counters of one session.
 #[derive(Debug, Default)]
 pub struct Tally {
     /// Bytes taken by the backend.
     pub to_backend: u64,
     /// Bytes taken by the client.
     pub to_client: u64,
-    /// It was counted among the half-closed ones.
+    /// The session was counted as half-closed.
     pub half_closed: bool,
-    /// Of the socket that broke first: why, for the log. 0: none broke, or the kernel did not say why.
+    /// The errno of the socket that broke first, for the log. 0: none broke, or the kernel gave no reason.
     pub errno: u16,
 }
 
 impl Tally {
-    /// No byte was passed on.
+    /// True if no byte was passed on.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.bytes() == 0
@@ -137,9 +152,9 @@ impl Tally {
 /// A side of a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
-    /// Who connected to us.
+    /// The side that connected to us.
     Client,
-    /// Whom we connected to.
+    /// The side that we connected to.
     Backend,
 }
 
@@ -148,18 +163,21 @@ pub enum Side {
 pub enum Ended {
     /// Both sides closed their half, and every byte was passed on.
     Finished,
-    /// A side reset its connection, or it broke.
+    /// This side reset its connection, or the connection to it broke.
     Reset(Side),
-    /// No byte moved for `idle`.
+    /// No byte moved for `limits.idle`.
     IdleTimeout,
-    /// The worker has ended it: see [`IdleClock::end_sessions`].
+    /// The worker ended it: see [`IdleClock::end_sessions`].
     Drained,
-    /// One half was closed, and this side, whose turn it was, stayed silent for `half_closed`.
+    /// One half was closed, and this side, which still had to send or to end, was silent for
+    /// `limits.half_closed`.
     HalfCloseTimeout(Side),
 }
 
-/// Relays until the session is over. `backend_key` identifies the backend for [`IdleClock::end_sessions`]. The streams are closed by their drop: cleanly if no byte was lost, else by a reset.
-/// Before a reset, what was written has up to `limits.half_closed` to arrive.
+/// Relays until the session is over. `backend_key` identifies the backend for [`IdleClock::end_sessions`].
+/// The streams are closed when they are dropped: cleanly if no byte was lost, else by a reset. If one side
+/// was reset, the other gets up to `limits.half_closed` to acknowledge what was written to it, before it is
+/// reset, too.
 ///
 /// # Cancel safety
 /// Dropping the future and the streams resets both connections.
@@ -174,7 +192,7 @@ pub fn relay<'a>(
     let pair = Pair { client, backend, to_backend: Direction::default(), to_client: Direction::default() };
     let idle = shared.clock.enter(limits.settle_time, backend_key);
     let mut relaying = Relaying { pair, idle, limits, shared, meter };
-    // A block, not an async function: that would keep each of its arguments twice.
+    // A block, because an async function would keep each of its arguments twice.
     async move {
         let ended = poll_fn(|cx| relaying.poll(cx)).await;
         if let Some(delivered) = relaying.delivered(ended) {
@@ -185,8 +203,8 @@ pub fn relay<'a>(
     }
 }
 
-/// All that a relay needs from poll to poll, in one place: what a future refers to from outside it pays for with a pointer
-/// each.
+/// The whole state of a relay. It is one struct, because a future that borrows from outside of it stores a
+/// pointer for each borrow.
 struct Relaying<'a> {
     pair: Pair<'a>,
     idle: IdleHandle<'a>,
@@ -196,7 +214,7 @@ struct Relaying<'a> {
 }
 
 impl Relaying<'_> {
-    /// Moves what can be moved, then sees to what is due though nothing moves.
+    /// Moves bytes, then handles what the clock reports.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Ended> {
         if let Poll::Ready(ended) = self.advance(cx) {
             return Poll::Ready(ended);
@@ -204,6 +222,7 @@ impl Relaying<'_> {
         if self.idle.has_just_settled(self.limits.peer_timeout) {
             self.pair.backend.keep_alive(&self.limits.keepalive);
         }
+        // While bytes wait for one side, the other is not read, so nothing reports that it was reset.
         if self.pair.holds_bytes() && self.idle.is_stall_check_due() {
             if let Some(side) = self.pair.broken_source() {
                 self.meter.session.errno = self.pair.errno(side);
@@ -238,8 +257,8 @@ impl Relaying<'_> {
         }
     }
 
-    /// Moves what can be moved.
-    // Inlined into the poll, where it runs nearly always: a call costs a request some 60 instructions.
+    /// Moves bytes in both directions, and records activity.
+    // Inlined, because nearly every poll runs it: a call costs a request some 60 instructions.
     #[inline(always)]
     fn advance(&mut self, cx: &mut Context<'_>) -> Poll<Ended> {
         let Self { pair, idle, shared, meter, .. } = self;
@@ -259,14 +278,16 @@ impl Relaying<'_> {
         Poll::Pending
     }
 
-    /// Writes once more what waits for a socket of which no event tells when a slow reader takes bytes.
+    /// Tries once more to write refused bytes to a unix socket, which takes bytes before epoll calls it
+    /// writable.
     #[inline(never)]
     fn retry(&mut self, cx: &mut Context<'_>) -> Poll<Ended> {
         if self.pair.retry_writes() { self.advance(cx) } else { Poll::Pending }
     }
 
-    /// True where bytes have moved on the wire since the clock last heard of any: below us, out of the kernel's buffers. Bytes
-    /// that only lie there, retransmissions and probes are no moves.
+    /// True if bytes have moved on the wire since the last move that the clock knows of. They may leave the
+    /// kernel's send buffer without an event. Bytes that only wait there, retransmissions and probes do not
+    /// count.
     fn has_moved(&mut self) -> bool {
         let Some(diag) = &self.shared.diag else { return false };
         let moved = [&*self.pair.client, &*self.pair.backend]
@@ -275,7 +296,7 @@ impl Relaying<'_> {
         last.is_some_and(|ago| self.idle.record_move(ago))
     }
 
-    /// A side that has vanished while bytes for it are unacknowledged, of which keepalive would say nothing.
+    /// The side that has vanished while bytes for it are unacknowledged. Keepalive sends no probes then.
     fn vanished(&mut self) -> Option<Side> {
         let diag = self.shared.diag.as_ref()?;
         let mut is_confirmed = true;
@@ -292,7 +313,8 @@ impl Relaying<'_> {
         None
     }
 
-    /// Where one side is about to be reset because the other was: until it has what was written to it.
+    /// A future that ends when the remaining side has acknowledged what was written to it, if the other side
+    /// was reset. `None` if there is nothing to wait for.
     fn delivered(&self, ended: Ended) -> Option<Pin<Box<impl Future<Output = ()> + '_>>> {
         let Self { pair, meter, limits, shared, .. } = self;
         let stream = match ended {
@@ -300,7 +322,7 @@ impl Relaying<'_> {
             Ended::Reset(Side::Backend) if meter.session.to_client > 0 => &*pair.client,
             _ => return None,
         };
-        // Boxed: few sessions come here, and its timer would make all of them larger.
+        // Boxed: few sessions wait here, and the timer would make all sessions larger.
         let is_lost = || {
             let wire = shared.diag.as_ref().and_then(|diag| stream.wire(diag));
             wire.is_some_and(|wire| wire.is_vanished(limits.peer_timeout))
@@ -308,8 +330,9 @@ impl Relaying<'_> {
         Some(Box::pin(stream.delivered(limits.half_closed, is_lost)))
     }
 
-    /// Silence ends a session cleanly only where nothing says that somebody was cut short: nothing waits, and the backend did not
-    /// still owe the answer to a request that had ended.
+    /// Marks the streams to be closed cleanly if no side can have been cut off: both have ended, or the
+    /// session was silent, no bytes wait, and the backend does not owe an answer to a client that has ended
+    /// its half.
     fn close(&mut self, ended: Ended) {
         let pair = &mut self.pair;
         let silent = match ended {

@@ -1,7 +1,8 @@
-//! What the kernel may hold back at the beginning of a connection that we opened.
+//! Packets that the kernel may hold back at the beginning of a connection to a backend.
 //!
-//! Each switch is a system call, and each packet some microseconds at both ends, so both are done without where they make no
-//! difference.
+//! Two switches control it: TCP_QUICKACK the last packet of the handshake, TCP_NODELAY small packets.
+//! Setting a switch costs a system call, and each packet costs some microseconds at both ends. So a switch
+//! is set, and a packet is sent, only where that makes a difference.
 
 use std::task::Context;
 
@@ -10,60 +11,65 @@ use socket2::Socket;
 
 use crate::reactor;
 
-/// What fits into one packet on every path that TCP is used on (536 bytes are the least that IPv4 hosts take).
+/// Bytes that fit into one packet on every path: IPv4 hosts must accept a segment of 536 bytes.
 const ONE_PACKET_BYTES: usize = 512;
-/// Turns of a busy worker until a handshake is ended without bytes.
+/// The number of waits for events after which a held handshake is completed without bytes.
 const MAX_WAITS_HELD: u8 = 3;
 
-/// What a TCP connection that we opened may still hold back.
+/// What the kernel may still hold back of a TCP connection to a backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Opening {
-    /// The last packet of the handshake, which the first bytes then carry; since this turn of the worker. The backend has no
-    /// connection before it.
+    /// The last packet of the handshake. The first bytes will carry it; until then the backend does not see
+    /// the connection. Holds [`reactor::wait_count`] at the connect.
     Handshake(u8),
-    /// Nothing, since nothing was written yet.
+    /// Nothing, because nothing was written yet.
     Unused,
-    /// A small packet, until an earlier one is acknowledged (Nagle's algorithm), which a relay must never want. Nothing is held
-    /// back while nothing is under way, so one small request does without the call that switches it off.
+    /// The next small packet, until the one before is acknowledged (Nagle's algorithm). A relay must not
+    /// wait for that. But the first packet is never held back, so a session with one small request needs no
+    /// call to switch it off.
     Coalescing,
-    /// Nothing.
+    /// Nothing any more.
     Over,
 }
 
 impl Opening {
-    /// For a TCP socket that is about to connect.
+    /// Prepares a TCP socket that is about to connect.
     ///
-    /// Where clients wait to be accepted, their first bytes are there by then: a packet less costs 3 % less a session. A worker that
-    /// keeps up with them would pay for the switch and gain nothing.
+    /// A busy worker holds the handshake's last packet: its clients waited in the accept queue, so their
+    /// first bytes have arrived and can carry it. One packet less saves 3 % of a session's CPU time. A
+    /// worker that is not busy would only pay for the system call.
     #[must_use]
     pub fn before_connect(socket: &Socket) -> Self {
         if reactor::is_busy() { Self::hold_handshake(socket) } else { Self::Unused }
     }
 
-    /// Where the kernel will not, there is one packet more. It holds the handshake for 200 ms at most.
+    /// Switches off TCP_QUICKACK. The kernel then delays the last packet of the handshake for up to 200 ms.
+    /// If the call fails, the packet is sent at once.
     fn hold_handshake(socket: &Socket) -> Self {
         set_tcp_quickack(socket, false).map_or(Self::Unused, |()| Self::Handshake(reactor::wait_count()))
     }
 
-    /// Nothing is there to be written: the backend may be one who speaks first, and does not wait for longer than a few turns.
+    /// Completes a held handshake if no bytes came within [`MAX_WAITS_HELD`] waits: the backend may be the
+    /// side that speaks first. Called while there is nothing to write.
     pub(super) fn release_if_late(&mut self, socket: &Socket, cx: &Context<'_>) {
         let Self::Handshake(since) = *self else { return };
         if reactor::wait_count().wrapping_sub(since) < MAX_WAITS_HELD {
             cx.waker().wake_by_ref();
         } else {
-            // A socket that takes no option is dead already, and the next read says so.
+            // If the call fails, the connection is broken, and the next read reports it.
             let _ = set_tcp_quickack(socket, true);
             *self = Self::Unused;
         }
     }
 
-    /// So many bytes are about to be written.
+    /// Called before `bytes` bytes are written: the first write ends a held handshake, the second one (or a
+    /// large first one) switches off Nagle's algorithm.
     pub(super) fn before_write(&mut self, socket: &Socket, bytes: usize) {
         *self = match self {
             Self::Over => return,
             Self::Handshake(_) | Self::Unused if bytes <= ONE_PACKET_BYTES => Self::Coalescing,
             Self::Handshake(_) | Self::Unused | Self::Coalescing => {
-                // A socket that takes no option is dead already, and the write says so.
+                // If the call fails, the connection is broken, and the write reports it.
                 let _ = socket.set_tcp_nodelay(true);
                 Self::Over
             }
@@ -85,7 +91,7 @@ mod tests {
     use crate::relay::socket::StreamSocket;
     use crate::relay::stream::Stream;
 
-    /// A connection whose handshake is held, and where it goes.
+    /// A connection whose handshake is held, and the listener that it goes to.
     async fn held() -> (Stream, TcpListener) {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
         listener.set_nonblocking(true).expect("a socket");
@@ -102,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_bytes_end_the_handshake() {
+    fn the_first_bytes_complete_the_handshake() {
         Runtime::new().expect("descriptors").block_on(async {
             let (mut stream, listener) = held().await;
             let written = std::future::poll_fn(|cx| stream.poll_write(cx, b"hello")).await;
@@ -114,9 +120,9 @@ mod tests {
         });
     }
 
-    /// Though nothing but time passes: a backend that speaks first must not wait for a client who waits for it.
+    /// A backend that speaks first must not wait for a client that waits for it.
     #[test]
-    fn without_bytes_it_ends_after_a_few_turns() {
+    fn without_bytes_the_handshake_completes_after_a_few_waits() {
         Runtime::new().expect("descriptors").block_on(async {
             let (mut stream, listener) = held().await;
             let (tell, waiting) = oneshot::channel();

@@ -1,6 +1,6 @@
-//! Both directions of a session: moves bytes both ways, closes a half whose source has ended, and knows what each side still owes.
+//! Both directions of a session: moves bytes in each, and passes the end of a source on to its target.
 //!
-//! It has no clock: how long a session may be silent is decided in `mod.rs`.
+//! There is no clock here: how long a session may be silent is decided in `mod.rs`.
 
 use std::task::{Context, Poll};
 
@@ -8,7 +8,7 @@ use super::direction::{Broken, Direction, errno};
 use super::stream::Stream;
 use super::{Buffers, Ended, Meter, Side};
 
-/// Both directions of a session.
+/// The two streams of a session, and its two directions.
 pub(super) struct Pair<'a> {
     pub(super) client: &'a mut Stream,
     pub(super) backend: &'a mut Stream,
@@ -49,8 +49,8 @@ impl Pair<'_> {
         }
     }
 
-    /// Moves what can be moved to `target_side`, and closes that half when its source has ended. `Some`: the session is
-    /// over. `broken` is set to the errno of a socket that broke.
+    /// Moves bytes to `target_side`, and shuts that stream down once its source has ended. `Some`: the
+    /// session is over. `broken` gets the errno of a socket that broke.
     fn poll_towards(
         &mut self,
         target_side: Side,
@@ -80,10 +80,11 @@ impl Pair<'_> {
                 if *broken == 0 {
                     *broken = errno;
                 }
-                // What the target sent before it went away still waits in its socket: the other direction fetches it.
+                // What the target sent before it broke is still in its receive buffer: the other direction
+                // reads it.
                 direction.abandon();
             }
-            // Where both have ended, closing says the same and costs one system call less.
+            // Both sources have ended. Closing the sockets sends the FIN, too, and saves the system call.
             Poll::Ready(Ok(())) if opposite.is_done() => {}
             Poll::Ready(Ok(())) => {
                 if let Err(error) = target.shutdown() {
@@ -97,7 +98,8 @@ impl Pair<'_> {
         None
     }
 
-    /// A side that would not take our bytes; the client where neither did. What it sent before was still passed on.
+    /// The side that broke when it was written to; the client if both did. What that side had sent before
+    /// was passed on.
     fn refused_by(&self) -> Option<Side> {
         if self.to_client.is_abandoned() {
             Some(Side::Client)
@@ -106,23 +108,24 @@ impl Pair<'_> {
         }
     }
 
-    /// Both halves are open.
+    /// True while both halves are open.
     pub(super) fn is_open(&self) -> bool {
         !self.to_backend.is_done() && !self.to_client.is_done()
     }
 
-    /// Bytes were read that the other side has not taken.
+    /// True if a side has refused bytes, in either direction.
     pub(super) fn holds_bytes(&self) -> bool {
         self.to_backend.holds_bytes() || self.to_client.holds_bytes()
     }
 
-    /// Lets the next move try to write what waits, where that may succeed without an event.
+    /// Lets the next move try to write refused bytes where that may work without an event. True if there are
+    /// such.
     pub(super) fn retry_writes(&self) -> bool {
         (self.to_client.holds_bytes() && self.client.retry_write())
             | (self.to_backend.holds_bytes() && self.backend.retry_write())
     }
 
-    /// A side that was reset and is not being read, because its last bytes still wait for the other side.
+    /// A side that was reset while it is not read, because its last bytes still wait for the other side.
     pub(super) fn broken_source(&self) -> Option<Side> {
         if self.to_backend.holds_bytes() && self.client.is_broken() {
             Some(Side::Client)
@@ -133,13 +136,13 @@ impl Pair<'_> {
         }
     }
 
-    /// Why the connection to `side` broke; 0 if the kernel does not say.
+    /// The errno of the connection to `side`, or 0 if the kernel gives none.
     pub(super) fn errno(&self, side: Side) -> u16 {
         let stream = if side == Side::Client { &self.client } else { &self.backend };
         stream.error().as_ref().map_or(0, errno)
     }
 
-    /// Whose bytes a half-closed session still waits for.
+    /// The side whose end a half-closed session still waits for.
     pub(super) fn awaited(&self) -> Side {
         if self.to_backend.is_done() { Side::Backend } else { Side::Client }
     }

@@ -1,7 +1,7 @@
-//! Pipes that bulk passes through without being copied, pooled by the worker and limited in number.
+//! Pipes for splicing, pooled per worker and limited in number.
 //!
-//! A pipe belongs to a direction only while bytes are in it; an empty one goes back to the pool. One that dies with
-//! bytes in it is closed, never used again. Where no pipe is to be had, a direction peeks.
+//! A direction owns a pipe only while bytes are in it, and puts it back when it is empty. A pipe that is
+//! dropped with bytes in it is closed and never used again. A direction that gets no pipe peeks.
 
 use std::cell::{Cell, RefCell};
 use std::os::fd::OwnedFd;
@@ -11,36 +11,37 @@ use rustix::pipe::{PipeFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with}
 
 use crate::net::descriptors::{User, is_reserved};
 
-/// Fewer, larger moves: 64 KiB, 256 KiB and 1 MiB were measured to cost 0.51, 0.43 and 0.36 CPU seconds a gigabyte.
-/// 1 MiB is what the kernel grants to an unprivileged process (`fs.pipe-max-size`).
+/// The requested capacity. Large pipes need fewer moves: 64 KiB, 256 KiB and 1 MiB were measured to
+/// cost 0.51, 0.43 and 0.36 CPU seconds per gigabyte. 1 MiB is the kernel's limit for unprivileged processes
+/// (`fs.pipe-max-size`).
 const CAPACITY_BYTES: usize = 1024 * 1024;
-/// Below this a pipe is no better than the worker's buffer. The kernel gives such small ones to a user who holds
-/// 64 MiB of pipes already (`fs.pipe-user-pages-soft`).
+/// A smaller pipe is no better than the worker's buffer. The kernel gives smaller ones to a user that has 64
+/// MiB of pipes already (`fs.pipe-user-pages-soft`).
 const MIN_CAPACITY_BYTES: usize = 64 * 1024;
-/// A worker that moves this many bulk flows at once copies the others.
+/// The most pipes of a worker. A worker with more bulk flows at once copies the others.
 const MAX_PIPES: usize = 32;
 
-/// A worker's pipes.
+/// The pipes of one worker.
 #[derive(Debug, Default)]
 pub(super) struct Pipes {
     idle: RefCell<Vec<Pipe>>,
-    /// Open pipes, here and in directions.
+    /// The number of open pipes, both idle ones and those that directions own.
     open: Rc<Cell<usize>>,
 }
 
-/// A pipe; closed when dropped.
+/// A pipe. It is closed when dropped.
 #[derive(Debug)]
 pub(super) struct Pipe {
     pub(super) reader: OwnedFd,
     pub(super) writer: OwnedFd,
     pub(super) capacity_bytes: usize,
-    /// What was moved in and not yet out.
+    /// The bytes that are in the pipe.
     pub(super) held_bytes: usize,
     open: Rc<Cell<usize>>,
 }
 
 impl Pipes {
-    /// An empty pipe; `None`: the limit is reached, or no descriptor is left for it.
+    /// An empty pipe. `None` if the limit is reached, or if no descriptor or no large pipe can be had.
     pub(super) fn take(&self) -> Option<Pipe> {
         if let Some(pipe) = self.idle.borrow_mut().pop() {
             return Some(pipe);
@@ -61,7 +62,7 @@ impl Pipes {
         Some(Pipe { reader, writer, capacity_bytes, held_bytes: 0, open: Rc::clone(&self.open) })
     }
 
-    /// Takes back a pipe that is empty.
+    /// Puts a pipe back into the pool. One that is not empty is closed.
     pub(super) fn put_back(&self, pipe: Pipe) {
         if pipe.held_bytes == 0 {
             self.idle.borrow_mut().push(pipe);
@@ -94,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn there_is_a_limit() {
+    fn a_worker_opens_a_limited_number_of_pipes() {
         let pipes = Pipes::default();
         let taken: Vec<_> = std::iter::from_fn(|| pipes.take()).collect();
         assert!(taken.len() <= MAX_PIPES && !taken.is_empty());

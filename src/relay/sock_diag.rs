@@ -1,9 +1,10 @@
-//! Asks the kernel for the state of one TCP connection, over a netlink socket (`sock_diag(7)`).
+//! Queries the kernel for the state of one TCP connection, over a netlink socket (`sock_diag(7)`).
 //!
-//! `getsockopt(TCP_INFO)` would give the same, but no safe Rust call for it exists. One question is four system calls and a
-//! hash lookup in the kernel, some 5 µs: it is for sessions that look silent, not for each move of bytes.
+//! `getsockopt(TCP_INFO)` would give the same state, but no safe Rust call for it exists. A query costs four
+//! system calls and a hash lookup in the kernel, some 5 µs. So it is made for sessions that look silent, not
+//! for each move of bytes.
 //!
-//! It reads and writes messages. What the answer means for a session is decided in `wire.rs`.
+//! This file writes requests and reads answers. What the state means for a session is decided in `wire.rs`.
 
 use std::cell::Cell;
 use std::io;
@@ -28,56 +29,57 @@ const IPPROTO_TCP: u8 = 6;
 const NLMSG_HEADER_BYTES: usize = 16;
 const REQUEST_BYTES: usize = NLMSG_HEADER_BYTES + 56;
 const INET_DIAG_MSG_BYTES: usize = 72;
-/// The state of a connection in a `struct inet_diag_msg`, and the one of a listening socket.
+/// The offset of a connection's state in a `struct inet_diag_msg`, and the state of a listening socket.
 const IDIAG_STATE_OFFSET: usize = 1;
 const TCP_LISTEN: u8 = 10;
 const IDIAG_WQUEUE_OFFSET: usize = 60;
-/// The kernel aligns attributes to so many bytes.
+/// The alignment of netlink attributes.
 const ALIGNMENT: usize = 4;
 /// An answer has some 500 bytes. A longer one is cut off behind the attributes that are used here.
 const ANSWER_MAX_BYTES: usize = 2048;
-/// Answers to earlier questions that may be in the way. Each question reads its answer, so there is none in practice.
+/// The most answers to earlier queries that are skipped. Each query reads its answer, so there is none in
+/// practice.
 const STALE_ANSWERS_MAX: usize = 8;
 
-/// A worker's connection to the kernel's socket diagnostics.
+/// A worker's netlink socket to the kernel's socket diagnostics.
 #[derive(Debug)]
 pub(super) struct SockDiag {
     netlink: OwnedFd,
-    /// The number of the last question, which its answer repeats.
+    /// The number of the last query. Its answer repeats it.
     sequence: Cell<u32>,
 }
 
 impl SockDiag {
-    /// Opens the netlink socket, and asks one question, which makes the kernel load its module.
+    /// Opens the netlink socket and makes one query, so that the kernel loads its module.
     ///
     /// # Errors
-    /// The kernel has no diagnostics for TCP, or the process may not use netlink (`RestrictAddressFamilies=` of systemd, a
-    /// seccomp filter).
+    /// The kernel has no diagnostics for TCP, or the process may not use netlink (`RestrictAddressFamilies=`
+    /// of systemd, a seccomp filter).
     pub(super) fn open() -> io::Result<Self> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let netlink = socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, Some(netlink::SOCK_DIAG))?;
         let diag = Self { netlink, sequence: Cell::new(0) };
-        // Port 0 is no connection's, so "no such socket" is the answer of a kernel that can answer.
+        // No connection has port 0, so a kernel with diagnostics answers "no such socket".
         let nowhere = SocketAddr::from(([127, 0, 0, 1], 0));
-        match diag.ask(nowhere, nowhere) {
+        match diag.query(nowhere, nowhere) {
             Ok(_) | Err(Errno::NOENT) => Ok(diag),
             Err(error) => Err(error.into()),
         }
     }
 
-    /// The state of a TCP connection; `None` where the kernel does not say: the connection is gone, or belongs to another
-    /// network namespace.
+    /// The state of a TCP connection. `None` if the kernel does not know it: the connection is gone, or
+    /// belongs to another network namespace.
     pub(super) fn wire(&self, socket: &Socket) -> Option<Wire> {
         let local = socket.local_addr().ok()?.as_socket()?;
         let peer = socket.peer_addr().ok()?.as_socket()?;
-        self.ask(local, peer).ok()
+        self.query(local, peer).ok()
     }
 
-    fn ask(&self, local: SocketAddr, peer: SocketAddr) -> rustix::io::Result<Wire> {
+    fn query(&self, local: SocketAddr, peer: SocketAddr) -> rustix::io::Result<Wire> {
         let sequence = self.sequence.get().wrapping_add(1);
         self.sequence.set(sequence);
         send(&self.netlink, &request(sequence, local, peer), SendFlags::empty())?;
-        // The kernel has answered before the send returns.
+        // The kernel answers before `send` returns.
         let mut answer = [0; ANSWER_MAX_BYTES];
         for _ in 0..=STALE_ANSWERS_MAX {
             let (length, _) = recv(&self.netlink, &mut answer, RecvFlags::DONTWAIT)?;
@@ -89,7 +91,7 @@ impl SockDiag {
     }
 }
 
-/// A `struct nlmsghdr`, then a `struct inet_diag_req_v2`.
+/// A `struct nlmsghdr` followed by a `struct inet_diag_req_v2`.
 fn request(sequence: u32, local: SocketAddr, peer: SocketAddr) -> [u8; REQUEST_BYTES] {
     /// `INET_DIAG_NOCOOKIE`.
     const ANY_COOKIE: [u8; 8] = [0xff; 8];
@@ -130,7 +132,7 @@ fn address_bytes(address: IpAddr) -> [u8; 16] {
     }
 }
 
-/// `None`: this answers another question.
+/// Reads an answer. `None` if it belongs to another query.
 fn parse(sequence: u32, answer: &[u8]) -> Option<rustix::io::Result<Wire>> {
     if u32_at(answer, 8)? != sequence {
         return None;
@@ -148,7 +150,7 @@ fn parse(sequence: u32, answer: &[u8]) -> Option<rustix::io::Result<Wire>> {
 
 /// Reads a `struct inet_diag_msg` and the attributes behind it.
 fn state(body: &[u8]) -> Option<Wire> {
-    // Where no such connection is left, the kernel answers with the listening socket of its port.
+    // If the connection is gone, the kernel answers with the listening socket of its port.
     if *body.get(IDIAG_STATE_OFFSET)? == TCP_LISTEN {
         return None;
     }
@@ -163,7 +165,7 @@ fn state(body: &[u8]) -> Option<Wire> {
     }
 }
 
-/// Reads the beginning of a `struct tcp_info`, which all kernels have alike.
+/// Reads the beginning of a `struct tcp_info`, which is the same in all kernels.
 fn tcp_info(unacknowledged_bytes: u32, info: &[u8]) -> Option<Wire> {
     let milliseconds = |offset| Some(Duration::from_millis(u32_at(info, offset)?.into()));
     Some(Wire {
@@ -203,10 +205,10 @@ mod tests {
     }
 
     #[test]
-    fn the_kernel_tells_how_many_bytes_are_not_acknowledged() {
+    fn the_kernel_reports_how_many_bytes_are_not_acknowledged() {
         let diag = SockDiag::open().expect("the kernel has socket diagnostics");
         for address in ["127.0.0.1:0", "[::1]:0"] {
-            // A machine may be without IPv6.
+            // The machine may have no IPv6.
             let Some((socket, mut peer)) = connection(address) else { continue };
             let wire = diag.wire(&socket).expect("it is connected");
             assert_eq!((wire.unacknowledged_bytes, wire.packets_in_flight), (0, 0), "{address}: {wire:?}");
@@ -222,7 +224,7 @@ mod tests {
 
             peer.set_read_timeout(Some(PATIENCE)).expect("a socket");
             peer.read_exact(&mut vec![0; sent]).expect("it comes");
-            // The last acknowledgement may be on its way.
+            // The last acknowledgement may be under way.
             let deadline = Instant::now() + PATIENCE;
             while diag.wire(&socket).expect("it is connected").unacknowledged_bytes > 0 {
                 assert!(Instant::now() < deadline, "{address}: the peer has all bytes");
@@ -232,18 +234,18 @@ mod tests {
     }
 
     #[test]
-    fn of_a_connection_that_is_gone_nothing_is_said() {
+    fn the_kernel_does_not_know_a_connection_that_is_gone() {
         let diag = SockDiag::open().expect("the kernel has socket diagnostics");
         let (socket, peer) = connection("127.0.0.1:0").expect("a free port");
         let (local, remote) = (peer.local_addr().expect("bound"), peer.peer_addr().expect("connected"));
-        assert!(diag.ask(local, remote).is_ok());
+        assert!(diag.query(local, remote).is_ok());
         drop(socket);
         socket2::SockRef::from(&peer).set_linger(Some(Duration::ZERO)).expect("tcp");
         drop(peer);
-        assert_eq!(diag.ask(local, remote), Err(Errno::NOENT));
+        assert_eq!(diag.query(local, remote), Err(Errno::NOENT));
     }
 
-    /// The kernel is trusted, but no answer of it may end a worker.
+    /// A worker must survive any answer, although the kernel is trusted.
     #[test]
     fn answers_that_are_cut_or_random_are_refused() {
         let mut random = fastrand::Rng::with_seed(13);
@@ -254,7 +256,7 @@ mod tests {
         whole.extend_from_slice(&INET_DIAG_INFO.to_ne_bytes());
         whole.extend_from_slice(&[0; 60]);
         assert!(parse(1, &whole).expect("its answer").is_ok());
-        assert!(parse(2, &whole).is_none(), "it answers another question");
+        assert!(parse(2, &whole).is_none(), "it answers another query");
         for length in 0..whole.len() {
             assert!(parse(1, &whole[..length]).is_none_or(|wire| wire.is_err()), "{length} bytes");
         }

@@ -1,10 +1,12 @@
-//! A stream socket that this thread's reactor watches: how it is read, written and spliced.
+//! The system calls of a stream socket that this thread's reactor watches: read, peek, write, splice.
 //!
-//! A read that did not fill the buffer is the last one until the next event, which saves a system call each time. But a read also
-//! ends short before an urgent byte (MSG_OOB: telnet, FTP, Oracle's break), and what came behind it would wait for ever. So
-//! urgent bytes are watched for too, which costs nothing where there are none.
+//! A read that does not fill the buffer has emptied the socket, so the readiness to read is cleared without
+//! a last read that returns EAGAIN. That saves a system call each time. There is one exception: a read also
+//! ends before an urgent byte (MSG_OOB, as telnet, FTP and Oracle's break use it). Bytes behind it would
+//! wait for ever, because no event follows for them. So urgent bytes are watched for, too, and readiness is
+//! kept after them.
 //!
-//! It decides nothing: when to read, peek or splice is `direction.rs`'s, how a socket is closed `stream.rs`'s.
+//! When to read, peek or splice is decided in `direction.rs`, and how a socket is closed in `stream.rs`.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -20,12 +22,12 @@ use socket2::Socket;
 use super::pipe::Pipe;
 use crate::reactor::{Ready, Watched};
 
-/// Pages are moved, not copied, where they can be.
+/// SPLICE_F_MOVE moves pages instead of copying them, where the kernel can.
 const SPLICE_FLAGS: SpliceFlags = SpliceFlags::MOVE.union(SpliceFlags::NONBLOCK);
 const EVENTS: EventFlags =
     EventFlags::IN.union(EventFlags::OUT).union(EventFlags::PRI).union(EventFlags::RDHUP);
 
-/// A TCP or unix socket that is connected, or about to be.
+/// A TCP or unix socket that is connected or connecting.
 #[derive(Debug)]
 pub struct StreamSocket {
     watched: Watched<Socket>,
@@ -33,7 +35,7 @@ pub struct StreamSocket {
 }
 
 impl StreamSocket {
-    /// Begins to watch `socket`, which must not block.
+    /// Starts to watch a TCP socket, which must be non-blocking. On an error it is closed with a reset.
     ///
     /// # Errors
     /// The kernel can watch no more sockets.
@@ -44,7 +46,7 @@ impl StreamSocket {
         Ok(Self { watched: watch(socket)?, is_tcp: true })
     }
 
-    /// Like [`StreamSocket::tcp`].
+    /// Starts to watch a unix socket, like [`StreamSocket::tcp`].
     ///
     /// # Errors
     /// The kernel can watch no more sockets.
@@ -55,27 +57,27 @@ impl StreamSocket {
         Ok(Self { watched: watch(socket)?, is_tcp: false })
     }
 
-    /// For options.
+    /// The socket itself, for its options.
     #[must_use]
     pub fn socket(&self) -> &Socket {
         self.watched.socket()
     }
 
-    /// What can be done by TCP alone: it can be peeked, spliced and reset.
+    /// True for TCP, which alone can be peeked, spliced and reset.
     pub(super) fn is_tcp(&self) -> bool {
         self.is_tcp
     }
 
-    /// Waits until a connect that is under way has ended.
+    /// Waits for the end of a connect.
     ///
-    /// The event itself says whether it went well: to ask for the socket's error after each success would be one system call
-    /// a session for nothing.
+    /// The event itself says whether the connect failed. Only then the error is read, which saves a system
+    /// call per session.
     ///
     /// # Errors
-    /// Why there is no connection.
+    /// Why the connect failed.
     ///
     /// # Cancel safety
-    /// It only waits.
+    /// Dropping the future has no effect.
     pub async fn connected(&self) -> io::Result<()> {
         let ready = std::future::poll_fn(|cx| self.watched.poll_ready(cx, Ready::WRITE)).await;
         if ready.has(Ready::BROKEN)
@@ -86,22 +88,22 @@ impl StreamSocket {
         Ok(())
     }
 
-    /// Ready once an event has said that there is something to be read: bytes, the end or an error.
+    /// Ready once an event has reported something to read: bytes, the end or an error. Makes no system call.
     pub(super) fn poll_input(&self, cx: &mut Context<'_>) -> Poll<()> {
         self.watched.poll_ready(cx, Ready::READ).map(drop)
     }
 
-    /// True where an event has said that the connection is broken.
+    /// True if an event has reported that the connection is broken. Makes no system call.
     pub(super) fn is_known_broken(&self) -> bool {
         self.watched.ready().has(Ready::BROKEN)
     }
 
-    /// Ready once an event has said that the connection is broken.
+    /// Ready once an event has reported that the connection is broken.
     pub(super) fn poll_broken(&self, cx: &mut Context<'_>) -> Poll<()> {
         self.watched.poll_ready(cx, Ready::BROKEN).map(drop)
     }
 
-    /// Ready once the peer has gone away: see [`super::Stream::poll_left`].
+    /// Ready once the peer has left: see [`super::Stream::poll_left`].
     pub(super) fn poll_left(&self, cx: &mut Context<'_>) -> Poll<()> {
         let ready = ready!(self.watched.poll_ready(cx, Ready::ENDED));
         let sent_nothing = || matches!(recv(self, &mut [0; 1], RecvFlags::PEEK), Ok((0, _)));
@@ -111,13 +113,14 @@ impl StreamSocket {
         self.poll_broken(cx)
     }
 
-    /// Reads into `buffer`; 0 is the end.
+    /// Reads into `buffer`. 0 is the end.
     pub(super) fn poll_read(&self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
         loop {
             let ready = ready!(self.watched.poll_ready(cx, Ready::READ));
             match recv(self, &mut *buffer, RecvFlags::empty()) {
                 Ok((read, _)) => {
-                    // A unix socket's reads end short at each descriptor that is sent along.
+                    // A read from a unix socket also ends at each message with ancillary data, such as
+                    // descriptors.
                     if read > 0 && read < buffer.len() && self.is_tcp && !may_end_short(ready) {
                         self.watched.clear(Ready::READ);
                     }
@@ -130,8 +133,9 @@ impl StreamSocket {
         }
     }
 
-    /// Like [`StreamSocket::poll_read`], but what it reads stays in the socket. 0: the end, or an urgent byte behind which there is
-    /// nothing, and which only a read takes away: left there, it would turn the close into a reset.
+    /// Reads into `buffer` and leaves the bytes in the socket. 0 stands for the end, or for an urgent byte
+    /// with nothing behind it. Only a plain read removes such a byte; left in the socket, it would turn the
+    /// close into a reset.
     pub(super) fn poll_peek(&self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
         loop {
             let ready = ready!(self.watched.poll_ready(cx, Ready::READ));
@@ -145,12 +149,13 @@ impl StreamSocket {
         }
     }
 
-    /// Takes what was peeked out of the socket, without copying it. `is_all`: nothing more was there.
+    /// Removes peeked bytes from the socket without copying them (MSG_TRUNC). `is_all`: the peek saw all
+    /// that there was.
     pub(super) fn discard(&self, peeked: &mut [u8], is_all: bool) -> io::Result<()> {
         let mut left = peeked.len();
         while left > 0 {
             match recv(self, &mut peeked[..left], RecvFlags::TRUNC) {
-                // What was there cannot be gone.
+                // Peeked bytes cannot disappear.
                 Ok((_, 0)) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok((_, gone)) => left -= gone,
                 Err(Errno::INTR) => {}
@@ -163,12 +168,12 @@ impl StreamSocket {
         Ok(())
     }
 
-    /// Ready when the socket may take bytes again.
+    /// Ready when the socket takes bytes again.
     pub(super) fn poll_writable(&self, cx: &mut Context<'_>) -> Poll<()> {
         self.watched.poll_ready(cx, Ready::WRITE).map(drop)
     }
 
-    /// Lets the next write try, though no event has said that there is room.
+    /// Makes the next write try, although no event has reported room.
     pub(super) fn retry_write(&self) {
         self.watched.assume(Ready::WRITE);
     }
@@ -191,11 +196,11 @@ impl StreamSocket {
         }
     }
 
-    /// Moves what the socket has into `pipe`, which is empty. 0: the socket is at its end, or at an urgent byte, which no
-    /// splice gets past; a read tells which.
+    /// Splices what is in the socket into `pipe`, which is empty. 0 stands for the end or for an urgent
+    /// byte, which splice cannot pass; a plain read tells which.
     pub(super) fn poll_fill(&self, cx: &mut Context<'_>, pipe: &mut Pipe) -> Poll<io::Result<usize>> {
-        // Only an empty pipe is filled: with bytes inside, EAGAIN might mean "pipe full", and clearing the readiness to
-        // read for that would lose the wake-up for good.
+        // EAGAIN means "socket empty" only while the pipe is empty. With bytes in the pipe it may mean "pipe
+        // full". Clearing the readiness to read then would lose the wake-up for the bytes in the socket.
         debug_assert_eq!(pipe.held_bytes, 0);
         loop {
             let ready = ready!(self.watched.poll_ready(cx, Ready::READ));
@@ -204,7 +209,8 @@ impl StreamSocket {
                     pipe.held_bytes = read;
                     return Poll::Ready(Ok(read));
                 }
-                // There the kernel says the same as where nothing is: for ever.
+                // At an urgent byte, and after the end's event, no further event would follow. A read
+                // decides.
                 Err(Errno::AGAIN) if may_end_short(ready) => return Poll::Ready(Ok(0)),
                 Err(Errno::AGAIN) => self.watched.clear(Ready::READ),
                 Err(Errno::INTR) => {}
@@ -213,7 +219,7 @@ impl StreamSocket {
         }
     }
 
-    /// Moves what the socket takes out of `pipe`, which is not empty.
+    /// Splices from `pipe`, which is not empty, what the socket takes.
     pub(super) fn poll_empty(&self, cx: &mut Context<'_>, pipe: &mut Pipe) -> Poll<io::Result<usize>> {
         loop {
             ready!(self.watched.poll_ready(cx, Ready::WRITE));
@@ -222,7 +228,7 @@ impl StreamSocket {
                     pipe.held_bytes -= written;
                     return Poll::Ready(Ok(written));
                 }
-                // The pipe has bytes, so it can only mean that the socket is full.
+                // The pipe has bytes, so EAGAIN can only mean that the socket is full.
                 Err(Errno::AGAIN) => self.watched.clear(Ready::WRITE),
                 Err(Errno::INTR) => {}
                 Err(error) => return Poll::Ready(Err(error.into())),
@@ -230,13 +236,13 @@ impl StreamSocket {
         }
     }
 
-    /// Ends the half that we write.
+    /// Ends the half that we write (FIN).
     pub(super) fn shutdown(&self) -> io::Result<()> {
         Ok(shutdown(self, Shutdown::Write)?)
     }
 
-    /// A read got all that there was: what comes next comes with an event of its own. Not so where it may have ended at an
-    /// urgent byte, and where the end has been told already.
+    /// Clears the readiness to read after a read that emptied the socket, because further bytes come with an
+    /// event. Keeps it if the read may have stopped short.
     fn drained(&self) {
         if !may_end_short(self.watched.ready()) {
             self.watched.clear(Ready::READ);
@@ -244,15 +250,16 @@ impl StreamSocket {
     }
 }
 
-/// True where a read may end before all that there is: from the event that told of an urgent byte until a read has found nothing
-/// more, and once the end was told, after which there is no other event.
+/// True if a read may end before all bytes that are there: from the event of an urgent byte until a read has
+/// returned EAGAIN, and after the event of the end, which is the last one.
 fn may_end_short(ready: Ready) -> bool {
     ready.has(Ready::URGENT | Ready::ENDED)
 }
 
 fn watch(socket: Socket) -> io::Result<Watched<Socket>> {
     Watched::new(socket, EVENTS).map_err(|(socket, error)| {
-        // Nobody may take it for a session that was complete. A failure means that it is gone already, or no TCP.
+        // A reset, so that the peer does not take it for a complete session. The call fails if the
+        // connection is gone already, or on a unix socket.
         let _ = socket.set_linger(Some(Duration::ZERO));
         error
     })

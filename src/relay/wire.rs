@@ -1,69 +1,74 @@
-//! What the kernel says of one TCP connection, and what that means: when bytes last moved on the wire, and whether the peer
-//! has vanished.
+//! What the kernel reports about one TCP connection, and what it means: when bytes last moved on the wire,
+//! and whether the peer has vanished.
 //!
-//! A relay sees only what passes its own sockets' buffers. Below, megabytes may leave for a slow reader without an event
-//! (epoll calls a socket writable only when about a third of its send buffer is free), or may wait for the acknowledgement of
-//! a machine that has lost its power. Keepalive is silent while bytes are unacknowledged, and TCP_USER_TIMEOUT, which is not,
-//! also cuts a live peer whose window has been closed for that long (measured on 6.18: after 3.3 s of 3).
+//! The relay sees only reads from and writes to its sockets' buffers. Behind them, two things happen without
+//! an event. Megabytes may leave the send buffer for a slow reader: epoll reports a socket as writable only
+//! when about a third of the buffer is free. And bytes may wait for the acknowledgement of a machine that
+//! has lost its power: keepalive sends no probes while bytes are unacknowledged. TCP_USER_TIMEOUT would work
+//! then, but it also cuts a live peer whose window has been closed for that long (measured on 6.18: after
+//! 3.3 s of 3).
 //!
-//! Pure: `sock_diag.rs` asks the kernel, `mod.rs` acts.
+//! Pure: `sock_diag.rs` queries the kernel, `mod.rs` acts.
 
 use std::time::Duration;
 
-/// Unanswered retransmissions or window probes, without which a peer is never taken for vanished: one may get lost, and a
-/// peer needs a round trip for its answer.
+/// Unanswered retransmissions or window probes before a peer can count as vanished. One may get lost, and
+/// the answer takes a round trip.
 const MIN_UNANSWERED: u8 = 2;
-/// The kernel's default smallest (TCP_RTO_MIN) and largest (TCP_RTO_MAX) retransmission timeout.
+/// The kernel's default of the shortest (TCP_RTO_MIN) and longest (TCP_RTO_MAX) retransmission timeout.
 const FIRST_TIMEOUT: Duration = Duration::from_millis(200);
 const LONGEST_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// The state of one TCP connection. Durations are times that have passed since.
+/// The state of one TCP connection. Each duration is the time since something happened.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Wire {
-    /// Written by us, and not acknowledged by the peer's kernel, whether sent or not.
+    /// Bytes written here and not acknowledged by the peer's kernel, whether they were sent or not.
     pub(super) unacknowledged_bytes: u32,
-    /// Sent and not acknowledged.
+    /// Packets sent and not acknowledged.
     pub(super) packets_in_flight: u32,
     /// Retransmission timeouts in a row without progress.
     pub(super) retransmits: u8,
-    /// Window probes, or keepalive probes, in a row that were not answered.
+    /// Window probes or keepalive probes in a row that were not answered.
     pub(super) probes: u8,
-    /// How often the current timeout was doubled; also while a live peer answers that its window is closed.
+    /// How often the current timeout was doubled. It is also doubled while a live peer answers that its
+    /// window is closed.
     pub(super) backoff: u8,
-    /// Since bytes were sent, retransmissions among them.
+    /// The time since bytes were sent; retransmissions count.
     pub(super) last_data_sent: Duration,
-    /// Since bytes were received.
+    /// The time since bytes were received.
     pub(super) last_data_received: Duration,
-    /// Since anything of the peer's acknowledged anything, be it an answer to a probe.
+    /// The time since the last packet with an acknowledgement came, even as the answer to a probe.
     pub(super) last_ack: Duration,
 }
 
 impl Wire {
-    /// How long ago the last byte moved: was sent for the first time, acknowledged or received. Retransmissions and probes are
-    /// no moves. `keepalive_idle` is the silence before a keepalive probe, whose answer must not be taken for progress.
+    /// The time since a byte last moved: was sent for the first time, acknowledged, or received.
+    /// Retransmissions and probes are no moves. `keepalive_idle` is the silence before a keepalive probe,
+    /// whose answer must not count as progress.
     ///
-    /// Where the kernel leaves it open, the answer is too small rather than too large.
+    /// Where the state does not say, the result is too short rather than too long.
     pub(super) fn since_bytes_moved(&self, keepalive_idle: Duration) -> Duration {
         let timeouts = self.retransmits.max(self.backoff);
         let sent = if self.packets_in_flight == 0 {
-            // Probes of a closed window carry no bytes, so the last bytes that were sent were new.
+            // Probes of a closed window carry no bytes, so the bytes that were sent last were new.
             let acknowledged = self.unacknowledged_bytes == 0
                 && self.last_data_sent.saturating_sub(self.last_ack) < keepalive_idle;
             if acknowledged { self.last_data_sent.min(self.last_ack) } else { self.last_data_sent }
         } else if timeouts == 0 {
-            // No probe is sent while bytes are in flight, so what is acknowledged are bytes.
+            // No probes are sent while bytes are in flight, so an acknowledgement is one of bytes.
             self.last_data_sent.min(self.last_ack)
         } else {
-            // The last bytes that were sent were a retransmission. Its predecessors tell since when.
+            // What was sent last was a retransmission. The timeouts before it take a known time at least.
             self.last_ack.max(self.last_data_sent + time_of_timeouts(timeouts))
         };
         sent.min(self.last_data_received)
     }
 
-    /// The peer owes an acknowledgement, was asked for it again and again, and has said nothing for `limit`.
+    /// True if the peer owes an acknowledgement, did not answer at least [`MIN_UNANSWERED`] retransmissions
+    /// or probes, and has sent nothing for `limit`.
     ///
-    /// A live peer whose window is closed answers each probe. Between two of them it says nothing, for up to two minutes, but
-    /// then no probe is unanswered.
+    /// A live peer whose window is closed answers each probe. It is silent between two probes, for up to two
+    /// minutes, but then no probe is unanswered.
     pub(super) fn is_vanished(&self, limit: Duration) -> bool {
         self.unacknowledged_bytes > 0
             && self.retransmits.max(self.probes) >= MIN_UNANSWERED
@@ -71,7 +76,7 @@ impl Wire {
     }
 }
 
-/// The least time that so many timeouts in a row take, each twice as long as the one before.
+/// The least time that `count` timeouts in a row take, each twice as long as the one before.
 fn time_of_timeouts(count: u8) -> Duration {
     let timeouts = (0..u32::from(count)).map(|doublings| {
         let factor = 1u32.checked_shl(doublings).unwrap_or(u32::MAX);
@@ -95,7 +100,7 @@ mod tests {
         wire.since_bytes_moved(KEEPALIVE_IDLE)
     }
 
-    /// Nothing has happened for an hour.
+    /// The state of a connection without any activity for an hour.
     fn silent() -> Wire {
         Wire {
             last_data_sent: seconds(3600),
@@ -135,10 +140,10 @@ mod tests {
         let now = Duration::ZERO;
         let vanished = Wire { retransmits: 8, backoff: 8, last_data_sent: now, ..lost };
         assert_eq!(moved(vanished), seconds(3600));
-        // A live peer that drops the bytes for want of room, and says so.
+        // A live peer that drops the bytes for want of memory, and acknowledges what it had before.
         let dropping = Wire { backoff: 4, last_data_sent: now, last_ack: now, ..lost };
         assert_eq!(moved(dropping), Duration::from_millis(200 + 400 + 800 + 1600));
-        assert_eq!(moved(Wire { backoff: 60, ..dropping }), seconds(3600), "it counts for hours");
+        assert_eq!(moved(Wire { backoff: 60, ..dropping }), seconds(3600), "the count goes on for hours");
         assert!(time_of_timeouts(u8::MAX) > seconds(7 * 3600) && time_of_timeouts(0) == now);
     }
 
@@ -147,7 +152,7 @@ mod tests {
         let vanished = Wire { unacknowledged_bytes: 9, packets_in_flight: 1, retransmits: 5, ..silent() };
         assert!(vanished.is_vanished(LIMIT));
         assert!(Wire { retransmits: 0, probes: 2, ..vanished }.is_vanished(LIMIT), "its window was closed");
-        assert!(!silent().is_vanished(LIMIT), "keepalive asks it");
+        assert!(!silent().is_vanished(LIMIT), "keepalive probes it");
         assert!(!Wire { retransmits: 1, ..vanished }.is_vanished(LIMIT));
         assert!(!Wire { last_ack: seconds(119), ..vanished }.is_vanished(LIMIT));
         assert!(!Wire { last_data_received: seconds(119), ..vanished }.is_vanished(LIMIT));

@@ -1,7 +1,7 @@
-//! Every offset where a socket says "not now" or there is no pipe, one at a time, on the two sockets of one direction.
+//! One direction between two sockets, in every state in which a socket returns EAGAIN or no pipe is free.
 //!
-//! Its task is woken by nothing else than these sockets, so a direction that forgets to ask for its next wake-up waits
-//! for ever, and its test says so after [`PATIENCE`]. What sessions make of it is shown from outside: see
+//! Only these sockets wake the direction's task. So a direction that does not register for its next wake-up
+//! hangs, and its test fails after [`PATIENCE`]. The behaviour of whole sessions is tested in
 //! `tests/relay.rs`, `relay_bulk.rs`, `relay_cuts.rs` and `relay_random.rs`.
 
 use std::future::poll_fn;
@@ -17,21 +17,21 @@ use crate::reactor::beside_tokio;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 const SMALL_BUFFER_BYTES: u32 = 4096;
-/// Far more than such buffers take.
+/// Far more than socket buffers of that size hold.
 const BULK_BYTES: usize = 600_000;
 
-/// A direction between two sockets, and what its worker lends it.
+/// A direction between two sockets, and the worker's buffers.
 struct Flow {
     source: Stream,
     direction: Direction,
     target: Stream,
-    /// The target's, for its options.
+    /// A second handle of the target, for its options.
     target_socket: Socket,
     buffers: Buffers,
     moved_bytes: usize,
 }
 
-/// A flow that splices from the first byte on, who writes to it, and who reads from it.
+/// A flow that splices from the first byte on, the socket that writes to it, and the one that reads from it.
 async fn spliced() -> (Flow, TcpStream, TcpStream) {
     let (mut flow, writer, reader) = copied().await;
     flow.direction.path = Path::Splice;
@@ -57,7 +57,8 @@ fn watched(socket: TcpStream) -> Stream {
     Stream::accepted(socket.into_std().expect("a socket").into()).expect("a reactor")
 }
 
-/// Both ends of a connection. Little is under way towards the first, so that whoever writes to it is often refused.
+/// Both ends of a connection. The buffers towards the first end are small, so that writes to it are often
+/// refused.
 async fn connection() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let outer = TcpSocket::new_v4().expect("a descriptor");
@@ -71,7 +72,7 @@ async fn connection() -> (TcpStream, TcpStream) {
     (outer, inner)
 }
 
-/// The byte at `offset` of what is sent.
+/// The byte at `offset` of the stream.
 fn byte(offset: usize) -> u8 {
     (offset % 251) as u8 ^ (offset >> 12) as u8
 }
@@ -80,7 +81,7 @@ fn bytes(start: usize, end: usize) -> Vec<u8> {
     (start..end).map(byte).collect()
 }
 
-/// Reads up to `end` in a task of its own: at first a thousand bytes one at a time, then what there is.
+/// Reads up to `end` in a task: the first thousand bytes one at a time, then in large reads.
 fn slowly_reads(mut reader: TcpStream, end: usize) -> tokio::task::JoinHandle<TcpStream> {
     tokio::spawn(async move {
         let mut buffer = vec![0; 65_536];
@@ -92,7 +93,7 @@ fn slowly_reads(mut reader: TcpStream, end: usize) -> tokio::task::JoinHandle<Tc
             assert!(buffer[..count] == bytes(offset, offset + count), "between {offset} and +{count}");
             offset += count;
             if offset == 1_000 {
-                // With the least of buffers, one delayed acknowledgement follows the other.
+                // With the smallest buffer, each read would wait for a delayed acknowledgement.
                 SockRef::from(&reader).set_recv_buffer_size(1 << 20).expect("tcp");
             }
             tokio::task::yield_now().await;
@@ -108,12 +109,12 @@ impl Flow {
         self.direction.poll_move(cx, &mut self.source, &mut self.target, &self.buffers, moved)
     }
 
-    /// As if somebody had woken it for nothing.
+    /// Polls the direction once, as after a spurious wake-up.
     async fn poll_once(&mut self) -> Poll<Result<(), Broken>> {
         poll_fn(|cx| Poll::Ready(self.poll(cx))).await
     }
 
-    /// Moves, polled when it was woken and not otherwise, until `enough` or its end.
+    /// Polls the direction whenever it is woken, until `enough` is true or the direction is done.
     async fn moves_until(&mut self, what: &str, enough: impl Fn(&Self) -> bool) -> Poll<()> {
         let moves = poll_fn(|cx| match self.poll(cx) {
             Poll::Ready(Ok(())) => Poll::Ready(Poll::Ready(())),
@@ -123,10 +124,11 @@ impl Flow {
         });
         timeout(PATIENCE, moves)
             .await
-            .unwrap_or_else(|_| panic!("nobody woke it: {what}; {} bytes have moved", self.moved_bytes))
+            .unwrap_or_else(|_| panic!("it was not woken: {what}; {} bytes have moved", self.moved_bytes))
     }
 
-    /// Writes [`BULK_BYTES`] until the target refuses, so that bytes wait. Returns how much was written.
+    /// Writes up to [`BULK_BYTES`] until the target refuses, so that bytes wait. Returns the number of bytes
+    /// written.
     async fn stall(&mut self, writer: &TcpStream) -> usize {
         let (mut written, mut quiet_rounds) = (0, 0);
         while quiet_rounds < 20 {
@@ -135,10 +137,10 @@ impl Flow {
                 written += count;
             }
             assert!(self.poll_once().await.is_pending());
-            assert!(self.moved_bytes < BULK_BYTES, "all of it is taken, though nobody reads");
+            assert!(self.moved_bytes < BULK_BYTES, "all of it is taken, though the reader does not read");
             let is_quiet = before == (written, self.moved_bytes, self.piped_bytes());
             quiet_rounds = if is_quiet && self.direction.holds_bytes() { quiet_rounds + 1 } else { 0 };
-            // The runtime hears of readiness only between two polls.
+            // The runtime learns of readiness only between two polls.
             tokio::task::yield_now().await;
         }
         written
@@ -152,7 +154,7 @@ impl Flow {
         std::iter::from_fn(|| self.buffers.pipes.take()).collect()
     }
 
-    /// Pipes that could be taken now.
+    /// The number of pipes that could be taken now.
     fn free_pipes(&self) -> usize {
         let pipes = self.takes_all_pipes();
         let count = pipes.len();
@@ -180,7 +182,7 @@ async fn an_empty_source_keeps_no_pipe_and_its_next_byte_wakes() {
         assert!(moves.is_pending() && write.is_ok());
         offset = end;
     }
-    // Four small ones in a row would make it copy.
+    // A fourth small move in a row would end the splicing.
     assert!(flow.direction.path == Path::Splice);
     slowly_reads(reader, offset).await.expect("every byte has come");
 }
@@ -206,7 +208,7 @@ async fn a_full_target_leaves_bytes_in_the_pipe_and_nothing_more_is_read() {
 async fn a_parked_buffer_is_freed_once_the_target_has_taken_it() {
     let _reactor = beside_tokio::install();
     let (mut flow, writer, reader) = copied().await;
-    // Nothing to splice through.
+    // No pipe is left to splice through.
     let _pipes = flow.takes_all_pipes();
     let written = flow.stall(&writer).await;
     let Some(Waiting::Parked { bytes, start }) = flow.direction.waiting.as_deref() else {
@@ -219,9 +221,9 @@ async fn a_parked_buffer_is_freed_once_the_target_has_taken_it() {
     reads.await.expect("every byte has come");
 }
 
-/// With the target full, the source empty, then ended: on both ways the end comes after the bytes.
+/// The target is full and the source ends: with either path, the end is passed on after the bytes.
 #[tokio::test]
-async fn a_source_that_ends_behind_waiting_bytes_is_ended_after_them() {
+async fn the_end_of_a_source_is_passed_on_after_the_waiting_bytes() {
     let _reactor = beside_tokio::install();
     for (mut flow, mut writer, reader) in [spliced().await, copied().await] {
         let written = flow.stall(&writer).await;
@@ -247,7 +249,7 @@ async fn a_target_that_goes_away_while_a_pipe_holds_its_bytes_breaks_the_directi
     let broken = timeout(PATIENCE, poll_fn(|cx| flow.poll(cx))).await.expect("the reset wakes it");
     assert!(matches!(broken, Err(Broken::Target(_))), "{broken:?}");
     flow.direction.abandon();
-    // Its pipe, which is not empty, was closed: another may be opened in its offset.
+    // The pipe was not empty, so it was closed, and another may be opened.
     assert_eq!(flow.free_pipes(), Flow::free_pipes(&spliced().await.0));
 }
 
@@ -265,7 +267,7 @@ async fn a_source_that_is_reset_breaks_the_direction() {
 }
 
 #[tokio::test]
-async fn without_a_pipe_bulk_is_copied_and_with_one_it_is_spliced_again() {
+async fn without_a_pipe_bulk_is_peeked_and_with_one_it_is_spliced_again() {
     let _reactor = beside_tokio::install();
     let (mut flow, writer, reader) = spliced().await;
     let pipes = flow.takes_all_pipes();
@@ -277,8 +279,8 @@ async fn without_a_pipe_bulk_is_copied_and_with_one_it_is_spliced_again() {
     let reader = reads.await.expect("every byte has come");
 
     drop(pipes);
-    assert!(flow.direction.path == Path::Peek, "nothing has come since");
-    // With the least of buffers the target takes too little at a time for bulk.
+    assert!(flow.direction.path == Path::Peek, "nothing has arrived since");
+    // With the smallest buffer the target takes too little at a time for bulk.
     flow.target_socket.set_send_buffer_size(1 << 20).expect("tcp");
     let write = tokio::spawn(async move {
         let mut writer = writer;
@@ -295,8 +297,8 @@ async fn without_a_pipe_bulk_is_copied_and_with_one_it_is_spliced_again() {
     read.abort();
 }
 
-/// A byte that was sent as urgent is not passed on, like in other proxies. Those before and behind it are, though a splice
-/// gets no further than to it: there it says "not now", or "the end" if the source has ended.
+/// The urgent byte itself is not passed on, as in other proxies. A splice stops at it and returns EAGAIN, or
+/// 0 if the source has ended.
 #[tokio::test]
 async fn no_byte_behind_an_urgent_one_is_lost_or_waits() {
     let _reactor = beside_tokio::install();
@@ -314,7 +316,7 @@ async fn no_byte_behind_an_urgent_one_is_lost_or_waits() {
     }
 }
 
-/// What an idle session keeps for each direction: no buffer, no pipe, a few words.
+/// A direction without bytes owns no buffer and no pipe, only a few words.
 #[test]
 fn a_direction_without_bytes_is_small() {
     assert!(size_of::<Direction>() <= 64, "{} bytes", size_of::<Direction>());

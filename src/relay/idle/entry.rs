@@ -1,48 +1,49 @@
-//! What the clock keeps of one session: some ticks, and a set of what is known of it.
-//!
-//! There is one for each idle session, so its size counts.
+//! What the idle clock keeps of one session: some ticks and a set of flags.
 
 use std::task::Waker;
 
-/// Counted from the clock's start; it wraps, and only differences are used.
+/// A number of ticks since the clock's start. It wraps, so only differences are compared.
 pub(super) type Tick = u32;
-/// A longer silence is as good as any: 248 days at the shortest tick, 68 years at the longest.
+/// No limit. The largest possible limit is 248 days at the shortest tick and 68 years at the longest.
 pub(super) const NO_LIMIT: Tick = Tick::MAX / 2;
 
-/// One session, or none. There is one for each idle session, so its size counts.
+/// The entry of one session, or a free entry. Each idle session has one, so its size (40 bytes) matters.
 #[derive(Debug, Default)]
 pub(super) struct Entry {
     pub(super) waker: Option<Waker>,
-    /// The tick of its last activity.
+    /// The tick of the session's last activity.
     pub(super) last_activity: Tick,
-    /// Ticks of silence that it is allowed, or [`NO_LIMIT`].
+    /// The ticks of silence after which the session ends, or [`NO_LIMIT`].
     pub(super) limit: Tick,
-    /// The tick at which it is woken once, whatever it does.
+    /// The tick at which the session has lived for its settle time. It is woken then.
     pub(super) settles_at: Tick,
     pub(super) state: State,
-    /// Once it has settled: its peers are checked at each tick at which these bits of a count are all 0.
+    /// For a settled session: its peers are checked at ticks at which these bits of (tick + index) are all
+    /// 0.
     pub(super) check_mask: u8,
-    /// The key of its backend.
+    /// The key of the session's backend.
     pub(super) backend: u64,
 }
 
-/// A set of what is known of a session. Bits, because eight bytes an entry are 40 MB at a million idle sessions.
+/// A set of flags of a session. Bits, because a `bool` for each flag would make the entry eight bytes larger.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct State(u8);
 
 impl State {
+    /// The session has lived for its settle time.
     pub(super) const SETTLED: Self = Self(1);
-    /// It waits for a socket to take bytes, and is woken now and then to look after the other one.
+    /// Bytes wait for one socket, so the other one is not read. The clock wakes the session now and then to
+    /// check that one.
     pub(super) const STALLED: Self = Self(2);
-    /// It is told to end.
+    /// The session's end was requested.
     pub(super) const END_REQUESTED: Self = Self(4);
-    /// It was told to end before, and was let go because bytes moved.
+    /// The session's end was requested before and delayed, because bytes moved.
     pub(super) const DEFERRED: Self = Self(8);
-    /// Bytes have moved since its peers were last known to have all of them.
+    /// Bytes have moved since the peers were last known to have all of them.
     pub(super) const UNCONFIRMED: Self = Self(16);
-    /// Its peers are to be checked.
+    /// The session's peers are to be checked.
     pub(super) const CHECK_DUE: Self = Self(32);
-    /// It is to move to a lower place.
+    /// The session is to move to a lower entry.
     pub(super) const MOVE_REQUESTED: Self = Self(64);
 
     pub(super) const fn and(self, other: Self) -> Self {
@@ -63,11 +64,13 @@ impl State {
 }
 
 impl Entry {
+    /// True if the session was silent for its limit.
     pub(super) fn is_expired(&self, now: Tick) -> bool {
         self.limit != NO_LIMIT && now.wrapping_sub(self.last_activity) >= self.limit
     }
 
-    /// Its peers are to be checked at this tick. By its `place`, so that not all sessions are checked at the same one.
+    /// True if the session's peers are to be checked at this tick. The index spreads the checks of many
+    /// sessions over the ticks.
     pub(super) fn is_check_due(&self, now: Tick, index: u32) -> bool {
         self.state.has_all(State::SETTLED.and(State::UNCONFIRMED))
             && now.wrapping_add(index) & Tick::from(self.check_mask) == 0

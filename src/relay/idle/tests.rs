@@ -1,4 +1,4 @@
-//! The clock, with time that is stopped.
+//! The idle clock, on tokio's stopped time.
 
 use super::*;
 use std::future::poll_fn;
@@ -8,7 +8,7 @@ use tokio::time::Instant;
 const PEER_TIMEOUT: Duration = Duration::from_secs(40);
 const LIMIT: Duration = Duration::from_secs(1);
 
-/// Polls a session until it expires, touching it `touches` times, each after half of its limit.
+/// The lifetime of a session with `touches` activities, each after half of its limit.
 async fn lives(clock: &IdleClock, touches: u32) -> Duration {
     let begun = Instant::now();
     let mut idle = clock.enter(Duration::from_secs(3600), 0);
@@ -37,7 +37,7 @@ async fn a_session_expires_soon_after_its_limit_and_never_before() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_session_without_a_limit_lives_settles_once_and_has_its_peers_checked_while_they_lack_bytes() {
+async fn a_session_without_a_limit_settles_once_and_its_peers_are_checked_while_they_lack_bytes() {
     let clock = IdleClock::new(LIMIT);
     let session = async {
         let mut idle = clock.enter(Duration::from_secs(5), 0);
@@ -55,7 +55,7 @@ async fn a_session_without_a_limit_lives_settles_once_and_has_its_peers_checked_
         });
         assert!(tokio::time::timeout(Duration::from_secs(10_000), silence).await.is_err());
         assert_eq!(settled, 1);
-        // Its peers may not have all bytes: each quarter of their timeout, or a little more often.
+        // Every quarter of the timeout, or a little more often.
         assert!((1_000..=2_000).contains(&checks), "{checks}");
         idle.confirm();
         let silence = poll_fn(|cx| idle.poll_due(cx, None, false));
@@ -70,7 +70,7 @@ async fn a_session_without_a_limit_lives_settles_once_and_has_its_peers_checked_
 }
 
 #[tokio::test(start_paused = true)]
-async fn places_are_used_again_and_the_clock_stops_without_sessions() {
+async fn entries_are_used_again_and_the_clock_stops_without_sessions() {
     let clock = IdleClock::new(LIMIT);
     let sessions: Vec<_> = (0..3).map(|_| clock.enter(LIMIT, 0)).collect();
     drop(sessions);
@@ -82,7 +82,7 @@ async fn places_are_used_again_and_the_clock_stops_without_sessions() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn those_silent_for_longest_are_ended_first_and_no_one_of_others_or_too_young() {
+async fn the_longest_silent_sessions_of_a_backend_end_first_and_young_ones_do_not() {
     let clock = IdleClock::new(LIMIT);
     let settle = Duration::from_secs(5);
     let is_over = |idle: &mut IdleHandle<'_>| {
@@ -123,7 +123,7 @@ async fn those_silent_for_longest_are_ended_first_and_no_one_of_others_or_too_yo
 }
 
 #[tokio::test(start_paused = true)]
-async fn memory_is_given_back_after_a_peak_though_some_sessions_of_it_go_on() {
+async fn memory_is_given_back_after_a_peak_although_some_of_its_sessions_go_on() {
     const PEAK: usize = 50_000;
     let clock = IdleClock::new(LIMIT);
     let poll = |idle: &mut IdleHandle<'_>| {
@@ -146,7 +146,7 @@ async fn memory_is_given_back_after_a_peak_though_some_sessions_of_it_go_on() {
         let after = (clock.entries.borrow().capacity(), clock.free.borrow().capacity());
         assert!(before >= PEAK && after.0 <= 2048 && after.1 <= 2048, "{before}, {after:?}");
         assert!(clock.vacated.borrow().capacity() <= 2048);
-        // Each is still itself.
+        // Each handle still has the entry of its session.
         for (number, session) in (1..).zip(&sessions) {
             assert_eq!(session.entry().backend, 500 * number - 1);
         }
@@ -160,10 +160,10 @@ async fn memory_is_given_back_after_a_peak_though_some_sessions_of_it_go_on() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_session_whose_bytes_moved_below_us_is_ended_when_its_turn_comes_by_that() {
+async fn a_session_whose_bytes_moved_on_the_wire_is_ended_after_longer_silent_ones() {
     let clock = IdleClock::new(LIMIT);
     let settle = Duration::from_secs(5);
-    let is_told_to_end = |idle: &mut IdleHandle<'_>| {
+    let is_end_requested = |idle: &mut IdleHandle<'_>| {
         let mut cx = Context::from_waker(Waker::noop());
         matches!(idle.poll_due(&mut cx, None, false), Poll::Ready(Due::EndRequested))
     };
@@ -174,14 +174,14 @@ async fn a_session_whose_bytes_moved_below_us_is_ended_when_its_turn_comes_by_th
         sleep(4 * LIMIT).await;
         let end = |most| clock.end_sessions(&[8], LIMIT, settle, |_| most);
         assert_eq!(end(1), 1);
-        assert!(is_told_to_end(&mut slow) && !is_told_to_end(&mut silent), "as far as the clock knows");
+        assert!(is_end_requested(&mut slow) && !is_end_requested(&mut silent), "as far as the clock knows");
         assert!(slow.record_move(LIMIT / 2) && !slow.record_move(LIMIT / 2) && !slow.record_move(LIMIT));
-        assert!(slow.defer() && !is_told_to_end(&mut slow));
-        // Its place in the step is taken by another.
+        assert!(slow.defer() && !is_end_requested(&mut slow));
+        // The end of another session is requested in its stead.
         assert_eq!(end(0), 1);
-        assert!(is_told_to_end(&mut silent) && !is_told_to_end(&mut slow));
+        assert!(is_end_requested(&mut silent) && !is_end_requested(&mut slow));
         assert_eq!(end(1), 0);
-        assert!(is_told_to_end(&mut slow) && !slow.defer(), "only once");
+        assert!(is_end_requested(&mut slow) && !slow.defer(), "only once");
     };
     tokio::select! {
         () = clock.run() => unreachable!("it never ends"),
@@ -189,9 +189,9 @@ async fn a_session_whose_bytes_moved_below_us_is_ended_when_its_turn_comes_by_th
     }
 }
 
-/// Ticks are counted in 32 bits, which wrap after 1.3 years of the shortest.
+/// Ticks are counted in 32 bits, which wrap after 1.3 years of the shortest tick.
 #[tokio::test(start_paused = true)]
-async fn a_clock_that_wraps_closes_nobody_early_and_nobody_late() {
+async fn a_clock_that_wraps_closes_no_session_early_or_late() {
     let clock = IdleClock::new(LIMIT);
     clock.now.set(Tick::MAX - 3);
     let mut settled = 0;
