@@ -154,7 +154,7 @@ impl Listeners {
     fn close_sessions_of(&self, pool: &Arc<Pool>, settings: &Settings) {
         if !self.known.borrow().iter().any(|known| Arc::ptr_eq(&known.context.pool, pool)) {
             let (worker, pool) = (Rc::clone(&self.worker), Arc::clone(pool));
-            spawn_task(session::leaving::close(worker, pool, settings.limits.settle_time));
+            spawn_task(session::draining::close_sessions(worker, pool, settings.limits.settle_time));
         }
     }
 

@@ -109,7 +109,7 @@ pub(super) async fn connect(report: &mut Report, client: &Stream) -> Result<Stre
                 match unless_reset(client, pin!(picking)).await {
                     Ok(pick) => pick,
                     Err(left) => {
-                        report.queued(asked.elapsed());
+                        report.add_queue_time(asked.elapsed());
                         return Err(left);
                     }
                 }
@@ -118,7 +118,7 @@ pub(super) async fn connect(report: &mut Report, client: &Stream) -> Result<Stre
         let pick = match pick {
             Err(NoPick::Full) => {
                 let began = Instant::now();
-                report.gives_back();
+                report.release_backend();
                 // Boxed: only those wait who came when all was full.
                 let pick = Box::pin(queue::wait(report, client, &tried, waited, reason)).await;
                 waited += began.elapsed();
@@ -128,19 +128,19 @@ pub(super) async fn connect(report: &mut Report, client: &Stream) -> Result<Stre
             pick => pick.map_err(|_| reason),
         };
         let started = Instant::now();
-        report.queued(started - asked);
+        report.add_queue_time(started - asked);
         let pick = pick?;
         if let Some(failed) = failed.take() {
             failed.counters.of(context.worker.id).retries.add(1);
         }
         let backend = Arc::clone(pick.backend.backend());
-        report.retries(attempt);
+        report.set_retries(attempt);
         report.picked(pick);
 
         let attempt = connect_to(report, &backend, &context, started, deadline);
         let result = unless_reset(client, pin!(attempt)).await;
         asked = Instant::now();
-        report.attempted(asked - accepted);
+        report.set_connect_time(asked - accepted);
         let error = match result? {
             Ok(stream) => {
                 report.connected(asked - started);
@@ -206,7 +206,7 @@ async fn connect_to(
             return Box::pin(connect_to_name(report, backend, context, now, deadline)).await;
         }
     };
-    connect_at(report, destination, context, &mut now, context.settings.connect.timeout, deadline).await
+    connect_once(report, destination, context, &mut now, context.settings.connect.timeout, deadline).await
 }
 
 /// The usable addresses of a backend's name in turn, each with its part of `connect.timeout`.
@@ -217,14 +217,14 @@ async fn connect_to_name(
     mut now: Instant,
     deadline: Instant,
 ) -> Result<Stream, ConnectError> {
-    let mut route = backend.route(report.permit());
+    let mut route = backend.route(report.trial_permit());
     let limit = context.settings.connect.timeout / u32::try_from(route.len().max(1)).unwrap_or(u32::MAX);
     let mut error = ConnectError::Unresolved;
     while !route.is_empty() {
         let permit = route.take_permit();
-        report.tries_address(route.address(), permit);
+        report.set_address(route.address(), permit);
         let Some(endpoint) = route.endpoint() else { break };
-        error = match connect_at(report, endpoint.into(), context, &mut now, limit, deadline).await {
+        error = match connect_once(report, endpoint.into(), context, &mut now, limit, deadline).await {
             Ok(stream) => return Ok(stream),
             Err(error @ ConnectError::Exhausted(_)) => return Err(error),
             Err(error) => error,
@@ -236,7 +236,7 @@ async fn connect_to_name(
 
 /// Connects to one address, within `limit` from `now` on, which becomes the time at which the attempt ended. A failure of the
 /// address is counted. Where only a descriptor is missing it is waited for, until `deadline`: another backend would need one too.
-async fn connect_at(
+async fn connect_once(
     report: &mut Report,
     destination: Destination<'_>,
     context: &Context,
@@ -255,7 +255,7 @@ async fn connect_at(
         let error = match opened {
             Ok(Ok(stream)) => return Ok(stream),
             Ok(Err(ConnectError::Exhausted(error))) => {
-                context.worker.starve();
+                context.worker.begin_starvation();
                 if Instant::now() + RETRY_PAUSE >= deadline {
                     return Err(ConnectError::Exhausted(error));
                 }
@@ -274,7 +274,7 @@ async fn connect_at(
             _ => true,
         };
         if is_fault {
-            report.failed(Failure::Connect, error.cause());
+            report.report_failure(Failure::Connect, error.cause());
         }
         *now = ended;
         return Err(error);

@@ -4,7 +4,7 @@ use crate::balance::BackendId;
 use crate::balance::backend::Cause;
 
 /// Named in the log line. `retries` counts all of them.
-const MOST_NAMED: usize = 8;
+const MAX_NAMED: usize = 8;
 
 /// Allocated by a session's first failed attempt: the others pay for a pointer.
 #[derive(Debug, Default)]
@@ -12,7 +12,7 @@ pub(super) struct Failures(Option<Box<Attempts>>);
 
 #[derive(Debug)]
 struct Attempts {
-    /// Before the last one that failed; the first [`MOST_NAMED`] of them.
+    /// Before the last one that failed; the first [`MAX_NAMED`] of them.
     earlier: Vec<(BackendId, Cause)>,
     last: (BackendId, Cause),
 }
@@ -24,7 +24,7 @@ impl Failures {
         match &mut self.0 {
             Some(attempts) => {
                 let before = std::mem::replace(&mut attempts.last, failed);
-                if attempts.earlier.len() < MOST_NAMED {
+                if attempts.earlier.len() < MAX_NAMED {
                     attempts.earlier.push(before);
                 }
             }
@@ -36,7 +36,7 @@ impl Failures {
     pub(super) fn all(&mut self) -> &[(BackendId, Cause)] {
         let Some(attempts) = &mut self.0 else { return &[] };
         // The last one is what a reader wants to know first.
-        attempts.earlier.truncate(MOST_NAMED - 1);
+        attempts.earlier.truncate(MAX_NAMED - 1);
         attempts.earlier.push(attempts.last.clone());
         &attempts.earlier
     }
@@ -63,11 +63,11 @@ mod tests {
         for n in 1..=100u8 {
             let backend: BackendId = format!("10.0.0.{n}:80").parse().expect("an address");
             failures.add(&backend, Cause::TIMED_OUT);
-            assert_eq!(failures.earlier().len(), usize::from(n - 1).min(MOST_NAMED));
+            assert_eq!(failures.earlier().len(), usize::from(n - 1).min(MAX_NAMED));
             assert_eq!(failures.last_cause(), Some(Cause::TIMED_OUT));
         }
         let named = failures.all();
-        assert_eq!((named.len(), named[6].0.as_str()), (MOST_NAMED, "10.0.0.7:80"));
+        assert_eq!((named.len(), named[6].0.as_str()), (MAX_NAMED, "10.0.0.7:80"));
         assert_eq!(named[7].0.as_str(), "10.0.0.100:80", "the last one is always named");
     }
 }

@@ -4,8 +4,8 @@
 pub mod access_log;
 mod close_reason;
 mod connect;
+pub mod draining;
 mod failures;
-pub mod leaving;
 mod queue;
 mod report;
 mod worker;
@@ -98,7 +98,7 @@ pub fn serve(mut client: Stream, address: SocketAddr, context: Rc<Context>) -> i
             }
         };
 
-        let (limits, shared, backend_key, meter) = report.relaying();
+        let (limits, shared, backend_key, meter) = report.relay_parts();
         let ended = relay::relay(&mut client, &mut backend, limits, shared, backend_key, meter).await;
         report.close(CloseReason::Relayed(ended));
     }

@@ -19,7 +19,7 @@ use crate::reactor::timeout_at;
 use crate::relay::Stream;
 
 /// Waits until it is this session's turn and a backend that is not in `tried` has a place, at most until the session has
-/// waited for `queue.timeout`, of which `waited` is over. `nobody` is the answer where no backend is left.
+/// waited for `queue.timeout`, of which `waited` is over. `no_backend` is the answer where no backend is left.
 ///
 /// # Errors
 /// Why there is none.
@@ -31,29 +31,29 @@ pub(super) async fn wait(
     client: &Stream,
     tried: &[BackendId],
     waited: Duration,
-    nobody: CloseReason,
+    no_backend: CloseReason,
 ) -> Result<Pick, CloseReason> {
     let (pool, worker) = (&report.context().pool, &report.context().worker);
-    let Some(mut place) = pool.queue().enter() else { return Err(CloseReason::QueueFull) };
+    let Some(mut waiter) = pool.queue().enter() else { return Err(CloseReason::QueueFull) };
     pool.counters.of(worker.id).queued.add(1);
     let timeout = pool.cell.policy().capacity.queue_timeout;
     let until = Instant::now() + timeout.saturating_sub(waited);
     loop {
-        let turn = poll_fn(|cx| match client.poll_left(cx) {
+        let woken = poll_fn(|cx| match client.poll_left(cx) {
             Poll::Ready(()) => Poll::Ready(Err(CloseReason::QueueLeft)),
-            Poll::Pending => place.poll_woken(cx).map(Ok),
+            Poll::Pending => waiter.poll_woken(cx).map(Ok),
         });
-        timeout_at(until, turn).await.unwrap_or(Err(CloseReason::QueueTimeout))?;
+        timeout_at(until, woken).await.unwrap_or(Err(CloseReason::QueueTimeout))?;
         let now = Instant::now();
         match pool.pick_for_waiter(report.client(), tried, worker.random(), now).await {
             Ok(pick) => {
-                place.served();
+                waiter.served();
                 return Ok(pick);
             }
-            Err(NoPick::NoBackend) => return Err(nobody),
+            Err(NoPick::NoBackend) => return Err(no_backend),
             // It may be this session's turn again at once, for as long as others come in between.
             Err(NoPick::Full) if now >= until => return Err(CloseReason::QueueTimeout),
-            Err(NoPick::Full) => place.found_none(!tried.is_empty()),
+            Err(NoPick::Full) => waiter.found_none(!tried.is_empty()),
         }
         yield_now().await;
     }

@@ -111,7 +111,7 @@ pub(super) struct Report {
     /// Of its name, the address that was tried last, or is tried first.
     address: Option<AddressNumber>,
     /// The session is to show whether that, or else the backend, is back.
-    probe: Option<TrialNumber>,
+    trial: Option<TrialNumber>,
     /// Of the backend, when it was picked.
     weight: Weight,
     /// Who named it.
@@ -137,7 +137,7 @@ impl Report {
             accepted: Instant::now(),
             backend: None,
             address: None,
-            probe: None,
+            trial: None,
             weight: Weight::ZERO,
             source: Source::Snapshot,
             progress: Progress::default(),
@@ -159,49 +159,49 @@ impl Report {
 
     /// `pick` is tried now.
     pub(super) fn picked(&mut self, pick: Pick) {
-        self.gives_back();
+        self.release_backend();
         let pool = self.context.pool.counters.of(self.context.worker.id);
         pool.picks[pick.source as usize].add(1);
         self.backend = Some(pick.backend);
-        self.is_to_show(pick.trial.and_then(TrialPermit::address), pick.trial);
+        self.set_trial(pick.trial.and_then(TrialPermit::address), pick.trial);
         (self.weight, self.source) = (pick.weight, pick.source);
     }
 
     /// Before it waits for a place elsewhere, others may have the one at the backend that was tried.
-    pub(super) fn gives_back(&mut self) {
-        self.probed(TrialProgress::Wanted);
-        (self.backend, self.address, self.probe) = (None, None, None);
+    pub(super) fn release_backend(&mut self) {
+        self.report_trial(TrialProgress::Wanted);
+        (self.backend, self.address, self.trial) = (None, None, None);
     }
 
     /// So many backends were tried in vain; none has taken the session.
-    pub(super) fn retries(&mut self, retries: u32) {
+    pub(super) fn set_retries(&mut self, retries: u32) {
         self.progress = Progress(u8::try_from(retries).unwrap_or(u8::MAX) & !Progress::CONNECTED);
     }
 
     /// What the session got with its pick, if it is to show whether the backend is back.
-    pub(super) fn permit(&self) -> Option<TrialPermit> {
-        self.probe.map(|number| TrialPermit::new(number, self.address))
+    pub(super) fn trial_permit(&self) -> Option<TrialPermit> {
+        self.trial.map(|number| TrialPermit::new(number, self.address))
     }
 
-    fn is_to_show(&mut self, address: Option<AddressNumber>, permit: Option<TrialPermit>) {
-        (self.address, self.probe) = (address, permit.map(TrialPermit::number));
+    fn set_trial(&mut self, address: Option<AddressNumber>, permit: Option<TrialPermit>) {
+        (self.address, self.trial) = (address, permit.map(TrialPermit::number));
     }
 
     /// The session goes on to this address of the backend's name, with the permit to show whether that is back, if it has one.
-    pub(super) fn tries_address(&mut self, address: Option<AddressNumber>, permit: Option<TrialPermit>) {
+    pub(super) fn set_address(&mut self, address: Option<AddressNumber>, permit: Option<TrialPermit>) {
         if permit.is_none() {
-            self.probed(TrialProgress::Wanted);
+            self.report_trial(TrialProgress::Wanted);
         }
-        self.is_to_show(address, permit);
+        self.set_trial(address, permit);
     }
 
     /// The session has waited for a backend to be named.
-    pub(super) fn queued(&mut self, wait: Duration) {
+    pub(super) fn add_queue_time(&mut self, wait: Duration) {
         self.queue_time = (Duration::from(self.queue_time) + wait).into();
     }
 
     /// An attempt has ended, so long after the accept.
-    pub(super) fn attempted(&mut self, since_accept: Duration) {
+    pub(super) fn set_connect_time(&mut self, since_accept: Duration) {
         self.connect_time = since_accept.saturating_sub(self.queue_time.into()).into();
     }
 
@@ -215,12 +215,12 @@ impl Report {
             if let Some(address) = self.address {
                 backend.count_connected_at(address);
             }
-            self.probed(TrialProgress::Connected);
+            self.report_trial(TrialProgress::Connected);
         }
     }
 
     /// The backend that was picked last is at fault, for this `cause`.
-    pub(super) fn failed(&self, failure: Failure, cause: Cause) {
+    pub(super) fn report_failure(&self, failure: Failure, cause: Cause) {
         if let Some(backend) = &self.backend {
             match self.address {
                 None => {
@@ -229,13 +229,13 @@ impl Report {
                 }
                 Some(address) => self.context.pool.failed_at(backend.backend(), address, failure, cause),
             }
-            self.probed(TrialProgress::Failed);
+            self.report_trial(TrialProgress::Failed);
         }
     }
 
     /// The session has come so far, if it is to show whether the backend is back.
-    fn probed(&self, to: TrialProgress) {
-        if let (Some(backend), Some(permit)) = (&self.backend, self.permit()) {
+    fn report_trial(&self, to: TrialProgress) {
+        if let (Some(backend), Some(permit)) = (&self.backend, self.trial_permit()) {
             self.context.pool.report_trial(backend, permit, to);
         }
     }
@@ -252,7 +252,7 @@ impl Report {
     }
 
     /// How the session is relayed, and where that is counted; what was counted stays here, even if the session is cut.
-    pub(super) fn relaying(&mut self) -> (&Limits, &Shared, u64, Meter<'_>) {
+    pub(super) fn relay_parts(&mut self) -> (&Limits, &Shared, u64, Meter<'_>) {
         let Context { worker, settings, .. } = &*self.context;
         let backend = self.backend.as_ref().expect("only a session that reached a backend is relayed");
         let (key, backend) = (backend.key().get(), backend.counters.of(worker.id));
@@ -293,9 +293,9 @@ impl Drop for Report {
             CloseReason::NoBackend => listener.no_backend.add(1),
             CloseReason::QueueFull => listener.queue_full.add(1),
             CloseReason::QueueTimeout => listener.queue_timeout.add(1),
-            CloseReason::ConnectLeft => worker.was_reset(),
+            CloseReason::ConnectLeft => worker.count_reset(),
             // The event came just after the connect.
-            CloseReason::Relayed(Ended::Reset(Side::Client)) if self.tally.is_empty() => worker.was_reset(),
+            CloseReason::Relayed(Ended::Reset(Side::Client)) if self.tally.is_empty() => worker.count_reset(),
             _ => {}
         }
         if let (true, Some(backend)) = (self.progress.is_connected(), &self.backend) {
@@ -305,21 +305,21 @@ impl Drop for Report {
             match self.reason {
                 _ if self.tally.to_client > 0 => {
                     self.answered_at_address();
-                    self.probed(TrialProgress::Succeeded);
+                    self.report_trial(TrialProgress::Succeeded);
                 }
                 CloseReason::Relayed(Ended::Reset(Side::Backend)) => {
-                    self.failed(Failure::Reset, relay_error.unwrap_or(Cause::RESET));
+                    self.report_failure(Failure::Reset, relay_error.unwrap_or(Cause::RESET));
                 }
                 // A backend that only listens does what it is there for.
                 CloseReason::Relayed(Ended::Finished | Ended::IdleTimeout) => {
                     counters.answered.add(1);
                     self.answered_at_address();
-                    self.probed(TrialProgress::Succeeded);
+                    self.report_trial(TrialProgress::Succeeded);
                 }
                 _ => {}
             }
         }
-        self.probed(TrialProgress::Wanted);
+        self.report_trial(TrialProgress::Wanted);
         if let Some(log) = &worker.access_log {
             let term = self.term();
             let error = match self.reason {
@@ -365,8 +365,8 @@ mod tests {
         names.sort_unstable();
         names.dedup();
         assert_eq!(names.len(), CloseReason::ALL.len());
-        for (place, reason) in CloseReason::ALL.into_iter().enumerate() {
-            assert_eq!(reason.index(), place);
+        for (index, reason) in CloseReason::ALL.into_iter().enumerate() {
+            assert_eq!(reason.index(), index);
         }
     }
 }

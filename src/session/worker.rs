@@ -31,14 +31,14 @@ struct Resets(Cell<u8>);
 
 impl Resets {
     const EACH: u8 = 8;
-    const MOST: u8 = 64;
+    const MAX: u8 = 64;
 
     fn count(&self) {
-        self.0.set((self.0.get() + Self::EACH).min(Self::MOST));
+        self.0.set((self.0.get() + Self::EACH).min(Self::MAX));
     }
 
     /// A session begins. True in a flood.
-    fn are_likely(&self) -> bool {
+    fn begin_session(&self) -> bool {
         let resets = self.0.get();
         self.0.set(resets.saturating_sub(1));
         resets > Self::EACH
@@ -65,7 +65,7 @@ impl Starvation {
         self.until.store(u64::try_from(until.as_millis()).unwrap_or(u64::MAX), Relaxed);
     }
 
-    fn lasts(&self) -> bool {
+    fn is_on(&self) -> bool {
         // The clock is asked only where it matters.
         let until = self.until.load(Relaxed);
         until > 0 && self.epoch.elapsed() < Duration::from_millis(until)
@@ -153,11 +153,11 @@ impl Worker {
 
     /// To be called as a session begins. True in a flood of clients that are reset at once: this one probably is, too.
     pub(super) fn expects_reset(&self) -> bool {
-        self.resets.are_likely()
+        self.resets.begin_session()
     }
 
     /// A client was reset before a byte was passed on.
-    pub(super) fn was_reset(&self) {
+    pub(super) fn count_reset(&self) {
         self.resets.count();
     }
 
@@ -166,7 +166,7 @@ impl Worker {
     }
 
     /// A session lacks a descriptor for its backend.
-    pub(super) fn starve(&self) {
+    pub(super) fn begin_starvation(&self) {
         self.starvation.begin();
     }
 
@@ -174,7 +174,7 @@ impl Worker {
     /// next ones from them.
     #[must_use]
     pub fn is_starved(&self) -> bool {
-        self.starvation.lasts()
+        self.starvation.is_on()
     }
 
     pub(super) fn warn_exhausted(&self, backend: &Backend, error: &io::Error) {
@@ -198,14 +198,14 @@ mod tests {
     #[test]
     fn a_single_reset_changes_nothing_and_a_flood_does() {
         let resets = Resets::default();
-        assert!(!resets.are_likely());
+        assert!(!resets.begin_session());
         resets.count();
-        assert!((0..20).all(|_| !resets.are_likely()), "a health check that ends by a reset is no flood");
+        assert!((0..20).all(|_| !resets.begin_session()), "a health check that ends by a reset is no flood");
         resets.count();
         resets.count();
-        assert!(resets.are_likely());
+        assert!(resets.begin_session());
         (0..100).for_each(|_| resets.count());
-        let after = (0..100).take_while(|_| resets.are_likely()).count();
-        assert_eq!(after, usize::from(Resets::MOST - Resets::EACH), "it is over soon");
+        let after = (0..100).take_while(|_| resets.begin_session()).count();
+        assert_eq!(after, usize::from(Resets::MAX - Resets::EACH), "it is over soon");
     }
 }
