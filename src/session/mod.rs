@@ -2,6 +2,7 @@
 //! became of it is reported.
 
 pub mod access_log;
+mod attempt;
 mod close_reason;
 mod connect;
 pub mod draining;
