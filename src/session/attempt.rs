@@ -1,4 +1,6 @@
 //! One attempt to connect to one backend: to its address, or to the usable addresses of its name in turn.
+//!
+//! Which backend is tried, and what follows a failure, is decided in `connect.rs`.
 
 use std::io;
 use std::net::SocketAddr;
@@ -21,31 +23,32 @@ use crate::net::errors::exhausted;
 use crate::reactor::{Elapsed, sleep, timeout_at};
 use crate::relay::{Opening, Stream, StreamSocket};
 
-/// Between two tries where a descriptor, or a place in a unix socket's queue, may become free at any moment.
+/// The pause before a try is repeated, while a descriptor or room in a unix socket's queue may become free.
 const RETRY_PAUSE: Duration = Duration::from_millis(10);
 
 /// Why one attempt failed.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ConnectError {
-    #[error("its name has not been resolved")]
+    #[error("the backend's name has not been resolved")]
     Unresolved,
     #[error("no answer in time")]
     TimedOut,
-    /// Refused, unreachable, reset: its fault, and another backend may do better.
+    /// The backend refused or reset the connection or cannot be reached. Another backend may work.
     #[error(transparent)]
     Failed(io::Error),
     #[error("the kernel connected the socket to itself: nothing listens on that port of this machine")]
     ToItself,
-    /// Ours, but only towards this address: every destination has local ports of its own, and IPv4 has addresses where
-    /// IPv6 has none.
+    /// A shortage of ours, but only towards this address: each destination has local ports of its own, and
+    /// IPv4 may have a local address where IPv6 has none.
     #[error("no local port or address for a connection there: {0}")]
     NoLocalPort(io::Error),
-    /// Ours: no backend can be reached without a descriptor.
+    /// A shortage of ours that affects every backend.
     #[error("no descriptor or memory left: {0}")]
     Exhausted(io::Error),
 }
 
 impl ConnectError {
+    /// The cause as the metrics and the access log name it.
     pub(super) fn cause(&self) -> Cause {
         match self {
             Self::Unresolved => Cause::UNRESOLVED,
@@ -56,7 +59,8 @@ impl ConnectError {
     }
 }
 
-/// Connects to `backend` once: to its own address, or to the usable addresses of its name in turn. `now` is when that begins.
+/// Connects to `backend` once: to its address, or to the usable addresses of its name in turn. `now` is the
+/// time of the call.
 pub(super) async fn connect_to(
     report: &mut Report,
     backend: &Backend,
@@ -67,7 +71,7 @@ pub(super) async fn connect_to(
     let destination = match backend.id().address() {
         Address::Socket(address) => Destination::Tcp(address),
         Address::Unix(path) => Destination::Unix(path),
-        // Boxed: what a name needs would make the allocation of each session larger.
+        // Boxed, so that sessions with plain addresses allocate less.
         Address::Name { .. } => {
             return Box::pin(connect_to_name(report, backend, context, now, deadline)).await;
         }
@@ -75,7 +79,7 @@ pub(super) async fn connect_to(
     connect_once(report, destination, context, &mut now, context.settings.connect.timeout, deadline).await
 }
 
-/// The usable addresses of a backend's name in turn, each with its part of `connect.timeout`.
+/// Tries the usable addresses of a backend's name in turn. Each gets an equal part of `connect.timeout`.
 async fn connect_to_name(
     report: &mut Report,
     backend: &Backend,
@@ -100,8 +104,10 @@ async fn connect_to_name(
     Err(error)
 }
 
-/// Connects to one address, within `limit` from `now` on, which becomes the time at which the attempt ended. A failure of the
-/// address is counted. Where only a descriptor is missing it is waited for, until `deadline`: another backend would need one too.
+/// Connects to one address, within `limit` from `now`. `now` becomes the time at which the attempt ended.
+///
+/// A failure that is the address's fault is reported. If no descriptor is left, the session waits for one
+/// until `deadline`, because another backend would need one, too.
 async fn connect_once(
     report: &mut Report,
     destination: Destination<'_>,
@@ -115,7 +121,8 @@ async fn connect_once(
         let congestion = context.settings.congestion.as_ref();
         let opened = match destination {
             Destination::Tcp(address) => timeout_at(until, open_tcp(address, congestion)).await,
-            // Boxed: its address and its timer would make what all sessions allocate too large for the allocator's cache.
+            // Boxed: its address and its timer would make the allocation of all sessions too large for the
+            // allocator's cache.
             Destination::Unix(path) => Box::pin(timeout_at(until, open_unix(path))).await,
         };
         let error = match opened {
@@ -133,7 +140,8 @@ async fn connect_once(
             Err(Elapsed) => ConnectError::TimedOut,
         };
         let ended = Instant::now();
-        // An address that was given less time than it may take has shown nothing, nor has one that no local port was left for.
+        // Two failures are no fault of the address: it had less time than `limit`, or no local port was
+        // left.
         let is_fault = match error {
             ConnectError::NoLocalPort(_) => false,
             ConnectError::TimedOut => ended - *now >= limit,
@@ -147,9 +155,9 @@ async fn connect_once(
     }
 }
 
-/// Where one attempt connects to.
+/// The address of one attempt.
 ///
-/// Borrowed, since each future that a session's connect consists of has a copy.
+/// Borrowed, because each future of a session's connect stage has a copy.
 #[derive(Clone, Copy, Debug)]
 enum Destination<'a> {
     Tcp(&'a SocketAddr),
@@ -165,12 +173,13 @@ impl<'a> From<&'a Endpoint> for Destination<'a> {
     }
 }
 
+/// Opens a TCP connection to `address`.
 async fn open_tcp(address: &SocketAddr, congestion: Option<&Congestion>) -> Result<Stream, ConnectError> {
     let socket = Socket::new(Domain::for_address(*address), Type::STREAM.nonblocking(), Some(Protocol::TCP))
         .map_err(classify)?;
-    leave_reserve(&socket)?;
+    check_not_reserved(&socket)?;
     if let Some(congestion) = congestion {
-        // The start has checked that the kernel has it. One who takes it away later loses speed, not the pool.
+        // The kernel had it at the start. If it was removed since, the session only loses speed.
         let _ = socket
             .set_tcp_congestion(congestion.name().as_bytes())
             .inspect_err(|error| debug!(%error, name = congestion.name(), "tcp_congestion cannot be set"));
@@ -181,33 +190,36 @@ async fn open_tcp(address: &SocketAddr, congestion: Option<&Congestion>) -> Resu
     {
         return Err(classify(error));
     }
-    // From here on a drop resets the connection. It may be established already when the client is reset.
+    // From here on, dropping the stream resets the connection. It may be established when the client is
+    // reset.
     let mut stream = Stream::opened(StreamSocket::tcp(socket).map_err(classify)?, opening);
     if let Err(error) = stream.connected().await {
         stream.finish();
         return Err(classify(error));
     }
-    // A simultaneous open with oneself needs the kernel to choose the very port that is called, so only ports of its
-    // own range are worth the system call.
+    // A socket can connect to itself only if the kernel chooses the called port as its local port. So the
+    // system call is made only for ports that the kernel chooses from.
     if address.port() >= *FIRST_LOCAL_PORT && stream.local_address() == Some(*address) {
         return Err(ConnectError::ToItself);
     }
     Ok(stream)
 }
 
-/// Fails where `socket` has one of the last descriptors, which are the control plane's, as the kernel would without them.
-fn leave_reserve(socket: &Socket) -> Result<(), ConnectError> {
+/// Fails if `socket` has one of the last descriptors, which are reserved for the control plane, with the
+/// error that the kernel would return without any.
+fn check_not_reserved(socket: &Socket) -> Result<(), ConnectError> {
     if is_reserved(socket, User::Sessions) {
         return Err(ConnectError::Exhausted(Errno::MFILE.into()));
     }
     Ok(())
 }
 
-/// A unix socket whose queue is full says so at once, where TCP would send its handshake again: so it is asked again.
+/// Opens a connection to the unix socket at `path`. If its queue is full, connect fails at once, where TCP
+/// would repeat its handshake. So it is repeated here.
 async fn open_unix(path: &Path) -> Result<Stream, ConnectError> {
     let address = SockAddr::unix(path).map_err(classify)?;
     let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None).map_err(classify)?;
-    leave_reserve(&socket)?;
+    check_not_reserved(&socket)?;
     loop {
         match socket.connect(&address) {
             Ok(()) => {
@@ -219,7 +231,7 @@ async fn open_unix(path: &Path) -> Result<Stream, ConnectError> {
     }
 }
 
-/// The lowest port that the kernel chooses for outgoing connections by itself; 0 if it does not say.
+/// The lowest port that the kernel chooses for outgoing connections, or 0 if it is not known.
 static FIRST_LOCAL_PORT: LazyLock<u16> = LazyLock::new(|| {
     std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range")
         .ok()
@@ -227,6 +239,7 @@ static FIRST_LOCAL_PORT: LazyLock<u16> = LazyLock::new(|| {
         .unwrap_or(0)
 });
 
+/// Sorts the errors of the socket calls by what the session does after them.
 fn classify(error: io::Error) -> ConnectError {
     match error.kind() {
         _ if exhausted(&error) => ConnectError::Exhausted(error),

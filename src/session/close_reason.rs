@@ -1,34 +1,34 @@
-//! Why a session ended, with the names that metrics and the access log have for it.
+//! Why a session ended, with the names for it in metrics and in the access log.
 
 use crate::relay::{Ended, Side};
 
 /// Why a session ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CloseReason {
-    /// The relay ran, and ended like this.
+    /// The session was relayed until this end.
     Relayed(Ended),
     /// No backend had any weight, or none was left to try.
     NoBackend,
-    /// The last backend tried refused, or could not be reached.
+    /// The last backend tried refused the connection or could not be reached.
     ConnectFailed,
     /// The last backend tried did not answer in time, or the deadline for all attempts passed.
     ConnectTimeout,
-    /// We had no local port or descriptor left.
+    /// No local port or descriptor was left.
     Exhausted,
-    /// All backends were full, and so was the queue.
+    /// All backends and the queue were full.
     QueueFull,
-    /// All backends were full for as long as it might wait.
+    /// All backends were full until the queue's timeout was over.
     QueueTimeout,
-    /// The client went away while it waited.
+    /// The client left while it waited in the queue.
     QueueLeft,
-    /// Cut, because the process ends.
+    /// The process ended.
     Shutdown,
     /// The client reset its connection before a backend was connected.
     ConnectLeft,
 }
 
 impl CloseReason {
-    /// All that can be counted.
+    /// All reasons, each with a counter of its own.
     pub const ALL: [Self; 16] = [
         Self::Relayed(Ended::Finished),
         Self::Relayed(Ended::Reset(Side::Client)),
@@ -54,19 +54,19 @@ impl CloseReason {
         self.describe().1
     }
 
-    /// HAProxy's two letters: who ended it (C client, S server, P proxy, R resources, K killed, lower case for a
-    /// timeout) and when (Q waiting in the queue, C connecting, D relaying).
+    /// HAProxy's two letters. The first says which side ended it (C client, S server, P proxy, R resources,
+    /// K killed; lower case for a timeout), the second at which stage (Q queue, C connect, D relay).
     #[must_use]
     pub fn term(self) -> &'static str {
         self.describe().2
     }
 
-    /// Its index in [`CloseReason::ALL`].
+    /// The reason's index in [`CloseReason::ALL`].
     pub(super) fn index(self) -> usize {
         self.describe().0
     }
 
-    /// The index in [`CloseReason::ALL`], the name, the two letters.
+    /// The index in [`CloseReason::ALL`], the name and the two letters.
     fn describe(self) -> (usize, &'static str, &'static str) {
         match self {
             Self::Relayed(Ended::Finished) => (0, "finished", "--"),

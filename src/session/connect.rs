@@ -1,5 +1,8 @@
-//! Finds a backend that takes the session: picks, connects, and on a failure that another backend may not share,
-//! excludes the one that failed and picks again. All of it happens before the first byte was sent.
+//! Finds a backend for a session: picks one and connects to it. After a failure that is the backend's own,
+//! it excludes that backend and picks again.
+//!
+//! No byte of the client was read by then, so a failed attempt costs only time. One attempt is in
+//! `attempt.rs`, the wait while all backends are full in `queue.rs`.
 
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
@@ -20,51 +23,52 @@ use crate::balance::pool::NoPick;
 use crate::reactor::timeout_at;
 use crate::relay::Stream;
 
-/// In a flood of clients that are reset at once, a session waits so long for the first event of its client before it picks: most
-/// resets come within 0.1 ms of the accept. Outside of a flood it does not wait, so a backend that speaks first is not delayed.
+/// In a flood of clients that are reset at once, a session waits this long for the first event of its client
+/// before it picks. Most resets come within 0.1 ms of the accept. Other sessions do not wait, so a backend
+/// that speaks first is not delayed.
 const FLOOD_WAIT: Duration = Duration::from_millis(1);
 
-/// Connects `client` to a backend of the session's pool, trying up to `connect.attempts` different ones until
-/// `connect.deadline`, counted from the accept without the time in the queue. It ends as soon as the client is reset, and before
-/// the pick where that is known by then.
+/// Connects to a backend of the session's pool. Tries up to `connect.attempts` backends until
+/// `connect.deadline`, which is counted from the accept without the time in the queue. Ends as soon as the
+/// client is reset, if possible before the pick.
 ///
 /// # Errors
-/// Why there is none; each failed attempt was counted.
+/// The reason why no backend was reached. Each failed attempt was counted.
 ///
 /// # Cancel safety
-/// Dropping the future resets a half-open connection.
+/// Dropping the future resets a connection that is half open.
 pub(super) async fn connect(report: &mut Report, client: &Stream) -> Result<Stream, CloseReason> {
     let context = Rc::clone(report.context());
     let settings = &context.settings.connect;
     let accepted = report.accepted();
     let mut deadline = accepted + settings.deadline;
     let mut waited = Duration::ZERO;
-    // The clock is asked where time may have passed, and each answer serves all that begins there.
-    let mut asked = accepted;
+    // The last reading of the clock. It is read again only where time may have passed.
+    let mut now = accepted;
     let mut tried = Vec::new();
     let mut failed: Option<Arc<Backend>> = None;
     let mut reason = CloseReason::NoBackend;
 
     if context.worker.expects_reset() {
-        // A client without an event by then is served: its backend may have to speak first.
+        // A client without an event is served then: its backend may have to speak first.
         let _ = timeout_at(accepted + FLOOD_WAIT, poll_fn(|cx| client.poll_input(cx))).await;
-        asked = Instant::now();
+        now = Instant::now();
     }
     for attempt in 0..settings.attempts.get() {
         if client.is_reset() {
             return Err(CloseReason::ConnectLeft);
         }
-        // No future of its own where a fresh snapshot answers, as it nearly always does: each layer that a pick comes through
-        // copies it.
-        let pick = match context.pool.pick_or_point(report.client(), &tried, context.worker.random(), asked) {
+        // Nearly always a fresh snapshot answers. That pick needs no future of its own, because each layer
+        // of futures copies the pick.
+        let pick = match context.pool.pick_or_point(report.client(), &tried, context.worker.random(), now) {
             Ok(pick) => pick,
             Err(point) => {
-                let picking = context.pool.pick_by_redis(&tried, point, asked);
+                let picking = context.pool.pick_by_redis(&tried, point, now);
                 match unless_reset(client, pin!(picking)).await {
                     Ok(pick) => pick,
-                    Err(left) => {
-                        report.add_queue_time(asked.elapsed());
-                        return Err(left);
+                    Err(reason) => {
+                        report.add_queue_time(now.elapsed());
+                        return Err(reason);
                     }
                 }
             }
@@ -73,7 +77,7 @@ pub(super) async fn connect(report: &mut Report, client: &Stream) -> Result<Stre
             Err(NoPick::Full) => {
                 let began = Instant::now();
                 report.release_backend();
-                // Boxed: only those wait who came when all was full.
+                // Boxed: few sessions wait, and this future would make all of them larger.
                 let pick = Box::pin(queue::wait(report, client, &tried, waited, reason)).await;
                 waited += began.elapsed();
                 deadline += began.elapsed();
@@ -82,8 +86,9 @@ pub(super) async fn connect(report: &mut Report, client: &Stream) -> Result<Stre
             pick => pick.map_err(|_| reason),
         };
         let started = Instant::now();
-        report.add_queue_time(started - asked);
+        report.add_queue_time(started - now);
         let pick = pick?;
+        // Counted only now that there is another backend to try.
         if let Some(failed) = failed.take() {
             failed.counters.of(context.worker.id).retries.add(1);
         }
@@ -93,11 +98,11 @@ pub(super) async fn connect(report: &mut Report, client: &Stream) -> Result<Stre
 
         let attempt = connect_to(report, &backend, &context, started, deadline);
         let result = unless_reset(client, pin!(attempt)).await;
-        asked = Instant::now();
-        report.set_connect_time(asked - accepted);
+        now = Instant::now();
+        report.set_connect_time(now - accepted);
         let error = match result? {
             Ok(stream) => {
-                report.connected(asked - started);
+                report.connected(now - started);
                 return Ok(stream);
             }
             Err(error) => error,
@@ -116,7 +121,7 @@ pub(super) async fn connect(report: &mut Report, client: &Stream) -> Result<Stre
         if reason != CloseReason::Exhausted {
             backend.counters.of(context.worker.id).connect_failures.add(1);
         }
-        if matches!(error, ConnectError::Exhausted(_)) || asked >= deadline {
+        if matches!(error, ConnectError::Exhausted(_)) || now >= deadline {
             break;
         }
         tried.push(backend.id().clone());
@@ -125,17 +130,18 @@ pub(super) async fn connect(report: &mut Report, client: &Stream) -> Result<Stre
     Err(reason)
 }
 
-/// The output of `future`, unless the client's connection is reset while that is pending. An event reports a reset, so this makes no system call.
+/// The output of `future`, unless the client's connection is reset while it is pending. An event reports a
+/// reset, so this makes no system call.
 ///
-/// A client that only ended its half is still served, also one that has sent no byte. Its FIN may come from `close` (a port
-/// scanner, a health check) or from `shutdown` (`nc -N`), which look alike, and the latter still reads what a backend that speaks
-/// first has to say.
+/// A client that only ended its half is still served, even if it has sent no byte. Its FIN may come from
+/// `close` (a port scanner, a health check) or from `shutdown` (`nc -N`). They look alike, and after
+/// `shutdown` the client still reads the bytes of a backend that speaks first.
 ///
 /// # Errors
-/// [`CloseReason::ConnectLeft`]; `future` was not polled again.
+/// [`CloseReason::ConnectLeft`]: the client was reset. `future` is not polled any more.
 ///
 /// # Cost
-/// It borrows `future`: a future that was moved in here would take its size twice in the caller's.
+/// It borrows `future`, because a future that is moved in takes up its size twice in the caller's future.
 async fn unless_reset<F: Future>(client: &Stream, mut future: Pin<&mut F>) -> Result<F::Output, CloseReason> {
     poll_fn(|cx| match future.as_mut().poll(cx) {
         Poll::Ready(output) => Poll::Ready(Ok(output)),

@@ -1,10 +1,11 @@
-//! Closes the sessions of backends that are leaving, once they have been for `drain.timeout`.
+//! Closes the sessions of backends that have been draining for `drain.timeout`.
 //!
-//! Each worker closes its own, the silent ones first, and never all at once: their clients would all come back in one moment. They
-//! are spread over a tenth of the timeout, and over a second at least. A session that began when its backend was leaving already
-//! (Redis named it, while no fresh snapshot was there) has the same time from its own begin.
+//! Each worker closes its own sessions, those first that were silent for longest. It spreads them over a
+//! tenth of the timeout, and over a second at least, because their clients will come back at once. A session
+//! that began when its backend was already draining (Redis picked it, without a fresh snapshot) gets the
+//! same time from its own begin.
 //!
-//! Which backends leave is `balance/pool/draining.rs`'s; how a session is told, `relay/idle.rs`'s.
+//! Which backends are draining is in `balance/pool/draining.rs`; how a session is ended, in `relay/idle.rs`.
 
 use std::rc::Rc;
 use std::sync::{Arc, Weak};
@@ -17,17 +18,19 @@ use crate::balance::backend::{Backend, BackendKey};
 use crate::balance::pool::Pool;
 use crate::reactor::timeout_at;
 
-/// Between two steps: half of it, or half as much again.
+/// The mean pause between two steps. A pause takes between half of it and half as much again.
 const STEP: Duration = Duration::from_millis(20);
-/// Of one worker: 5,000 a second, whatever the timeout. A close takes some 10 µs.
+/// The most sessions that a step closes on one worker: 5,000 a second, whatever the timeout. A close takes
+/// some 10 µs.
 const MAX_PER_STEP: usize = 100;
 /// The shortest time over which sessions are spread.
 const MIN_SPREAD: Duration = Duration::from_secs(1);
-/// Between two looks for sessions that are just about to begin, or that other workers have.
-const LOOK_INTERVAL: Duration = Duration::from_millis(250);
+/// The pause after a step that found no more sessions. Others may be about to begin, or be left on other
+/// workers.
+const RECHECK_INTERVAL: Duration = Duration::from_millis(250);
 
-/// Closes what is due of `pool` on this worker. `settle_time` is that of its sessions. Ends at once where `drain.timeout` is zero,
-/// and else never.
+/// Closes the sessions of draining backends of `pool` on this worker. `settle_time` is that of its sessions.
+/// Returns at once if `drain.timeout` is zero, else when the pool is gone.
 pub async fn close_sessions(worker: Rc<Worker>, pool: Arc<Pool>, settle_time: Duration) {
     let timeout = pool.cell.policy().drain_timeout;
     if timeout.is_zero() {
@@ -35,7 +38,7 @@ pub async fn close_sessions(worker: Rc<Worker>, pool: Arc<Pool>, settle_time: Du
     }
     let spread = (timeout / 10).max(MIN_SPREAD);
     let mut draining = pool.cell.draining_backends().watch();
-    // Of a step, while some are due.
+    // The sessions that a step closes. It never falls while backends are due, so that the spread is kept.
     let mut step_limit = 0;
     let mut next_step: Option<Instant> = None;
     loop {
@@ -44,7 +47,7 @@ pub async fn close_sessions(worker: Rc<Worker>, pool: Arc<Pool>, settle_time: Du
         if backends.is_empty() {
             next_step = None;
         } else {
-            // Not all proxies of a fleet in one moment.
+            // The first step begins at a random time, so that the proxies of a fleet do not act together.
             let mut step = *next_step.get_or_insert_with(|| {
                 step_limit = 0;
                 now + random_part(spread / 10, &worker)
@@ -54,7 +57,8 @@ pub async fn close_sessions(worker: Rc<Worker>, pool: Arc<Pool>, settle_time: Du
                     step_limit = step_limit.max(step_size(found, spread));
                     step_limit
                 });
-                let pause = if remaining > 0 { STEP / 2 + random_part(STEP, &worker) } else { LOOK_INTERVAL };
+                let pause =
+                    if remaining > 0 { STEP / 2 + random_part(STEP, &worker) } else { RECHECK_INTERVAL };
                 step = now + pause;
                 next_step = Some(step);
             }
@@ -65,18 +69,18 @@ pub async fn close_sessions(worker: Rc<Worker>, pool: Arc<Pool>, settle_time: Du
             Some(next) => timeout_at(next, changed).await.is_ok_and(|changed| changed.is_err()),
             None => changed.await.is_err(),
         };
-        // The pool lives as long as its workers.
+        // The pool lives as long as its workers, so this is not reached in practice.
         if pool_is_gone {
             return;
         }
     }
 }
 
-/// What of the leaving backends is to be done.
+/// What is to be done about the draining backends.
 struct Due {
-    /// Those backends time is over and who have sessions: their keys, sorted.
+    /// The sorted keys of backends whose time is over and that have sessions.
     backends: Vec<u64>,
-    /// When the next one's time is over.
+    /// When the time of the next backend is over.
     next: Option<Instant>,
 }
 
@@ -94,12 +98,13 @@ fn due(draining: &[(BackendKey, Weak<Backend>)], timeout: Duration, now: Instant
     due
 }
 
-/// How many of so many a step closes, so that all are closed within `spread`.
+/// The number of sessions that a step closes, so that `found` sessions are closed within `spread`.
 fn step_size(found: usize, spread: Duration) -> usize {
     let steps = usize::try_from(spread.as_millis() / STEP.as_millis()).unwrap_or(usize::MAX);
     found.div_ceil(steps).min(MAX_PER_STEP)
 }
 
+/// A random duration below `duration`.
 fn random_part(duration: Duration, worker: &Worker) -> Duration {
     duration.mul_f64((worker.random() >> 11) as f64 / 2f64.powi(53))
 }

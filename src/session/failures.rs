@@ -1,24 +1,24 @@
-//! The attempts of one session that failed: which backends, and why. For the session's log line.
+//! The failed attempts of one session, for its line in the access log: the backends, and why each failed.
 
 use crate::balance::BackendId;
 use crate::balance::backend::Cause;
 
-/// Named in the log line. `retries` counts all of them.
+/// The most attempts that the log line names. `retries` counts all of them.
 const MAX_NAMED: usize = 8;
 
-/// Allocated by a session's first failed attempt: the others pay for a pointer.
+/// The failed attempts of one session. Allocated with the first one; other sessions pay for a pointer.
 #[derive(Debug, Default)]
 pub(super) struct Failures(Option<Box<Attempts>>);
 
 #[derive(Debug)]
 struct Attempts {
-    /// Before the last one that failed; the first [`MAX_NAMED`] of them.
+    /// The attempts before `last`, the first [`MAX_NAMED`] of them.
     earlier: Vec<(BackendId, Cause)>,
     last: (BackendId, Cause),
 }
 
 impl Failures {
-    /// The attempt at `backend` has failed.
+    /// Adds an attempt at `backend` that failed for `cause`.
     pub(super) fn add(&mut self, backend: &BackendId, cause: Cause) {
         let failed = (backend.clone(), cause);
         match &mut self.0 {
@@ -32,21 +32,21 @@ impl Failures {
         }
     }
 
-    /// For a session that has a backend, or none at all: all that failed.
+    /// All failed attempts: for a session that has reached a backend, or that has none at all.
     pub(super) fn all(&mut self) -> &[(BackendId, Cause)] {
         let Some(attempts) = &mut self.0 else { return &[] };
-        // The last one is what a reader wants to know first.
+        // If there are too many, the last one is named rather than the one before.
         attempts.earlier.truncate(MAX_NAMED - 1);
         attempts.earlier.push(attempts.last.clone());
         &attempts.earlier
     }
 
-    /// For a session whose backend is the one that failed last: those that failed before it.
+    /// The failed attempts before the last one: for a session whose backend is the one that failed last.
     pub(super) fn earlier(&self) -> &[(BackendId, Cause)] {
         self.0.as_ref().map_or(&[], |attempts| &attempts.earlier)
     }
 
-    /// Why the last attempt failed.
+    /// The cause of the last failed attempt.
     pub(super) fn last_cause(&self) -> Option<Cause> {
         self.0.as_ref().map(|attempts| attempts.last.1)
     }

@@ -1,5 +1,16 @@
-//! The life of a session: a client was accepted, a backend is found for it, bytes are relayed both ways, and what
-//! became of it is reported.
+//! The life of a session. [`serve`] has its stages in their order.
+//!
+//! | stage | what happens | file |
+//! |---|---|---|
+//! | accept | a worker accepts a connection; its listener's [`Context`] has pool and settings | `listen` |
+//! | open | the session is counted and its report begins | `report.rs` |
+//! | pick and connect | a backend is picked and connected, on a failure another one | `connect.rs` |
+//! | relay | bytes are relayed in both directions until the session ends | `relay` |
+//! | report | the end is counted and logged, when the report is dropped | `report.rs`, `access_log.rs` |
+//!
+//! `connect.rs` uses `queue.rs` (the wait while all backends are full) and `attempt.rs` (one attempt at one
+//! backend). What the sessions of a worker share is in `worker.rs`; `draining.rs` closes the sessions of
+//! draining backends.
 
 pub mod access_log;
 mod attempt;
@@ -27,36 +38,36 @@ use crate::net::options::tcp_keepalive;
 use crate::observe::counters::{ListenerCounters, PerWorker};
 use crate::relay::{self, Limits, Stream};
 
-/// All that the sessions of one listener have in common on one worker.
+/// What the sessions of one listener share on one worker.
 #[derive(Debug)]
 pub struct Context {
-    /// The thread they live on.
+    /// The worker that the sessions run on.
     pub worker: Rc<Worker>,
-    /// Where they came in.
+    /// The listener that accepted them.
     pub listener: Arc<Listener>,
-    /// Where they go.
+    /// The pool that serves them.
     pub pool: Arc<Pool>,
-    /// How they are served.
+    /// Their settings.
     pub settings: Settings,
 }
 
-/// A listener, as far as its sessions are concerned.
+/// A listener's name and counters.
 #[derive(Debug)]
 pub struct Listener {
-    /// The key it stands under in config.yaml.
+    /// The listener's key in config.yaml.
     pub name: Arc<str>,
-    /// What the workers count of it.
+    /// The listener's counters, one set for each worker.
     pub counters: PerWorker<ListenerCounters>,
 }
 
-/// A session's settings: the same from its start to its end.
+/// A session's settings. They stay the same from its start to its end.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// How a backend is reached.
+    /// Attempts and timeouts of the connect to a backend.
     pub connect: config::Connect,
-    /// How long it may be silent.
+    /// How long the session may be silent.
     pub limits: Limits,
-    /// Of its connection to the backend; `None`: the system's.
+    /// The congestion control of the connection to the backend. `None`: the system's default.
     pub congestion: Option<config::Congestion>,
 }
 
@@ -74,33 +85,39 @@ impl From<&config::Pool> for Settings {
     }
 }
 
-/// The kernel counts silence from the last packet, not from when it was asked to, so nothing is lost by asking late.
+/// The longest time after which keepalive is switched on at a backend's socket. The kernel counts silence
+/// from the last packet, not from that call, so nothing is lost by a late call.
 const LONGEST_SETTLE_TIME: Duration = Duration::from_secs(5);
 
-/// Serves one client from accept to close. The session counts as open from the call, not from the first poll: a worker
-/// that is about to end waits for it.
+/// Serves one client from accept to close.
+///
+/// The session counts as open from this call on, not from the first poll, so that a worker that is about to
+/// end waits for it.
 ///
 /// # Cancel safety
 /// Dropping the future resets both connections and reports the session as cut by the shutdown.
 pub fn serve(mut client: Stream, address: SocketAddr, context: Rc<Context>) -> impl Future<Output = ()> {
+    // Open. The report counts and logs when it is dropped, so that no path forgets it.
     let mut report = Report::open(context, address);
-    // A block, not an async function: that would keep each of its arguments twice, for as long as the session lives.
+    // A block, because an async function would keep each of its arguments twice for the whole session.
     async move {
-        // Boxed, so that what only connecting needs (timers, a place to wait for Redis) is given back before the relay,
-        // in which a session spends its life.
+        // Pick and connect. Boxed, so that the memory of this stage (timers, a wait for Redis) is freed
+        // before the relay, in which a session spends its life.
         let mut backend = match Box::pin(connect::connect(&mut report, &client)).await {
             Ok(backend) => backend,
             Err(reason) => {
                 if reason == CloseReason::ConnectLeft {
-                    // There is nothing left to be reset.
+                    // The connection is reset already.
                     client.finish();
                 }
                 return report.close(reason);
             }
         };
 
+        // Relay.
         let (limits, shared, backend_key, meter) = report.relay_parts();
         let ended = relay::relay(&mut client, &mut backend, limits, shared, backend_key, meter).await;
+        // Report: the drop of `report` counts and logs the session.
         report.close(CloseReason::Relayed(ended));
     }
 }
@@ -112,10 +129,11 @@ mod tests {
     use crate::config::Config;
     use crate::observe::counters::WorkerId;
 
-    /// A client that was accepted, and what its session shares with others. Needs a reactor.
+    /// A client that was accepted, its address, and the context of its session. Needs a reactor.
     fn accepted() -> (Stream, SocketAddr, Rc<Context>) {
         let config = Config::from_yaml(
-            "listeners: {web: {bind: \"127.0.0.1:0\", pool: web}}\npools: {web: {backends: {\"127.0.0.1:9\": 1}}}",
+            "listeners: {web: {bind: \"127.0.0.1:0\", pool: web}}\n\
+             pools: {web: {backends: {\"127.0.0.1:9\": 1}}}",
         )
         .expect("a valid config");
         let worker = Worker::new(
@@ -138,18 +156,19 @@ mod tests {
         (Stream::accepted(client.into()).expect("a runtime"), address, context)
     }
 
-    /// Five thousand idle sessions are five thousand of these. The allocator gives out multiples of 16, less 8: one more than 280
-    /// is paid for as 296.
+    /// Each idle session has this allocation for its life. The allocator's sizes are multiples of 16, less
+    /// 8: 280 bytes fit, 281 take 296.
     #[tokio::test]
     async fn a_session_stays_small() {
         let _reactor = crate::reactor::beside_tokio::install();
         let (client, address, context) = accepted();
         let session = serve(client, address, context);
         let bytes = std::mem::size_of_val(&session);
-        assert!(bytes <= 280, "{bytes} bytes: what holds them through the relay?");
+        assert!(bytes <= 280, "{bytes} bytes: what is kept through the relay?");
     }
 
-    /// Up to 1,032 bytes glibc's thread cache serves an allocation; a larger one costs 700 instructions more.
+    /// glibc's thread cache serves allocations of up to 1,032 bytes. A larger one costs 700 instructions
+    /// more.
     #[tokio::test]
     async fn what_connecting_needs_fits_into_the_allocators_cache() {
         let _reactor = crate::reactor::beside_tokio::install();

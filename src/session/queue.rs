@@ -1,8 +1,8 @@
-//! Waits for a place where all backends of the pool are full.
+//! Waits for a slot at a backend while all backends of the pool are full.
 //!
-//! The line itself is `balance/queue/mod.rs`'s: who comes first, and whose turn it is. Here is what a session does in it: it waits for
-//! `queue.timeout` at most, and looks whether its client is still there, since a place in the line that nobody wants any more
-//! is somebody else's.
+//! The queue itself, with the order of its waiters, is in `balance/queue`. Here is what a session does
+//! while it waits: it ends after `queue.timeout`, and when its client leaves, so that it does not take a
+//! slot from another waiter.
 
 use std::future::poll_fn;
 use std::task::Poll;
@@ -18,14 +18,15 @@ use crate::balance::pool::{NoPick, Pick};
 use crate::reactor::timeout_at;
 use crate::relay::Stream;
 
-/// Waits until it is this session's turn and a backend that is not in `tried` has a place, at most until the session has
-/// waited for `queue.timeout`, of which `waited` is over. `no_backend` is the answer where no backend is left.
+/// Waits until the queue wakes this session and a backend that is not in `tried` has a free slot, at most
+/// until `queue.timeout` is over, of which `waited` has passed already. Returns `no_backend` if no backend
+/// is left.
 ///
 /// # Errors
-/// Why there is none.
+/// The queue is full, the timeout is over, the client has left, or no backend is left.
 ///
 /// # Cancel safety
-/// Dropping the future leaves the line.
+/// Dropping the future leaves the queue.
 pub(super) async fn wait(
     report: &Report,
     client: &Stream,
@@ -51,7 +52,7 @@ pub(super) async fn wait(
                 return Ok(pick);
             }
             Err(NoPick::NoBackend) => return Err(no_backend),
-            // It may be this session's turn again at once, for as long as others come in between.
+            // The queue may wake the waiter again at once, each time before the timeout is noticed.
             Err(NoPick::Full) if now >= until => return Err(CloseReason::QueueTimeout),
             Err(NoPick::Full) => waiter.found_none(!tried.is_empty()),
         }

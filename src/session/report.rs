@@ -1,4 +1,4 @@
-//! What became of a session: counted and logged when the report is dropped, so that no path forgets it.
+//! The report of a session: counted and logged when it is dropped, so that no path forgets it.
 
 use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 use std::rc::Rc;
@@ -19,32 +19,33 @@ use crate::observe::counters::Counter;
 use crate::relay::{Ended, Limits, Meter, Shared, Side, Tally};
 use crate::session::access_log::{AccessLine, millis};
 
-/// What one worker counts of all its sessions. Other workers read it at every accept, so it shares no cache line.
+/// The counters of one worker's sessions. Other workers read them at every accept, so they have cache lines
+/// of their own.
 #[derive(Debug, Default)]
 #[repr(align(128))]
 pub struct SessionCounters {
     opened: Counter,
-    /// Half-closed, or closed at once.
+    /// Sessions of which a half was closed. One that ends without is counted at its end.
     half_closed: Counter,
     closed: [Counter; CloseReason::ALL.len()],
 }
 
 impl SessionCounters {
-    /// Sessions of which no half was closed: those that may still have much to do.
+    /// The number of sessions with both halves open: those that may still have much to do.
     #[must_use]
     pub fn open(&self) -> u64 {
-        // Each is written by one thread, and read by another at any moment: the later one may be ahead.
+        // One thread writes both counters and another reads them at any moment, so the second may be ahead.
         self.opened.get().saturating_sub(self.half_closed.get())
     }
 
-    /// Sessions that ended for `reason`.
+    /// The counter of sessions that ended for `reason`.
     #[must_use]
     pub fn closed(&self, reason: CloseReason) -> &Counter {
         &self.closed[reason.index()]
     }
 }
 
-/// A duration of up to 71 minutes in a quarter of the space: a session keeps two of them for all its life.
+/// A duration of up to 71 minutes in four bytes instead of sixteen. A session keeps two for its life.
 #[derive(Clone, Copy, Debug, Default)]
 struct Micros(u32);
 
@@ -60,7 +61,8 @@ impl From<Micros> for Duration {
     }
 }
 
-/// A client's address in three quarters of the space, which pays for [`Failures`]: an IPv6 flow label is not kept.
+/// A client's address in three quarters of the space, without an IPv6 flow label. The rest pays for
+/// [`Failures`].
 #[derive(Clone, Copy, Debug)]
 struct Client {
     address: IpAddr,
@@ -84,8 +86,8 @@ impl From<Client> for SocketAddr {
     }
 }
 
-/// How many backends were tried in vain, at most 100 (`connect.attempts`), and in the highest bit whether the last one took the
-/// session: a session is to stay small.
+/// How many backends failed before, at most 100 (`connect.attempts`), and in the highest bit whether the
+/// last one was reached. One byte, because a session is to stay small.
 #[derive(Clone, Copy, Debug, Default)]
 struct Progress(u8);
 
@@ -101,28 +103,28 @@ impl Progress {
     }
 }
 
-/// One session's report, open as long as the session.
+/// The report of one session, from its begin to its end.
 pub(super) struct Report {
     context: Rc<Context>,
     client: Client,
     accepted: Instant,
-    /// The backend that was tried last.
+    /// The backend that was tried last, with the session's slot there.
     backend: Option<Active>,
-    /// Of its name, the address that was tried last, or is tried first.
+    /// The address of the backend's name that was tried last, or is to be tried first.
     address: Option<AddressNumber>,
-    /// The session is to show whether that, or else the backend, is back.
+    /// Set for a trial session: the trial of that address, or else of the backend.
     trial: Option<TrialNumber>,
-    /// Of the backend, when it was picked.
+    /// The backend's weight when it was picked.
     weight: Weight,
-    /// Who named it.
+    /// What the backend was picked from.
     source: Source,
     progress: Progress,
     queue_time: Micros,
     connect_time: Micros,
-    /// Attempts to reach a backend.
+    /// The failed attempts.
     pub(super) failures: Failures,
     tally: Tally,
-    /// Stays [`CloseReason::Shutdown`] if the session is dropped in the middle.
+    /// Stays [`CloseReason::Shutdown`] if the session is dropped before its end.
     reason: CloseReason,
 }
 
@@ -157,7 +159,7 @@ impl Report {
         self.accepted
     }
 
-    /// `pick` is tried now.
+    /// Records the backend that is tried now.
     pub(super) fn picked(&mut self, pick: Pick) {
         self.release_backend();
         let pool = self.context.pool.counters.of(self.context.worker.id);
@@ -167,18 +169,19 @@ impl Report {
         (self.weight, self.source) = (pick.weight, pick.source);
     }
 
-    /// Before it waits for a place elsewhere, others may have the one at the backend that was tried.
+    /// Gives up the backend that was tried, before the session waits in the queue: others may use its slot
+    /// and its trial.
     pub(super) fn release_backend(&mut self) {
         self.report_trial(TrialProgress::Wanted);
         (self.backend, self.address, self.trial) = (None, None, None);
     }
 
-    /// So many backends were tried in vain; none has taken the session.
+    /// Records how many backends failed. None has been reached.
     pub(super) fn set_retries(&mut self, retries: u32) {
         self.progress = Progress(u8::try_from(retries).unwrap_or(u8::MAX) & !Progress::CONNECTED);
     }
 
-    /// What the session got with its pick, if it is to show whether the backend is back.
+    /// The permit of a trial session.
     pub(super) fn trial_permit(&self) -> Option<TrialPermit> {
         self.trial.map(|number| TrialPermit::new(number, self.address))
     }
@@ -187,7 +190,8 @@ impl Report {
         (self.address, self.trial) = (address, permit.map(TrialPermit::number));
     }
 
-    /// The session goes on to this address of the backend's name, with the permit to show whether that is back, if it has one.
+    /// Records the address of the backend's name that is tried now, with the permit if it is a trial of that
+    /// address.
     pub(super) fn set_address(&mut self, address: Option<AddressNumber>, permit: Option<TrialPermit>) {
         if permit.is_none() {
             self.report_trial(TrialProgress::Wanted);
@@ -195,17 +199,17 @@ impl Report {
         self.set_trial(address, permit);
     }
 
-    /// The session has waited for a backend to be named.
+    /// Adds time in which the session waited for its pick.
     pub(super) fn add_queue_time(&mut self, wait: Duration) {
         self.queue_time = (Duration::from(self.queue_time) + wait).into();
     }
 
-    /// An attempt has ended, so long after the accept.
+    /// Records the end of an attempt, as the time since the accept.
     pub(super) fn set_connect_time(&mut self, since_accept: Duration) {
         self.connect_time = since_accept.saturating_sub(self.queue_time.into()).into();
     }
 
-    /// The backend that was picked last took the session.
+    /// Records that the backend picked last was reached.
     pub(super) fn connected(&mut self, attempt: Duration) {
         if let Some(backend) = &self.backend {
             let counters = backend.counters.of(self.context.worker.id);
@@ -219,7 +223,7 @@ impl Report {
         }
     }
 
-    /// The backend that was picked last is at fault, for this `cause`.
+    /// Reports a failure that is the fault of the backend picked last, or of its address.
     pub(super) fn report_failure(&self, failure: Failure, cause: Cause) {
         if let Some(backend) = &self.backend {
             match self.address {
@@ -233,7 +237,7 @@ impl Report {
         }
     }
 
-    /// The session has come so far, if it is to show whether the backend is back.
+    /// Reports how far a trial session has come. Other sessions report nothing.
     fn report_trial(&self, to: TrialProgress) {
         if let (Some(backend), Some(permit)) = (&self.backend, self.trial_permit()) {
             self.context.pool.report_trial(backend, permit, to);
@@ -251,7 +255,8 @@ impl Report {
         &self.context
     }
 
-    /// How the session is relayed, and where that is counted; what was counted stays here, even if the session is cut.
+    /// What the relay needs: limits, the worker's part, and the counters. They stay in the report, so a
+    /// session that is cut is counted, too.
     pub(super) fn relay_parts(&mut self) -> (&Limits, &Shared, u64, Meter<'_>) {
         let Context { worker, settings, .. } = &*self.context;
         let backend = self.backend.as_ref().expect("only a session that reached a backend is relayed");
@@ -260,7 +265,7 @@ impl Report {
         (&settings.limits, &worker.relay, key, Meter { backend, half_closed, session: &mut self.tally })
     }
 
-    /// Why a side of the relay broke, if one did.
+    /// What broke the connection, if a side of the relay was reset.
     fn relay_error(&self) -> Option<Cause> {
         let is_reset = matches!(self.reason, CloseReason::Relayed(Ended::Reset(_)));
         Cause::of_errno(self.tally.errno).filter(|_| is_reset)
@@ -294,7 +299,7 @@ impl Drop for Report {
             CloseReason::QueueFull => listener.queue_full.add(1),
             CloseReason::QueueTimeout => listener.queue_timeout.add(1),
             CloseReason::ConnectLeft => worker.count_reset(),
-            // The event came just after the connect.
+            // The event of the reset came just after the connect.
             CloseReason::Relayed(Ended::Reset(Side::Client)) if self.tally.is_empty() => worker.count_reset(),
             _ => {}
         }
@@ -310,7 +315,7 @@ impl Drop for Report {
                 CloseReason::Relayed(Ended::Reset(Side::Backend)) => {
                     self.report_failure(Failure::Reset, relay_error.unwrap_or(Cause::RESET));
                 }
-                // A backend that only listens does what it is there for.
+                // A backend that only reads works, too.
                 CloseReason::Relayed(Ended::Finished | Ended::IdleTimeout) => {
                     counters.answered.add(1);
                     self.answered_at_address();

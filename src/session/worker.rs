@@ -1,4 +1,4 @@
-//! What all sessions of one data-plane thread share: owned by the thread, never locked.
+//! What all sessions of one worker thread share.
 
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -17,15 +17,15 @@ use crate::observe::counters::{PerWorker, WorkerId};
 use crate::relay;
 use crate::session::access_log::AccessLog;
 
-/// One line an outage, not one a session.
+/// The shortest time between two log lines about exhausted descriptors or ports.
 const EXHAUSTED_LOG_INTERVAL: Duration = Duration::from_secs(10);
-/// Sessions that lack a descriptor ask again every 10 ms.
+/// How long accepting pauses after a session found no descriptor. Such sessions try again every 10 ms.
 const STARVED_TIME: Duration = Duration::from_millis(30);
 
-/// Counts clients that were reset before they got or sent a byte, to tell a flood of them.
+/// Detects a flood of clients that are reset before a byte was passed on.
 ///
-/// Each adds [`Resets::EACH`], and each session that begins takes one off. So one reset among eight sessions changes nothing, and
-/// more of them are a flood.
+/// Each such reset adds [`Resets::EACH`] to a count, and each session that begins subtracts one. So one
+/// reset among eight sessions has no effect, and more are a flood.
 #[derive(Debug, Default)]
 struct Resets(Cell<u8>);
 
@@ -37,7 +37,7 @@ impl Resets {
         self.0.set((self.0.get() + Self::EACH).min(Self::MAX));
     }
 
-    /// A session begins. True in a flood.
+    /// Counts a session that begins. True in a flood.
     fn begin_session(&self) -> bool {
         let resets = self.0.get();
         self.0.set(resets.saturating_sub(1));
@@ -45,11 +45,11 @@ impl Resets {
     }
 }
 
-/// The want of descriptors, which are the process's: one for all workers.
+/// The lack of descriptors for sessions. All workers share one, because descriptors belong to the process.
 #[derive(Debug)]
 pub struct Starvation {
     epoch: Instant,
-    /// Milliseconds from the epoch on; 0: there was none.
+    /// When the lack is over, in milliseconds since `epoch`; 0: there was none.
     until: AtomicU64,
 }
 
@@ -60,28 +60,30 @@ impl Default for Starvation {
 }
 
 impl Starvation {
+    /// Records that a session lacks a descriptor now.
     fn begin(&self) {
         let until = self.epoch.elapsed() + STARVED_TIME;
         self.until.store(u64::try_from(until.as_millis()).unwrap_or(u64::MAX), Relaxed);
     }
 
+    /// True for [`STARVED_TIME`] after a session lacked a descriptor.
     fn is_on(&self) -> bool {
-        // The clock is asked only where it matters.
+        // Without a lack in the process's life, the clock is not read.
         let until = self.until.load(Relaxed);
         until > 0 && self.epoch.elapsed() < Duration::from_millis(until)
     }
 }
 
-/// One thread's own things.
+/// What the sessions of one worker thread share. Only that thread uses it, so there are no locks.
 #[derive(Debug)]
 pub struct Worker {
-    /// Which thread.
+    /// The worker's number.
     pub id: WorkerId,
     /// What the relays of its sessions share.
     pub relay: relay::Shared,
-    /// `None`: sessions are not logged.
+    /// The access log. `None`: sessions are not logged.
     pub access_log: Option<AccessLog>,
-    /// How sessions ended.
+    /// The counters of sessions, of all workers.
     pub sessions: Arc<PerWorker<SessionCounters>>,
     rng: RefCell<fastrand::Rng>,
     active: Cell<u64>,
@@ -92,7 +94,8 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Without sessions. `shortest_limit` is the shortest silence that any session will be allowed.
+    /// Creates a worker without sessions. `shortest_limit` is the shortest limit of silence that any session
+    /// will have.
     #[must_use]
     pub fn new(
         id: WorkerId,
@@ -105,12 +108,13 @@ impl Worker {
         if let Some(error) = error
             && id == WorkerId(0)
         {
-            let cure = "allow netlink sockets (systemd: AF_NETLINK in RestrictAddressFamilies=), or load the module tcp_diag";
+            let cure = "allow netlink sockets (systemd: AF_NETLINK in RestrictAddressFamilies=), \
+                        or load the module tcp_diag";
             warn!(
                 %error,
                 cure,
-                "the kernel does not report the state of TCP connections: a slow reader may be closed as idle, and a peer that \
-                 vanishes with unacknowledged bytes is noticed late"
+                "the kernel does not report the state of TCP connections: a slow reader may be closed as \
+                 idle, and a peer that vanishes with unacknowledged bytes is noticed late"
             );
         }
         Self {
@@ -127,7 +131,7 @@ impl Worker {
         }
     }
 
-    /// Sessions that have not ended.
+    /// The number of open sessions.
     #[must_use]
     pub fn active(&self) -> u64 {
         self.active.get()
@@ -151,32 +155,36 @@ impl Worker {
         }
     }
 
-    /// To be called as a session begins. True in a flood of clients that are reset at once: this one probably is, too.
+    /// Counts a session that begins. True in a flood of clients that are reset at once: this one probably
+    /// is, too.
     pub(super) fn expects_reset(&self) -> bool {
         self.resets.begin_session()
     }
 
-    /// A client was reset before a byte was passed on.
+    /// Counts a client that was reset before a byte was passed on.
     pub(super) fn count_reset(&self) {
         self.resets.count();
     }
 
+    /// A random number of the worker's own generator.
     pub(super) fn random(&self) -> u64 {
         self.rng.borrow_mut().u64(..)
     }
 
-    /// A session lacks a descriptor for its backend.
+    /// Records that a session lacks a descriptor for its backend.
     pub(super) fn begin_starvation(&self) {
         self.starvation.begin();
     }
 
-    /// True while sessions that were accepted, here or by another worker, lack descriptors: accepting more would take the
-    /// next ones from them.
+    /// True while accepted sessions, here or on another worker, lack descriptors. Accepting more connections
+    /// would take the descriptors that become free.
     #[must_use]
     pub fn is_starved(&self) -> bool {
         self.starvation.is_on()
     }
 
+    /// Logs that no descriptor, port or memory is left for a connection to `backend`, at most once per
+    /// [`EXHAUSTED_LOG_INTERVAL`].
     pub(super) fn warn_exhausted(&self, backend: &Backend, error: &io::Error) {
         let now = Instant::now();
         if self.exhausted_logged.get().is_none_or(|logged| now - logged >= EXHAUSTED_LOG_INTERVAL) {
@@ -184,9 +192,13 @@ impl Worker {
             let cure = if exhausted(error) {
                 "raise `ulimit -n` (LimitNOFILE)"
             } else {
-                "widen net.ipv4.ip_local_port_range or add backends; for an IPv6 backend, check that IPv6 is on"
+                "widen net.ipv4.ip_local_port_range or add backends; for an IPv6 backend, check that IPv6 \
+                 is on"
             };
-            warn!(backend = %backend.id(), %error, cure, "nothing left on this machine for a backend connection");
+            warn!(
+                backend = %backend.id(), %error, cure,
+                "nothing left on this machine for a backend connection"
+            );
         }
     }
 }
