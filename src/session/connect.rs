@@ -58,7 +58,7 @@ pub(super) async fn connect(report: &mut Report, client: &Stream) -> Result<Stre
         if client.is_reset() {
             return Err(CloseReason::ConnectLeft);
         }
-        // Nearly always a fresh snapshot answers. That pick needs no future of its own, because each layer
+        // Pick. Nearly always a fresh snapshot answers. That pick needs no future of its own, because each layer
         // of futures copies the pick.
         let pick = match context.pool.pick_or_point(report.client(), &tried, context.worker.random(), now) {
             Ok(pick) => pick,
@@ -96,6 +96,7 @@ pub(super) async fn connect(report: &mut Report, client: &Stream) -> Result<Stre
         report.set_retries(attempt);
         report.picked(pick);
 
+        // Connect.
         let attempt = connect_to(report, &backend, &context, started, deadline);
         let result = unless_reset(client, pin!(attempt)).await;
         now = Instant::now();
@@ -108,6 +109,7 @@ pub(super) async fn connect(report: &mut Report, client: &Stream) -> Result<Stre
             Err(error) => error,
         };
 
+        // The attempt has failed: log and count it, and exclude the backend if another one may work.
         debug!(pool = %context.pool.name, backend = %backend.id(), %error, "connect failed");
         report.failures.add(backend.id(), error.cause());
         reason = match &error {

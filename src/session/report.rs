@@ -285,6 +285,7 @@ impl Report {
 
 impl Drop for Report {
     fn drop(&mut self) {
+        // Count the end for the worker and the listener.
         let worker = &self.context.worker;
         let (duration, relay_error) = (self.accepted.elapsed(), self.relay_error());
         let sessions = worker.sessions.of(worker.id);
@@ -303,6 +304,7 @@ impl Drop for Report {
             CloseReason::Relayed(Ended::Reset(Side::Client)) if self.tally.is_empty() => worker.count_reset(),
             _ => {}
         }
+        // Count it for the backend, and report whether the backend works.
         if let (true, Some(backend)) = (self.progress.is_connected(), &self.backend) {
             let counters = backend.counters.of(worker.id);
             counters.closed.add(1);
@@ -324,7 +326,9 @@ impl Drop for Report {
                 _ => {}
             }
         }
+        // A trial without a result is given back, so that another session can have it.
         self.report_trial(TrialProgress::Wanted);
+        // Write the line of the access log.
         if let Some(log) = &worker.access_log {
             let term = self.term();
             let error = match self.reason {
