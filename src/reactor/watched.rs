@@ -1,9 +1,9 @@
 //! A socket that this thread's reactor watches, and its readiness.
 //!
-//! epoll is edge-triggered: it reports a change once. So readiness is remembered until a system call returns
-//! EAGAIN, and the caller then clears it ([`Watched::clear`]); only after that does the kernel report it
-//! again. While readiness is known, no system call is needed to find it out. A caller that clears readiness
-//! too early, with bytes or room left, is never woken for them.
+//! epoll is edge-triggered: it reports each change once. So readiness is remembered until a system call
+//! returns EAGAIN. The caller then clears it ([`Watched::clear`]), and the next event sets it again. While
+//! readiness is known, no system call is needed to find it out. A caller that clears readiness too early,
+//! with bytes or room left, is never woken for them.
 //!
 //! Each socket has an entry in a table, and epoll returns the entry's *token*: its index and its generation.
 //! Entries are reused. Closing a socket removes it from epoll unless another process has the same descriptor,
@@ -88,13 +88,14 @@ pub(super) struct Registrations {
 struct Registration {
     /// The task that waits for `wanted`.
     waker: Option<Waker>,
-    /// How many sockets have had this entry before. Events with an older generation are dropped.
+    /// Counts the sockets that had this entry. Events with another generation are dropped.
     generation: u32,
     ready: Ready,
     wanted: Ready,
 }
 
 impl Registrations {
+    /// Takes a free entry, or adds one.
     fn allocate(&mut self) -> u32 {
         self.free.pop().unwrap_or_else(|| {
             self.entries.push(Registration { generation: self.first_generation, ..Registration::default() });
@@ -123,10 +124,12 @@ impl Registrations {
         &mut self.entries[index as usize]
     }
 
+    /// What epoll returns with each event of the entry's socket.
     fn token(&mut self, index: u32) -> u64 {
         u64::from(self.entry(index).generation) << 32 | u64::from(index)
     }
 
+    /// Records readiness, and wakes the entry's task if it waits for it.
     pub(super) fn on_event(&mut self, token: u64, flags: EventFlags) {
         // The entry may have been removed by `shrink`.
         let Some(entry) = self.entries.get_mut(token as u32 as usize) else { return };
