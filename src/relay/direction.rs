@@ -41,8 +41,8 @@ const BUDGET_BYTES: usize = 512 * 1024;
 /// The least that a move counts against the budget. So a peer that sends single bytes as fast as they are
 /// moved gets 128 moves per poll, not 500,000.
 const MIN_COST_BYTES: usize = 4096;
-/// The largest read of the copy path from TCP. A socket whose send buffer is empty takes this much at once, so
-/// nothing has to be parked.
+/// The largest read of the copy path from TCP. A socket whose send buffer is empty takes this much at once,
+/// so nothing has to be parked.
 const FIRST_READ_BYTES: usize = BUFFER_BYTES / 2;
 /// Full reads in a row that make a direction splice. With two, an answer of 64 KiB is still copied, which
 /// costs less than a pipe.

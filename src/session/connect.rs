@@ -58,8 +58,8 @@ pub(super) async fn connect(report: &mut Report, client: &Stream) -> Result<Stre
         if client.is_reset() {
             return Err(CloseReason::ConnectLeft);
         }
-        // Pick. Nearly always a fresh snapshot answers. That pick needs no future of its own, because each layer
-        // of futures copies the pick.
+        // Pick. Nearly always a fresh snapshot answers. That pick needs no future of its own, because each
+        // layer of futures copies the pick.
         let pick = match context.pool.pick_or_point(report.client(), &tried, context.worker.random(), now) {
             Ok(pick) => pick,
             Err(point) => {
