@@ -10,10 +10,9 @@ use super::Context;
 use super::close_reason::CloseReason;
 use super::failures::Failures;
 use crate::balance::Weight;
-use crate::balance::backend::Active;
-use crate::balance::backend::Cause;
-use crate::balance::backend::{AddressNumber, TrialPermit};
-use crate::balance::backend::{Failure, TrialNumber, TrialProgress};
+use crate::balance::backend::{
+    Active, AddressNumber, Cause, Failure, TrialNumber, TrialPermit, TrialProgress,
+};
 use crate::balance::pool::{Pick, Source};
 use crate::observe::counters::Counter;
 use crate::relay::{Ended, Limits, Meter, Shared, Side, Tally};
