@@ -3,7 +3,7 @@
 //!
 //! A backend is draining if the table does not name it any more, names it with the weight 0, or has it in
 //! drain or maint. An unhealthy backend is not: it may recover in a moment, and its sessions may still work.
-//! `session/leaving.rs` closes the sessions.
+//! `session/draining.rs` closes the sessions.
 
 use std::collections::HashSet;
 use std::sync::{Arc, Weak};
