@@ -1,8 +1,8 @@
 //! Packets that the kernel may hold back at the beginning of a connection to a backend.
 //!
-//! Two switches control it: TCP_QUICKACK the last packet of the handshake, TCP_NODELAY small packets.
-//! Setting a switch costs a system call, and each packet costs some microseconds at both ends. So a switch
-//! is set, and a packet is sent, only where that makes a difference.
+//! TCP_QUICKACK controls the last packet of the handshake, TCP_NODELAY controls small packets. Each switch
+//! costs a system call, and each packet some microseconds at both ends. So a switch is set, and a packet is
+//! sent, only where that makes a difference.
 
 use std::task::Context;
 
@@ -36,7 +36,7 @@ impl Opening {
     /// Prepares a TCP socket that is about to connect.
     ///
     /// A busy worker holds the handshake's last packet: its clients waited in the accept queue, so their
-    /// first bytes have arrived and can carry it. One packet less saves 3 % of a session's CPU time. A
+    /// first bytes have arrived and can carry it. One packet less saves 3 % of a session's cost. A
     /// worker that is not busy would only pay for the system call.
     #[must_use]
     pub fn before_connect(socket: &Socket) -> Self {

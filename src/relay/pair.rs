@@ -43,7 +43,7 @@ impl Pair<'_> {
             return Poll::Ready(ended);
         }
         if self.to_backend.is_done() && self.to_client.is_done() {
-            Poll::Ready(self.refused_by().map_or(Ended::Finished, Ended::Reset))
+            Poll::Ready(self.broken_target().map_or(Ended::Finished, Ended::Reset))
         } else {
             Poll::Pending
         }
@@ -100,7 +100,7 @@ impl Pair<'_> {
 
     /// The side that broke when it was written to; the client if both did. What that side had sent before
     /// was passed on.
-    fn refused_by(&self) -> Option<Side> {
+    fn broken_target(&self) -> Option<Side> {
         if self.to_client.is_abandoned() {
             Some(Side::Client)
         } else {
