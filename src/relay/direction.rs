@@ -14,7 +14,7 @@
 //! | from | to | when |
 //! |---|---|---|
 //! | copy | peek | a read was full, or the target refused bytes |
-//! | peek | splice | the second full read in a row, most of it taken |
+//! | peek | splice | the second filled read in a row, most of it taken |
 //! | peek | copy | 16 peeks in a row were neither full nor refused |
 //! | splice | peek | four small moves in a row, or no pipe is free |
 //! | splice | copy | the end of the source, or an urgent byte, which splice cannot pass |
