@@ -56,13 +56,13 @@ impl Load {
 }
 
 async fn run(address: SocketAddr, stop: Arc<AtomicBool>, count: Arc<AtomicU64>) -> Vec<Session> {
-    let (places, mut running) = (Arc::new(Semaphore::new(AT_ONCE)), JoinSet::new());
+    let (permits, mut running) = (Arc::new(Semaphore::new(AT_ONCE)), JoinSet::new());
     let mut ticks = interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
     while !stop.load(Relaxed) && running.len() < MOST {
         ticks.tick().await;
         for _ in 0..SESSIONS_A_TICK {
-            let place = Arc::clone(&places).acquire_owned().await.expect("never closed");
+            let permit = Arc::clone(&permits).acquire_owned().await.expect("never closed");
             count.fetch_add(1, Relaxed);
             running.spawn(async move {
                 let begun = Instant::now();
@@ -70,7 +70,7 @@ async fn run(address: SocketAddr, stop: Arc<AtomicBool>, count: Arc<AtomicU64>) 
                     Ok(answer) => Ok(answer.body),
                     Err(error) => Err(error.to_string()),
                 };
-                drop(place);
+                drop(permit);
                 Session { begun, ended: Instant::now(), answer }
             });
         }
@@ -79,13 +79,13 @@ async fn run(address: SocketAddr, stop: Arc<AtomicBool>, count: Arc<AtomicU64>) 
 }
 
 /// Three nginx behind a proxy with `settings`, under load.
-struct Scene {
+struct Setup {
     nginx: [Nginx; 3],
     proxy: Proxy,
     load: Load,
 }
 
-impl Scene {
+impl Setup {
     async fn start(settings: &str, backlog: u32) -> Self {
         let start = |name| Nginx::start_at(crate::support::free_port(), name, backlog);
         let nginx = [start("one").await, start("two").await, start("three").await];
@@ -145,33 +145,33 @@ async fn outage(
         Outlier::Default => "",
         Outlier::Short => "outlier: {ejection: 100ms}, ",
     };
-    let mut scene = Scene::start(&format!("{settings}{CHECKS}"), backlog).await;
-    let (broken, failed) = (Instant::now(), scene.checks("failed"));
-    break_it(&mut scene.nginx[0]).await;
-    eventually("it is found out", || async { scene.metric("up", "") == 0.0 }).await;
+    let mut setup = Setup::start(&format!("{settings}{CHECKS}"), backlog).await;
+    let (broken, failed) = (Instant::now(), setup.checks("failed"));
+    break_it(&mut setup.nginx[0]).await;
+    eventually("it is found out", || async { setup.metric("up", "") == 0.0 }).await;
     println!("found out after {:?}", broken.elapsed());
     // One may have failed, and the next one passed, for want of a processor.
-    let found_out = || scene.checks("failed") - failed >= 3.0;
+    let found_out = || setup.checks("failed") - failed >= 3.0;
     if matches!(outlier, Outlier::Off) {
         assert!(found_out(), "`fall` checks decide");
     }
     eventually("the checks find it out", || async { found_out() }).await;
     // Those who tried before are counted when they give up: after `connect.timeout`, which is 200 sessions.
-    scene.load.more(600).await;
-    let attempts = scene.attempts();
-    scene.load.more(1_000).await;
-    assert_eq!(scene.attempts(), attempts, "sessions were sent to it all the same");
+    setup.load.more(600).await;
+    let attempts = setup.attempts();
+    setup.load.more(1_000).await;
+    assert_eq!(setup.attempts(), attempts, "sessions were sent to it all the same");
 
-    let passed = scene.checks("passed");
-    mend_it(&mut scene.nginx[0]).await;
-    eventually("it is back", || async { scene.metric("up", "") == 1.0 }).await;
-    let rise = scene.checks("passed") - passed;
+    let passed = setup.checks("passed");
+    mend_it(&mut setup.nginx[0]).await;
+    eventually("it is back", || async { setup.metric("up", "") == 1.0 }).await;
+    let rise = setup.checks("passed") - passed;
     assert!(rise >= 2.0, "it came back after {rise} checks that passed");
-    scene.load.more(20).await;
+    setup.load.more(20).await;
     let back = Instant::now();
-    scene.load.more(1_500).await;
+    setup.load.more(1_500).await;
     let counted = Instant::now();
-    let sessions = scene.load.stop().await;
+    let sessions = setup.load.stop().await;
 
     let failed: Vec<_> = sessions.iter().filter(|session| session.answer.is_err()).collect();
     let on_it = failed.iter().filter(|session| session.begun < broken && session.ended >= broken);
@@ -296,19 +296,19 @@ async fn cut_off_and_ejected() {
 #[tokio::test]
 async fn without_checks_its_sessions_eject_it_and_bring_it_back() {
     let settings = "outlier: {consecutive_failures: 5, ejection: 1s, max_ejected_percent: 50}";
-    let mut scene = Scene::start(settings, 4096).await;
+    let mut setup = Setup::start(settings, 4096).await;
     let broken = Instant::now();
-    scene.nginx[0].server.signal(Signal::KILL);
-    scene.nginx[0].server.wait().await;
-    eventually("it is ejected", || async { scene.metric("up", "") == 0.0 }).await;
-    eventually("it was probed in vain", || async { scene.metric("ejections_total", "") >= 3.0 }).await;
+    setup.nginx[0].server.signal(Signal::KILL);
+    setup.nginx[0].server.wait().await;
+    eventually("it is ejected", || async { setup.metric("up", "") == 0.0 }).await;
+    eventually("it was probed in vain", || async { setup.metric("ejections_total", "") >= 3.0 }).await;
     // Each ejection but the first has seen one probe.
-    let failures = scene.metric("connect_failures_total", "");
+    let failures = setup.metric("connect_failures_total", "");
     assert!(failures < 60.0, "{failures} sessions tried it");
-    restart(&mut scene.nginx[0]).await;
-    eventually("it is back", || async { scene.metric("up", "") == 1.0 }).await;
-    scene.load.more(300).await;
-    let sessions = scene.load.stop().await;
+    restart(&mut setup.nginx[0]).await;
+    eventually("it is back", || async { setup.metric("up", "") == 1.0 }).await;
+    setup.load.more(300).await;
+    let sessions = setup.load.stop().await;
     let failed = sessions.iter().filter(|session| session.answer.is_err() && session.begun >= broken).count();
     assert_eq!(failed, 0, "of {} sessions", sessions.len());
     assert!(sessions.iter().rev().take(200).any(|session| session.answer.as_deref() == Ok("one")));

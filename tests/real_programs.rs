@@ -197,8 +197,8 @@ async fn iperf3_runs_unchanged_in_both_directions_and_both_at_once() {
         let report: serde_json::Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}"));
         assert!(ended.status.success() && report.get("error").is_none(), "{direction:?}: {text}");
         let total = |sum: &str| report["end"][sum]["bytes"].as_u64().unwrap_or_default();
-        let (sent, received) = ["", "_bidir_reverse"].iter().fold((0, 0), |(sent, received), way| {
-            (sent + total(&format!("sum_sent{way}")), received + total(&format!("sum_received{way}")))
+        let (sent, received) = ["", "_bidir_reverse"].iter().fold((0, 0), |(sent, received), half| {
+            (sent + total(&format!("sum_sent{half}")), received + total(&format!("sum_received{half}")))
         });
         // With -n, iperf3 ends when one side has written so much; what is still on its way then, in the buffers of four
         // sockets and a pipe, its receiver does not count.

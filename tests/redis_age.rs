@@ -12,14 +12,14 @@ const MAX_STALE: f64 = 0.8;
 const BY_HEARTBEAT: &str = "heartbeat_interval: 100ms, resync_interval: 1h, response_timeout: 60s, max_stale: 800ms, \
                             poll_interval: 100ms";
 
-struct Scene {
+struct Setup {
     redis: Redis,
     link: Link,
     _backend: Backend,
     proxy: Proxy,
 }
 
-impl Scene {
+impl Setup {
     async fn start(more: &str) -> Self {
         let (redis, backend) = (Redis::start().await, Backend::named("backend").await);
         redis.set_weights([(&backend, 1.0)]).await;
@@ -75,34 +75,34 @@ impl Scene {
 
 #[tokio::test]
 async fn a_frozen_redis_lets_the_age_grow_until_picks_are_stale_and_a_heartbeat_brings_it_down() {
-    let scene = Scene::start("lua_pick: {enabled: false}").await;
-    let reads = scene.reads();
-    scene.redis.freeze();
-    scene.turns_from_fresh_to("stale").await;
-    scene.redis.thaw();
-    scene.is_confirmed_by_a_heartbeat(reads).await;
+    let setup = Setup::start("lua_pick: {enabled: false}").await;
+    let reads = setup.reads();
+    setup.redis.freeze();
+    setup.turns_from_fresh_to("stale").await;
+    setup.redis.thaw();
+    setup.is_confirmed_by_a_heartbeat(reads).await;
 }
 
 #[tokio::test]
 async fn redis_is_asked_to_pick_as_soon_as_the_age_has_passed_max_stale() {
-    let scene = Scene::start("lua_pick: {timeout: 2s}").await;
-    let reads = scene.reads();
-    scene.link.pass(Passing::AllButTheWatch);
-    scene.turns_from_fresh_to("lua").await;
-    scene.link.pass(Passing::All);
-    scene.is_confirmed_by_a_heartbeat(reads).await;
+    let setup = Setup::start("lua_pick: {timeout: 2s}").await;
+    let reads = setup.reads();
+    setup.link.pass(Passing::AllButTheWatch);
+    setup.turns_from_fresh_to("lua").await;
+    setup.link.pass(Passing::All);
+    setup.is_confirmed_by_a_heartbeat(reads).await;
 }
 
 /// What an answer says was true when it was asked for, and may have been overtaken on the way.
 #[tokio::test]
 async fn a_snapshot_is_as_old_as_the_question_whose_answer_confirmed_it() {
-    let scene = Scene::start("").await;
+    let setup = Setup::start("").await;
     let late = 0.4;
-    scene.link.pass(Passing::Late(Duration::from_secs_f64(late)));
-    eventually("answers are late", || async { scene.age() > late }).await;
+    setup.link.pass(Passing::Late(Duration::from_secs_f64(late)));
+    eventually("answers are late", || async { setup.age() > late }).await;
     let (begun, mut confirmations, mut last) = (Instant::now(), 0, 0.0);
     while confirmations < 3 {
-        let age = scene.age();
+        let age = setup.age();
         // The clock of the confirmations counts milliseconds.
         assert!(age > late - 0.002, "only {age} s old, though each answer takes {late} s");
         confirmations += u32::from(age < last);

@@ -1,11 +1,10 @@
 //! What no Redis should answer, and what no table should hold: named with its cure, in bounded memory, while the last table
 //! serves.
 
-use redis::Value;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::time::{Duration, sleep};
 
-use crate::support::{Backend, Program, Redis, ScriptedRedis, eventually, greeting, sum_of};
+use crate::support::{Backend, Program, Redis, ScriptedRedis, calls, eventually, greeting, sum_of};
 
 /// Read again and again, whatever is told; a busy machine has time to answer.
 const POLLED: &str = "watch: poll, poll_interval: 20ms, connect_timeout: 10s, response_timeout: 10s";
@@ -47,14 +46,6 @@ async fn weight_of_pool_becomes(program: &Program, pool: &str, wanted: f64) {
 
 async fn failed_reads(program: &Program) -> f64 {
     program.metric("statera_table_failed_reads_total", "pool=\"web\"").await
-}
-
-/// What the server counts of a command: its calls.
-async fn calls(redis: &Redis, command: &str) -> u64 {
-    let Value::BulkString(info) = redis.run("INFO commandstats").await else { panic!("no statistics") };
-    let info = String::from_utf8_lossy(&info).into_owned();
-    let line = info.lines().find_map(|line| line.strip_prefix(&format!("cmdstat_{command}:calls=")));
-    line.and_then(|line| line.split(',').next()?.parse().ok()).unwrap_or(0)
 }
 
 fn one_member(backend: &Backend, weight: u32) -> Vec<u8> {

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use crate::support::{
     Backend, Cluster, Program, Proxy, Redis, Traffic, Typed, eventually, free_port, greeting, info,
-    silent_address,
+    program_following, silent_address,
 };
 
 const HEARTBEAT: Duration = Duration::from_millis(500);
@@ -24,14 +24,14 @@ const SLOT: u16 = 11_335;
 const AT_ONCE: Duration = Duration::from_secs(1 + 2);
 
 /// A proxy that follows the cluster, a backend in its table, and traffic.
-struct Scene {
+struct Setup {
     cluster: Cluster,
     proxy: Proxy,
     backend: Backend,
     traffic: Traffic,
 }
 
-impl Scene {
+impl Setup {
     async fn start(settings: &str) -> Self {
         let (cluster, backend) = (Cluster::start().await, Backend::named("backend").await);
         cluster.nodes[0].set_weights([(&backend, 1.0)]).await;
@@ -82,16 +82,9 @@ fn follow(cluster: &Cluster, settings: &str) -> Proxy {
     Proxy::web(&format!("redis: {{{}, {settings}}}", cluster.section()), "weights_key: servers")
 }
 
-fn program(section: &str) -> Program {
-    Program::run(&format!(
-        "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\npools: {{web: {{weights_key: servers}}}}\n\
-         redis: {{{section}, heartbeat_interval: 200ms}}\n"
-    ))
-}
-
-/// The weights of the pool at `place`, each backend's.
-fn weights_of(proxy: &Proxy, place: usize) -> Vec<f64> {
-    let snapshot = proxy.running.observed.pools()[place].pool.cell.load();
+/// The weights of the backends of the pool with this index.
+fn weights_of(proxy: &Proxy, index: usize) -> Vec<f64> {
+    let snapshot = proxy.running.observed.pools()[index].pool.cell.load();
     snapshot.members().iter().map(|member| member.weight.get()).collect()
 }
 
@@ -110,9 +103,9 @@ async fn pools_on_different_nodes_are_followed_over_one_connection_a_node() {
         cluster.section()
     ));
     for weight in [1.0, 2.0, 3.0] {
-        for (place, (key, node)) in keys.into_iter().enumerate() {
+        for (index, (key, node)) in keys.into_iter().enumerate() {
             cluster.nodes[node].run(&format!("ZADD {key} {weight} 10.0.0.1:80")).await;
-            eventually(&format!("{key} arrives"), || async { weights_of(&proxy, place) == [weight] }).await;
+            eventually(&format!("{key} arrives"), || async { weights_of(&proxy, index) == [weight] }).await;
         }
     }
     assert_eq!(proxy.metric("statera_redis_watch_mode{mode=\"notifications\"}"), Some(1.0));
@@ -125,87 +118,87 @@ async fn pools_on_different_nodes_are_followed_over_one_connection_a_node() {
 
 #[tokio::test]
 async fn a_planned_failover_fails_no_session_and_new_weights_arrive_at_once() {
-    let scene = Scene::start(SETTINGS).await;
-    scene.cluster.nodes[Cluster::REPLICA].run("CLUSTER FAILOVER").await;
-    scene.cluster.takes_over(Cluster::REPLICA).await;
-    let took = scene.arrives(Cluster::REPLICA, 5.0).await;
+    let setup = Setup::start(SETTINGS).await;
+    setup.cluster.nodes[Cluster::REPLICA].run("CLUSTER FAILOVER").await;
+    setup.cluster.takes_over(Cluster::REPLICA).await;
+    let took = setup.arrives(Cluster::REPLICA, 5.0).await;
     println!("new weights took {took:?}");
     assert!(took < AT_ONCE, "it took {took:?}");
-    let took = scene.arrives(Cluster::REPLICA, 6.0).await;
+    let took = setup.arrives(Cluster::REPLICA, 6.0).await;
     assert!(took < AT_ONCE, "it took {took:?}");
-    eventually("it is connected", || async { scene.proxy.metric("statera_redis_connected") == Some(1.0) })
+    eventually("it is connected", || async { setup.proxy.metric("statera_redis_connected") == Some(1.0) })
         .await;
-    scene.traffic.more(20).await;
-    scene.traffic.stop().await;
+    setup.traffic.more(20).await;
+    setup.traffic.stop().await;
 }
 
 #[tokio::test]
 async fn a_primary_that_is_killed_is_followed_by_its_replica_and_no_session_fails() {
-    let mut scene = Scene::start(SETTINGS).await;
-    scene.cluster.nodes[0].kill();
-    scene.cluster.takes_over(Cluster::REPLICA).await;
-    let took = scene.arrives(Cluster::REPLICA, 5.0).await;
+    let mut setup = Setup::start(SETTINGS).await;
+    setup.cluster.nodes[0].kill();
+    setup.cluster.takes_over(Cluster::REPLICA).await;
+    let took = setup.arrives(Cluster::REPLICA, 5.0).await;
     println!("new weights took {took:?}");
     assert!(took < AT_ONCE, "it took {took:?}");
-    scene.traffic.more(20).await;
-    scene.traffic.stop().await;
+    setup.traffic.more(20).await;
+    setup.traffic.stop().await;
 }
 
 /// As `redis-cli --cluster reshard` does it, and slowly: a change at every step.
 #[tokio::test]
 async fn a_slot_that_moves_to_another_node_is_followed_at_every_step() {
-    let scene = Scene::start(SETTINGS).await;
-    let nodes = &scene.cluster.nodes;
-    let (from, to) = (scene.cluster.id(0).await, scene.cluster.id(1).await);
+    let setup = Setup::start(SETTINGS).await;
+    let nodes = &setup.cluster.nodes;
+    let (from, to) = (setup.cluster.id(0).await, setup.cluster.id(1).await);
     nodes[1].run(&format!("CLUSTER SETSLOT {SLOT} IMPORTING {from}")).await;
     nodes[0].run(&format!("CLUSTER SETSLOT {SLOT} MIGRATING {to}")).await;
-    scene.arrives(0, 2.0).await;
+    setup.arrives(0, 2.0).await;
     nodes[0].run(&format!("MIGRATE 127.0.0.1 {} servers 0 5000", nodes[1].port)).await;
     // The key is ahead of its slot: the new node serves it to those alone that were sent there.
     for weight in [3.0, 4.0] {
         let mut ahead = redis::pipe();
         ahead.cmd("ASKING").ignore();
-        ahead.cmd("ZADD").arg("servers").arg(weight).arg(scene.backend.address.to_string()).ignore();
+        ahead.cmd("ZADD").arg("servers").arg(weight).arg(setup.backend.address.to_string()).ignore();
         let mut connection = nodes[1].connection().await;
         ahead.query_async::<()>(&mut connection).await.expect("it is importing the slot");
-        scene.seen(weight).await;
+        setup.seen(weight).await;
     }
     nodes[1].run(&format!("CLUSTER SETSLOT {SLOT} NODE {to}")).await;
-    scene.arrives(1, 5.0).await;
+    setup.arrives(1, 5.0).await;
     nodes[0].run(&format!("CLUSTER SETSLOT {SLOT} NODE {to}")).await;
-    scene.arrives(1, 6.0).await;
-    scene.traffic.stop().await;
+    setup.arrives(1, 6.0).await;
+    setup.traffic.stop().await;
 }
 
 /// The old primary was frozen, and goes on as one when it wakes up: it takes writes, and tells of them.
 #[tokio::test]
 async fn an_old_primary_that_wakes_up_does_not_feed_us_after_the_failover() {
-    let scene = Scene::start(PATIENT).await;
-    let nodes = &scene.cluster.nodes;
-    scene.cluster.cut_off(0).await;
+    let setup = Setup::start(PATIENT).await;
+    let nodes = &setup.cluster.nodes;
+    setup.cluster.cut_off(0).await;
     nodes[0].freeze();
-    scene.cluster.takes_over(Cluster::REPLICA).await;
-    let took = scene.arrives(Cluster::REPLICA, 5.0).await;
+    setup.cluster.takes_over(Cluster::REPLICA).await;
+    let took = setup.arrives(Cluster::REPLICA, 5.0).await;
     println!("new weights took {took:?}");
     nodes[0].thaw();
-    scene.is_not_fed_by_the_old_one().await;
-    scene.arrives(Cluster::REPLICA, 6.0).await;
-    scene.traffic.stop().await;
+    setup.is_not_fed_by_the_old_one().await;
+    setup.arrives(Cluster::REPLICA, 6.0).await;
+    setup.traffic.stop().await;
 }
 
 /// A cluster that is cut in two: the old primary answers us all the time, and nobody else.
 #[tokio::test]
 async fn an_old_primary_that_never_stopped_does_not_feed_us_after_the_failover() {
-    let scene = Scene::start(SETTINGS).await;
-    let nodes = &scene.cluster.nodes;
-    scene.cluster.cut_off(0).await;
+    let setup = Setup::start(SETTINGS).await;
+    let nodes = &setup.cluster.nodes;
+    setup.cluster.cut_off(0).await;
     nodes[Cluster::REPLICA].run("CLUSTER FAILOVER TAKEOVER").await;
-    scene.cluster.takes_over(Cluster::REPLICA).await;
-    let took = scene.arrives(Cluster::REPLICA, 5.0).await;
+    setup.cluster.takes_over(Cluster::REPLICA).await;
+    let took = setup.arrives(Cluster::REPLICA, 5.0).await;
     println!("new weights took {took:?}");
-    scene.is_not_fed_by_the_old_one().await;
-    scene.arrives(Cluster::REPLICA, 6.0).await;
-    scene.traffic.stop().await;
+    setup.is_not_fed_by_the_old_one().await;
+    setup.arrives(Cluster::REPLICA, 6.0).await;
+    setup.traffic.stop().await;
 }
 
 #[tokio::test]
@@ -301,7 +294,7 @@ async fn the_rights_that_are_documented_are_enough_while_a_slot_moves_too() {
 
 /// The first line that says why: its error, then its cure.
 async fn refusal(section: &str, message: &str) -> (String, String) {
-    let program = program(section);
+    let program = program_following(section);
     let line = program.says(message).await;
     let field = |name: &str| line[name].as_str().unwrap_or_default().to_owned();
     (field("error"), field("cure"))
@@ -326,7 +319,7 @@ async fn what_is_wrong_is_told_with_its_cure() {
     assert!(cure.contains("redis.cluster.nodes"), "{cure}");
 
     // A node of a cluster, followed as if it were alone.
-    let plain = program(&format!("url: \"{}\"", cluster.nodes[1].url()));
+    let plain = program_following(&format!("url: \"{}\"", cluster.nodes[1].url()));
     let line = plain.says("cannot read the weights").await;
     let reason = line["reason"].as_str().unwrap_or_default();
     assert!(reason.contains("write redis.cluster"), "{line}");
@@ -335,7 +328,7 @@ async fn what_is_wrong_is_told_with_its_cure() {
     for node in &cluster.nodes {
         node.run(&format!("CLUSTER DELSLOTS {SLOT}")).await;
     }
-    let lost = program(&cluster.section());
+    let lost = program_following(&cluster.section());
     let line = lost.says("no node of the cluster serves the weights").await;
     assert_eq!((&line["pool"], &line["slot"]), (&"web".into(), &SLOT.into()), "{line}");
     assert!(line["cure"].as_str().is_some_and(|cure| cure.contains("CLUSTER NODES")), "{line}");

@@ -9,7 +9,7 @@ const SLOT: u16 = 11_335;
 const SETTINGS: &str = "heartbeat_interval: 200ms, resync_interval: 1h, response_timeout: 10s, connect_timeout: 10s, max_stale: 1m";
 
 /// The sum of the calls of all commands whose name begins so, as the server counts them.
-async fn calls(redis: &Redis, name: &str) -> u64 {
+async fn calls_of_all(redis: &Redis, name: &str) -> u64 {
     let info: String = redis::from_redis_value(redis.run("INFO commandstats").await).expect("a text");
     let name = format!("cmdstat_{name}");
     let lines = info.lines().filter(|line| line.starts_with(&name));
@@ -53,11 +53,13 @@ async fn costs_little_and_is_followed(ranges_wanted: usize, slots: [Vec<u16>; 2]
         format!("cluster: {{nodes: [\"127.0.0.1:{}\", \"127.0.0.1:{}\"]}}", first.port, second.port);
     let proxy = Proxy::web(&format!("redis: {{{section}, {SETTINGS}}}"), "weights_key: servers");
     eventually("the table arrives", || async { proxy.weights().len() == 1 }).await;
-    eventually("its first questions are answered", || async { calls(&first, "zcard").await > 3 }).await;
+    eventually("its first questions are answered", || async { calls_of_all(&first, "zcard").await > 3 })
+        .await;
 
-    let (wholes, glances) = (calls(&first, "cluster|slots").await, calls(&first, "zcard").await);
-    eventually("it asks many times", || async { calls(&first, "zcard").await > glances + 30 }).await;
-    let more = calls(&first, "cluster|slots").await - wholes;
+    let (wholes, glances) =
+        (calls_of_all(&first, "cluster|slots").await, calls_of_all(&first, "zcard").await);
+    eventually("it asks many times", || async { calls_of_all(&first, "zcard").await > glances + 30 }).await;
+    let more = calls_of_all(&first, "cluster|slots").await - wholes;
     assert!(more <= 1, "{more} whole answers of {ranges_wanted} ranges in 30 rounds");
 
     // The slot moves, as `redis-cli --cluster reshard` does it; no message tells of it.
@@ -98,8 +100,9 @@ async fn a_cluster_of_few_ranges_is_asked_for_all_of_them() {
     let section = format!("cluster: {{nodes: [\"127.0.0.1:{}\"]}}", node.port);
     let proxy = Proxy::web(&format!("redis: {{{section}, {SETTINGS}}}"), "weights_key: servers");
     eventually("the table arrives", || async { proxy.weights().len() == 1 }).await;
-    let wholes = calls(&node, "cluster|slots").await;
-    eventually("it asks many times", || async { calls(&node, "cluster|slots").await > wholes + 10 }).await;
+    let wholes = calls_of_all(&node, "cluster|slots").await;
+    eventually("it asks many times", || async { calls_of_all(&node, "cluster|slots").await > wholes + 10 })
+        .await;
     // Before the first answer.
-    assert!(calls(&node, "zcard").await <= 2);
+    assert!(calls_of_all(&node, "zcard").await <= 2);
 }

@@ -111,9 +111,9 @@ async fn watch_them_come(
 fn are_spread(seen: &[(Duration, u64)], limit: f64) -> f64 {
     let total = seen.last().expect("there is one").1 as f64;
     let mut most = 0.0_f64;
-    for (place, (from, before)) in seen.iter().enumerate() {
-        for (until, after) in &seen[place + 1..] {
-            let is_next = seen[place + 1].0 == *until;
+    for (index, (from, before)) in seen.iter().enumerate() {
+        for (until, after) in &seen[index + 1..] {
+            let is_next = seen[index + 1].0 == *until;
             if *until - *from > WINDOW && !is_next {
                 break;
             }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use redis::aio::MultiplexedConnection;
 use tokio::time::Instant;
 
-use crate::support::{Cluster, Program, Proxy, Redis, Sentinels, eventually};
+use crate::support::{Cluster, Program, Proxy, Redis, Sentinels, eventually, mode_becomes};
 
 const MODES: [&str; 4] = ["notifications", "tracking", "auto", "poll"];
 /// Reads that nothing asked for would show: there are no others but those of `poll`.
@@ -31,17 +31,12 @@ fn follow(redis: &Redis, watch: &str, more: &str) -> Proxy {
     follow_at(&format!("url: \"{}\"", redis.url()), watch, more)
 }
 
-/// `place` says where Redis is.
-fn follow_at(place: &str, watch: &str, more: &str) -> Proxy {
+/// `server` says where Redis is: `url: …`, `cluster: …` or `sentinel: …`.
+fn follow_at(server: &str, watch: &str, more: &str) -> Proxy {
     Proxy::web(
-        &format!("redis: {{{place}, watch: {watch}, {more}}}"),
+        &format!("redis: {{{server}, watch: {watch}, {more}}}"),
         "weights_key: servers, backends: {\"127.0.0.1:9\": 1}",
     )
-}
-
-async fn mode_becomes(proxy: &Proxy, mode: &str) {
-    let series = format!("statera_redis_watch_mode{{mode=\"{mode}\"}}");
-    eventually(&series, || async { proxy.metric(&series) == Some(1.0) }).await;
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -90,9 +85,9 @@ async fn all_modes_are_quiet(arguments: &[&str]) {
 }
 
 /// Proxies of all modes follow one Redis: what one of them reads may be an event for the others.
-async fn all_modes_are_quiet_at(place: &str, redis: &Redis, what: &[&str]) {
+async fn all_modes_are_quiet_at(server: &str, redis: &Redis, what: &[&str]) {
     let connection = redis.connection().await;
-    let proxies = MODES.map(|mode| follow_at(place, mode, OFTEN));
+    let proxies = MODES.map(|mode| follow_at(server, mode, OFTEN));
     for (proxy, mode) in proxies.iter().zip(["notifications", "tracking", "notifications", "poll"]) {
         mode_becomes(proxy, mode).await;
     }

@@ -8,7 +8,7 @@ use rustix::process::Signal;
 use tokio::time::Instant;
 
 use crate::support::{
-    Backend, Program, Proxy, Redis, Sentinels, Traffic, eventually, free_port, greeting, info,
+    Backend, Proxy, Redis, Sentinels, Traffic, eventually, free_port, greeting, info, program_following,
 };
 
 const HEARTBEAT: Duration = Duration::from_millis(500);
@@ -18,14 +18,14 @@ const SETTINGS: &str = "heartbeat_interval: 500ms, resync_interval: 1h, response
 const PATIENT: &str = "heartbeat_interval: 500ms, resync_interval: 1h, response_timeout: 60s, connect_timeout: 2s, max_stale: 2m";
 
 /// A proxy that follows the sentinels' primary, a backend in its table, and traffic.
-struct Scene {
+struct Setup {
     set: Sentinels,
     proxy: Proxy,
     backend: Backend,
     traffic: Traffic,
 }
 
-impl Scene {
+impl Setup {
     async fn start(settings: &str) -> Self {
         let (set, backend) = (Sentinels::start().await, Backend::named("backend").await);
         set.servers[0].set_weights([(&backend, 1.0)]).await;
@@ -82,63 +82,63 @@ const AT_ONCE: Duration = Duration::from_secs(1 + 2);
 
 #[tokio::test]
 async fn a_planned_failover_fails_no_session_and_new_weights_arrive_at_once() {
-    let scene = Scene::start(SETTINGS).await;
-    scene.set.fail_over().await;
-    let primary = scene.set.new_primary(0).await;
-    let took = scene.arrives(primary, 5.0).await;
+    let setup = Setup::start(SETTINGS).await;
+    setup.set.fail_over().await;
+    let primary = setup.set.new_primary(0).await;
+    let took = setup.arrives(primary, 5.0).await;
     println!("new weights took {took:?}");
     assert!(took < AT_ONCE, "it took {took:?}");
-    let took = scene.arrives(primary, 6.0).await;
+    let took = setup.arrives(primary, 6.0).await;
     assert!(took < AT_ONCE, "it took {took:?}");
-    assert_eq!(scene.proxy.metric("statera_redis_connected"), Some(1.0));
-    let outcome = scene.traffic.stop().await;
+    assert_eq!(setup.proxy.metric("statera_redis_connected"), Some(1.0));
+    let outcome = setup.traffic.stop().await;
     assert!(outcome.served["backend"] > 20, "{:?}", outcome.served);
 }
 
 #[tokio::test]
 async fn a_primary_that_is_killed_is_followed_by_the_next_one_and_no_session_fails() {
-    let mut scene = Scene::start(SETTINGS).await;
-    scene.set.servers[0].kill();
-    let primary = scene.set.new_primary(0).await;
-    let took = scene.arrives(primary, 5.0).await;
+    let mut setup = Setup::start(SETTINGS).await;
+    setup.set.servers[0].kill();
+    let primary = setup.set.new_primary(0).await;
+    let took = setup.arrives(primary, 5.0).await;
     println!("new weights took {took:?}");
     assert!(took < AT_ONCE, "it took {took:?}");
-    scene.traffic.more(20).await;
-    scene.traffic.stop().await;
+    setup.traffic.more(20).await;
+    setup.traffic.stop().await;
 }
 
 /// The old primary was frozen, and goes on as one when it wakes up: it takes writes, and tells of them.
 #[tokio::test]
 async fn an_old_primary_that_wakes_up_does_not_feed_us_after_the_failover() {
-    let scene = Scene::start(PATIENT).await;
-    scene.set.servers[0].freeze();
-    let primary = scene.set.new_primary(0).await;
-    let took = scene.arrives(primary, 5.0).await;
+    let setup = Setup::start(PATIENT).await;
+    setup.set.servers[0].freeze();
+    let primary = setup.set.new_primary(0).await;
+    let took = setup.arrives(primary, 5.0).await;
     println!("new weights took {took:?}");
 
     // Nobody must tell the old one that it is a replica now, or there would be no split to see.
     for sentinel in 0..3 {
-        scene.set.signal_sentinel(sentinel, Signal::STOP);
+        setup.set.signal_sentinel(sentinel, Signal::STOP);
     }
-    scene.set.servers[0].thaw();
-    scene.is_not_fed_by_the_old_one(primary).await;
+    setup.set.servers[0].thaw();
+    setup.is_not_fed_by_the_old_one(primary).await;
     for sentinel in 0..3 {
-        scene.set.signal_sentinel(sentinel, Signal::CONT);
+        setup.set.signal_sentinel(sentinel, Signal::CONT);
     }
-    scene.traffic.stop().await;
+    setup.traffic.stop().await;
 }
 
 /// A network that is cut in two: the old primary answers us all the time, and nobody else.
 #[tokio::test]
 async fn an_old_primary_that_never_stopped_does_not_feed_us_after_the_failover() {
-    let scene = Scene::start(SETTINGS).await;
+    let setup = Setup::start(SETTINGS).await;
     // To the sentinels it looks dead, and it obeys them no more.
-    scene.set.servers[0].run("ACL SETUSER default -ping -slaveof -replicaof").await;
-    let primary = scene.set.new_primary(0).await;
-    let took = scene.arrives(primary, 5.0).await;
+    setup.set.servers[0].run("ACL SETUSER default -ping -slaveof -replicaof").await;
+    let primary = setup.set.new_primary(0).await;
+    let took = setup.arrives(primary, 5.0).await;
     println!("new weights took {took:?}");
-    scene.is_not_fed_by_the_old_one(primary).await;
-    scene.traffic.stop().await;
+    setup.is_not_fed_by_the_old_one(primary).await;
+    setup.traffic.stop().await;
 }
 
 #[tokio::test]
@@ -146,7 +146,7 @@ async fn the_primary_that_is_known_is_followed_while_no_sentinel_answers() {
     let set = Sentinels::start().await;
     let backend = Backend::named("backend").await;
     set.servers[0].set_weights([(&backend, 1.0)]).await;
-    let program = program(&set.section());
+    let program = program_following(&set.section());
     let connected = program.says("connected to redis").await;
     let primary = format!("redis://127.0.0.1:{}", set.servers[0].port);
     assert_eq!(connected["redis"], primary);
@@ -176,24 +176,19 @@ async fn some_sentinels_that_are_away_or_frozen_do_not_matter() {
     set.signal_sentinel(1, Signal::CONT);
 }
 
-fn program(section: &str) -> Program {
-    Program::run(&format!(
-        "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\npools: {{web: {{weights_key: servers}}}}\n\
-         redis: {{{section}, heartbeat_interval: 200ms}}\n"
-    ))
-}
-
 #[tokio::test]
 async fn sentinels_that_know_no_such_primary_or_are_none_are_told_with_their_cure() {
     let set = Sentinels::start().await;
-    let unknown = program(&set.section().replace("mymaster", "another"));
+    let unknown = program_following(&set.section().replace("mymaster", "another"));
     let line = unknown.says("no sentinel names a primary").await;
     assert_eq!(line["cure"], "check redis.sentinel.master", "{line}");
-    let nobody = program(&format!("sentinel: {{master: mymaster, nodes: [\"127.0.0.1:{}\"]}}", free_port()));
+    let nobody =
+        program_following(&format!("sentinel: {{master: mymaster, nodes: [\"127.0.0.1:{}\"]}}", free_port()));
     let line = nobody.says("no sentinel names a primary").await;
     assert!(line["error"].as_str().is_some_and(|error| error.contains("refused")), "{line}");
     let server: &Redis = &set.servers[0];
-    let plain = program(&format!("sentinel: {{master: mymaster, nodes: [\"127.0.0.1:{}\"]}}", server.port));
+    let plain =
+        program_following(&format!("sentinel: {{master: mymaster, nodes: [\"127.0.0.1:{}\"]}}", server.port));
     let line = plain.says("no sentinel names a primary").await;
     assert!(line["cure"].as_str().is_some_and(|cure| cure.contains("redis.sentinel.nodes")), "{line}");
 }
@@ -219,7 +214,7 @@ async fn sentinels_and_servers_with_passwords_are_each_given_their_own() {
     set.servers[primary].run("ZADD servers 2 10.0.0.1:80").await;
     eventually("the failover is followed", || async { proxy.weights()[0].1 == 2.0 }).await;
 
-    let wrong = program(&section.replace("of-sentinels", "wr0ng"));
+    let wrong = program_following(&section.replace("of-sentinels", "wr0ng"));
     let line = wrong.says("no sentinel names a primary").await;
     assert!(line["cure"].as_str().is_some_and(|cure| cure.contains("redis.sentinel.password")), "{line}");
     assert!(!wrong.log().contains("wr0ng"), "the password is in the log");

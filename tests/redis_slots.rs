@@ -15,12 +15,12 @@ const SETTINGS: &str = "heartbeat_interval: 500ms, resync_interval: 1h, response
 const SLOT: u16 = 11_335;
 
 /// A proxy with the pools `web` and `api`, whose keys share a slot that moves from the first node to the second.
-struct Scene {
+struct Setup {
     cluster: Cluster,
     proxy: Proxy,
 }
 
-impl Scene {
+impl Setup {
     async fn start(settings: &str) -> Self {
         let cluster = Cluster::start().await;
         let proxy = Proxy::start(&format!(
@@ -29,24 +29,24 @@ impl Scene {
              redis: {{{}, {SETTINGS}, {settings}}}\n",
             cluster.section()
         ));
-        let scene = Self { cluster, proxy };
-        scene.write(0, "servers", 1).await;
-        scene.write(0, "{servers}:api", 1).await;
-        scene.see([1, 1]).await;
-        let (from, to) = (scene.cluster.id(0).await, scene.cluster.id(1).await);
-        scene.node(1).run(&format!("CLUSTER SETSLOT {SLOT} IMPORTING {from}")).await;
-        scene.node(0).run(&format!("CLUSTER SETSLOT {SLOT} MIGRATING {to}")).await;
-        scene
+        let setup = Self { cluster, proxy };
+        setup.write(0, "servers", 1).await;
+        setup.write(0, "{servers}:api", 1).await;
+        setup.see([1, 1]).await;
+        let (from, to) = (setup.cluster.id(0).await, setup.cluster.id(1).await);
+        setup.node(1).run(&format!("CLUSTER SETSLOT {SLOT} IMPORTING {from}")).await;
+        setup.node(0).run(&format!("CLUSTER SETSLOT {SLOT} MIGRATING {to}")).await;
+        setup
     }
 
-    fn node(&self, place: usize) -> &Redis {
-        &self.cluster.nodes[place]
+    fn node(&self, node: usize) -> &Redis {
+        &self.cluster.nodes[node]
     }
 
-    async fn write(&self, place: usize, key: &str, weight: u32) {
+    async fn write(&self, node: usize, key: &str, weight: u32) {
         let mut write = redis::pipe();
         write.cmd("ASKING").ignore().cmd("ZADD").arg(key).arg(weight).arg("10.0.0.1:80").ignore();
-        let mut connection = self.node(place).connection().await;
+        let mut connection = self.node(node).connection().await;
         write.query_async::<()>(&mut connection).await.expect("it has the key");
     }
 
@@ -67,8 +67,8 @@ impl Scene {
     }
 
     fn weights(&self) -> [Option<f64>; 2] {
-        [0, 1].map(|place| {
-            let snapshot = self.proxy.running.observed.pools()[place].pool.cell.load();
+        [0, 1].map(|index| {
+            let snapshot = self.proxy.running.observed.pools()[index].pool.cell.load();
             snapshot.members().first().map(|member| member.weight.get())
         })
     }
@@ -76,77 +76,77 @@ impl Scene {
 
 #[tokio::test]
 async fn a_key_that_goes_ahead_does_not_take_another_pools_reader_with_it() {
-    let scene = Scene::start("on_empty: keep_last").await;
-    follows_both_while_one_key_is_ahead(&scene).await;
+    let setup = Setup::start("on_empty: keep_last").await;
+    follows_both_while_one_key_is_ahead(&setup).await;
 }
 
 #[tokio::test]
 async fn a_key_that_goes_ahead_costs_no_pool_a_session_where_an_empty_table_would() {
-    let scene = Scene::start("on_empty: refuse").await;
-    follows_both_while_one_key_is_ahead(&scene).await;
+    let setup = Setup::start("on_empty: refuse").await;
+    follows_both_while_one_key_is_ahead(&setup).await;
 }
 
-async fn follows_both_while_one_key_is_ahead(scene: &Scene) {
-    scene.move_ahead("servers").await;
+async fn follows_both_while_one_key_is_ahead(setup: &Setup) {
+    setup.move_ahead("servers").await;
     for weight in 2..6 {
-        scene.write(1, "servers", weight).await;
-        scene.write(0, "{servers}:api", weight).await;
-        scene.see([weight; 2]).await;
+        setup.write(1, "servers", weight).await;
+        setup.write(0, "{servers}:api", weight).await;
+        setup.see([weight; 2]).await;
     }
-    scene.move_ahead("{servers}:api").await;
-    scene.write(1, "{servers}:api", 7).await;
-    scene.see([5, 7]).await;
+    setup.move_ahead("{servers}:api").await;
+    setup.write(1, "{servers}:api", 7).await;
+    setup.see([5, 7]).await;
 }
 
 #[tokio::test]
 async fn a_node_that_dies_with_a_key_that_went_ahead_does_not_keep_its_pool() {
-    let mut scene = Scene::start("on_empty: keep_last").await;
-    for node in &scene.cluster.nodes {
+    let mut setup = Setup::start("on_empty: keep_last").await;
+    for node in &setup.cluster.nodes {
         node.run("CONFIG SET cluster-require-full-coverage no").await;
     }
-    scene.move_ahead("servers").await;
-    scene.write(1, "servers", 2).await;
-    scene.see([2, 1]).await;
-    scene.cluster.nodes[1].kill();
-    scene.node(0).run(&format!("CLUSTER SETSLOT {SLOT} STABLE")).await;
-    scene.write(0, "servers", 3).await;
-    scene.write(0, "{servers}:api", 3).await;
-    scene.see([3, 3]).await;
+    setup.move_ahead("servers").await;
+    setup.write(1, "servers", 2).await;
+    setup.see([2, 1]).await;
+    setup.cluster.nodes[1].kill();
+    setup.node(0).run(&format!("CLUSTER SETSLOT {SLOT} STABLE")).await;
+    setup.write(0, "servers", 3).await;
+    setup.write(0, "{servers}:api", 3).await;
+    setup.see([3, 3]).await;
 }
 
 /// A reshard that was broken off, and cleaned up at one end alone.
 #[tokio::test]
 async fn a_key_that_comes_back_is_read_where_it_is_though_the_other_node_still_imports_its_slot() {
-    let scene = Scene::start("on_empty: refuse").await;
-    scene.move_ahead("servers").await;
-    scene.write(1, "servers", 2).await;
-    scene.see([2, 1]).await;
-    scene.node(0).run(&format!("CLUSTER SETSLOT {SLOT} STABLE")).await;
+    let setup = Setup::start("on_empty: refuse").await;
+    setup.move_ahead("servers").await;
+    setup.write(1, "servers", 2).await;
+    setup.see([2, 1]).await;
+    setup.node(0).run(&format!("CLUSTER SETSLOT {SLOT} STABLE")).await;
     let mut back = redis::pipe();
-    back.cmd("ASKING").ignore().cmd("MIGRATE").arg("127.0.0.1").arg(scene.node(0).port);
+    back.cmd("ASKING").ignore().cmd("MIGRATE").arg("127.0.0.1").arg(setup.node(0).port);
     back.arg("servers").arg(0).arg(5000).ignore();
-    let mut connection = scene.node(1).connection().await;
+    let mut connection = setup.node(1).connection().await;
     back.query_async::<()>(&mut connection).await.expect("it has the key");
-    scene.see([2, 1]).await;
+    setup.see([2, 1]).await;
     for weight in 3..6 {
-        scene.write(0, "servers", weight).await;
-        scene.see([weight, 1]).await;
+        setup.write(0, "servers", weight).await;
+        setup.see([weight, 1]).await;
     }
 }
 
 #[tokio::test]
 async fn a_table_that_is_deleted_after_it_went_ahead_is_empty() {
-    let scene = Scene::start("on_empty: refuse").await;
-    scene.move_ahead("servers").await;
-    scene.write(1, "servers", 2).await;
-    scene.see([2, 1]).await;
+    let setup = Setup::start("on_empty: refuse").await;
+    setup.move_ahead("servers").await;
+    setup.write(1, "servers", 2).await;
+    setup.see([2, 1]).await;
     let mut delete = redis::pipe();
     delete.cmd("ASKING").ignore().cmd("DEL").arg("servers").ignore();
-    let mut connection = scene.node(1).connection().await;
+    let mut connection = setup.node(1).connection().await;
     delete.query_async::<()>(&mut connection).await.expect("it has the key");
-    eventually("it is empty", || async { scene.weights() == [None, Some(1.0)] }).await;
-    scene.write(1, "servers", 3).await;
-    eventually("it is back", || async { scene.weights() == [Some(3.0), Some(1.0)] }).await;
+    eventually("it is empty", || async { setup.weights() == [None, Some(1.0)] }).await;
+    setup.write(1, "servers", 3).await;
+    eventually("it is back", || async { setup.weights() == [Some(3.0), Some(1.0)] }).await;
 }
 
 /// More of them than are asked at once, so that each that fails gives its place to another.

@@ -1,22 +1,18 @@
 //! The table follows Redis: whatever writes it, whoever may read it, and however changes are told.
 
-use std::net::SocketAddr;
-
 use redis::Value;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
-use crate::support::{Backend, Program, Proxy, Redis, eventually, greeting};
+use crate::support::{
+    Backend, Program, Proxy, Redis, eventually, follow, greeting, mode_becomes, next_greeting_is,
+};
 
 /// Only a notification can tell of a change within the scenario's patience.
 const NOTIFIED: &str = "resync_interval: 1h, on_empty: refuse";
 /// As short as a scenario wants what is long for an operator.
 const HASTY: &str = "resync_interval: 1s, poll_interval: 50ms, heartbeat_interval: 200ms, max_stale: 2s";
-
-fn follow(redis: &Redis, more: &str) -> Proxy {
-    Proxy::web(&format!("redis: {{url: \"{}\", {more}}}", redis.url()), "weights_key: servers")
-}
 
 fn program(url: &str, more: &str, backends: &[&Backend], top: &str) -> Program {
     let backends: Vec<String> = backends.iter().map(|b| format!("\"{}\": 1", b.address)).collect();
@@ -32,16 +28,6 @@ async fn table_becomes(proxy: &Proxy, why: &str, wanted: &[(&str, f64)]) {
         wanted.iter().map(|(name, weight)| ((*name).to_owned(), *weight)).collect();
     eventually(&format!("after {why}, the table is {wanted:?}"), || async { proxy.weights() == wanted })
         .await;
-}
-
-async fn mode_becomes(proxy: &Proxy, mode: &str) {
-    let series = format!("statera_redis_watch_mode{{mode=\"{mode}\"}}");
-    eventually(&series, || async { proxy.metric(&series) == Some(1.0) }).await;
-}
-
-async fn next_greeting_is(address: SocketAddr, wanted: &str) {
-    let what = format!("sessions reach {wanted}");
-    eventually(&what, || async { greeting(address).await.is_ok_and(|name| name == wanted) }).await;
 }
 
 fn failed_reads(proxy: &Proxy) -> f64 {

@@ -1,22 +1,16 @@
 //! The ways of noticing a change: which one is taken, what each of them misses, and what happens when it is taken away.
 
-use crate::support::{Backend, LEAST_RIGHTS, Program, Proxy, Redis, Traffic, eventually};
+use crate::support::{
+    Backend, LEAST_RIGHTS, Program, Proxy, Redis, Traffic, eventually, follow, mode_becomes,
+};
 
 /// Nothing but the server can tell of a change within the scenario's patience.
 const TOLD: &str = "resync_interval: 1h, on_empty: refuse, poll_interval: 1h, max_stale: 2h";
 /// The mode is proven again every second.
 const HASTY: &str = "resync_interval: 1s, poll_interval: 50ms, heartbeat_interval: 200ms, max_stale: 2s";
-fn follow(redis: &Redis, more: &str) -> Proxy {
-    Proxy::web(&format!("redis: {{url: \"{}\", {more}}}", redis.url()), "weights_key: servers")
-}
 
 fn follow_as_user(redis: &Redis, more: &str) -> Proxy {
     follow(redis, &format!("username: statera, password: secret, {more}"))
-}
-
-async fn mode_becomes(proxy: &Proxy, mode: &str) {
-    let series = format!("statera_redis_watch_mode{{mode=\"{mode}\"}}");
-    eventually(&series, || async { proxy.metric(&series) == Some(1.0) }).await;
 }
 
 /// Writes another weight, and waits for it.

@@ -26,11 +26,11 @@ async fn reads_slowly(mut writer: Peer, mut reader: Peer, bytes_a_second: u64) -
         let mut pace = interval(PACE);
         pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let step = bytes_a_second * PACE.as_millis() as u64 / 1000;
-        let mut place = 0;
-        while place < total {
+        let mut position = 0;
+        while position < total {
             pace.tick().await;
-            pattern.expect_between(&mut reader, place, place + step).await;
-            place += step;
+            pattern.expect_between(&mut reader, position, position + step).await;
+            position += step;
         }
     };
     tokio::select! {

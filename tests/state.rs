@@ -13,7 +13,9 @@ use rustix::process::Signal;
 use tempfile::TempDir;
 use tokio::time::{Instant, sleep};
 
-use crate::support::{Backend, Program, Proxy, Redis, dead_address, eventually, greeting, require};
+use crate::support::{
+    Backend, Program, Proxy, Redis, dead_address, eventually, greeting, next_greeting_is, require,
+};
 
 fn folder() -> TempDir {
     TempDir::new().expect("a folder")
@@ -90,11 +92,6 @@ fn saved(state_dir: &Path) -> String {
 
 async fn file_says(state_dir: &Path, part: &str) {
     eventually(&format!("the file says {part:?}"), || async { saved(state_dir).contains(part) }).await;
-}
-
-async fn next_greeting_is(proxy: std::net::SocketAddr, wanted: &str) {
-    let what = format!("sessions reach {wanted}");
-    eventually(&what, || async { greeting(proxy).await.is_ok_and(|name| name == wanted) }).await;
 }
 
 async fn refuses(proxy: std::net::SocketAddr) -> bool {

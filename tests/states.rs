@@ -1,10 +1,9 @@
 //! Admin states: who is in drain or maint gets no new sessions, on every proxy, whatever its weight and health.
 
-use redis::Value;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
-use crate::support::{Backend, Desk, Program, Proxy, Redis, dead_address, eventually, greeting};
+use crate::support::{Backend, Desk, Program, Proxy, Redis, calls, dead_address, eventually, greeting};
 
 const NOTIFIED: &str = "watch: notifications, resync_interval: 1h";
 
@@ -18,14 +17,6 @@ fn follow(redis: &Redis, settings: &str, pool: &str) -> Proxy {
 fn of(proxy: &Proxy, name: &str, backend: &Backend) -> f64 {
     let series = format!("statera_backend_{name}{{pool=\"web\",backend=\"{}\"}}", backend.address);
     proxy.metric(&series).unwrap_or_default()
-}
-
-/// How often somebody has read the states of a table.
-async fn reads(redis: &Redis) -> u64 {
-    let Value::BulkString(stats) = redis.run("INFO commandstats").await else { panic!("no statistics") };
-    let stats = String::from_utf8_lossy(&stats).into_owned();
-    let calls = stats.split_once("cmdstat_hlen:calls=").map_or("0", |(_, calls)| calls);
-    calls.split(',').next().and_then(|calls| calls.parse().ok()).expect("a number")
 }
 
 async fn effective_weight_becomes(proxy: &Proxy, backend: &Backend, wanted: f64) {
@@ -166,9 +157,9 @@ async fn states_are_obeyed_beside_a_table_that_is_kept_and_vanish_with_none() {
     effective_weight_becomes(&proxy, &a, 5.0).await;
     assert_eq!(of(&proxy, "effective_weight", &b), 0.0);
     // Whatever took the weights may take the states along: both are kept.
-    let before = reads(&redis).await;
+    let before = calls(&redis, "hlen").await;
     redis.run("DEL {servers}:states").await;
-    eventually("it is read", || async { reads(&redis).await > before }).await;
+    eventually("it is read", || async { calls(&redis, "hlen").await > before }).await;
     for _ in 0..10 {
         assert_eq!(greeting(proxy.address()).await.expect("an answer"), "a");
     }
@@ -194,14 +185,14 @@ async fn states_that_flip_write_few_lines() {
     let address = program.address().await;
     eventually("the table arrives", || async { greeting(address).await.is_ok_and(|name| name == "a") }).await;
     for flip in 0..100 {
-        let before = reads(&redis).await;
+        let before = calls(&redis, "hlen").await;
         redis.run("DEL {servers}:states").await;
         match flip % 3 {
             0 => redis.run(&format!("HSET {{servers}}:states {} Drain", a.address)).await,
             1 => redis.run("SET {servers}:states x").await,
             _ => redis.run("PING").await,
         };
-        eventually("it is read", || async { reads(&redis).await > before }).await;
+        eventually("it is read", || async { calls(&redis, "hlen").await > before }).await;
     }
     let log = program.log();
     let lines =

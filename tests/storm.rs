@@ -204,7 +204,7 @@ fn command(words: &[String]) -> redis::Cmd {
 
 /// Opens sessions at the wanted rate, however long they take.
 async fn connect(addresses: &[SocketAddr], storm: &Arc<Storm>) {
-    let places = Arc::new(Semaphore::new(AT_ONCE));
+    let permits = Arc::new(Semaphore::new(AT_ONCE));
     let begun = Instant::now();
     let mut ticks = interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -213,18 +213,18 @@ async fn connect(addresses: &[SocketAddr], storm: &Arc<Storm>) {
         ticks.tick().await;
         let due = (begun.elapsed().as_secs_f64() * SESSIONS_PER_SECOND) as u64;
         while opened < due {
-            let Ok(place) = Arc::clone(&places).try_acquire_owned() else { break };
+            let Ok(permit) = Arc::clone(&permits).try_acquire_owned() else { break };
             let address = addresses[(opened % addresses.len() as u64) as usize];
             let storm = Arc::clone(storm);
             opened += 1;
             tokio::spawn(async move {
                 session(address, &storm).await;
-                drop(place);
+                drop(permit);
             });
         }
     }
-    let all = places.acquire_many(AT_ONCE as u32);
-    drop(timeout(PATIENCE, all).await.expect("every session ends").expect("the places are open"));
+    let all = permits.acquire_many(AT_ONCE as u32);
+    drop(timeout(PATIENCE, all).await.expect("every session ends").expect("it is never closed"));
 }
 
 async fn session(address: SocketAddr, storm: &Storm) {

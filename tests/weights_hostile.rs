@@ -5,7 +5,7 @@
 
 use redis::Value;
 
-use crate::support::Desk;
+use crate::support::{Desk, calls};
 
 const A: &str = "10.0.0.1:80";
 const B: &str = "10.0.0.2:80";
@@ -128,13 +128,6 @@ async fn desk() -> Desk {
     desk
 }
 
-/// Calls of a command, as the server counts them.
-async fn calls(desk: &Desk, command: &str) -> u64 {
-    let info: String = redis::from_redis_value(desk.redis.run("INFO commandstats").await).expect("a text");
-    let line = info.lines().find_map(|line| line.strip_prefix(&format!("cmdstat_{command}:calls=")));
-    line.and_then(|line| line.split(',').next()?.parse().ok()).unwrap_or(0)
-}
-
 async fn weights_themselves(desk: &Desk) -> Value {
     desk.redis.run("DUMP servers").await
 }
@@ -177,7 +170,7 @@ async fn try_all(desk: &Desk, cases: Vec<Case>) {
             }
         }
         // However many entries there are.
-        let reads = calls(desk, "xrevrange").await;
+        let reads = calls(&desk.redis, "xrevrange").await;
         assert!(reads < 5 * 2_100, "{name}: {reads} reads of the history");
     }
 }
@@ -282,8 +275,8 @@ async fn a_hostile_history_is_refused_by_its_key_and_the_weights_stay() {
     ));
     let mut not_utf8 = case("not UTF-8", &[], "", "");
     not_utf8.setup = vec![words(&entry("3", "set", "[]"))];
-    for place in [6, 10, 12, 16, 18] {
-        not_utf8.setup[0][place] = b"\xff\xc0[[\"".to_vec();
+    for index in [6, 10, 12, 16, 18] {
+        not_utf8.setup[0][index] = b"\xff\xc0[[\"".to_vec();
     }
     cases.push(not_utf8);
     try_all(&desk, cases).await;

@@ -1,0 +1,37 @@
+//! Proxies that follow the key `servers` of a Redis, and what scenarios wait for while they do.
+
+use std::net::SocketAddr;
+
+use super::{Program, Proxy, Redis, eventually, greeting};
+
+/// A proxy whose pool `web` follows `servers`. `more` goes into the `redis` section.
+pub fn follow(redis: &Redis, more: &str) -> Proxy {
+    Proxy::web(&format!("redis: {{url: \"{}\", {more}}}", redis.url()), "weights_key: servers")
+}
+
+/// The same as a program with this `redis` section.
+pub fn program_following(section: &str) -> Program {
+    Program::run(&format!(
+        "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\npools: {{web: {{weights_key: servers}}}}\n\
+         redis: {{{section}, heartbeat_interval: 200ms}}\n"
+    ))
+}
+
+/// Waits until the proxy notices changes by `mode`.
+pub async fn mode_becomes(proxy: &Proxy, mode: &str) {
+    let series = format!("statera_redis_watch_mode{{mode=\"{mode}\"}}");
+    eventually(&series, || async { proxy.metric(&series) == Some(1.0) }).await;
+}
+
+/// Waits until a new session through `proxy` reaches the backend called `name`.
+pub async fn next_greeting_is(proxy: SocketAddr, name: &str) {
+    let what = format!("sessions reach {name}");
+    eventually(&what, || async { greeting(proxy).await.is_ok_and(|greeting| greeting == name) }).await;
+}
+
+/// How often the server has run `command`, by its own count.
+pub async fn calls(redis: &Redis, command: &str) -> u64 {
+    let info: String = redis::from_redis_value(redis.run("INFO commandstats").await).expect("a text");
+    let line = info.lines().find_map(|line| line.strip_prefix(&format!("cmdstat_{command}:calls=")));
+    line.and_then(|line| line.split(',').next()?.parse().ok()).unwrap_or(0)
+}
