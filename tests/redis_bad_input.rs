@@ -1,15 +1,15 @@
-//! What no Redis should answer, and what no table should hold: named with its cure, in bounded memory, while the last table
-//! serves.
+//! Invalid answers from Redis and oversized tables: the log names the cause and the cure, memory stays
+//! bounded, and the last table goes on serving.
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::time::{Duration, sleep};
 
 use crate::support::{Backend, Program, Redis, ScriptedRedis, calls, eventually, greeting, sum_of};
 
-/// Read again and again, whatever is told; a busy machine has time to answer.
+/// Reads the table every 20 ms, with timeouts long enough for a busy machine.
 const POLLED: &str = "watch: poll, poll_interval: 20ms, connect_timeout: 10s, response_timeout: 10s";
 
-/// A program with a pool `web` on the key `servers` and `other` on the key `others`.
+/// Starts the program with the pool `web` on the key `servers` and the pool `other` on the key `others`.
 fn program(port: u16, more: &str, configured: &Backend) -> Program {
     Program::run(&format!(
         "workers: 1\nadmin: {{bind: \"127.0.0.1:0\"}}\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
@@ -28,7 +28,7 @@ async fn serves(program: &Program, wanted: &str) {
     .await;
 }
 
-/// Twenty sessions, one after the other.
+/// Runs twenty sessions, one after the other.
 async fn goes_on_serving(program: &Program, wanted: &str) {
     let address = program.addresses().await.0[0];
     for _ in 0..20 {
@@ -53,7 +53,7 @@ fn one_member(backend: &Backend, weight: u32) -> Vec<u8> {
     format!("*1\r\n*2\r\n${}\r\n{name}\r\n,{weight}\r\n", name.len()).into()
 }
 
-/// Of another shape than members with scores, and sound as answers.
+/// Valid replies of the protocol that are no list of members with scores.
 const WRONG_SHAPES: [&str; 9] = [
     ":3\r\n",
     "+OK\r\n",
@@ -67,7 +67,7 @@ const WRONG_SHAPES: [&str; 9] = [
 ];
 
 #[tokio::test]
-async fn an_answer_of_the_wrong_shape_is_named_and_the_last_table_serves() {
+async fn a_reply_of_the_wrong_shape_is_named_and_the_last_table_serves() {
     let (configured, known) = (Backend::named("configured").await, Backend::named("known").await);
     let redis = ScriptedRedis::answering(&one_member(&known, 1));
     let program = program(redis.port, POLLED, &configured);
@@ -87,7 +87,7 @@ async fn an_answer_of_the_wrong_shape_is_named_and_the_last_table_serves() {
 }
 
 #[tokio::test]
-async fn what_is_no_answer_at_all_is_named_and_the_last_table_serves() {
+async fn a_reply_that_breaks_the_protocol_is_named_and_the_last_table_serves() {
     let (configured, known) = (Backend::named("configured").await, Backend::named("known").await);
     let redis = ScriptedRedis::answering(&one_member(&known, 1));
     let program = program(redis.port, POLLED, &configured);
@@ -109,13 +109,13 @@ async fn what_is_no_answer_at_all_is_named_and_the_last_table_serves() {
 }
 
 #[tokio::test]
-async fn an_answer_that_announces_more_than_memory_is_named_before_it_is_taken_in() {
+async fn a_reply_that_announces_more_than_the_limit_is_refused_before_it_is_read() {
     let (configured, known) = (Backend::named("configured").await, Backend::named("known").await);
     let redis = ScriptedRedis::answering(&one_member(&known, 1));
     let program = program(redis.port, POLLED, &configured);
     serves(&program, "known").await;
     let before = program.peak_kilobytes();
-    // The last one comes whole: a line that does not end.
+    // A line without an end, of which more than the limit is really sent.
     let flood = [b"+".as_slice(), &vec![b'x'; 64 << 20]].concat();
     let announced: [&[u8]; 4] = [b"$536870912\r\nx", b"*1000000000\r\n", b"*1\r\n%4000000000\r\n", &flood];
     for (weight, answer) in (2..).zip(announced) {
@@ -136,7 +136,7 @@ async fn an_answer_that_announces_more_than_memory_is_named_before_it_is_taken_i
 }
 
 #[tokio::test]
-async fn an_answer_that_never_comes_whole_is_named_the_second_time_and_asked_for_ever_more_seldom() {
+async fn a_reply_that_never_completes_is_named_after_the_second_time() {
     let (configured, known) = (Backend::named("configured").await, Backend::named("known").await);
     let redis = ScriptedRedis::answering(&one_member(&known, 1));
     let settings = POLLED.replace("response_timeout: 10s", "response_timeout: 500ms");
@@ -151,13 +151,14 @@ async fn an_answer_that_never_comes_whole_is_named_the_second_time_and_asked_for
     redis.answer(&whole);
     weight_of_pool_becomes(&program, "web", 2.0).await;
     program.says("the table can be read again").await;
-    // The pool's line has told of it.
+    // The failed read is logged for the pool, and not a second time for the connection.
     for line in ["cannot connect to redis", "cannot follow redis"] {
         assert!(program.messages(line).is_empty(), "{}", program.log());
     }
 }
 
-/// Redis itself cuts off a subscriber whom it owes so much.
+/// With notifications, Redis itself closes the connection: its output buffer for a subscriber is smaller
+/// than the answer.
 #[tokio::test]
 async fn a_member_of_100_mb_that_redis_does_not_send_is_named_and_costs_no_stream_of_reads() {
     outlives_a_giant("notifications", "the connection is closed whenever the table is asked for").await;
@@ -172,7 +173,7 @@ async fn outlives_a_giant(watch: &str, reason: &str) {
     let (configured, known) = (Backend::named("configured").await, Backend::named("known").await);
     let redis = Redis::start().await;
     redis.set_weights([(&known, 1.0)]).await;
-    // Stale soon, so that Redis is to pick.
+    // With a short `max_stale` the snapshot becomes stale and the proxy asks Redis to pick.
     let settings = format!("watch: {watch}, max_stale: 2s, response_timeout: 10s");
     let program = program(redis.port, &settings, &configured);
     serves(&program, "known").await;
@@ -180,10 +181,13 @@ async fn outlives_a_giant(watch: &str, reason: &str) {
     let giant = vec![b'x'; 100_000_000];
     redis.run_words(&[b"ZADD".as_slice(), b"servers", b"1", &giant]).await;
     let line = program.says("cannot read the weights, keeping the last table").await;
-    let said = line["reason"].as_str().expect("a text");
-    assert!(said.contains(reason) && said.contains("remove the members that are no addresses"), "{said}");
+    let logged = line["reason"].as_str().expect("a text");
+    assert!(
+        logged.contains(reason) && logged.contains("remove the members that are no addresses"),
+        "{logged}"
+    );
 
-    // The other pool's table is followed all the time.
+    // Meanwhile changes of the other pool's table still arrive.
     for weight in 1..=20 {
         redis.run(&format!("ZADD others {weight} 10.0.0.1:80")).await;
         weight_of_pool_becomes(&program, "other", f64::from(weight)).await;
@@ -194,7 +198,8 @@ async fn outlives_a_giant(watch: &str, reason: &str) {
         program.metric("statera_picks_total", "source=\"stale\"").await > 100.0
     })
     .await;
-    // 100 sessions asked for a pick, and the members of one answer were long.
+    // More than 100 sessions needed a pick. After an answer with oversized members Redis is seldom asked
+    // again.
     let asked = calls(&redis, if Redis::is_before_7() { "evalsha" } else { "evalsha_ro" }).await;
     assert!(asked <= 10, "{asked} questions");
     assert_eq!(program.metric("statera_picks_total", "source=\"lua\"").await, 0.0);
@@ -210,9 +215,9 @@ async fn outlives_a_giant(watch: &str, reason: &str) {
     println!("{failed} reads, {asked} questions, {grown} kB");
 }
 
-/// Makes `filled` with so many members, to be renamed to a table's key in one change.
+/// Fills the key `filled` with `members` members. A test renames it to a table's key, which is one change.
 async fn fill(redis: &Redis, members: u32) {
-    // In pieces: whoever asks meanwhile is told BUSY where a script takes longer than five seconds.
+    // In pieces: while a script runs for more than five seconds, Redis answers BUSY to all other commands.
     const PIECE: u32 = 100_000;
     let script = "for i = ARGV[1], ARGV[2] do redis.call('ZADD', KEYS[1], 1, \
                   '10.' .. math.floor(i / 62500) .. '.' .. math.floor(i / 250) % 250 .. '.' .. i % 250 .. ':80') end";
@@ -227,7 +232,7 @@ async fn a_million_members_are_refused_once_counted_from_then_on_and_the_last_ta
     let (configured, known) = (Backend::named("configured").await, Backend::named("known").await);
     let redis = Redis::start().await;
     redis.set_weights([(&known, 1.0)]).await;
-    // A full read of the other pool's key would count as one.
+    // No full reads within the scenario: a read of the other pool's key would be counted too.
     let settings = "max_stale: 2h, resync_interval: 1h, response_timeout: 20s";
     let program = program(redis.port, settings, &configured);
     serves(&program, "known").await;

@@ -1,6 +1,8 @@
-//! In a Redis Cluster each pool's table is read from the node that owns its slot, wherever that goes.
+//! In a Redis Cluster each pool's table is read from the node that owns its slot, also after the slot or its
+//! owner changes.
 //!
-//! Each scenario has a cluster of its own: three primaries, and a replica of the one that has `servers`.
+//! Each scenario starts its own cluster: three primaries, and a replica of the primary that has the key
+//! `servers`.
 
 use std::time::Duration;
 
@@ -14,13 +16,16 @@ use crate::support::{
 };
 
 const HEARTBEAT: Duration = Duration::from_millis(500);
-/// A reconnect or a re-read tells nothing in time: what arrives was followed. The deadlines are a busy machine's.
+/// No full read happens within a scenario, so a change that arrives was notified. The timeouts allow for a
+/// busy machine.
 const SETTINGS: &str = "heartbeat_interval: 500ms, resync_interval: 1h, response_timeout: 2s, connect_timeout: 2s, max_stale: 10s";
-/// A server that is frozen is not left for its silence, but only because the cluster says so.
+/// With these settings silence does not end a connection: a frozen server is left only because the cluster
+/// names another.
 const PATIENT: &str = "heartbeat_interval: 500ms, resync_interval: 1h, response_timeout: 60s, connect_timeout: 2s, max_stale: 2m";
-/// Of `servers`.
+/// The slot of the key `servers`.
 const SLOT: u16 = 11_335;
-/// On an idle machine it is one second; the tests' machine has two cores and other tests.
+/// New weights must arrive within one second; two more are for a test machine with two cores and other
+/// tests.
 const AT_ONCE: Duration = Duration::from_secs(1 + 2);
 
 /// A proxy that follows the cluster, a backend in its table, and traffic.
@@ -37,7 +42,7 @@ impl Setup {
         cluster.nodes[0].set_weights([(&backend, 1.0)]).await;
         let proxy = follow(&cluster, settings);
         eventually("the table arrives", || async { proxy.weights().len() == 1 }).await;
-        // Whatever was written is on the replica, so that no failover loses it.
+        // Waits until the replica has the table, so that no failover loses it.
         assert_eq!(cluster.nodes[0].run("WAIT 1 20000").await, Value::Int(1));
         let traffic = Traffic::start(proxy.address());
         traffic.more(20).await;
@@ -52,26 +57,27 @@ impl Setup {
         self.proxy.weights()[0].1
     }
 
-    /// Writes to a node, and tells how long the change took.
+    /// Writes a weight to a node and returns how long the proxy took to have it.
     async fn arrives(&self, node: usize, weight: f64) -> Duration {
         self.write(node, weight).await;
         self.seen(weight).await
     }
 
+    /// Waits until the proxy has `weight`.
     async fn seen(&self, weight: f64) -> Duration {
         let written = Instant::now();
         eventually(&format!("weight {weight} arrives"), || async { self.weight() == weight }).await;
         written.elapsed()
     }
 
-    /// The first node takes writes as a primary, and what it takes does not reach us.
-    async fn is_not_fed_by_the_old_one(&self) {
+    /// The old primary, which is the first node, still accepts writes, and they do not reach the proxy.
+    async fn does_not_follow_the_old_primary(&self) {
         let role = info(&self.cluster.nodes[0], "replication").await;
         assert!(role.contains("role:master"), "{role}");
         self.write(0, 99.0).await;
         let written = Instant::now();
         eventually("two heartbeats have passed", || async {
-            assert_ne!(self.weight(), 99.0, "the old primary feeds us");
+            assert_ne!(self.weight(), 99.0, "the proxy follows the old primary");
             written.elapsed() > 2 * HEARTBEAT
         })
         .await;
@@ -91,7 +97,7 @@ fn weights_of(proxy: &Proxy, index: usize) -> Vec<f64> {
 #[tokio::test]
 async fn pools_on_different_nodes_are_followed_over_one_connection_a_node() {
     let cluster = Cluster::start().await;
-    // By their slots.
+    // Each key with the node that owns its slot.
     let keys = [("servers", 0), ("other", 0), ("api", 1), ("queues", 2)];
     for (key, node) in keys {
         cluster.nodes[node].run(&format!("ZADD {key} 1 10.0.0.1:80")).await;
@@ -144,7 +150,7 @@ async fn a_primary_that_is_killed_is_followed_by_its_replica_and_no_session_fail
     setup.traffic.stop().await;
 }
 
-/// As `redis-cli --cluster reshard` does it, and slowly: a change at every step.
+/// Moves the slot as `redis-cli --cluster reshard` does, with a weight change at every step.
 #[tokio::test]
 async fn a_slot_that_moves_to_another_node_is_followed_at_every_step() {
     let setup = Setup::start(SETTINGS).await;
@@ -154,7 +160,7 @@ async fn a_slot_that_moves_to_another_node_is_followed_at_every_step() {
     nodes[0].run(&format!("CLUSTER SETSLOT {SLOT} MIGRATING {to}")).await;
     setup.arrives(0, 2.0).await;
     nodes[0].run(&format!("MIGRATE 127.0.0.1 {} servers 0 5000", nodes[1].port)).await;
-    // The key is ahead of its slot: the new node serves it to those alone that were sent there.
+    // The key has moved and its slot has not: the new node serves the key only after ASKING.
     for weight in [3.0, 4.0] {
         let mut ahead = redis::pipe();
         ahead.cmd("ASKING").ignore();
@@ -170,9 +176,10 @@ async fn a_slot_that_moves_to_another_node_is_followed_at_every_step() {
     setup.traffic.stop().await;
 }
 
-/// The old primary was frozen, and goes on as one when it wakes up: it takes writes, and tells of them.
+/// The old primary was frozen. When it wakes up it still acts as a primary: it accepts writes and notifies
+/// of them.
 #[tokio::test]
-async fn an_old_primary_that_wakes_up_does_not_feed_us_after_the_failover() {
+async fn an_old_primary_that_wakes_up_is_not_followed_after_the_failover() {
     let setup = Setup::start(PATIENT).await;
     let nodes = &setup.cluster.nodes;
     setup.cluster.cut_off(0).await;
@@ -181,14 +188,14 @@ async fn an_old_primary_that_wakes_up_does_not_feed_us_after_the_failover() {
     let took = setup.arrives(Cluster::REPLICA, 5.0).await;
     println!("new weights took {took:?}");
     nodes[0].thaw();
-    setup.is_not_fed_by_the_old_one().await;
+    setup.does_not_follow_the_old_primary().await;
     setup.arrives(Cluster::REPLICA, 6.0).await;
     setup.traffic.stop().await;
 }
 
-/// A cluster that is cut in two: the old primary answers us all the time, and nobody else.
+/// The network is split: the old primary answers only the proxy, and the other nodes elect a new primary.
 #[tokio::test]
-async fn an_old_primary_that_never_stopped_does_not_feed_us_after_the_failover() {
+async fn an_old_primary_that_never_stopped_is_not_followed_after_the_failover() {
     let setup = Setup::start(SETTINGS).await;
     let nodes = &setup.cluster.nodes;
     setup.cluster.cut_off(0).await;
@@ -196,13 +203,13 @@ async fn an_old_primary_that_never_stopped_does_not_feed_us_after_the_failover()
     setup.cluster.takes_over(Cluster::REPLICA).await;
     let took = setup.arrives(Cluster::REPLICA, 5.0).await;
     println!("new weights took {took:?}");
-    setup.is_not_fed_by_the_old_one().await;
+    setup.does_not_follow_the_old_primary().await;
     setup.arrives(Cluster::REPLICA, 6.0).await;
     setup.traffic.stop().await;
 }
 
 #[tokio::test]
-async fn nodes_that_are_away_or_silent_do_not_matter() {
+async fn nodes_that_are_down_or_silent_do_not_delay_the_table() {
     let cluster = Cluster::start().await;
     cluster.nodes[0].run("ZADD servers 1 10.0.0.1:80").await;
     let (_silent, silent) = silent_address().await;
@@ -213,7 +220,7 @@ async fn nodes_that_are_away_or_silent_do_not_matter() {
     );
     let proxy = Proxy::web(&format!("redis: {{{section}, {SETTINGS}}}"), "weights_key: servers");
     eventually("the table arrives", || async { proxy.weights().len() == 1 }).await;
-    // From the nodes that the one named: it is not needed any more.
+    // The proxy has learned the other nodes from this one and no longer needs it.
     cluster.nodes[1].freeze();
     cluster.nodes[0].run("ZADD servers 2 10.0.0.1:80").await;
     eventually("a change arrives", || async { proxy.weights()[0].1 == 2.0 }).await;
@@ -221,9 +228,9 @@ async fn nodes_that_are_away_or_silent_do_not_matter() {
 }
 
 #[tokio::test]
-async fn a_node_that_is_frozen_keeps_only_its_own_pools_from_the_lua_pick() {
+async fn a_frozen_node_stops_the_lua_pick_of_its_own_pools_only() {
     let (cluster, backend) = (Cluster::start().await, Backend::named("picked").await);
-    // Nothing can be watched, so Redis has to pick.
+    // Without the right to subscribe the proxy cannot watch, so sessions need the Lua pick.
     for node in &cluster.nodes {
         node.grant(&LEAST_RIGHTS.replace(" +subscribe", "").replace("servers* ", "* ")).await;
     }
@@ -241,7 +248,7 @@ async fn a_node_that_is_frozen_keeps_only_its_own_pools_from_the_lua_pick() {
         SETTINGS.replace("response_timeout: 2s", "response_timeout: 500ms")
     ));
     let [first, second] = [0, 1].map(|listener| proxy.running.addresses[listener].1[0]);
-    let says = async |address, name| greeting(address).await.is_ok_and(|said| said == name);
+    let says = async |address, name| greeting(address).await.is_ok_and(|greeting| greeting == name);
     eventually("redis picks for both", || async {
         says(first, "picked").await && says(second, "picked").await
     })
@@ -259,14 +266,14 @@ async fn a_node_that_is_frozen_keeps_only_its_own_pools_from_the_lua_pick() {
     eventually("it picks again", || async { says(second, "picked").await }).await;
 }
 
-/// What docs/questions/redis-rights.md tells people to grant.
+/// The rights that docs/questions/redis-rights.md lists for an operator to grant.
 const LEAST_RIGHTS: &str = "on >secret resetkeys %R~servers* %R~{servers}:states resetchannels &__keyspace@0__:servers* \
                             &__keyspace@0__:{servers}:states nocommands +hello +auth +ping +hlen +hgetall +hget +hstrlen \
                             +select +client|setname +client|id +client|tracking +subscribe +unsubscribe +zrange +zcard +eval_ro \
                             +evalsha_ro +script|load +config|get +cluster|slots +cluster|nodes +asking";
 
 #[tokio::test]
-async fn the_rights_that_are_documented_are_enough_while_a_slot_moves_too() {
+async fn the_documented_rights_are_enough_also_while_a_slot_moves() {
     let cluster = Cluster::start().await;
     for node in &cluster.nodes {
         node.grant(LEAST_RIGHTS).await;
@@ -292,7 +299,7 @@ async fn the_rights_that_are_documented_are_enough_while_a_slot_moves_too() {
     sees(3.0).await;
 }
 
-/// The first line that says why: its error, then its cure.
+/// Waits for the log line `message` and returns its error and its cure.
 async fn refusal(section: &str, message: &str) -> (String, String) {
     let program = program_following(section);
     let line = program.says(message).await;
@@ -301,30 +308,31 @@ async fn refusal(section: &str, message: &str) -> (String, String) {
 }
 
 #[tokio::test]
-async fn what_is_wrong_is_told_with_its_cure() {
-    const NOBODY: &str = "no node of the cluster says who owns the weights";
+async fn a_wrong_cluster_setting_is_logged_with_its_cure() {
+    const NO_OWNER: &str = "no node of the cluster says who owns the weights";
     let cluster = Cluster::start().await;
     for node in &cluster.nodes {
         node.grant(&LEAST_RIGHTS.replace(" +cluster|slots +cluster|nodes", "")).await;
     }
     let as_user = format!("{}, username: statera, password: secret", cluster.section());
-    let (error, cure) = refusal(&as_user, NOBODY).await;
+    let (error, cure) = refusal(&as_user, NO_OWNER).await;
     assert!(error.contains("cluster") && cure.contains("grant"), "{error}: {cure}");
 
     let alone = Redis::start().await;
-    let (error, cure) = refusal(&format!("cluster: {{nodes: [\"127.0.0.1:{}\"]}}", alone.port), NOBODY).await;
+    let (error, cure) =
+        refusal(&format!("cluster: {{nodes: [\"127.0.0.1:{}\"]}}", alone.port), NO_OWNER).await;
     assert!(error.contains("not part of a cluster") && cure.contains("redis.url"), "{error}: {cure}");
 
-    let (_, cure) = refusal(&format!("cluster: {{nodes: [\"127.0.0.1:{}\"]}}", free_port()), NOBODY).await;
+    let (_, cure) = refusal(&format!("cluster: {{nodes: [\"127.0.0.1:{}\"]}}", free_port()), NO_OWNER).await;
     assert!(cure.contains("redis.cluster.nodes"), "{cure}");
 
-    // A node of a cluster, followed as if it were alone.
+    // `redis.url` names a node of a cluster.
     let plain = program_following(&format!("url: \"{}\"", cluster.nodes[1].url()));
     let line = plain.says("cannot read the weights").await;
     let reason = line["reason"].as_str().unwrap_or_default();
     assert!(reason.contains("write redis.cluster"), "{line}");
 
-    // Nobody serves the slot, and the replica must not go on saying that its primary does.
+    // No node owns the slot any more. The replica must not still report its primary as the owner.
     for node in &cluster.nodes {
         node.run(&format!("CLUSTER DELSLOTS {SLOT}")).await;
     }
@@ -334,7 +342,7 @@ async fn what_is_wrong_is_told_with_its_cure() {
     assert!(line["cure"].as_str().is_some_and(|cure| cure.contains("CLUSTER NODES")), "{line}");
 }
 
-/// `statera weights` and these words, with a config of its own.
+/// Runs `statera weights` with these words and this config file.
 async fn typed(config: &std::path::Path, words: &[&str]) -> Typed {
     let mut command = std::process::Command::new(Program::path());
     command.arg("weights").args(words).arg("-c").arg(config);
@@ -342,12 +350,12 @@ async fn typed(config: &std::path::Path, words: &[&str]) -> Typed {
 }
 
 #[tokio::test]
-async fn weights_are_changed_by_command_and_the_proxies_report_it_while_a_slot_moves_too() {
+async fn weights_are_changed_by_command_and_reported_by_proxies_also_while_a_slot_moves() {
     let cluster = Cluster::start().await;
     let yaml = format!(
         "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\npools: {{web: {{weights_key: servers}}}}\n\
          redis: {{{}, {SETTINGS}}}\n",
-        // One node, and not the owner.
+        // The only configured node does not own the slot.
         format_args!("cluster: {{nodes: [\"127.0.0.1:{}\"]}}", cluster.nodes[2].port)
     );
     let proxy = Proxy::start(&yaml);
@@ -359,11 +367,11 @@ async fn weights_are_changed_by_command_and_the_proxies_report_it_while_a_slot_m
         assert_eq!((typed.code, typed.errors.as_str()), (Some(0), ""), "{words:?}");
         typed.said
     };
-    let said = done(&["set", "web", "10.0.0.1:80=5", "--wait=20s"]).await;
-    assert!(said.contains("applied by 1 proxy"), "{said}");
+    let answer = done(&["set", "web", "10.0.0.1:80=5", "--wait=20s"]).await;
+    assert!(answer.contains("applied by 1 proxy"), "{answer}");
     assert_eq!(weights_of(&proxy, 0), [5.0]);
 
-    // All keys of the pool move, the slot does not yet.
+    // All keys of the pool move before the slot itself does.
     let (from, to) = (cluster.id(0).await, cluster.id(1).await);
     cluster.nodes[1].run(&format!("CLUSTER SETSLOT {SLOT} IMPORTING {from}")).await;
     cluster.nodes[0].run(&format!("CLUSTER SETSLOT {SLOT} MIGRATING {to}")).await;
@@ -372,7 +380,7 @@ async fn weights_are_changed_by_command_and_the_proxies_report_it_while_a_slot_m
     let keys: Vec<String> = redis::from_redis_value(keys).expect("a list");
     assert_eq!(keys.len(), 5, "{keys:?}");
     for key in keys {
-        // The proxy may have reported to the new node already, which is what REPLACE is for.
+        // REPLACE, because the proxy may have written its report to the new node already.
         let port = cluster.nodes[1].port;
         cluster.nodes[0].run(&format!("MIGRATE 127.0.0.1 {port} {key} 0 5000 REPLACE")).await;
     }

@@ -1,14 +1,15 @@
-//! What a Redis Cluster of thousands of slot ranges costs while nothing changes: few bytes, and a change is followed all the same.
+//! A Redis Cluster of thousands of slot ranges that does not change costs few bytes, and a change is still
+//! noticed.
 
 use redis::Value;
 
 use crate::support::{Cluster, Proxy, Redis, eventually};
 
-/// Of `servers`: odd.
+/// The slot of the key `servers`; it is odd.
 const SLOT: u16 = 11_335;
 const SETTINGS: &str = "heartbeat_interval: 200ms, resync_interval: 1h, response_timeout: 10s, connect_timeout: 10s, max_stale: 1m";
 
-/// The sum of the calls of all commands whose name begins so, as the server counts them.
+/// How often the server has run the commands whose names begin with `name`, by its own count.
 async fn calls_of_all(redis: &Redis, name: &str) -> u64 {
     let info: String = redis::from_redis_value(redis.run("INFO commandstats").await).expect("a text");
     let name = format!("cmdstat_{name}");
@@ -16,7 +17,7 @@ async fn calls_of_all(redis: &Redis, name: &str) -> u64 {
     lines.filter_map(|line| line.split_once(":calls=")?.1.split(',').next()?.parse::<u64>().ok()).sum()
 }
 
-/// The ranges that a node names.
+/// The slot ranges that a node lists.
 async fn ranges(redis: &Redis) -> usize {
     let Value::Array(ranges) = redis.run("CLUSTER SLOTS").await else { panic!("no ranges") };
     ranges.len()
@@ -42,7 +43,7 @@ async fn costs_little_and_is_followed(ranges_wanted: usize, slots: [Vec<u16>; 2]
         ranges(&first).await == ranges_wanted && ranges(&second).await == ranges_wanted
     })
     .await;
-    // A write is refused while the cluster is down.
+    // The cluster must be up before a write succeeds.
     eventually("the cluster is up", || async {
         let info: String = redis::from_redis_value(first.run("CLUSTER INFO").await).expect("a text");
         info.contains("cluster_state:ok")
@@ -62,12 +63,12 @@ async fn costs_little_and_is_followed(ranges_wanted: usize, slots: [Vec<u16>; 2]
     let more = calls_of_all(&first, "cluster|slots").await - wholes;
     assert!(more <= 1, "{more} whole answers of {ranges_wanted} ranges in 30 rounds");
 
-    // The slot moves, as `redis-cli --cluster reshard` does it; no message tells of it.
+    // Moves the slot as `redis-cli --cluster reshard` does. No notification announces such a move.
     let (from, to) = (id(&first).await, id(&second).await);
     second.run(&format!("CLUSTER SETSLOT {SLOT} IMPORTING {from}")).await;
     first.run(&format!("CLUSTER SETSLOT {SLOT} MIGRATING {to}")).await;
     first.run(&format!("MIGRATE 127.0.0.1 {} servers 0 5000", second.port)).await;
-    // The first hears it from the second, and gives up what it still has of the slot.
+    // The first node learns of the move from the second one and drops its copy of the slot.
     second.run(&format!("CLUSTER SETSLOT {SLOT} NODE {to}")).await;
     second.run("ZADD servers 7 10.0.0.1:80").await;
     eventually("the new owner is followed", || async { proxy.weights().first().is_some_and(|w| w.1 == 7.0) })
@@ -92,7 +93,7 @@ async fn an_unchanged_cluster_of_16384_ranges_is_not_read_whole_again_and_again(
     costs_little_and_is_followed(16_384, [odd, even]).await;
 }
 
-/// In a cluster of few ranges all is asked for each time, in the same two commands as ever.
+/// In a cluster of few ranges the proxy reads all of them each time, by the same two commands.
 #[tokio::test]
 async fn a_cluster_of_few_ranges_is_asked_for_all_of_them() {
     let node = Cluster::alone(&[]).await;
@@ -103,6 +104,6 @@ async fn a_cluster_of_few_ranges_is_asked_for_all_of_them() {
     let wholes = calls_of_all(&node, "cluster|slots").await;
     eventually("it asks many times", || async { calls_of_all(&node, "cluster|slots").await > wholes + 10 })
         .await;
-    // Before the first answer.
+    // At most those before the first answer, when the number of ranges is not known yet.
     assert!(calls_of_all(&node, "zcard").await <= 2);
 }

@@ -1,4 +1,5 @@
-//! A server that floods: the connection ends, whatever it sends, and the proxy takes no more memory than one reply may have.
+//! A server that sends without end: the proxy closes the connection and takes no more memory than one reply
+//! may have.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
@@ -8,23 +9,23 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 
 use crate::support::{Backend, Program, eventually, greeting};
 
-/// Of one reply.
+/// The size of one reply that the proxy accepts.
 const LARGEST_REPLY: u64 = 16 << 20;
-/// What the kernel may hold between the two, at most.
+/// The most that the kernel may buffer between the server and the proxy.
 const BUFFERS: u64 = 40 << 20;
 
-/// Greets like a Redis, and answers everything else by a flood.
+/// A server that answers HELLO as Redis does, and any other command by an endless reply.
 struct Flood {
     port: u16,
     connections: Arc<AtomicUsize>,
-    /// Of the connection that took the most.
+    /// The bytes that one connection took, of the connection that took the most.
     most_taken: Arc<AtomicU64>,
 }
 
 impl Flood {
     async fn start(first: &'static [u8], piece: Vec<u8>) -> Self {
         let socket = TcpSocket::new_v4().expect("a socket");
-        // Accepted sockets inherit it.
+        // Accepted sockets inherit the buffer size.
         socket.set_send_buffer_size(64 << 10).expect("a size");
         socket.bind("127.0.0.1:0".parse().expect("an address")).expect("a free port");
         let listener: TcpListener = socket.listen(64).expect("a socket");
@@ -44,7 +45,7 @@ impl Flood {
     }
 }
 
-/// Returns how many bytes were taken after the greeting.
+/// Serves one connection. Returns how many bytes the client took after the greeting.
 async fn flood(mut client: TcpStream, first: &[u8], piece: &[u8], most: &AtomicU64) -> u64 {
     let mut asked = vec![0; 64 << 10];
     loop {
@@ -73,7 +74,7 @@ async fn flood(mut client: TcpStream, first: &[u8], piece: &[u8], most: &AtomicU
     taken
 }
 
-/// In bytes, at its highest.
+/// The peak resident memory of the program, in bytes.
 fn most_memory(program: &Program) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", program.pid())).expect("it runs");
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("it is there");
@@ -81,7 +82,7 @@ fn most_memory(program: &Program) -> u64 {
 }
 
 #[tokio::test]
-async fn a_server_that_floods_is_left_within_16_mib_whatever_it_sends() {
+async fn a_server_that_sends_without_end_is_disconnected_within_16_mib_whatever_it_sends() {
     let letters = vec![b'x'; 32 << 10];
     for (first, piece) in [
         (b"=-1\r\n".as_slice(), letters.clone()),

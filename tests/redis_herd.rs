@@ -1,6 +1,8 @@
-//! No herd: what many proxies ask of one Redis when it comes back to all of them at once, and when a large table never rests.
+//! No thundering herd: many proxies spread their reconnects and reads when Redis comes back to all of them
+//! at once, and when a large table changes all the time.
 //!
-//! Counted on Redis's side. STATERA_SEED has no say here: what is shown is that chance does its work.
+//! Redis counts the commands. STATERA_SEED has no effect here: the scenarios show that random pauses spread
+//! the load.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -14,19 +16,21 @@ use tokio::time::{Instant, sleep};
 use crate::support::{Backend, PATIENCE, Program, Proxy, Redis, eventually, greeting};
 
 const PROXIES: u64 = 50;
-/// The watching one, the one for picks, the one for reports.
+/// Each proxy has three: for watching, for Lua picks and for reports.
 const CONNECTIONS: u64 = 3 * PROXIES;
 const WINDOW: Duration = Duration::from_millis(100);
-/// Of all connections, in any window: where pauses go up to 900 ms, a sixth is expected. In step, it would be all.
+/// The largest share of all connections that may come within one window. With pauses of up to 900 ms a sixth
+/// is expected; proxies in step would all come at once.
 const MOST_CONNECTIONS: f64 = 0.35;
-/// Of those who watch, where the first pause goes up to 500 ms: a fifth is expected, and in step it would be all.
+/// The same of the watching connections, whose first pause is up to 500 ms: a fifth is expected.
 const MOST_WATCHERS: f64 = 0.6;
-/// Long enough that all have come to their longest pause.
+/// How long Redis is down: long enough for every proxy to reach its longest pause.
 const DOWN: Duration = Duration::from_millis(2_500);
-/// Few, so that a pick reads the table whole, in one ZRANGE, and so that this machine's work on 50 tables spreads nothing.
+/// Few members, so that a pick reads the whole table by one ZRANGE and the work on 50 tables does not itself
+/// spread the reads.
 const MEMBERS: u32 = 10;
 
-/// One backend that has weight, and many that have none.
+/// Writes a table of one backend with weight 1 and others with weight 0.
 async fn write_table(redis: &Redis, backend: &Backend) {
     let mut words =
         vec!["ZADD".to_owned(), "servers".to_owned(), "1".to_owned(), backend.address.to_string()];
@@ -37,7 +41,7 @@ async fn write_table(redis: &Redis, backend: &Backend) {
 }
 
 async fn fleet(redis: &Redis) -> Vec<Program> {
-    // A pick that waited would be seen by its seconds.
+    // The pick timeout is long, so that a pick that waits shows in the session's time.
     let yaml = format!(
         "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
          pools: {{web: {{weights_key: servers, backends: {{\"127.0.0.1:9\": 1}}}}}}\nlua_pick: {{timeout: 2500ms, max_in_flight: 4}}\n\
@@ -55,13 +59,13 @@ async fn info(connection: &mut MultiplexedConnection, section: &str) -> String {
     redis::cmd("INFO").arg(section).query_async(connection).await.expect("an answer")
 }
 
-/// A number of it, by its name.
+/// A number in an answer to INFO, by its name.
 fn number(info: &str, name: &str) -> u64 {
     let line = info.lines().find_map(|line| line.strip_prefix(name));
     line.and_then(|line| line.split([',', '\r']).next()?.parse().ok()).unwrap_or(0)
 }
 
-/// What comes back is counted by.
+/// The counter of Redis by which returning connections are counted, and how many are expected.
 #[derive(Clone, Copy)]
 struct Sign {
     section: &'static str,
@@ -70,7 +74,7 @@ struct Sign {
 }
 
 const CONNECTED: Sign = Sign { section: "stats", name: "total_connections_received:", total: CONNECTIONS };
-/// Each subscribes to the weights, and then to the admin states.
+/// Each proxy subscribes twice: to the weights and to the admin states.
 const WATCHING: Sign = Sign { section: "commandstats", name: "cmdstat_subscribe:calls=", total: 2 * PROXIES };
 
 impl Sign {
@@ -79,18 +83,19 @@ impl Sign {
     }
 }
 
-/// How often Redis was asked what: whole reads, picks.
+/// How often Redis was asked for the table and for a pick.
 async fn reads(connection: &mut MultiplexedConnection) -> (u64, u64) {
-    // All in one answer: a pick between two of them would be taken off the reads.
+    // Both counters come from one answer: a pick between two answers would be subtracted from the reads.
     let info = info(connection, "commandstats").await;
     let zrange = number(&info, "cmdstat_zrange:calls=");
     let command = if Redis::is_before_7() { "cmdstat_evalsha:calls=" } else { "cmdstat_evalsha_ro:calls=" };
     let picks = number(&info, command);
-    // Each pick reads the table too, inside of the script.
+    // The script of a pick also calls ZRANGE.
     (zrange - picks, picks)
 }
 
-/// Looks at how many of `sign` there have been, beside `before`, from `begun` on until all are back.
+/// Records how many connections have come back, by `sign`, until all have. `before` is the count before
+/// `begun`.
 async fn watch_them_come(
     connection: &mut MultiplexedConnection,
     sign: Sign,
@@ -107,7 +112,8 @@ async fn watch_them_come(
     seen
 }
 
-/// Fails where a larger part than `limit` came within any [`WINDOW`]. Where nobody looked for longer, as many windows count.
+/// Fails if a larger share than `limit` came within any [`WINDOW`]. A longer gap between two counts is
+/// spread over the windows that it spans.
 fn are_spread(seen: &[(Duration, u64)], limit: f64) -> f64 {
     let total = seen.last().expect("there is one").1 as f64;
     let mut most = 0.0_f64;
@@ -125,18 +131,18 @@ fn are_spread(seen: &[(Duration, u64)], limit: f64) -> f64 {
     most
 }
 
-/// What proxies report, and how many do.
+/// The tables that the proxies report, and how many proxies report.
 async fn reports(redis: &Redis) -> (BTreeSet<String>, u64) {
     let mut connection = redis.connection().await;
     let hvals = redis::cmd("HVALS").arg("{servers}:applied").query_async(&mut connection).await;
     let reports: Vec<String> = hvals.expect("reports");
-    // What has no space in it tells since when nobody has come back.
+    // An entry without a space is no report: it is the time since which no proxy has come back to the hash.
     let hashes: Vec<&str> = reports.iter().filter_map(|report| Some(report.split_once(' ')?.1)).collect();
     let count = hashes.len() as u64;
     (hashes.into_iter().map(str::to_owned).collect(), count)
 }
 
-/// All have applied one table that nobody had before, by their own reports.
+/// Changes a weight and waits until all proxies report the same new table.
 async fn all_have_applied_a_new_weight(redis: &Redis, backend: &Backend, weight: u32) {
     let (old, _) = reports(redis).await;
     redis.run(&format!("ZADD servers {weight} {}", backend.address)).await;
@@ -158,21 +164,22 @@ async fn fifty_proxies_come_back_to_a_redis_that_restarts_spread_out_and_read_on
 
     redis.kill();
     sleep(DOWN).await;
-    // Stale by now, and nobody waits for a Redis that is known to be away.
+    // The snapshots are stale by now. Sessions do not wait for a Redis that is known to be down.
     for program in &programs {
         assert_eq!(greeting(program.address().await).await.expect("an answer"), "backend");
     }
     let begun = Instant::now();
     redis.launch().await;
     let mut connection = redis.connection().await;
-    // Two are ours: the launch asks until it is answered.
+    // Two connections are the test's: `launch` connects until it is answered, and `connection` once.
     let seen = watch_them_come(&mut connection, CONNECTED, 2, begun).await;
     let most = are_spread(&seen, MOST_CONNECTIONS);
     all_have_applied_a_new_weight(&redis, &backend, 3).await;
 
     let (reads, picks) = reads(&mut connection).await;
     println!("{most:.2} of the connections within {WINDOW:?} at most, {reads} reads, {picks} picks");
-    // One on its new connection, one for the new weight; and whoever was cut off while Redis came up, once more.
+    // Each proxy reads once on its new connection and once for the new weight. A proxy that was disconnected
+    // while Redis started reads once more.
     assert!((2 * PROXIES..=3 * PROXIES).contains(&reads), "{reads} reads for {PROXIES} proxies");
     assert!((PROXIES..=2 * PROXIES).contains(&picks), "{picks} picks for {PROXIES} proxies");
     for program in &programs {
@@ -182,7 +189,7 @@ async fn fifty_proxies_come_back_to_a_redis_that_restarts_spread_out_and_read_on
 }
 
 #[tokio::test]
-async fn fifty_proxies_whose_connections_are_all_cut_in_one_moment_do_not_come_back_in_one() {
+async fn fifty_proxies_whose_connections_are_all_cut_at_once_come_back_spread_out() {
     let backend = Backend::named("backend").await;
     let redis = Redis::start().await;
     write_table(&redis, &backend).await;
@@ -205,7 +212,7 @@ async fn fifty_proxies_whose_connections_are_all_cut_in_one_moment_do_not_come_b
 }
 
 #[tokio::test]
-async fn ten_thousand_members_that_change_a_hundred_times_a_second_cost_one_read_in_a_tenth_of_a_second() {
+async fn a_hundred_changes_a_second_of_ten_thousand_members_cost_a_proxy_at_most_ten_reads_a_second() {
     const MEMBERS: u32 = 10_000;
     const FOLLOWERS: u64 = 2;
     let redis = Redis::start().await;
@@ -259,7 +266,7 @@ async fn ten_thousand_members_that_change_a_hundred_times_a_second_cost_one_read
     };
     eventually("all have the last table", || async { proxies.iter().all(|proxy| proxy.weights() == wanted) })
         .await;
-    // Ours was one.
+    // One of the reads was the test's own.
     let read = reads(&mut connection).await.0 - before - 1;
     let elapsed = begun.elapsed();
     println!("{read} reads of {FOLLOWERS} proxies for {changes} changes in {elapsed:?}");

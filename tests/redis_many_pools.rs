@@ -1,4 +1,5 @@
-//! Many pools on one connection over a long way: how fresh their tables are must not depend on pools × round trip.
+//! Many pools on one connection with a long round trip: the tables must stay fresh although pools × round
+//! trip is long.
 
 use std::time::Duration;
 
@@ -6,11 +7,11 @@ use crate::support::{Link, Passing, Proxy, Redis, eventually};
 
 const POOLS: usize = 250;
 const ROUND_TRIP: Duration = Duration::from_millis(20);
-/// The default of `redis.max_stale`: what one table after the other takes.
+/// The default of `redis.max_stale`. Reading one table after the other would take as long.
 const MAX_STALE: Duration = Duration::from_secs(5);
 
-/// A proxy whose pools all have a table, over a link that answers late.
-async fn scene(settings: &str) -> (Redis, Link, Proxy) {
+/// A proxy with a table in Redis for each pool, over a link that delays every answer.
+async fn start(settings: &str) -> (Redis, Link, Proxy) {
     let redis = Redis::start().await;
     let mut pools = String::new();
     let mut pipe = redis::pipe();
@@ -30,7 +31,7 @@ async fn scene(settings: &str) -> (Redis, Link, Proxy) {
 }
 
 fn oldest(proxy: &Proxy) -> Option<Duration> {
-    // `None`, of a table that never came, is the oldest of all.
+    // A table that never came counts as the oldest.
     let pools = proxy.running.observed.pools();
     let ages = pools.iter().map(|observed| observed.pool.cell.age().unwrap_or(Duration::MAX));
     ages.max().filter(|age| *age != Duration::MAX)
@@ -40,7 +41,7 @@ async fn all_arrive(proxy: &Proxy) {
     eventually("all tables arrive", || async { oldest(proxy).is_some() }).await;
 }
 
-/// Each table stays fresh until so many tables more were read.
+/// Asserts that every table stays fresh until `tables` more have been read.
 async fn stay_fresh(proxy: &Proxy, tables: usize) {
     let reads = || proxy.metric("statera_redis_resyncs_total").expect("it is counted");
     let before = reads();
@@ -53,9 +54,9 @@ async fn stay_fresh(proxy: &Proxy, tables: usize) {
 }
 
 #[tokio::test]
-async fn tables_stay_fresh_though_pools_times_round_trip_is_longer_than_they_may_be_stale() {
+async fn tables_stay_fresh_although_pools_times_round_trip_is_longer_than_max_stale() {
     for settings in ["resync_interval: 2s", "watch: poll"] {
-        let (_redis, _link, proxy) = scene(settings).await;
+        let (_redis, _link, proxy) = start(settings).await;
         all_arrive(&proxy).await;
         stay_fresh(&proxy, POOLS * 3).await;
     }
@@ -63,7 +64,7 @@ async fn tables_stay_fresh_though_pools_times_round_trip_is_longer_than_they_may
 
 #[tokio::test]
 async fn a_new_connection_is_ready_before_the_tables_are_stale() {
-    let (redis, _link, proxy) = scene("resync_interval: 1h").await;
+    let (redis, _link, proxy) = start("resync_interval: 1h").await;
     all_arrive(&proxy).await;
     for round in 1..=2 {
         redis.run("CLIENT KILL TYPE pubsub").await;

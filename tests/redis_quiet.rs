@@ -1,7 +1,8 @@
-//! What a proxy itself asks of Redis must not make it ask again: at rest it costs Redis its heartbeats and full reads,
-//! whatever the server tells, whichever way changes are noticed, and whatever stands under the keys.
+//! A proxy's own reads must not cause further reads: while nothing changes it sends heartbeats and full
+//! reads only, in every watch mode, with every kind of event, and whatever value the keys have.
 //!
-//! Commands are counted by Redis (`INFO`) and divided by the time that has passed, so a slow machine makes the rates smaller.
+//! Redis counts the commands (`INFO`), which are divided by the time passed, so a slow machine makes the
+//! rates smaller.
 
 use std::time::Duration;
 
@@ -11,15 +12,16 @@ use tokio::time::Instant;
 use crate::support::{Cluster, Program, Proxy, Redis, Sentinels, eventually, mode_becomes};
 
 const MODES: [&str; 4] = ["notifications", "tracking", "auto", "poll"];
-/// Reads that nothing asked for would show: there are no others but those of `poll`.
+/// With these settings only `poll` reads without an event, so any other read shows.
 const OFTEN: &str = "heartbeat_interval: 200ms, poll_interval: 200ms, resync_interval: 1h, max_stale: 2h";
-/// A proxy's two heartbeats of 200 ms are 11 commands a second, and a loop that rests as long as one of them some 20. Loops
-/// without a rest were 1,471 and 30,103.
+/// Commands a second that one proxy may send. Its heartbeats are 11 commands a second, and a loop that
+/// pauses for a heartbeat adds about 20. Loops without a pause were measured at 1,471 and 30,103.
 const MOST_COMMANDS: f64 = 60.0;
-/// Heartbeats of one proxy that make up a window: two seconds.
+/// The length of a window in heartbeats of one proxy: two seconds.
 const WINDOW: u64 = 20;
 
-/// What can stand under the weights key and under that of the admin states, in an order in which each can be made.
+/// The states of the weights key and the key of admin states, and the commands that lead from each state to
+/// the next.
 const KEYS: [(&str, &[&str]); 4] = [
     ("missing", &[]),
     ("there", &["ZADD servers 1 10.0.0.1:80", "HSET {servers}:states 10.0.0.1:80 drain"]),
@@ -43,7 +45,7 @@ fn follow_at(server: &str, watch: &str, more: &str) -> Proxy {
 struct Count {
     heartbeats: u64,
     reads: u64,
-    /// Without our own questions.
+    /// Without the INFO commands of the test.
     commands: u64,
 }
 
@@ -60,7 +62,7 @@ async fn count(connection: &mut MultiplexedConnection) -> Count {
     }
 }
 
-/// Waits for so many heartbeats, of all proxies together.
+/// Waits for `more` heartbeats of all proxies together.
 async fn heartbeats(connection: &MultiplexedConnection, more: u64) {
     let before = count(&mut connection.clone()).await.heartbeats;
     eventually("heartbeats", || {
@@ -70,11 +72,11 @@ async fn heartbeats(connection: &MultiplexedConnection, more: u64) {
     .await;
 }
 
-/// Commands a second, over a window of heartbeats of all `proxies`.
+/// The rate of commands over one window of all `proxies`.
 async fn commands_a_second(connection: &MultiplexedConnection, proxies: u64) -> f64 {
     let (before, begun) = (count(&mut connection.clone()).await, Instant::now());
     heartbeats(connection, WINDOW * proxies).await;
-    // Taken later than the time: what comes between counts against us.
+    // The time is taken before the count, so that commands in between make the rate larger, not smaller.
     let seconds = begun.elapsed().as_secs_f64();
     (count(&mut connection.clone()).await.commands - before.commands) as f64 / seconds
 }
@@ -84,7 +86,7 @@ async fn all_modes_are_quiet(arguments: &[&str]) {
     all_modes_are_quiet_at(&format!("url: \"{}\"", redis.url()), &redis, arguments).await;
 }
 
-/// Proxies of all modes follow one Redis: what one of them reads may be an event for the others.
+/// One proxy in each mode follows the same Redis, since a read of one may be an event for the others.
 async fn all_modes_are_quiet_at(server: &str, redis: &Redis, what: &[&str]) {
     let connection = redis.connection().await;
     let proxies = MODES.map(|mode| follow_at(server, mode, OFTEN));
@@ -97,7 +99,7 @@ async fn all_modes_are_quiet_at(server: &str, redis: &Redis, what: &[&str]) {
         for command in commands {
             redis.run(command).await;
         }
-        // What a change costs, and reads until they rest, are not meant.
+        // Skips the reads that the change itself causes.
         heartbeats(&connection, WINDOW / 2 * count).await;
         let rate = commands_a_second(&connection, count).await;
         println!("{what:?}, keys {state}: {rate:.0} commands a second");
@@ -109,7 +111,7 @@ async fn all_modes_are_quiet_at(server: &str, redis: &Redis, what: &[&str]) {
 }
 
 #[tokio::test]
-async fn reads_of_missing_keys_that_redis_tells_of_cause_no_reads() {
+async fn notified_reads_of_missing_keys_cause_no_further_reads() {
     all_modes_are_quiet(&["--notify-keyspace-events", "KEAm"]).await;
 }
 
@@ -125,7 +127,7 @@ async fn small_output_buffers_cause_no_flood_of_reads() {
 }
 
 #[tokio::test]
-async fn in_a_cluster_and_behind_sentinels_reads_cause_no_reads_either() {
+async fn in_a_cluster_and_behind_sentinels_reads_cause_no_further_reads() {
     let limits = ["--notify-keyspace-events", "KEAm", "--tracking-table-max-keys", "1"];
     let cluster = Cluster::start_with(&limits).await;
     all_modes_are_quiet_at(&cluster.section(), &cluster.nodes[0], &["cluster"]).await;
@@ -137,7 +139,7 @@ async fn in_a_cluster_and_behind_sentinels_reads_cause_no_reads_either() {
     all_modes_are_quiet_at(&set.section(), &set.servers[0], &["sentinels"]).await;
 }
 
-/// Each read ends the connection, and each connection begins with a read.
+/// Each read overflows the buffer, which ends the connection, and each new connection begins with a read.
 #[tokio::test]
 async fn tables_larger_than_the_output_buffer_cause_no_flood_of_connections() {
     let arguments = ["--notify-keyspace-events", "KEAm", "--client-output-buffer-limit", "pubsub 16kb 0 0"];
@@ -158,7 +160,7 @@ async fn tables_larger_than_the_output_buffer_cause_no_flood_of_connections() {
          redis: {{url: \"{}\"}}\n",
         redis.url()
     ));
-    eventually("each pool is told", || async {
+    eventually("each pool is logged", || async {
         program.messages("cannot read the weights, keeping the last table").len() >= POOLS
     })
     .await;
@@ -168,12 +170,12 @@ async fn tables_larger_than_the_output_buffer_cause_no_flood_of_connections() {
     let (commands, reads) = (after.commands - before.commands, after.reads - before.reads);
     let a_second = |count: u64| count as f64 / seconds;
     println!("{:.1} commands, {:.1} reads a second", a_second(commands), a_second(reads));
-    // A pool is tried at growing intervals, so few connections come.
+    // A pool is read again at growing intervals, so there are few connections.
     assert!(a_second(commands) < MOST_COMMANDS, "{commands} in {seconds:.1} s");
     assert!(reads as f64 <= 8.0 + 4.0 * seconds, "{reads} in {seconds:.1} s");
 }
 
-/// Of each: what a tool writes again and again, and which database it has selected.
+/// Commands that a tool repeats, with a name and the database that it has selected.
 const FUTILE: [(&str, u8, &[&str]); 3] = [
     ("the same weights", 0, &["DEL servers", "ZADD servers 1 10.0.0.1:80"]),
     ("the same key in another database", 1, &["SET servers x", "DEL servers"]),
@@ -181,7 +183,7 @@ const FUTILE: [(&str, u8, &[&str]); 3] = [
 ];
 
 #[tokio::test]
-async fn a_tool_that_changes_nothing_in_a_loop_causes_no_flood_of_reads_and_hides_no_change() {
+async fn a_tool_that_writes_the_same_value_in_a_loop_causes_no_flood_of_reads_and_hides_no_change() {
     let redis = Redis::start().await;
     redis.run("ZADD servers 1 10.0.0.1:80").await;
     let connection = redis.connection().await;
@@ -225,9 +227,9 @@ async fn a_tool_that_changes_nothing_in_a_loop_causes_no_flood_of_reads_and_hide
     }
 }
 
-/// Had the invalidations a say in it, each of the changes would wait for half an hour.
+/// If invalidations were used here, each change would be read only half an hour later.
 #[tokio::test]
-async fn a_full_tracking_table_delays_no_change_that_a_notification_tells() {
+async fn a_full_tracking_table_delays_no_change_that_is_notified() {
     let arguments = ["--notify-keyspace-events", "KA", "--tracking-table-max-keys", "1"];
     let redis = Redis::start_with(&arguments).await;
     let proxy = follow(&redis, "auto", OFTEN);
@@ -239,6 +241,7 @@ async fn a_full_tracking_table_delays_no_change_that_a_notification_tells() {
         eventually("the weight arrives", || async { proxy.weights() == wanted }).await;
     }
     let reads = count(&mut connection).await.reads;
-    // One for each change, one for each that was told twice, and those of a loop before it rests.
+    // One read for each change, one for each that is announced twice, and some before repeated reads are
+    // slowed down.
     assert!(reads < 150, "{reads} reads");
 }

@@ -1,12 +1,13 @@
-//! Faults in any order, as a seed says: writes, floods of them, wrong types, FLUSHALL, notifications switched off, rights
-//! revoked, users deleted, connections killed, links silenced and reset, proxies killed, a Redis frozen, killed and started
-//! again without its data.
+//! Random faults, in an order given by a seed: writes, floods of writes, wrong types, FLUSHALL,
+//! notifications switched off, rights revoked, users deleted, connections killed, links silenced and reset,
+//! proxies killed, Redis frozen, killed and started again without its data.
 //!
-//! After each spell of them every proxy holds what Redis holds; and at every moment a proxy that calls its snapshot fresh has
-//! a table that Redis held no longer ago than is promised: docs/decisions/0007-freshness.md. Failovers have a
-//! module of their own, `redis_random_sentinel.rs`.
+//! After each round of faults every proxy has the table that Redis has. At every moment a proxy with a fresh
+//! snapshot has a table that Redis had no longer ago than is promised (docs/decisions/0007-freshness.md).
+//! Failovers are in `redis_random_sentinel.rs`.
 //!
-//! STATERA_SEED replays what was done, though not when; STATERA_LONG=1 takes 20 seeds and half an hour.
+//! STATERA_SEED replays the faults, but not their exact times. STATERA_LONG=1 runs at least 20 seeds and
+//! half an hour.
 
 use std::time::Duration;
 
@@ -21,36 +22,37 @@ use crate::support::{
 
 const RESYNC: Duration = Duration::from_millis(500);
 const MAX_STALE: Duration = Duration::from_millis(500);
-/// For the `redis` section of a config. A random run's proxies all have it.
+/// Settings for the `redis` section of every proxy in a random run.
 pub const SETTINGS: &str = "resync_interval: 500ms, heartbeat_interval: 100ms, poll_interval: 100ms, response_timeout: 300ms, \
                             connect_timeout: 300ms, max_stale: 500ms";
-/// What this process and its proxies may be late by on a machine with other work.
+/// How late this process and its proxies may be on a busy machine.
 pub const NOISE: Duration = Duration::from_millis(500);
-/// What is promised under [`SETTINGS`]. Resyncs are jittered by a tenth.
+/// The promise under [`SETTINGS`]. The resync interval varies by a tenth.
 pub const PROMISE: Promise = Promise {
     max_stale: MAX_STALE,
     overtaken: RESYNC.saturating_add(Duration::from_millis(50)).saturating_add(NOISE),
 };
-/// Longer than all of these together: after it, a change that was missed breaks the promise.
+/// Longer than all of these times together: a change that is still missing after this pause breaks the
+/// promise.
 pub const LONG_PAUSE: Duration = Duration::from_millis(1_700);
-const FAULTS_IN_A_SPELL: u32 = 14;
-/// Of a short run; in half of them tables may be lost.
-const SPELLS: u32 = 2;
-/// Of a long run, and of a seed that is replayed.
-const LONG_SPELLS: u32 = 14;
+const FAULTS_IN_A_ROUND: u32 = 14;
+/// Rounds of a short run; in half of them tables may be lost.
+const ROUNDS: u32 = 2;
+/// Rounds of a long run, and of a seed that is replayed.
+const LONG_ROUNDS: u32 = 14;
 
-/// The one who writes to Redis and breaks it.
-struct Hand<'a> {
+/// Writes to Redis and breaks things.
+struct Saboteur<'a> {
     redis: Redis,
     link: &'a Link,
     writer: Writer,
     program: Restarted,
-    /// Tables may be lost, too.
+    /// True while faults may also lose the table.
     may_lose: bool,
 }
 
-impl Hand<'_> {
-    /// True if some proxy may hear nothing of what is written now.
+impl Saboteur<'_> {
+    /// Causes one fault. Returns true if a proxy may not be notified of writes now.
     async fn breaks_something(&mut self) -> bool {
         let what = self.writer.random.u32(0..26);
         match what {
@@ -92,7 +94,7 @@ impl Hand<'_> {
                 self.redis.run(&format!("CONFIG SET timeout {seconds}")).await;
             }
             19..=22 => {
-                // Redis 6 cannot take a part of a command away.
+                // Redis 6 cannot revoke a subcommand.
                 let changes = ["resetchannels", "resetkeys", "off", "-zrange"];
                 let change = changes[self.writer.random.usize(0..changes.len())];
                 println!("  user: {change}");
@@ -121,13 +123,13 @@ impl Hand<'_> {
         println!("  clients: killed");
         let mut connection = self.redis.connection().await;
         for kind in [["TYPE", "pubsub"], ["TYPE", "normal"], ["USER", "statera"]] {
-            // Its answer may be lost with the connection.
+            // The command may kill its own connection, and then its answer is lost.
             let _: Result<Value, _> =
                 redis::cmd("CLIENT").arg("KILL").arg(&kind).query_async(&mut connection).await;
         }
     }
 
-    /// Mends what is broken, without a word to the proxies, and leaves a table.
+    /// Repairs everything without notifying the proxies, and leaves a table in Redis.
     async fn mends(&mut self) {
         self.link.pass(Passing::All);
         self.redis.grant(LEAST_RIGHTS).await;
@@ -135,8 +137,8 @@ impl Hand<'_> {
     }
 }
 
-async fn one_run(seed: u64, spells: u32) {
-    println!("STATERA_SEED={seed} make test ARGS=redis_random:: replays it; {spells} spells");
+async fn one_run(seed: u64, rounds: u32) {
+    println!("STATERA_SEED={seed} make test ARGS=redis_random:: replays it; {rounds} rounds");
     let mut writer = Writer::new(seed);
     let (wants_tls, is_user, watches) =
         (writer.random.u8(..3) == 0, writer.random.u8(..3) != 0, writer.watches());
@@ -166,42 +168,42 @@ async fn one_run(seed: u64, spells: u32) {
     let mut watched: Vec<Watched> = inside.iter().map(Watched::from).collect();
     watched.push(program.watched());
     let watcher = Watcher::start(&watched, &writer.history, PROMISE);
-    let mut hand = Hand { redis, link: &link, writer, program, may_lose: true };
-    for spell in 0..spells {
-        println!("spell {spell}");
-        // In every other spell nothing takes the table away, which would excuse any.
-        hand.may_lose = spell % 2 == 0;
-        for _ in 0..FAULTS_IN_A_SPELL {
-            let silent = hand.breaks_something().await;
-            let long = silent && hand.writer.random.u8(..3) == 0;
-            sleep(if long { LONG_PAUSE } else { hand.writer.pause(120) }).await;
+    let mut saboteur = Saboteur { redis, link: &link, writer, program, may_lose: true };
+    for round in 0..rounds {
+        println!("round {round}");
+        // In every other round no fault loses the table: while it is lost, any snapshot is allowed.
+        saboteur.may_lose = round % 2 == 0;
+        for _ in 0..FAULTS_IN_A_ROUND {
+            let silent = saboteur.breaks_something().await;
+            let long = silent && saboteur.writer.random.u8(..3) == 0;
+            sleep(if long { LONG_PAUSE } else { saboteur.writer.pause(120) }).await;
             if watcher.has_seen_enough() {
                 break;
             }
         }
-        hand.mends().await;
+        saboteur.mends().await;
         if watcher.has_seen_enough() {
             break;
         }
-        all_agree(&watched, &hand.redis, MAX_STALE, &format!("after spell {spell} of seed {seed}")).await;
+        all_agree(&watched, &saboteur.redis, MAX_STALE, &format!("after round {round} of seed {seed}")).await;
     }
     let seen = watcher.end().unwrap_or_else(|broken| panic!("seed {seed}: {broken}"));
     println!("fresh snapshots seen: {seen:?}");
-    // The program gives two pages of metrics for a look.
-    assert!(seen.iter().all(|looks| *looks > u64::from(spells) * 5), "hardly ever fresh: {seen:?} looks");
+    // One look at the program needs two scrapes of its metrics, so it has the fewest looks.
+    assert!(seen.iter().all(|looks| *looks > u64::from(rounds) * 5), "hardly ever fresh: {seen:?} looks");
 }
 
 #[tokio::test]
 async fn whatever_happens_a_fresh_snapshot_is_what_redis_held_a_moment_ago_and_all_agree_in_the_end() {
     if std::env::var_os("STATERA_SEED").is_some() {
-        return one_run(seed(), LONG_SPELLS).await;
+        return one_run(seed(), LONG_ROUNDS).await;
     }
     if std::env::var_os("STATERA_LONG").is_none() {
-        return one_run(seed(), SPELLS).await;
+        return one_run(seed(), ROUNDS).await;
     }
     let (begun, mut seeds) = (Instant::now(), 0);
     while seeds < 20 || begun.elapsed() < Duration::from_secs(30 * 60) {
-        one_run(fastrand::u64(..), LONG_SPELLS).await;
+        one_run(fastrand::u64(..), LONG_ROUNDS).await;
         seeds += 1;
         println!("{seeds} seeds passed in {:?}", begun.elapsed());
     }

@@ -1,11 +1,12 @@
-//! Failovers in any order, as a seed says, planned and by force, and what comes between: a primary killed, frozen, or cut off
-//! from everybody but the proxies; an old one that wakes up and takes writes, or starts empty; replicas and a sentinel that
-//! are away; proxies killed.
+//! Random failovers, in an order given by a seed: planned ones, and a primary that is killed, frozen, or
+//! reachable by the proxies only. An old primary wakes up and accepts writes, or starts empty; replicas and
+//! a sentinel are down; proxies are killed.
 //!
-//! Held to the same promise as under the faults of `redis_random.rs`. And nobody may ever have what is written to an old
-//! primary two heartbeats after the sentinels named another.
+//! The promise is that of `redis_random.rs`. Also, no proxy may ever have what is written to an old primary
+//! later than two heartbeats after the sentinels named another one.
 //!
-//! STATERA_SEED replays what was done, though not when; STATERA_LONG=1 takes 20 seeds and a quarter of an hour.
+//! STATERA_SEED replays the faults, but not their exact times. STATERA_LONG=1 runs at least 20 seeds and a
+//! quarter of an hour.
 
 use std::time::Duration;
 
@@ -18,45 +19,46 @@ use crate::support::{
 };
 
 const HEARTBEAT: Duration = Duration::from_millis(100);
-/// The only sentinel that is ever frozen: whoever sleeps for two seconds starts no failover in the next thirty.
-const SLEEPY: usize = 2;
+/// The only sentinel that is ever frozen: one that was frozen for two seconds starts no failover in the next
+/// thirty.
+const FREEZABLE: usize = 2;
 const FAULTS_BETWEEN_FAILOVERS: u32 = 7;
 /// Failovers of a short run, each of another kind.
-const SPELLS: u32 = 3;
-/// Of a long run, and of a seed that is replayed.
-const LONG_SPELLS: u32 = 12;
+const ROUNDS: u32 = 3;
+/// Failovers of a long run, and of a seed that is replayed.
+const LONG_ROUNDS: u32 = 12;
 
-/// How the primary is lost.
+/// What happens to the primary.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Failover {
-    /// Nobody is lost.
+    /// It is demoted and stays up.
     Planned,
-    /// kill -9.
+    /// It gets SIGKILL.
     Killed,
-    /// SIGSTOP; it wakes up later, and thinks that it still is the primary.
+    /// It gets SIGSTOP. When it wakes up later it still acts as the primary.
     Frozen,
-    /// The sentinels and the replicas think that it is dead; it answers the proxies all the time.
+    /// It does not answer the sentinels and replicas any more, and still answers the proxies.
     CutOff,
 }
 
 const FAILOVERS: [Failover; 4] = [Failover::Planned, Failover::Killed, Failover::Frozen, Failover::CutOff];
 
-/// The one who writes to Redis and breaks it.
-struct Hand {
+/// Writes to Redis and breaks things.
+struct Saboteur {
     set: Sentinels,
     primary: usize,
     writer: Writer,
     program: Restarted,
     may_lose: bool,
-    is_asleep: bool,
+    is_frozen: bool,
 }
 
-impl Hand {
+impl Saboteur {
     fn a_replica(&mut self) -> usize {
         (self.primary + self.writer.random.usize(1..=2)) % 3
     }
 
-    /// True if some proxy may hear nothing of what is written now.
+    /// Causes one fault. Returns true if a proxy may not be notified of writes now.
     async fn breaks_something(&mut self) -> bool {
         let what = self.writer.random.u32(0..16);
         let primary = &self.set.servers[self.primary];
@@ -88,10 +90,10 @@ impl Hand {
                 self.set.servers[replica].thaw();
             }
             13 | 14 => {
-                self.is_asleep = !self.is_asleep;
-                println!("  a sentinel is asleep: {}", self.is_asleep);
-                let signal = if self.is_asleep { Signal::STOP } else { Signal::CONT };
-                self.set.signal_sentinel(SLEEPY, signal);
+                self.is_frozen = !self.is_frozen;
+                println!("  a sentinel is frozen: {}", self.is_frozen);
+                let signal = if self.is_frozen { Signal::STOP } else { Signal::CONT };
+                self.set.signal_sentinel(FREEZABLE, signal);
             }
             _ => {
                 let signal = if self.writer.random.bool() { Signal::TERM } else { Signal::KILL };
@@ -106,8 +108,8 @@ impl Hand {
         let old = self.primary;
         self.set.is_settled(old).await;
         let is_whole = self.writer.random.bool();
-        println!("  failover of {old}: {failover:?}, of all that was written: {is_whole}");
-        // What is not replicated may be lost, and an older table come back with the new primary.
+        println!("  failover of {old}: {failover:?}, all writes replicated: {is_whole}");
+        // A write that is not replicated may be lost: the new primary may have an older table.
         let from = if is_whole {
             assert!(self.set.is_replicated(old).await, "the replicas do not get what is written");
             None
@@ -137,20 +139,20 @@ impl Hand {
         }
         sleep(2 * HEARTBEAT + NOISE).await;
         match failover {
-            // It knows nothing any more.
+            // It starts empty.
             Failover::Killed => self.set.servers[old].launch().await,
             Failover::Frozen => self.set.servers[old].thaw(),
             Failover::Planned | Failover::CutOff => {}
         }
-        self.old_one_takes_a_write(old).await;
+        self.old_primary_takes_a_write(old).await;
         self.set.servers[old].run("ACL SETUSER default +@all").await;
         self.set.follow(old, self.primary).await;
     }
 
-    /// It is not noted: nobody may have it.
-    async fn old_one_takes_a_write(&mut self, old: usize) {
+    /// Writes to the old primary without a note in the history: no proxy may ever have this table.
+    async fn old_primary_takes_a_write(&mut self, old: usize) {
         let server = &self.set.servers[old];
-        // A sentinel may have been faster, and then it refuses.
+        // The write is refused if a sentinel has already made the server a replica.
         let mut connection = server.connection().await;
         let mut write = redis::cmd("ZADD");
         let taken =
@@ -161,8 +163,8 @@ impl Hand {
     }
 
     async fn mends(&mut self) {
-        if std::mem::take(&mut self.is_asleep) {
-            self.set.signal_sentinel(SLEEPY, Signal::CONT);
+        if std::mem::take(&mut self.is_frozen) {
+            self.set.signal_sentinel(FREEZABLE, Signal::CONT);
         }
         for server in &self.set.servers {
             notify(server, true).await;
@@ -170,18 +172,18 @@ impl Hand {
         let primary = &self.set.servers[self.primary];
         assert!(
             info(primary, "replication").await.contains("role:master"),
-            "a failover that nobody asked for"
+            "the sentinels failed over by themselves"
         );
         self.writer.leaves_a_table(primary).await;
-        // A sentinel that fell asleep over its failover has not told everybody.
+        // A sentinel that was frozen during its failover may not have reconfigured all replicas.
         for replica in [(self.primary + 1) % 3, (self.primary + 2) % 3] {
             self.set.follow(replica, self.primary).await;
         }
     }
 }
 
-async fn one_run(seed: u64, spells: u32) {
-    println!("STATERA_SEED={seed} make test ARGS=redis_random_sentinel:: replays it; {spells} spells");
+async fn one_run(seed: u64, rounds: u32) {
+    println!("STATERA_SEED={seed} make test ARGS=redis_random_sentinel:: replays it; {rounds} rounds");
     let (mut writer, set) = (Writer::new(seed), Sentinels::start_patient().await);
     let watches = writer.watches();
     println!("{watches:?}");
@@ -191,48 +193,48 @@ async fn one_run(seed: u64, spells: u32) {
     let program = Restarted::start(section(watches[2])).await;
     let mut watched: Vec<Watched> = inside.iter().map(Watched::from).collect();
     watched.push(program.watched());
-    // A primary is left two heartbeats after another was named, at the latest.
+    // The proxy leaves a primary at most two heartbeats after another was named.
     let promise = Promise { overtaken: PROMISE.overtaken + 2 * HEARTBEAT, ..PROMISE };
     let watcher = Watcher::start(&watched, &writer.history, promise);
     let mut failovers = FAILOVERS;
     writer.random.shuffle(&mut failovers);
-    let mut hand = Hand { set, primary: 0, writer, program, may_lose: true, is_asleep: false };
-    for spell in 0..spells {
-        println!("spell {spell}");
-        // In every other spell nothing takes the table away, which would excuse any.
-        hand.may_lose = spell % 2 == 1;
-        hand.writer.changes(&hand.set.servers[hand.primary]).await;
+    let mut saboteur = Saboteur { set, primary: 0, writer, program, may_lose: true, is_frozen: false };
+    for round in 0..rounds {
+        println!("round {round}");
+        // In every other round no fault loses the table: while it is lost, any snapshot is allowed.
+        saboteur.may_lose = round % 2 == 1;
+        saboteur.writer.changes(&saboteur.set.servers[saboteur.primary]).await;
         for _ in 0..FAULTS_BETWEEN_FAILOVERS {
-            let silent = hand.breaks_something().await;
-            let long = silent && hand.writer.random.u8(..3) == 0;
-            sleep(if long { LONG_PAUSE } else { hand.writer.pause(60) }).await;
+            let silent = saboteur.breaks_something().await;
+            let long = silent && saboteur.writer.random.u8(..3) == 0;
+            sleep(if long { LONG_PAUSE } else { saboteur.writer.pause(60) }).await;
         }
-        let failover = failovers[spell as usize % failovers.len()];
-        hand.fails_over(failover).await;
-        hand.mends().await;
+        let failover = failovers[round as usize % failovers.len()];
+        saboteur.fails_over(failover).await;
+        saboteur.mends().await;
         if watcher.has_seen_enough() {
             break;
         }
-        let primary = &hand.set.servers[hand.primary];
-        all_agree(&watched, primary, PROMISE.max_stale, &format!("after spell {spell} of seed {seed}")).await;
+        let primary = &saboteur.set.servers[saboteur.primary];
+        all_agree(&watched, primary, PROMISE.max_stale, &format!("after round {round} of seed {seed}")).await;
     }
     let seen = watcher.end().unwrap_or_else(|broken| panic!("seed {seed}: {broken}"));
     println!("fresh snapshots seen: {seen:?}");
-    // The program gives two pages of metrics for a look.
-    assert!(seen.iter().all(|looks| *looks > u64::from(spells) * 5), "hardly ever fresh: {seen:?} looks");
+    // One look at the program needs two scrapes of its metrics, so it has the fewest looks.
+    assert!(seen.iter().all(|looks| *looks > u64::from(rounds) * 5), "hardly ever fresh: {seen:?} looks");
 }
 
 #[tokio::test]
-async fn whoever_is_the_primary_a_fresh_snapshot_is_what_it_held_a_moment_ago_and_all_agree_in_the_end() {
+async fn through_failovers_a_fresh_snapshot_is_what_the_primary_had_and_all_agree_in_the_end() {
     if std::env::var_os("STATERA_SEED").is_some() {
-        return one_run(seed(), LONG_SPELLS).await;
+        return one_run(seed(), LONG_ROUNDS).await;
     }
     if std::env::var_os("STATERA_LONG").is_none() {
-        return one_run(seed(), SPELLS).await;
+        return one_run(seed(), ROUNDS).await;
     }
     let (begun, mut seeds) = (Instant::now(), 0);
     while seeds < 20 || begun.elapsed() < Duration::from_secs(15 * 60) {
-        one_run(fastrand::u64(..), LONG_SPELLS).await;
+        one_run(fastrand::u64(..), LONG_ROUNDS).await;
         seeds += 1;
         println!("{seeds} seeds passed in {:?}", begun.elapsed());
     }

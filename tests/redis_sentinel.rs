@@ -1,6 +1,6 @@
-//! The primary is the one that the sentinels name: found at the start, left as soon as they name another.
+//! The proxy follows the primary that the sentinels name, and leaves it as soon as they name another.
 //!
-//! Each scenario has a set of its own: one primary, two replicas, three sentinels.
+//! Each scenario starts its own set: one primary, two replicas, three sentinels.
 
 use std::time::Duration;
 
@@ -12,9 +12,11 @@ use crate::support::{
 };
 
 const HEARTBEAT: Duration = Duration::from_millis(500);
-/// A reconnect or a re-read tells nothing in time: what arrives was followed. The deadlines are a busy machine's.
+/// No full read happens within a scenario, so a change that arrives was notified. The timeouts allow for a
+/// busy machine.
 const SETTINGS: &str = "heartbeat_interval: 500ms, resync_interval: 1h, response_timeout: 2s, connect_timeout: 2s, max_stale: 10s";
-/// A server that is frozen is not left for its silence, but only because the sentinels say so.
+/// With these settings silence does not end a connection: a frozen server is left only because the sentinels
+/// name another.
 const PATIENT: &str = "heartbeat_interval: 500ms, resync_interval: 1h, response_timeout: 60s, connect_timeout: 2s, max_stale: 2m";
 
 /// A proxy that follows the sentinels' primary, a backend in its table, and traffic.
@@ -45,7 +47,7 @@ impl Setup {
         self.proxy.weights()[0].1
     }
 
-    /// Writes to a server, and tells how long the change took.
+    /// Writes a weight to a server and returns how long the proxy took to have it.
     async fn arrives(&self, server: usize, weight: f64) -> Duration {
         self.write(server, weight).await;
         let written = Instant::now();
@@ -53,20 +55,20 @@ impl Setup {
         written.elapsed()
     }
 
-    /// The first server takes writes as a primary, and what it takes does not reach us.
-    async fn is_not_fed_by_the_old_one(&self, primary: usize) {
+    /// The old primary, which is the first server, still accepts writes, and they do not reach the proxy.
+    async fn does_not_follow_the_old_primary(&self, primary: usize) {
         let role = info(&self.set.servers[0], "replication").await;
         assert!(role.contains("role:master"), "{role}");
         self.write(0, 99.0).await;
         let written = Instant::now();
         eventually("two heartbeats have passed", || async {
-            assert_ne!(self.weight(), 99.0, "the old primary feeds us");
+            assert_ne!(self.weight(), 99.0, "the proxy follows the old primary");
             written.elapsed() > 2 * HEARTBEAT
         })
         .await;
         self.write(primary, 6.0).await;
         eventually("the next change comes from the new one", || async {
-            assert_ne!(self.weight(), 99.0, "the old primary feeds us");
+            assert_ne!(self.weight(), 99.0, "the proxy follows the old primary");
             self.weight() == 6.0
         })
         .await;
@@ -77,7 +79,8 @@ fn follow(set: &Sentinels, settings: &str) -> Proxy {
     Proxy::web(&format!("redis: {{{}, {settings}}}", set.section()), "weights_key: servers")
 }
 
-/// On an idle machine it is one second; the tests' machine has two cores and other tests.
+/// New weights must arrive within one second; two more are for a test machine with two cores and other
+/// tests.
 const AT_ONCE: Duration = Duration::from_secs(1 + 2);
 
 #[tokio::test]
@@ -96,7 +99,7 @@ async fn a_planned_failover_fails_no_session_and_new_weights_arrive_at_once() {
 }
 
 #[tokio::test]
-async fn a_primary_that_is_killed_is_followed_by_the_next_one_and_no_session_fails() {
+async fn after_a_primary_is_killed_the_next_one_is_followed_and_no_session_fails() {
     let mut setup = Setup::start(SETTINGS).await;
     setup.set.servers[0].kill();
     let primary = setup.set.new_primary(0).await;
@@ -107,42 +110,43 @@ async fn a_primary_that_is_killed_is_followed_by_the_next_one_and_no_session_fai
     setup.traffic.stop().await;
 }
 
-/// The old primary was frozen, and goes on as one when it wakes up: it takes writes, and tells of them.
+/// The old primary was frozen. When it wakes up it still acts as a primary: it accepts writes and notifies
+/// of them.
 #[tokio::test]
-async fn an_old_primary_that_wakes_up_does_not_feed_us_after_the_failover() {
+async fn an_old_primary_that_wakes_up_is_not_followed_after_the_failover() {
     let setup = Setup::start(PATIENT).await;
     setup.set.servers[0].freeze();
     let primary = setup.set.new_primary(0).await;
     let took = setup.arrives(primary, 5.0).await;
     println!("new weights took {took:?}");
 
-    // Nobody must tell the old one that it is a replica now, or there would be no split to see.
+    // The sentinels are frozen, so that they do not make the old primary a replica.
     for sentinel in 0..3 {
         setup.set.signal_sentinel(sentinel, Signal::STOP);
     }
     setup.set.servers[0].thaw();
-    setup.is_not_fed_by_the_old_one(primary).await;
+    setup.does_not_follow_the_old_primary(primary).await;
     for sentinel in 0..3 {
         setup.set.signal_sentinel(sentinel, Signal::CONT);
     }
     setup.traffic.stop().await;
 }
 
-/// A network that is cut in two: the old primary answers us all the time, and nobody else.
+/// The network is split: the old primary answers only the proxy, and the sentinels name a new primary.
 #[tokio::test]
-async fn an_old_primary_that_never_stopped_does_not_feed_us_after_the_failover() {
+async fn an_old_primary_that_never_stopped_is_not_followed_after_the_failover() {
     let setup = Setup::start(SETTINGS).await;
-    // To the sentinels it looks dead, and it obeys them no more.
+    // Without these rights the sentinels can neither ping the server nor make it a replica.
     setup.set.servers[0].run("ACL SETUSER default -ping -slaveof -replicaof").await;
     let primary = setup.set.new_primary(0).await;
     let took = setup.arrives(primary, 5.0).await;
     println!("new weights took {took:?}");
-    setup.is_not_fed_by_the_old_one(primary).await;
+    setup.does_not_follow_the_old_primary(primary).await;
     setup.traffic.stop().await;
 }
 
 #[tokio::test]
-async fn the_primary_that_is_known_is_followed_while_no_sentinel_answers() {
+async fn the_known_primary_is_followed_while_no_sentinel_answers() {
     let set = Sentinels::start().await;
     let backend = Backend::named("backend").await;
     set.servers[0].set_weights([(&backend, 1.0)]).await;
@@ -166,7 +170,7 @@ async fn the_primary_that_is_known_is_followed_while_no_sentinel_answers() {
 }
 
 #[tokio::test]
-async fn some_sentinels_that_are_away_or_frozen_do_not_matter() {
+async fn the_primary_is_found_while_some_sentinels_are_down_or_frozen() {
     let mut set = Sentinels::start().await;
     set.servers[0].run("ZADD servers 1 10.0.0.1:80").await;
     set.kill_sentinel(0);
@@ -177,14 +181,14 @@ async fn some_sentinels_that_are_away_or_frozen_do_not_matter() {
 }
 
 #[tokio::test]
-async fn sentinels_that_know_no_such_primary_or_are_none_are_told_with_their_cure() {
+async fn an_unknown_primary_and_nodes_that_are_no_sentinels_are_logged_with_their_cure() {
     let set = Sentinels::start().await;
     let unknown = program_following(&set.section().replace("mymaster", "another"));
     let line = unknown.says("no sentinel names a primary").await;
     assert_eq!(line["cure"], "check redis.sentinel.master", "{line}");
-    let nobody =
+    let unreachable =
         program_following(&format!("sentinel: {{master: mymaster, nodes: [\"127.0.0.1:{}\"]}}", free_port()));
-    let line = nobody.says("no sentinel names a primary").await;
+    let line = unreachable.says("no sentinel names a primary").await;
     assert!(line["error"].as_str().is_some_and(|error| error.contains("refused")), "{line}");
     let server: &Redis = &set.servers[0];
     let plain =
@@ -193,12 +197,12 @@ async fn sentinels_that_know_no_such_primary_or_are_none_are_told_with_their_cur
     assert!(line["cure"].as_str().is_some_and(|cure| cure.contains("redis.sentinel.nodes")), "{line}");
 }
 
-/// What docs/questions/redis-rights.md tells people to grant on their sentinels.
+/// The rights that docs/questions/redis-rights.md lists for an operator to grant on the sentinels.
 const LEAST_RIGHTS: &str = "resetkeys resetchannels &+switch-master &+promoted-slave nocommands +hello +auth \
                             +sentinel|master +sentinel|get-master-addr-by-name +subscribe";
 
 #[tokio::test]
-async fn sentinels_and_servers_with_passwords_are_each_given_their_own() {
+async fn sentinels_and_servers_each_get_their_own_password() {
     let set = Sentinels::start_with(&format!("user statera on >of-sentinels {LEAST_RIGHTS}")).await;
     set.servers[0].run("ZADD servers 1 10.0.0.1:80").await;
     set.servers[0].run("ACL SETUSER statera on >of-servers ~* &* +@all").await;

@@ -1,4 +1,5 @@
-//! While a slot of a Redis Cluster moves, its keys are at two nodes: each pool is read where its own key is.
+//! While a slot of a Redis Cluster moves, its keys are on two nodes: each pool is read from the node that
+//! has its key.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
@@ -9,12 +10,13 @@ use tokio::time::sleep;
 
 use crate::support::{Cluster, Proxy, Redis, eventually};
 
-/// A reconnect or a re-read tells nothing in time: what arrives was followed.
+/// No full read happens within a scenario, so a change that arrives was notified.
 const SETTINGS: &str = "heartbeat_interval: 500ms, resync_interval: 1h, response_timeout: 2s, connect_timeout: 2s, max_stale: 10s";
-/// Of `servers`.
+/// The slot of the key `servers`.
 const SLOT: u16 = 11_335;
 
-/// A proxy with the pools `web` and `api`, whose keys share a slot that moves from the first node to the second.
+/// A proxy with the pools `web` and `api`. Their keys share a slot, which moves from the first node to the
+/// second.
 struct Setup {
     cluster: Cluster,
     proxy: Proxy,
@@ -50,12 +52,12 @@ impl Setup {
         write.query_async::<()>(&mut connection).await.expect("it has the key");
     }
 
-    async fn move_ahead(&self, key: &str) {
+    async fn move_key(&self, key: &str) {
         let port = self.node(1).port;
         self.node(0).run(&format!("MIGRATE 127.0.0.1 {port} {key} 0 5000")).await;
     }
 
-    /// The weights of both pools become these, and neither is ever without a table meanwhile.
+    /// Waits until the two pools have these weights. Neither may be without a table meanwhile.
     async fn see(&self, weights: [u32; 2]) {
         let were_there = self.weights().iter().all(Option::is_some);
         eventually(&format!("both have {weights:?}"), || async {
@@ -75,36 +77,36 @@ impl Setup {
 }
 
 #[tokio::test]
-async fn a_key_that_goes_ahead_does_not_take_another_pools_reader_with_it() {
+async fn a_key_that_moves_before_its_slot_leaves_the_other_pool_on_its_node() {
     let setup = Setup::start("on_empty: keep_last").await;
-    follows_both_while_one_key_is_ahead(&setup).await;
+    both_pools_are_followed_while_one_key_has_moved(&setup).await;
 }
 
 #[tokio::test]
-async fn a_key_that_goes_ahead_costs_no_pool_a_session_where_an_empty_table_would() {
+async fn a_key_that_moves_before_its_slot_is_never_taken_for_an_empty_table() {
     let setup = Setup::start("on_empty: refuse").await;
-    follows_both_while_one_key_is_ahead(&setup).await;
+    both_pools_are_followed_while_one_key_has_moved(&setup).await;
 }
 
-async fn follows_both_while_one_key_is_ahead(setup: &Setup) {
-    setup.move_ahead("servers").await;
+async fn both_pools_are_followed_while_one_key_has_moved(setup: &Setup) {
+    setup.move_key("servers").await;
     for weight in 2..6 {
         setup.write(1, "servers", weight).await;
         setup.write(0, "{servers}:api", weight).await;
         setup.see([weight; 2]).await;
     }
-    setup.move_ahead("{servers}:api").await;
+    setup.move_key("{servers}:api").await;
     setup.write(1, "{servers}:api", 7).await;
     setup.see([5, 7]).await;
 }
 
 #[tokio::test]
-async fn a_node_that_dies_with_a_key_that_went_ahead_does_not_keep_its_pool() {
+async fn a_pool_whose_moved_key_died_with_its_node_is_read_from_the_owner_again() {
     let mut setup = Setup::start("on_empty: keep_last").await;
     for node in &setup.cluster.nodes {
         node.run("CONFIG SET cluster-require-full-coverage no").await;
     }
-    setup.move_ahead("servers").await;
+    setup.move_key("servers").await;
     setup.write(1, "servers", 2).await;
     setup.see([2, 1]).await;
     setup.cluster.nodes[1].kill();
@@ -114,11 +116,11 @@ async fn a_node_that_dies_with_a_key_that_went_ahead_does_not_keep_its_pool() {
     setup.see([3, 3]).await;
 }
 
-/// A reshard that was broken off, and cleaned up at one end alone.
+/// A reshard was aborted and cleaned up on one of the two nodes only.
 #[tokio::test]
-async fn a_key_that_comes_back_is_read_where_it_is_though_the_other_node_still_imports_its_slot() {
+async fn a_key_that_moves_back_is_read_from_its_owner_although_the_other_node_still_imports_the_slot() {
     let setup = Setup::start("on_empty: refuse").await;
-    setup.move_ahead("servers").await;
+    setup.move_key("servers").await;
     setup.write(1, "servers", 2).await;
     setup.see([2, 1]).await;
     setup.node(0).run(&format!("CLUSTER SETSLOT {SLOT} STABLE")).await;
@@ -135,9 +137,9 @@ async fn a_key_that_comes_back_is_read_where_it_is_though_the_other_node_still_i
 }
 
 #[tokio::test]
-async fn a_table_that_is_deleted_after_it_went_ahead_is_empty() {
+async fn a_table_that_is_deleted_after_its_key_moved_is_empty() {
     let setup = Setup::start("on_empty: refuse").await;
-    setup.move_ahead("servers").await;
+    setup.move_key("servers").await;
     setup.write(1, "servers", 2).await;
     setup.see([2, 1]).await;
     let mut delete = redis::pipe();
@@ -149,9 +151,9 @@ async fn a_table_that_is_deleted_after_it_went_ahead_is_empty() {
     eventually("it is back", || async { setup.weights() == [Some(3.0), Some(1.0)] }).await;
 }
 
-/// More of them than are asked at once, so that each that fails gives its place to another.
+/// There are more nodes than are asked at once, so that each failure makes room for the next node.
 #[tokio::test]
-async fn nodes_that_are_all_away_are_not_dialled_without_a_rest() {
+async fn nodes_that_are_all_down_are_not_dialled_without_a_pause() {
     let (dialled, mut nodes) = (Arc::new(AtomicU32::new(0)), Vec::new());
     for _ in 0..9 {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
@@ -168,7 +170,7 @@ async fn nodes_that_are_all_away_are_not_dialled_without_a_rest() {
     let _proxy = Proxy::web(&format!("redis: {{{section}, {SETTINGS}}}"), "weights_key: servers");
     eventually("each was dialled", || async { dialled.load(Relaxed) >= 9 }).await;
     let before = dialled.load(Relaxed);
-    // How often within a time is what this is about: twice a heartbeat each at most, and a fifth more.
+    // At most two connections per node and heartbeat are allowed, and a fifth more.
     sleep(Duration::from_secs(2)).await;
     let count = dialled.load(Relaxed) - before;
     assert!((7..=9 * 10).contains(&count), "{count} connections in 2 s");

@@ -1,4 +1,4 @@
-//! The table follows Redis: whatever writes it, whoever may read it, and however changes are told.
+//! The table follows Redis, for every kind of write, with many sets of ACL rights, and in each watch mode.
 
 use redis::Value;
 use tempfile::TempDir;
@@ -9,9 +9,9 @@ use crate::support::{
     Backend, Program, Proxy, Redis, eventually, follow, greeting, mode_becomes, next_greeting_is,
 };
 
-/// Only a notification can tell of a change within the scenario's patience.
+/// With these settings a change arrives in time only if it is notified.
 const NOTIFIED: &str = "resync_interval: 1h, on_empty: refuse";
-/// As short as a scenario wants what is long for an operator.
+/// Intervals short enough for a scenario.
 const HASTY: &str = "resync_interval: 1s, poll_interval: 50ms, heartbeat_interval: 200ms, max_stale: 2s";
 
 fn program(url: &str, more: &str, backends: &[&Backend], top: &str) -> Program {
@@ -105,7 +105,7 @@ async fn notices_every_kind_of_write(redis: &Redis, settings: &str, mode: &str) 
 }
 
 #[tokio::test]
-async fn a_key_of_another_type_is_noticed_the_last_table_is_kept_and_a_sorted_set_mends_it() {
+async fn a_key_of_another_type_is_noticed_and_the_last_table_kept_until_it_is_a_sorted_set_again() {
     for watch in ["notifications", "tracking"] {
         outlives_a_key_of_another_type(watch).await;
     }
@@ -137,7 +137,7 @@ async fn outlives_a_key_of_another_type(watch: &str) {
 }
 
 #[tokio::test]
-async fn a_key_of_another_type_is_told_once_with_its_name_and_cure_while_traffic_goes_on() {
+async fn a_key_of_another_type_is_logged_once_with_its_name_and_cure_while_traffic_goes_on() {
     let (old, new) = (Backend::named("old").await, Backend::named("new").await);
     let redis = Redis::start().await;
     redis.set_weights([(&old, 1.0)]).await;
@@ -145,9 +145,9 @@ async fn a_key_of_another_type_is_told_once_with_its_name_and_cure_while_traffic
     let address = program.address().await;
     next_greeting_is(address, "old").await;
     redis.run("SET servers nonsense").await;
-    let told = || program.log().lines().filter(|line| line.contains("cannot read the weights")).count();
-    eventually("it is told", || async { told() > 0 }).await;
-    // Two more reads, by notifications.
+    let logged = || program.log().lines().filter(|line| line.contains("cannot read the weights")).count();
+    eventually("it is logged", || async { logged() > 0 }).await;
+    // Two more notified changes cause two more reads.
     redis.run("SET servers nonsense").await;
     redis.run("SET servers nonsense").await;
     for _ in 0..20 {
@@ -155,14 +155,14 @@ async fn a_key_of_another_type_is_told_once_with_its_name_and_cure_while_traffic
     }
     redis.set_weights([(&new, 1.0)]).await;
     next_greeting_is(address, "new").await;
-    // The log comes through a pipe, a little later.
-    eventually("the end is told", || async { program.log().contains("the table can be read again") }).await;
+    // The log is written a little later than the table is used.
+    eventually("the end is logged", || async { program.log().contains("the table can be read again") }).await;
     let log = program.log();
-    let line = log.lines().find(|line| line.contains("cannot read the weights")).expect("it was told");
+    let line = log.lines().find(|line| line.contains("cannot read the weights")).expect("it was logged");
     for part in ["ERROR", "WRONGTYPE", "\"key\":\"servers\"", "\"pool\":\"web\"", "delete it and ZADD"] {
         assert!(line.contains(part), "{part} is missing: {line}");
     }
-    assert_eq!(told(), 1, "{log}");
+    assert_eq!(logged(), 1, "{log}");
 }
 
 #[tokio::test]
@@ -173,13 +173,13 @@ async fn a_password_alone_is_enough() {
     table_becomes(&proxy, "ZADD", &[("10.0.0.1:80", 1.0)]).await;
 }
 
-/// FACTS of an operator's manual: what `docs` tells people to grant.
+/// Rights that are enough to follow a table by notifications.
 const LEAST_RIGHTS: &str = "on >secret resetkeys %R~servers* resetchannels &__keyspace@0__:servers* nocommands +hello +auth \
                             +ping +select +client|setname +client|id +subscribe +unsubscribe +zrange +zcard +eval_ro \
                             +evalsha_ro +script|load +config|get";
 
 #[tokio::test]
-async fn a_user_of_the_least_rights_is_enough_for_notifications() {
+async fn the_least_rights_are_enough_for_notifications() {
     let redis = Redis::start().await;
     redis.grant(LEAST_RIGHTS).await;
     let proxy = follow(&redis, &format!("username: statera, password: secret, {NOTIFIED}"));
@@ -216,7 +216,7 @@ async fn a_user_who_sees_that_notifications_are_on_but_may_not_subscribe_is_serv
 }
 
 #[tokio::test]
-async fn the_same_key_in_another_database_is_not_ours() {
+async fn the_same_key_in_another_database_is_ignored() {
     let redis = Redis::start().await;
     let url = redis.url().replace("/0", "/5");
     let proxy = Proxy::web(&format!("redis: {{url: \"{url}\", {NOTIFIED}}}"), "weights_key: servers");
@@ -224,12 +224,12 @@ async fn the_same_key_in_another_database_is_not_ours() {
     for weight in 1..=20 {
         redis.run(&format!("ZADD servers {weight} 10.0.0.9:80")).await;
     }
-    let mut ours = redis.connection().await;
+    let mut followed = redis.connection().await;
     let mut write = redis::pipe();
     write.cmd("SELECT").arg(5).cmd("ZADD").arg("servers").arg(1).arg("10.0.0.1:80");
-    write.query_async::<()>(&mut ours).await.expect("written");
+    write.query_async::<()>(&mut followed).await.expect("written");
     table_becomes(&proxy, "ZADD in database 5", &[("10.0.0.1:80", 1.0)]).await;
-    // Messages keep their order, so those of database 0 would have come before.
+    // Notifications keep their order, so those of database 0 would have come before.
     assert_eq!(proxy.metric("statera_redis_notifications_total"), Some(1.0));
 }
 
@@ -247,7 +247,7 @@ async fn redis_behind_a_unix_socket_is_followed() {
 }
 
 #[tokio::test]
-async fn without_notifications_changes_are_polled_and_the_log_tells_the_cure_once() {
+async fn without_notifications_changes_are_polled_and_the_cure_is_logged_once() {
     let (old, new) = (Backend::named("old").await, Backend::named("new").await);
     let redis = Redis::start_with(&[]).await;
     redis.set_weights([(&old, 1.0)]).await;
@@ -257,7 +257,7 @@ async fn without_notifications_changes_are_polled_and_the_log_tells_the_cure_onc
     redis.set_weights([(&new, 1.0)]).await;
     next_greeting_is(address, "new").await;
 
-    // A new connection finds the same, which is no news.
+    // A new connection finds the same settings, and they are not logged again.
     let connections = |log: &str| log.lines().filter(|line| line.contains("connected to redis")).count();
     redis.run("CLIENT KILL TYPE normal SKIPME yes").await;
     redis.run("CLIENT KILL TYPE pubsub").await;
@@ -271,7 +271,7 @@ async fn without_notifications_changes_are_polled_and_the_log_tells_the_cure_onc
     assert_eq!(
         redis.run("CONFIG GET notify-keyspace-events").await,
         config_answer(""),
-        "nobody allowed that"
+        "the proxy changed a setting that it may not manage"
     );
 }
 
@@ -325,7 +325,7 @@ async fn a_burst_of_changes_costs_few_reads_and_ends_at_the_right_table() {
         .collect();
     wanted.sort_by(|a, b| a.0.cmp(&b.0));
     eventually("the last weights arrive", || async { proxy.weights() == wanted }).await;
-    eventually("every change was told", || async {
+    eventually("every change was notified", || async {
         proxy.metric("statera_redis_notifications_total") == Some(CHANGES as f64)
     })
     .await;
@@ -357,7 +357,7 @@ async fn pools_of_one_redis_each_follow_their_key_and_may_share_one() {
 }
 
 #[tokio::test]
-async fn a_wrong_password_is_told_once_and_caught_up_when_it_is_mended() {
+async fn a_wrong_password_is_logged_once_and_the_table_is_read_once_it_is_right() {
     let (configured, new) = (Backend::named("configured").await, Backend::named("new").await);
     let redis = Redis::start_with(&["--notify-keyspace-events", "KA", "--requirepass", "secret"]).await;
     redis.set_weights([(&new, 1.0)]).await;
@@ -381,7 +381,7 @@ async fn refused_logins(redis: &Redis) -> u64 {
     let Value::BulkString(info) = redis.run("INFO stats").await else { return 0 };
     let info = String::from_utf8_lossy(&info).into_owned();
     let line = info.lines().find_map(|line| line.strip_prefix("acl_access_denied_auth:"));
-    // Redis 7.0 does not count them: connections will do.
+    // Redis 7.0 does not count refused logins; each try is a connection, so connections are counted instead.
     let line =
         line.or_else(|| info.lines().find_map(|line| line.strip_prefix("total_connections_received:")));
     line.and_then(|count| count.trim().parse().ok()).unwrap_or(0)
@@ -431,9 +431,9 @@ async fn hostile_members_reach_no_terminal_and_forge_no_line() {
     write_hostile(&redis).await;
     for format in ["json", "text"] {
         let program = program(&redis.url(), HASTY, &[], &format!("log: {{format: {format}, level: debug}}"));
-        let told = || program.log().matches("a member is left out").count();
-        eventually("they are told", || async { told() >= HOSTILE.len() }).await;
-        // Further reads of the same table say nothing new.
+        let logged = || program.log().matches("a member is left out").count();
+        eventually("they are logged", || async { logged() >= HOSTILE.len() }).await;
+        // Further reads of the same table must not log the members again.
         let reads = || async {
             String::from_utf8_lossy(&info(&redis, "commandstats").await).contains("cmdstat_zrange:")
         };
@@ -441,18 +441,18 @@ async fn hostile_members_reach_no_terminal_and_forge_no_line() {
         let log = program.log();
         assert!(!log.chars().any(|c| c.is_control() && c != '\n'), "{log:?}");
         for line in log.lines() {
-            let is_ours = match format {
+            let is_log_line = match format {
                 "json" => line.starts_with("{\"time\":"),
                 _ => line.starts_with("20"),
             };
-            assert!(is_ours, "{line:?}");
+            assert!(is_log_line, "{line:?}");
         }
-        assert_eq!(told(), HOSTILE.len(), "{log}");
+        assert_eq!(logged(), HOSTILE.len(), "{log}");
     }
 }
 
 #[tokio::test]
-async fn a_writer_gone_mad_costs_a_few_log_lines_and_not_the_disk() {
+async fn a_writer_that_flips_the_table_costs_only_a_few_log_lines() {
     let redis = Redis::start().await;
     redis.run("ZADD servers 1 10.0.0.1:80").await;
     let program = program(&redis.url(), NOTIFIED, &[], "");
@@ -461,7 +461,7 @@ async fn a_writer_gone_mad_costs_a_few_log_lines_and_not_the_disk() {
     for round in 0..500 {
         let mut flip = redis::pipe();
         flip.atomic().cmd("DEL").arg("servers");
-        // Bad members of two kinds in turn, and every third time nothing at all.
+        // Bad members of two alternating kinds, and in every third round an empty table.
         for member in (0..12).filter(|_| round % 3 > 0) {
             flip.cmd("ZADD").arg("servers").arg(1).arg(format!("bad{}-{member}", round % 2));
         }
@@ -474,13 +474,14 @@ async fn a_writer_gone_mad_costs_a_few_log_lines_and_not_the_disk() {
     let log = program.log();
     let about = |message: &str| log.matches(message).count();
     let (left_out, states) = (about("left out"), about("redis holds"));
-    // It takes a second or two; a slow machine may see another window.
+    // The rounds take a second or two. On a slow machine they may reach into a second window of the log
+    // limiter.
     assert!((1..=22).contains(&left_out), "{left_out} lines on members:\n{log}");
     assert!((1..=8).contains(&states), "{states} lines on states:\n{log}");
 }
 
 #[tokio::test]
-async fn an_emptied_table_that_is_filled_again_is_said_to_hold_weights_again() {
+async fn an_emptied_table_that_is_filled_again_is_logged() {
     let redis = Redis::start().await;
     redis.run("ZADD servers 1 10.0.0.1:80").await;
     let program = program(&redis.url(), NOTIFIED, &[], "");
@@ -520,7 +521,7 @@ async fn ten_thousand_members_are_followed() {
 }
 
 #[tokio::test]
-async fn all_weights_zero_refuses_and_counts_and_is_never_equal() {
+async fn a_table_of_zero_weights_refuses_and_counts_sessions_and_is_not_taken_for_equal_weights() {
     let (a, b) = (Backend::named("a").await, Backend::named("b").await);
     let redis = Redis::start().await;
     redis.set_weights([(&a, 0.0), (&b, 0.0)]).await;
@@ -542,30 +543,33 @@ async fn all_weights_zero_refuses_and_counts_and_is_never_equal() {
     assert_eq!(a.accepted(), 0);
 }
 
-/// What is said of a table that has gone: how loudly and in which words where it is kept, in which where sessions are
-/// refused (always as an error), and at last.
-struct Told {
+/// The log lines of a table that is lost.
+struct Messages {
+    /// The level of `keeping`; `refusing` is always an error.
     level: &'static str,
+    /// Logged if `redis.on_empty` keeps the last table.
     keeping: &'static str,
+    /// Logged if `redis.on_empty` refuses sessions.
     refusing: &'static str,
+    /// Logged when the table is back.
     mended: &'static str,
 }
 
-const EMPTY: Told = Told {
+const EMPTY: Messages = Messages {
     level: "WARN",
     keeping: "redis holds no weights, keeping the last table",
     refusing: "redis holds no weights, refusing sessions (redis.on_empty)",
     mended: "redis holds weights again",
 };
-const OVERWRITTEN: Told = Told {
+const OVERWRITTEN: Messages = Messages {
     level: "ERROR",
     keeping: "cannot read the weights, keeping the last table",
     refusing: "cannot read the weights, refusing sessions (redis.on_empty)",
     mended: "the table can be read again",
 };
 
-/// Each way in which the only member of `servers`, which is `{}`, goes.
-const EMPTYINGS: [(&str, Told); 5] = [
+/// Commands that make a table without its only member, `{}`, and the log lines of each.
+const EMPTYINGS: [(&str, Messages); 5] = [
     ("ZREM servers {}", EMPTY),
     ("DEL servers", EMPTY),
     ("RENAME servers elsewhere", EMPTY),
@@ -574,12 +578,12 @@ const EMPTYINGS: [(&str, Told); 5] = [
 ];
 
 #[tokio::test]
-async fn a_table_that_is_emptied_vanishes_expires_or_is_overwritten_is_kept_or_refused_as_the_config_says() {
+async fn a_table_that_is_emptied_expires_or_is_overwritten_is_kept_or_refused_as_the_config_says() {
     let backend = Backend::named("backend").await;
     let redis = Redis::start().await;
-    for (emptying, told) in EMPTYINGS {
+    for (emptying, messages) in EMPTYINGS {
         redis.set_weights([(&backend, 1.0)]).await;
-        // A program for each, since the log holds back what comes too often.
+        // Each command gets new programs, since the log limiter of a program holds back repeated lines.
         let keeping = program(&redis.url(), "resync_interval: 1h, on_empty: keep_last", &[], "");
         let refusing = program(&redis.url(), NOTIFIED, &[], "");
         let (kept, refused) = (keeping.address().await, refusing.address().await);
@@ -588,7 +592,7 @@ async fn a_table_that_is_emptied_vanishes_expires_or_is_overwritten_is_kept_or_r
 
         redis.run(&emptying.replace("{}", &backend.address.to_string())).await;
         for (program, message, level) in
-            [(&keeping, told.keeping, told.level), (&refusing, told.refusing, "ERROR")]
+            [(&keeping, messages.keeping, messages.level), (&refusing, messages.refusing, "ERROR")]
         {
             let line = program.says(message).await;
             assert_eq!((&line["level"], &line["key"]), (&level.into(), &"servers".into()), "{line}");
@@ -607,8 +611,8 @@ async fn a_table_that_is_emptied_vanishes_expires_or_is_overwritten_is_kept_or_r
 
         redis.set_weights([(&backend, 2.0)]).await;
         next_greeting_is(refused, "backend").await;
-        for (program, message) in [(&keeping, told.keeping), (&refusing, told.refusing)] {
-            program.says(told.mended).await;
+        for (program, message) in [(&keeping, messages.keeping), (&refusing, messages.refusing)] {
+            program.says(messages.mended).await;
             assert_eq!(program.messages(message).len(), 1, "{emptying}: {}", program.log());
         }
     }
@@ -669,7 +673,7 @@ async fn a_backend_at_weight_zero_gets_no_new_sessions() {
 }
 
 #[tokio::test]
-async fn redis_away_at_the_start_is_caught_up_with_when_it_comes() {
+async fn a_redis_that_is_down_at_the_start_is_followed_once_it_is_up() {
     let (configured, new) = (Backend::named("configured").await, Backend::named("new").await);
     let mut redis = Redis::start().await;
     redis.kill();
@@ -683,12 +687,12 @@ async fn redis_away_at_the_start_is_caught_up_with_when_it_comes() {
     redis.launch().await;
     redis.set_weights([(&new, 1.0)]).await;
     next_greeting_is(proxy.address(), "new").await;
-    // Redis may have picked before the watching connection was up.
+    // The table may have come by the Lua pick, before the watching connection was up.
     eventually("it is connected", || async { proxy.metric("statera_redis_connected") == Some(1.0) }).await;
 }
 
 #[tokio::test]
-async fn a_table_that_rests_stays_trusted_by_the_heartbeat_alone() {
+async fn a_table_that_does_not_change_stays_fresh_by_heartbeats_alone() {
     let backend = Backend::named("backend").await;
     let redis = Redis::start().await;
     redis.set_weights([(&backend, 1.0)]).await;

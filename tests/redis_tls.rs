@@ -1,4 +1,5 @@
-//! Redis behind TLS: followed where both sides can prove who they are, and told apart in words where they cannot.
+//! Redis over TLS is followed if both sides trust each other's certificates. Otherwise the log names the
+//! cause and the cure.
 
 use std::path::Path;
 use std::process::Command;
@@ -24,18 +25,19 @@ fn showing(ca: &Path, identity: &Identity) -> String {
     format!("{}, cert_file: \"{certificate}\", key_file: \"{key}\"", trusting(ca))
 }
 
+/// Writes a table and a change, and waits until the proxy has each, by notifications.
 async fn follows(proxy: &Proxy, redis: &Redis) {
     redis.run("ZADD servers 1 10.0.0.1:80").await;
     let first = [("10.0.0.1:80".to_owned(), 1.0)];
     eventually("the table arrives", || async { proxy.weights() == first }).await;
     redis.run("ZADD servers 2 10.0.0.1:80").await;
     let second = [("10.0.0.1:80".to_owned(), 2.0)];
-    eventually("a change is told", || async { proxy.weights() == second }).await;
+    eventually("a change arrives", || async { proxy.weights() == second }).await;
     assert_eq!(proxy.metric("statera_redis_watch_mode{mode=\"notifications\"}"), Some(1.0));
 }
 
 #[tokio::test]
-async fn redis_behind_tls_is_followed_where_its_certificate_is_trusted() {
+async fn redis_behind_tls_is_followed_if_its_certificate_is_trusted() {
     let authority = Authority::new();
     let secure = Secure::start(&authority, &authority.signs("127.0.0.1"), "no").await;
     let proxy = follow(&secure.url(), &trusting(&authority.file()));
@@ -72,7 +74,7 @@ async fn a_lone_node_behind_tls_that_does_not_know_its_own_address_is_followed()
 }
 
 #[tokio::test]
-async fn redis_that_asks_for_a_certificate_is_shown_one_on_both_connections() {
+async fn a_client_certificate_is_shown_on_both_connections() {
     let authority = Authority::new();
     let secure = Secure::start(&authority, &authority.signs("127.0.0.1"), "yes").await;
     let backend = Backend::named("backend").await;
@@ -80,7 +82,7 @@ async fn redis_that_asks_for_a_certificate_is_shown_one_on_both_connections() {
     let tls = showing(&authority.file(), &authority.signs("statera"));
     let proxy = follow(&secure.url(), &tls);
     eventually("the table arrives", || async { proxy.weights().len() == 1 }).await;
-    // The Lua pick has a connection of its own.
+    // The second connection is that of the Lua pick.
     eventually("both connections are made", || async {
         let list = secure.redis.run("CLIENT LIST").await;
         let list: String = redis::from_redis_value(list).expect("a text");
@@ -91,7 +93,7 @@ async fn redis_that_asks_for_a_certificate_is_shown_one_on_both_connections() {
 }
 
 #[tokio::test]
-async fn without_a_ca_file_the_roots_of_the_system_are_trusted() {
+async fn without_a_ca_file_the_root_certificates_of_the_system_are_trusted() {
     let authority = Authority::new();
     let secure = Secure::start(&authority, &authority.signs("127.0.0.1"), "no").await;
     let backend = Backend::named("backend").await;
@@ -108,7 +110,7 @@ fn config(url: &str, tls: &str) -> String {
     config_of(&format!("url: \"{url}\""), tls)
 }
 
-/// The same with another way of naming the server.
+/// The same with another key for the server: `sentinel: …` or `cluster: …`.
 fn config_of(server: &str, tls: &str) -> String {
     let tls = if tls.is_empty() { String::new() } else { format!(", tls: {{{tls}}}") };
     format!(
@@ -117,7 +119,7 @@ fn config_of(server: &str, tls: &str) -> String {
     )
 }
 
-/// The first line that says why Redis cannot be watched: its error, then its cure.
+/// Waits for the log line that says why Redis cannot be watched, and returns its error and its cure.
 async fn refusal(url: &str, tls: &str) -> (String, String) {
     let program = Program::run(&config(url, tls));
     let line = program.says("cannot connect to redis").await;
@@ -132,7 +134,7 @@ fn assert_says((error, cure): &(String, String), wanted_error: &str, wanted_cure
 }
 
 #[tokio::test]
-async fn a_certificate_that_proves_nothing_is_refused_with_its_cure() {
+async fn an_unknown_misnamed_or_expired_certificate_is_refused_with_its_cure() {
     let (authority, stranger) = (Authority::new(), Authority::new());
     let secure = Secure::start(&authority, &authority.signs("127.0.0.1"), "no").await;
     let unknown = refusal(&secure.url(), &trusting(&stranger.file())).await;
@@ -148,7 +150,7 @@ async fn a_certificate_that_proves_nothing_is_refused_with_its_cure() {
 }
 
 #[tokio::test]
-async fn a_server_that_asks_for_a_certificate_is_told_from_one_that_is_broken() {
+async fn a_missing_and_an_untrusted_client_certificate_are_logged_with_their_cure() {
     let (authority, stranger) = (Authority::new(), Authority::new());
     let secure = Secure::start(&authority, &authority.signs("127.0.0.1"), "yes").await;
     let none = refusal(&secure.url(), &trusting(&authority.file())).await;
@@ -158,10 +160,11 @@ async fn a_server_that_asks_for_a_certificate_is_told_from_one_that_is_broken() 
 }
 
 #[tokio::test]
-async fn tls_and_plain_at_the_wrong_port_are_told_by_name() {
+async fn tls_to_a_plain_port_and_plain_to_a_tls_port_are_logged_with_their_cure() {
     let authority = Authority::new();
     let secure = Secure::start(&authority, &authority.signs("127.0.0.1"), "no").await;
-    // Redis takes a handshake for the beginning of a line, and waits for its end, or refuses the line.
+    // A plain Redis reads the TLS handshake as the beginning of a command: it waits for the rest, or refuses
+    // it.
     let tls_to_plain = secure.url().replace(&secure.port.to_string(), &secure.redis.port.to_string());
     let silent = refusal(&tls_to_plain, &trusting(&authority.file())).await;
     assert_says(&silent, "TLS handshake", "write redis://");
@@ -171,9 +174,9 @@ async fn tls_and_plain_at_the_wrong_port_are_told_by_name() {
     assert_says(&closed, "", "write rediss://");
 }
 
-/// Someone moves TLS to another port, and what answers at the old one is plain.
+/// TLS moves to another port, and the old port answers in plain.
 #[tokio::test]
-async fn a_tls_port_that_turns_plain_keeps_the_last_table_and_the_traffic() {
+async fn a_tls_port_that_becomes_plain_keeps_the_last_table_and_the_traffic() {
     let authority = Authority::new();
     let secure = Secure::start(&authority, &authority.signs("127.0.0.1"), "no").await;
     let backend = Backend::named("backend").await;
@@ -187,7 +190,7 @@ async fn a_tls_port_that_turns_plain_keeps_the_last_table_and_the_traffic() {
     link.lead_to(secure.redis.port);
     link.pass(Passing::Resets);
     let connected = || proxy.metric("statera_redis_connected");
-    eventually("it is away", || async { connected() == Some(0.0) }).await;
+    eventually("it is disconnected", || async { connected() == Some(0.0) }).await;
     link.pass(Passing::All);
     traffic.more(50).await;
     assert_eq!((connected(), proxy.weights().len()), (Some(0.0), 1));
@@ -200,9 +203,9 @@ async fn a_tls_port_that_turns_plain_keeps_the_last_table_and_the_traffic() {
     assert!(traffic.stop().await.served["backend"] > 0);
 }
 
-/// Sentinels and servers, each of whom asks for a certificate.
+/// All sentinels and servers ask clients for a certificate.
 #[tokio::test]
-async fn sentinels_behind_tls_name_a_primary_that_is_behind_tls_too_and_a_failover_is_followed() {
+async fn sentinels_and_servers_behind_tls_are_followed_also_through_a_failover() {
     let authority = Authority::new();
     let set = Sentinels::start_secure(&authority, &authority.signs("127.0.0.1")).await;
     let backend = Backend::named("backend").await;
@@ -212,7 +215,8 @@ async fn sentinels_behind_tls_name_a_primary_that_is_behind_tls_too_and_a_failov
     follows(&proxy, &set.servers[0]).await;
     set.servers[0].set_weights([(&backend, 1.0)]).await;
     eventually("the table is replicated", || set.is_replicated(0)).await;
-    // The table before it names an address where no backend is: a session that came earlier would be lost there.
+    // Waits for this table, since the one before names an address without a backend, where sessions would
+    // fail.
     let first = [(backend.address.to_string(), 1.0)];
     eventually("the proxy has the table", || async { proxy.weights() == first }).await;
     let traffic = Traffic::start(proxy.address());
@@ -224,7 +228,7 @@ async fn sentinels_behind_tls_name_a_primary_that_is_behind_tls_too_and_a_failov
     eventually("the new primary is followed", || async { proxy.weights() == wanted }).await;
     traffic.stop().await;
 
-    // Without it there is nothing to fall back to: neither sentinel nor primary is spoken to in plain.
+    // Without `redis.tls` the proxy cannot connect: it has no plain port to fall back to.
     let plain = Program::run(&config_of(&set.section(), ""));
     let line = plain.says("no sentinel names a primary").await;
     assert!(line["cure"].as_str().is_some_and(|cure| cure.contains("set redis.tls beside")), "{line}");
@@ -234,7 +238,7 @@ async fn sentinels_behind_tls_name_a_primary_that_is_behind_tls_too_and_a_failov
     assert!(line["cure"].as_str().is_some_and(|cure| cure.contains("redis.tls.ca_file")), "{line}");
 }
 
-/// A frozen server is noticed as fast behind TLS as without it.
+/// The time limit is the same as without TLS.
 #[tokio::test]
 async fn a_frozen_redis_behind_tls_is_noticed_in_time() {
     let authority = Authority::new();
@@ -251,7 +255,7 @@ async fn a_frozen_redis_behind_tls_is_noticed_in_time() {
     eventually("it is there", || async { connected() == Some(1.0) }).await;
     secure.redis.freeze();
     let frozen = tokio::time::Instant::now();
-    eventually("it is away", || async { connected() == Some(0.0) }).await;
+    eventually("it is disconnected", || async { connected() == Some(0.0) }).await;
     let took = frozen.elapsed();
     assert!(took < std::time::Duration::from_millis(1_400 + 5_000), "it took {took:?}");
     secure.redis.thaw();
@@ -259,12 +263,12 @@ async fn a_frozen_redis_behind_tls_is_noticed_in_time() {
 }
 
 #[test]
-fn files_that_prove_nothing_are_refused_with_path_and_cure() {
+fn unusable_certificate_files_are_refused_with_path_and_cure() {
     let (authority, other) = (Authority::new(), Authority::new());
     let (one, two) = (authority.signs("one"), other.signs("two"));
     let message = |tls: &str| {
         let text = config("rediss://h", tls);
-        statera::config::Config::from_yaml(&text).expect_err("it was taken").to_string()
+        statera::config::Config::from_yaml(&text).expect_err("it is refused").to_string()
     };
     let (ca, certificate, key) = (authority.file(), path_text(&one.certificate), path_text(&one.key));
     let trusted = trusting(&ca);

@@ -1,19 +1,20 @@
-//! The ways of noticing a change: which one is taken, what each of them misses, and what happens when it is taken away.
+//! The watch modes: which one the proxy uses, what each of them misses, and what happens when a mode is not
+//! available any more.
 
 use crate::support::{
     Backend, LEAST_RIGHTS, Program, Proxy, Redis, Traffic, eventually, follow, mode_becomes,
 };
 
-/// Nothing but the server can tell of a change within the scenario's patience.
-const TOLD: &str = "resync_interval: 1h, on_empty: refuse, poll_interval: 1h, max_stale: 2h";
-/// The mode is proven again every second.
+/// With these settings a change arrives in time only if the server announces it.
+const ANNOUNCED: &str = "resync_interval: 1h, on_empty: refuse, poll_interval: 1h, max_stale: 2h";
+/// With these settings the proxy checks the mode again every second.
 const HASTY: &str = "resync_interval: 1s, poll_interval: 50ms, heartbeat_interval: 200ms, max_stale: 2s";
 
 fn follow_as_user(redis: &Redis, more: &str) -> Proxy {
     follow(redis, &format!("username: statera, password: secret, {more}"))
 }
 
-/// Writes another weight, and waits for it.
+/// Writes another weight and waits until the proxy has it.
 async fn follows(proxy: &Proxy, redis: &Redis, weight: f64) {
     redis.run(&format!("ZADD servers {weight} 10.0.0.1:80")).await;
     let wanted = [("10.0.0.1:80".to_owned(), weight)];
@@ -26,26 +27,26 @@ async fn empties(proxy: &Proxy, redis: &Redis, command: &str) {
 }
 
 #[tokio::test]
-async fn without_notifications_the_server_is_asked_to_track() {
+async fn without_notifications_changes_are_noticed_by_tracking() {
     let redis = Redis::start_with(&[]).await;
-    let proxy = follow(&redis, TOLD);
+    let proxy = follow(&redis, ANNOUNCED);
     mode_becomes(&proxy, "tracking").await;
     assert_eq!(proxy.metric("statera_redis_watch_mode{mode=\"notifications\"}"), Some(0.0));
     for weight in 1..=5 {
         follows(&proxy, &redis, f64::from(weight)).await;
     }
-    assert!(proxy.metric("statera_redis_notifications_total") >= Some(5.0), "each change was told");
+    assert!(proxy.metric("statera_redis_notifications_total") >= Some(5.0), "a change was not announced");
 }
 
 #[tokio::test]
-async fn a_flush_is_told_at_once_where_the_server_tracks() {
+async fn a_flush_is_noticed_at_once_if_the_server_tracks() {
     let (notifying, silent) = (Redis::start().await, Redis::start_with(&[]).await);
     for (redis, watch, mode) in [
         (&notifying, "auto", "notifications"),
         (&silent, "auto", "tracking"),
         (&notifying, "tracking", "tracking"),
     ] {
-        let proxy = follow(redis, &format!("watch: {watch}, {TOLD}"));
+        let proxy = follow(redis, &format!("watch: {watch}, {ANNOUNCED}"));
         mode_becomes(&proxy, mode).await;
         for command in ["FLUSHALL", "FLUSHDB ASYNC"] {
             follows(&proxy, redis, 1.0).await;
@@ -55,16 +56,16 @@ async fn a_flush_is_told_at_once_where_the_server_tracks() {
 }
 
 #[tokio::test]
-async fn a_change_that_is_told_twice_is_counted_once() {
+async fn a_change_that_is_announced_twice_is_counted_once() {
     let redis = Redis::start().await;
-    let proxy = follow(&redis, TOLD);
+    let proxy = follow(&redis, ANNOUNCED);
     mode_becomes(&proxy, "notifications").await;
     for weight in 1..=20 {
         follows(&proxy, &redis, f64::from(weight)).await;
     }
     assert_eq!(proxy.metric("statera_redis_notifications_total"), Some(20.0));
     let reads = proxy.metric("statera_redis_resyncs_total").expect("it is counted");
-    // Both messages come in one packet. A busy machine may read between them.
+    // Both messages come in one packet and cause one read. On a busy machine a read may begin between them.
     assert!(reads <= 30.0, "{reads} reads for 20 changes");
 }
 
@@ -72,7 +73,7 @@ async fn a_change_that_is_told_twice_is_counted_once() {
 async fn pools_whose_keys_begin_alike_are_all_tracked() {
     let redis = Redis::start_with(&[]).await;
     let proxy = Proxy::start(&format!(
-        "workers: 1\nlisteners: {{a: {{bind: \"127.0.0.1:0\", pool: one}}}}\nredis: {{url: \"{}\", {TOLD}}}\n\
+        "workers: 1\nlisteners: {{a: {{bind: \"127.0.0.1:0\", pool: one}}}}\nredis: {{url: \"{}\", {ANNOUNCED}}}\n\
          pools: {{one: {{weights_key: web}}, two: {{weights_key: web2}}}}\n",
         redis.url()
     ));
@@ -90,10 +91,10 @@ async fn pools_whose_keys_begin_alike_are_all_tracked() {
 #[tokio::test]
 async fn tracking_outlives_a_reconnect() {
     let redis = Redis::start_with(&[]).await;
-    let proxy = follow(&redis, TOLD);
+    let proxy = follow(&redis, ANNOUNCED);
     follows(&proxy, &redis, 1.0).await;
     for round in 1..=3 {
-        // It is subscribed, too, though nothing is published.
+        // A tracking connection is subscribed too, so it counts as pubsub.
         redis.run("CLIENT KILL TYPE pubsub").await;
         let reconnects = f64::from(round);
         eventually("it has connected again", || async {
@@ -106,12 +107,12 @@ async fn tracking_outlives_a_reconnect() {
 }
 
 #[tokio::test]
-async fn notifications_that_someone_switches_off_are_replaced_and_taken_again() {
+async fn notifications_that_are_switched_off_are_replaced_by_tracking_and_used_again_later() {
     let redis = Redis::start().await;
     let proxy = follow(&redis, HASTY);
     mode_becomes(&proxy, "notifications").await;
     redis.run_words(&["CONFIG", "SET", "notify-keyspace-events", ""]).await;
-    // Tracking was there all the time.
+    // The server tracked the key all the time, so this change is noticed at once.
     follows(&proxy, &redis, 1.0).await;
     mode_becomes(&proxy, "tracking").await;
     follows(&proxy, &redis, 2.0).await;
@@ -122,7 +123,7 @@ async fn notifications_that_someone_switches_off_are_replaced_and_taken_again() 
 }
 
 #[tokio::test]
-async fn notifications_alone_that_someone_switches_off_end_in_polling_and_come_back() {
+async fn without_tracking_notifications_that_are_switched_off_are_replaced_by_polling() {
     let redis = Redis::start().await;
     let proxy = follow(&redis, &format!("watch: notifications, {HASTY}"));
     mode_becomes(&proxy, "notifications").await;
@@ -135,7 +136,7 @@ async fn notifications_alone_that_someone_switches_off_end_in_polling_and_come_b
 }
 
 #[tokio::test]
-async fn channels_that_are_revoked_leave_tracking_and_rights_that_are_granted_bring_them_back() {
+async fn a_revoked_channel_leaves_tracking_and_a_granted_one_brings_notifications_back() {
     let redis = Redis::start().await;
     redis.grant(LEAST_RIGHTS).await;
     let proxy = follow_as_user(&redis, HASTY);
@@ -163,7 +164,7 @@ async fn a_user_who_may_do_nothing_but_read_is_served_by_polling_until_more_is_g
 }
 
 #[tokio::test]
-async fn tracking_that_is_refused_is_told_once_with_its_cure_and_polled_for() {
+async fn refused_tracking_is_logged_once_with_its_cure_and_replaced_by_polling() {
     let redis = Redis::start().await;
     redis.grant(&LEAST_RIGHTS.replace(" +client|tracking", "")).await;
     redis.run("ZADD servers 1 10.0.0.1:80").await;
@@ -177,17 +178,17 @@ async fn tracking_that_is_refused_is_told_once_with_its_cure_and_polled_for() {
     redis.run("ACL SETUSER statera +client|tracking").await;
     let line = program.says("the watch mode has changed").await;
     assert_eq!(line["watch"], "tracking");
-    let told = program.messages("redis does not announce changes, polling");
-    assert_eq!(told.len(), 1, "{}", program.log());
+    let lines = program.messages("redis does not announce changes, polling");
+    assert_eq!(lines.len(), 1, "{}", program.log());
     assert!(
-        told[0]["reason"].as_str().is_some_and(|reason| reason.contains("grant +client|tracking")),
+        lines[0]["reason"].as_str().is_some_and(|reason| reason.contains("grant +client|tracking")),
         "{}",
-        told[0]
+        lines[0]
     );
 }
 
 #[tokio::test]
-async fn a_user_that_is_deleted_costs_no_session_and_is_followed_again_when_it_is_back() {
+async fn a_deleted_user_costs_no_session_and_the_table_is_followed_again_once_it_is_back() {
     let (redis, backend) = (Redis::start().await, Backend::named("backend").await);
     redis.grant(LEAST_RIGHTS).await;
     redis.set_weights([(&backend, 1.0)]).await;
