@@ -1,4 +1,5 @@
-//! `statera weights`: whole changes or none, a version, a history, and the way back.
+//! `statera weights`: changes are made completely or not at all, each gets a version and a history entry,
+//! and can be undone.
 
 use std::os::unix::ffi::OsStrExt as _;
 
@@ -15,7 +16,7 @@ fn table(members: &[(&str, f64)]) -> Vec<(String, f64)> {
     members.iter().map(|(member, weight)| ((*member).to_owned(), *weight)).collect()
 }
 
-/// `version what`, newest first.
+/// The entries of a history as `VERSION WHAT`, newest first.
 fn outline(history: &Value) -> Vec<String> {
     let entries = history["entries"].as_array().expect("a list");
     entries.iter().map(|e| format!("{} {}", e["version"], e["what"].as_str().expect("a text"))).collect()
@@ -68,7 +69,7 @@ async fn several_members_are_set_at_once_and_get_shows_shares_version_and_author
 }
 
 #[tokio::test]
-async fn nothing_is_changed_unless_all_of_it_can_be() {
+async fn nothing_is_changed_unless_the_whole_change_is_valid() {
     let desk = Desk::start().await;
     desk.done(&format!("set web {A}=1")).await;
     for (words, code, why) in [
@@ -120,7 +121,7 @@ async fn of_writers_that_expect_the_same_version_exactly_one_wins() {
 }
 
 #[tokio::test]
-async fn a_change_by_hand_stands_in_the_history_once_noticed() {
+async fn a_change_by_hand_is_entered_in_the_history_once_noticed() {
     let desk = Desk::start().await;
     desk.redis.run(&format!("ZADD servers 1 {A}")).await;
     assert!(desk.weights("get web").await.said.contains("no command has changed it yet"));
@@ -132,10 +133,10 @@ async fn a_change_by_hand_stands_in_the_history_once_noticed() {
         "{}",
         get.said
     );
-    // Noticed by the next change, which is another one.
+    // The next command notices the change by hand and enters it before its own.
     desk.done(&format!("set web {C}=3")).await;
     desk.redis.run(&format!("ZREM servers {A}")).await;
-    // Noticed by who looks.
+    // `history` notices and enters it, too.
     let history = desk.json("history web").await;
     assert_eq!(outline(&history), ["2 outside", "2 set", "1 outside", "1 set", "0 outside"]);
     assert_eq!(history["entries"][0]["changes"], json!([{"member": A, "old": "2", "new": null}]));
@@ -154,7 +155,7 @@ async fn rollback_brings_back_the_table_of_a_version_as_a_new_version() {
     let desk = Desk::start().await;
     desk.redis.run(&format!("ZADD servers 0.1 {A}")).await;
     desk.done(&format!("set web {A}=1 {B}=1")).await;
-    // Drained by hand: part of version 1 when version 2 is made.
+    // A change by hand belongs to version 1 if it comes before version 2.
     desk.redis.run(&format!("ZADD servers 0 {B}")).await;
     desk.done(&format!("set web {A}=9")).await;
     let back = desk.weights_of(&["rollback", "web", "--reason", "too much"]).await;
@@ -163,7 +164,8 @@ async fn rollback_brings_back_the_table_of_a_version_as_a_new_version() {
     desk.done("rollback web 2").await;
     assert_eq!(desk.table().await, table(&[(A, 9.0), (B, 0.0)]));
     desk.redis.run(&format!("ZADD servers 7 {C}")).await;
-    // Of the present version: what was changed by hand since, entered already or not.
+    // A rollback to the current version undoes later changes by hand, whether they are in the history or
+    // not.
     assert_eq!(outline(&desk.json("history web --limit 1").await), ["4 outside"]);
     desk.redis.run(&format!("ZADD servers 8 {C}")).await;
     desk.done("rollback web 4").await;
@@ -179,7 +181,7 @@ async fn rollback_brings_back_the_table_of_a_version_as_a_new_version() {
 }
 
 #[tokio::test]
-async fn an_emptied_table_is_said_to_be_without_effect() {
+async fn removing_the_last_member_warns_that_proxies_keep_the_last_table() {
     let desk = Desk::start().await;
     desk.done(&format!("set web {A}=1")).await;
     let removed = desk.weights(&format!("remove web {A}")).await;
@@ -193,7 +195,7 @@ async fn an_emptied_table_is_said_to_be_without_effect() {
 }
 
 #[tokio::test]
-async fn the_history_stays_short_and_says_what_it_has_forgotten() {
+async fn the_history_stays_short_and_a_rollback_beyond_it_says_so() {
     let desk = Desk::start().await;
     let mut pipe = redis::pipe();
     for version in 1..=3_000 {
@@ -225,7 +227,7 @@ async fn the_history_stays_short_and_says_what_it_has_forgotten() {
 }
 
 #[tokio::test]
-async fn large_tables_are_changed_whole_and_larger_ones_refused() {
+async fn large_tables_are_changed_and_too_large_ones_refused() {
     let desk = Desk::start().await;
     let fill = async |from: u32, to: u32| {
         let mut zadd = redis::cmd("ZADD");
@@ -239,7 +241,7 @@ async fn large_tables_are_changed_whole_and_larger_ones_refused() {
     desk.done("set web 10.0.0.1:80=5").await;
     desk.redis.run("RENAME servers elsewhere").await;
     desk.done(&format!("set web {A}=1")).await;
-    // The 10,000 that vanished come back, and the one that came goes.
+    // The rollback restores the 10,000 members and removes the new one.
     desk.done("rollback web").await;
     assert_eq!(desk.table().await.len(), 0);
     fill(0, 10_001).await;
@@ -287,7 +289,7 @@ async fn a_missing_right_is_named_and_nothing_is_half_changed() {
         desk.write_config("");
         assert_eq!(outline(&desk.json("history web").await), ["1 set"], "{missing}");
     }
-    // The same list without a gap is enough, so nothing else is missing above.
+    // The full list is enough, so each refusal above was due to the one missing right.
     let mut user = vec!["ACL", "SETUSER", "bob"];
     let all: Vec<String> = commands.iter().map(|c| format!("+{c}")).collect();
     user.extend(all.iter().map(String::as_str));
@@ -318,13 +320,13 @@ async fn a_user_who_may_only_read_sees_all_and_writes_nothing() {
     );
     let set = desk.weights(&format!("set web {A}=5")).await;
     assert_eq!(set.code, Some(1));
-    // Redis 6 knows no scripts and no keys that may only be read: there the first write is refused.
+    // Redis 6 has neither read-only scripts nor read-only keys, so there the first write is refused.
     let cure = if Redis::is_before_7() { "+zadd ~servers" } else { "+eval ~servers ~{servers}:*" };
     assert!(set.errors.contains(&format!("grant the ACL user {cure}")), "{}", set.errors);
 }
 
 #[tokio::test]
-async fn what_stands_in_the_way_is_named_with_its_cure_and_exit_code() {
+async fn what_prevents_a_command_is_named_with_its_cure_and_exit_code() {
     let mut desk = Desk::start().await;
     for (command, words, why) in [
         ("SET servers x", "get web", "servers holds something else than a sorted set: rename or delete it"),
@@ -405,7 +407,7 @@ async fn a_replica_and_a_full_server_refuse_with_the_cure_and_change_nothing() {
 #[tokio::test]
 async fn in_a_cluster_all_keys_of_a_pool_share_one_slot() {
     let redis = Redis::start_with(&["--cluster-enabled", "yes", "--notify-keyspace-events", "KA"]).await;
-    // Redis 6.2 knows no ranges here.
+    // Redis 6.2 has no ADDSLOTSRANGE.
     let slots = (0..16_384).map(|slot| slot.to_string());
     redis
         .run_words(&["CLUSTER", "ADDSLOTS"].map(String::from).into_iter().chain(slots).collect::<Vec<_>>())
@@ -425,7 +427,7 @@ async fn in_a_cluster_all_keys_of_a_pool_share_one_slot() {
         assert_eq!(outline(&desk.json("history web").await), ["3 rollback", "2 remove", "1 set"], "{key}");
     }
     assert!(matches!(desk.redis.run("EXISTS statera:{web}:version").await, redis::Value::Int(1)));
-    // No key in braces can share its slot.
+    // No companion key can be in the slot of a key with such braces.
     let desk = Desk::with(desk.redis, "a}b");
     let typed = desk.weights(&format!("set web {A}=1")).await;
     assert_eq!(typed.code, Some(1));
@@ -441,7 +443,7 @@ async fn hostile_names_are_shown_escaped_and_can_be_removed() {
     let reason = "look\x1b[31m\nhere\u{202e}";
     let set = desk.weights_of(&["set", "web", &format!("{C}=1"), "--reason", reason]).await;
     assert_eq!(set.code, Some(0));
-    for words in ["get web", "get web --json", "history web", "history web --json", "remove web nobody"] {
+    for words in ["get web", "get web --json", "history web", "history web --json", "remove web stranger"] {
         let typed = desk.weights(words).await;
         for text in [&typed.said, &typed.errors] {
             let raw = text.chars().find(|c| c.is_control() && *c != '\n' || *c == '\u{202e}');
@@ -459,7 +461,7 @@ async fn hostile_names_are_shown_escaped_and_can_be_removed() {
         .await;
     assert_eq!(removed.code, Some(0), "{removed:?}");
     assert_eq!(desk.table().await, table(&[(C, 1.0)]));
-    // And back again, byte by byte.
+    // The rollback restores the names byte by byte.
     desk.done("rollback web").await;
     let count = desk.redis.run("ZCARD servers").await;
     assert_eq!(count, redis::Value::Int(4));

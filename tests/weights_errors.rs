@@ -1,4 +1,5 @@
-//! `statera weights` where Redis is not what the config says: one message that blames nobody who is well, and a cure.
+//! `statera weights` when Redis is not what the config says: one message that names only what is at fault,
+//! and a cure.
 
 use std::path::Path;
 
@@ -6,7 +7,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::support::{Backend, Cluster, Program, Redis, Typed, dead_address, info};
 
-/// `statera weights get web` with this `redis` section.
+/// Runs `statera weights get web` with this `redis` section.
 async fn get(section: &str) -> Typed {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("config.yaml");
@@ -24,7 +25,7 @@ async fn get_by(config: &Path) -> Typed {
     Typed::of(command).await
 }
 
-/// It ends so, and says all of this.
+/// Asserts the exit code of `get` and that its message has all these parts.
 async fn ends(section: &str, code: i32, parts: &[&str]) -> Typed {
     let typed = get(section).await;
     assert_eq!((typed.code, typed.said.as_str()), (Some(code), ""), "{section}: {}", typed.errors);
@@ -35,7 +36,7 @@ async fn ends(section: &str, code: i32, parts: &[&str]) -> Typed {
 }
 
 #[tokio::test]
-async fn a_web_server_on_the_port_is_told_once() {
+async fn a_web_server_on_the_port_is_reported_once() {
     let web = Backend::start(|mut stream| async move {
         let mut request = [0; 1024];
         let _ = stream.read(&mut request).await;
@@ -50,7 +51,7 @@ async fn a_web_server_on_the_port_is_told_once() {
 }
 
 #[tokio::test]
-async fn a_database_that_the_server_has_not_is_told_with_its_cure() {
+async fn a_database_that_the_server_lacks_is_reported_with_its_cure() {
     let redis = Redis::start().await;
     let section = |database: u32| format!("url: \"{}\"", redis.url().replace("/0", &format!("/{database}")));
     ends(&section(99), 1, &["the server has fewer", "redis.url"]).await;
@@ -60,7 +61,7 @@ async fn a_database_that_the_server_has_not_is_told_with_its_cure() {
 
     let node = Redis::start_with(&["--cluster-enabled", "yes"]).await;
     let url = node.url().replace("/0", "/3");
-    // Valkey's clusters may have several.
+    // A cluster of Valkey may have several databases.
     let is_valkey = info(&node, "server").await.contains("valkey_version");
     let cure = if is_valkey {
         "the server has fewer"
@@ -71,7 +72,7 @@ async fn a_database_that_the_server_has_not_is_told_with_its_cure() {
 }
 
 #[tokio::test]
-async fn where_no_node_of_a_cluster_answers_none_alone_is_blamed() {
+async fn if_no_node_of_a_cluster_answers_all_are_named() {
     let ((_first, first), (_second, second)) = (dead_address(), dead_address());
     let section = format!("cluster: {{nodes: [\"{first}\", \"{second}\"]}}");
     let both = format!("no node of the cluster (redis://{first}, redis://{second}) can be asked, one says: ");
@@ -79,11 +80,11 @@ async fn where_no_node_of_a_cluster_answers_none_alone_is_blamed() {
 }
 
 #[tokio::test]
-async fn of_a_cluster_the_node_that_is_dead_is_blamed_and_not_the_one_that_names_it() {
+async fn a_dead_cluster_node_is_named_and_not_the_node_that_redirects_to_it() {
     let mut cluster = Cluster::start().await;
     let (owner, other) = (cluster.nodes[0].port, cluster.nodes[1].port);
     for node in &cluster.nodes {
-        // Nobody takes over meanwhile.
+        // The long timeout prevents a failover meanwhile.
         node.run("CONFIG SET cluster-node-timeout 600000").await;
     }
     cluster.nodes[0].kill();

@@ -1,7 +1,8 @@
-//! Every `statera weights` command beside keys that hold what another program, or a hostile one, has written there.
+//! Every `statera weights` command when a foreign or hostile program has written to the companion keys of a
+//! table.
 //!
-//! A command does what it is for, or ends in 1 with a message that names the key and a cure, and then the weights are as they were. Nothing
-//! that stands in Redis reaches a terminal raw.
+//! A command either works, or exits with 1, names the key and a cure, and leaves the weights as they were.
+//! No raw bytes from Redis reach a terminal.
 
 use redis::Value;
 
@@ -17,7 +18,7 @@ const KEYS: [&str; 6] = [
     "{servers}:states",
     "{servers}:applied",
 ];
-/// Members are named as in [`A`] and [`B`].
+/// `A` and `B` stand for the members [`A`] and [`B`].
 const COMMANDS: [&str; 17] = [
     "get web",
     "get web --json",
@@ -39,7 +40,7 @@ const COMMANDS: [&str; 17] = [
 ];
 const OF_A_VARIANT: [&str; 4] =
     ["set web A=7 B=0.5", "history web", "rollback web 0", "rollback web 1 --json"];
-/// One of them stands in each refusal.
+/// Each refusal contains one of these.
 const CURES: [&str; 8] = [
     "nothing was changed",
     "delete it",
@@ -52,15 +53,15 @@ const CURES: [&str; 8] = [
 ];
 const ESCAPE: &str = "\u{1b}[2J\u{9b}31m\u{202e}\n\u{7f}";
 
-/// What the keys hold, and what must be said of it.
+/// Hostile content of the keys, and which commands must refuse it.
 struct Case {
     name: &'static str,
     setup: Vec<Vec<Vec<u8>>>,
-    /// Each command that is refused names it.
+    /// The key that each refused command names.
     key: &'static str,
-    /// These words and more of `COMMANDS` are refused; none where it is empty.
+    /// The commands that are refused, by their first words; empty if none is.
     refused: &'static str,
-    /// The same mistake as in the case before: a few commands are enough.
+    /// True for a variant of the case before, for which a few commands are enough.
     is_variant: bool,
 }
 
@@ -84,7 +85,7 @@ fn case(name: &'static str, setup: &[&[&str]], key: &'static str, refused: &'sta
     }
 }
 
-/// An entry of the history as statera writes them, but for what `changes` and `version` say.
+/// A history entry as statera writes it, with any text as its `version` and `changes`.
 fn entry<'a>(version: &'a str, what: &'a str, changes: &'a str) -> [&'a str; 19] {
     [
         "XADD",
@@ -109,7 +110,8 @@ fn entry<'a>(version: &'a str, what: &'a str, changes: &'a str) -> [&'a str; 19]
     ]
 }
 
-/// Copies all keys in one step, those that are not there too; returns the weights as they are then.
+/// Copies all keys from one prefix to another in one step, and removes those that the source lacks. Returns
+/// the weights.
 async fn copy(desk: &Desk, from: &str, to: &str) -> Value {
     let copy = "for _, key in ipairs(KEYS) do \
                 if redis.call('COPY', ARGV[1] .. key, ARGV[2] .. key, 'REPLACE') == 0 then \
@@ -118,7 +120,7 @@ async fn copy(desk: &Desk, from: &str, to: &str) -> Value {
     desk.redis.run_words(&words.collect::<Vec<_>>()).await
 }
 
-/// Two versions, and the history of them.
+/// A desk whose table has two versions and their history.
 async fn desk() -> Desk {
     let desk = Desk::start().await;
     desk.redis.run(&format!("ZADD servers 1 {A} 1 {B}")).await;
@@ -144,42 +146,42 @@ async fn try_all(desk: &Desk, cases: Vec<Case>) {
         for command in commands {
             let before = copy(desk, "bad:", "").await;
             let typed = desk.weights(&command.replace('A', A).replace('B', B)).await;
-            let told = format!("{name}: {command}: {typed:?}");
+            let context = format!("{name}: {command}: {typed:?}");
             let raw = |text: &str| text.chars().any(|c| c.is_control() && c != '\n' || c == '\u{202e}');
-            assert!(!raw(&typed.said) && !raw(&typed.errors), "{told}");
+            assert!(!raw(&typed.said) && !raw(&typed.errors), "{context}");
             let is_short = typed.said.len() < 1 << 20 || command.contains("--json");
-            assert!(is_short && typed.errors.len() < 4 << 10, "{name}: {command} says too much");
+            assert!(is_short && typed.errors.len() < 4 << 10, "{name}: {command} writes too much");
             let is_refused = command.split(' ').next().is_some_and(|word| refused.contains(word))
                 && !command.contains("18446744073709551615");
             match typed.code {
-                Some(0) => assert!(!is_refused, "{told}"),
-                // No proxy reports.
-                Some(3) => assert!(command.contains("--wait") && !is_refused, "{told}"),
+                Some(0) => assert!(!is_refused, "{context}"),
+                // `--wait` fails, since no proxy reports.
+                Some(3) => assert!(command.contains("--wait") && !is_refused, "{context}"),
                 Some(1) => {
-                    assert!(CURES.iter().any(|cure| typed.errors.contains(cure)), "{told}");
-                    assert!(!is_refused || typed.errors.contains(key), "{told}");
+                    assert!(CURES.iter().any(|cure| typed.errors.contains(cure)), "{context}");
+                    assert!(!is_refused || typed.errors.contains(key), "{context}");
                     let is_conflict = command.contains("--if-version") && typed.errors.contains("not at 2");
                     let is_waiting = command.contains("--wait") && typed.errors.contains("{servers}:applied");
                     let may_be = is_refused || is_conflict || is_waiting || command.starts_with("rollback");
-                    assert!(may_be || refused.contains("rollback"), "{told}");
+                    assert!(may_be || refused.contains("rollback"), "{context}");
                     if !typed.errors.contains("is written") {
-                        assert_eq!(weights_themselves(desk).await, before, "{told}");
+                        assert_eq!(weights_themselves(desk).await, before, "{context}");
                     }
                 }
-                _ => panic!("{told}"),
+                _ => panic!("{context}"),
             }
         }
-        // However many entries there are.
+        // The number of reads is bounded however many entries there are.
         let reads = calls(&desk.redis, "xrevrange").await;
         assert!(reads < 5 * 2_100, "{name}: {reads} reads of the history");
     }
 }
 
-/// All but those that put backends into states, which have no version.
+/// All commands except those that set admin states, which have no version.
 const VERSIONED: &str = "get set remove history rollback simulate";
 
 #[tokio::test]
-async fn hostile_versions_are_refused_by_their_key_and_the_weights_stay() {
+async fn hostile_versions_are_refused_with_their_key_and_the_weights_stay() {
     let desk = desk().await;
     let mut cases = Vec::new();
     for text in ["x", "-1", "1.5", "0x10", "nan", "inf", "9007199254740993", "7\n", ESCAPE, "\0"] {
@@ -199,7 +201,8 @@ async fn hostile_versions_are_refused_by_their_key_and_the_weights_stay() {
     let mut not_utf8 = case("not UTF-8", &[], "{servers}:version", VERSIONED);
     not_utf8.setup = vec![vec![b"SET".to_vec(), b"{servers}:version".to_vec(), b"\xff\xfe".to_vec()]];
     cases.push(not_utf8);
-    // Lost or set back, the history still knows it; ahead of the history, it goes on from there.
+    // A version that is lost or too low is taken from the history; one that is higher than the history's is
+    // used.
     cases.push(case("none", &[&["DEL", "{servers}:version"]], "", ""));
     cases.push(case("an older one", &[&["SET", "{servers}:version", "0"]], "", ""));
     cases.push(case("a newer one", &[&["SET", "{servers}:version", "9007199254000000"]], "", ""));
@@ -207,7 +210,7 @@ async fn hostile_versions_are_refused_by_their_key_and_the_weights_stay() {
 }
 
 #[tokio::test]
-async fn a_hostile_history_is_refused_by_its_key_and_the_weights_stay() {
+async fn a_hostile_history_is_refused_with_its_key_and_the_weights_stay() {
     let desk = desk().await;
     let history = "{servers}:history";
     let mut cases = vec![
@@ -254,7 +257,7 @@ async fn a_hostile_history_is_refused_by_its_key_and_the_weights_stay() {
         cases.push(case("an entry's changes", &[&entry("3", "set", changes)], "", "").variant());
     }
     cases.push(case("an entry's changes", &[&entry("3", "set", &long)], history, VERSIONED).variant());
-    // Versions that go up and down, in circles, or for ever.
+    // Versions that repeat or decrease, and a great many entries.
     let again: Vec<[&str; 19]> = ["2", "1", "2", "1", "3"].map(|version| entry(version, "set", "[]")).into();
     let again: Vec<&[&str]> = again.iter().map(|entry| &entry[..]).collect();
     cases.push(case("a circle", &again, "", ""));
@@ -283,17 +286,17 @@ async fn a_hostile_history_is_refused_by_its_key_and_the_weights_stay() {
 }
 
 #[tokio::test]
-async fn states_that_cannot_be_read_are_named_beside_the_table() {
+async fn states_that_cannot_be_read_are_reported_beside_the_table() {
     let desk = desk().await;
     desk.redis.run("SET {servers}:states x").await;
     let get = desk.done("get web").await;
-    let told =
+    let warning =
         "unknown which members are in drain or maint: {servers}:states holds something else than a hash";
-    assert!(get.said.contains(told), "{get:?}");
+    assert!(get.said.contains(warning), "{get:?}");
 }
 
 #[tokio::test]
-async fn hostile_keys_beside_the_table_are_refused_by_their_name_and_the_weights_stay() {
+async fn hostile_companion_keys_are_refused_by_name_and_the_weights_stay() {
     let desk = desk().await;
     let (known, states, applied) = ("{servers}:known", "{servers}:states", "{servers}:applied");
     let fill = "for i = 1, 120000 do redis.call(ARGV[1], KEYS[1], ARGV[1] == 'ZADD' and i or 'm' .. i, 'm' .. i) end";

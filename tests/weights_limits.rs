@@ -1,4 +1,4 @@
-//! `statera weights` where it cannot do what is wanted: it says so, and does nothing by halves.
+//! `statera weights` at its limits: a command that cannot do all of its work says so and changes nothing.
 
 use crate::support::Desk;
 
@@ -6,7 +6,7 @@ const A: &str = "10.0.0.1:80";
 const B: &str = "10.0.0.2:80";
 
 #[tokio::test]
-async fn without_the_key_that_knows_the_table_before_nothing_is_rolled_back_by_guessing() {
+async fn without_the_key_of_known_weights_nothing_is_rolled_back() {
     let desk = Desk::start().await;
     desk.redis.run(&format!("ZADD servers 1 {A} 1 {B}")).await;
     desk.done(&format!("set web {A}=2")).await;
@@ -21,7 +21,7 @@ async fn without_the_key_that_knows_the_table_before_nothing_is_rolled_back_by_g
         desk.done(&format!("set web {B}={weight}")).await;
         let back = desk.weights("rollback web 0").await;
         assert!(back.code == Some(1) && back.errors.contains("was lost"), "{back:?}");
-        // What came after can be undone.
+        // Later changes can be undone.
         desk.done("rollback web").await;
         assert_eq!(desk.table().await, before);
     }
@@ -29,7 +29,7 @@ async fn without_the_key_that_knows_the_table_before_nothing_is_rolled_back_by_g
 }
 
 #[tokio::test]
-async fn a_table_that_nobody_could_read_is_not_made() {
+async fn a_table_too_large_to_be_read_is_not_made() {
     let desk = Desk::start().await;
     let fill = "for i = 1, 100000 do redis.call('ZADD', KEYS[1], 1, 'a' .. i .. '.example:80') end";
     desk.redis.run_words(&["EVAL", fill, "1", "servers"]).await;

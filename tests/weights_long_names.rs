@@ -1,5 +1,5 @@
-//! `statera weights` beside members that no backend can be: names of a megabyte, a table of many of them, and a history that
-//! others have written to.
+//! `statera weights` beside members whose names are too long for a backend, of up to megabytes, and beside a
+//! history that other programs have written to.
 
 use serde_json::json;
 
@@ -25,7 +25,7 @@ async fn has_members(desk: &Desk, members: &[(&str, f64)]) {
 }
 
 #[tokio::test]
-async fn a_name_too_long_for_a_backend_is_kept_shortened_and_is_in_nobodys_way_back() {
+async fn a_name_too_long_for_a_backend_is_shortened_in_the_history_and_left_alone_by_a_rollback() {
     let desk = Desk::start().await;
     desk.done(&format!("set web {A}=1")).await;
     let long = "é".repeat(500_000);
@@ -41,7 +41,7 @@ async fn a_name_too_long_for_a_backend_is_kept_shortened_and_is_in_nobodys_way_b
     };
     assert!(bytes < 20_000, "the history takes {bytes} bytes");
 
-    // While it is there, it stays there; gone, it stays gone.
+    // A rollback neither removes nor restores such a member.
     desk.done(&format!("set web {A}=2")).await;
     let back = desk.done("rollback web 1").await;
     assert_eq!(back.said, format!("web: version 3, the same table as version 1\n    {A}  2 -> 1\n"));
@@ -74,9 +74,9 @@ async fn a_member_of_20_mb_is_named_with_its_cure_and_all_works_again_once_it_is
         is_refused(&desk, words, why).await;
     }
     assert_eq!(desk.redis.run("ZCARD servers").await, redis::Value::Int(2));
-    let told = is_refused(&desk, "get web", "remove it, by `redis-cli EVAL \"").await.errors;
-    let script = told.split('"').nth(1).expect("it stands in quotes");
-    assert!(told.contains(&format!("\"{script}\" 1 'servers'`")), "{told}");
+    let errors = is_refused(&desk, "get web", "remove it, by `redis-cli EVAL \"").await.errors;
+    let script = errors.split('"').nth(1).expect("it is in quotes");
+    assert!(errors.contains(&format!("\"{script}\" 1 'servers'`")), "{errors}");
     desk.redis.run_words(&["EVAL", script, "1", "servers"]).await;
 
     has_members(&desk, &[(A, 1.0)]).await;
@@ -88,7 +88,7 @@ async fn a_member_of_20_mb_is_named_with_its_cure_and_all_works_again_once_it_is
 }
 
 #[tokio::test]
-async fn a_table_of_more_names_than_can_be_read_is_named() {
+async fn a_table_with_more_bytes_of_names_than_can_be_read_is_refused_with_its_cure() {
     let desk = Desk::start().await;
     let mut words = vec!["ZADD".to_owned(), "servers".to_owned()];
     for member in 0..30_000 {
@@ -101,9 +101,9 @@ async fn a_table_of_more_names_than_can_be_read_is_named() {
 }
 
 #[tokio::test]
-async fn a_history_of_large_changes_is_read_whole_and_in_order() {
-    // A read brings five entries: two pages, and a part of a third. More of them show nothing new, and a debug build takes
-    // a tenth of a second for each.
+async fn a_history_of_large_changes_is_read_completely_and_in_order() {
+    // A read returns five entries, so these are two pages and a part of a third. A debug build takes 0.1 s
+    // for each entry.
     const ENTRIES: u64 = 12;
     let desk = Desk::start().await;
     let member = |member: u32| format!("[\"10.0.{}.{}:80\",\"1.5\",\"2.5\"]", member / 250, member % 250);
@@ -127,7 +127,7 @@ async fn a_history_of_large_changes_is_read_whole_and_in_order() {
 }
 
 #[tokio::test]
-async fn what_others_have_written_beside_the_table_is_named_with_its_cure() {
+async fn foreign_content_of_companion_keys_is_named_with_its_cure() {
     let desk = Desk::start().await;
     let giant = "z".repeat(20_000_000);
     let entry =
@@ -140,7 +140,7 @@ async fn what_others_have_written_beside_the_table_is_named_with_its_cure() {
         is_refused(&desk, words, "{servers}:history was written by something else than statera: delete it")
             .await;
     }
-    // Not the newest: only who reads all of them comes upon it.
+    // The large entry is not the newest any more, so only commands that read the whole history find it.
     desk.redis.run_words(&entry("[]")).await;
     desk.done("get web").await;
     is_refused(&desk, "history web", "{servers}:history holds more than statera writes there: delete it")

@@ -1,5 +1,5 @@
-//! The rights that docs/questions/redis-rights.md tells people to grant: commands that a shell takes as they stand, enough
-//! for what they are for, and none too many.
+//! The ACL commands in docs/questions/redis-rights.md: a shell accepts them as they are written, and they grant
+//! each role what it needs and no more.
 
 use std::fs;
 use std::path::Path;
@@ -14,20 +14,21 @@ use crate::support::{
 
 const A: &str = "10.0.0.1:80";
 
-/// What config.yaml and the README lead to.
+/// The page about the rights of Redis users, to which config.yaml and the README link.
 fn page() -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/questions/redis-rights.md");
     fs::read_to_string(path).expect("the page")
 }
 
-/// The commands of the page, as they stand there: over several lines where a line ends in a backslash.
+/// The redis-cli commands of the page as they are written there, over several lines where a line ends in a
+/// backslash.
 fn commands() -> Vec<String> {
     let text = page();
     let blocks = text.split("```sh\n").skip(1).filter_map(|block| block.split("\n```").next());
     blocks.map(str::to_owned).collect()
 }
 
-/// The only one that begins so.
+/// The only command with this beginning.
 fn command(beginning: &str) -> String {
     let mut found = commands().into_iter().filter(|command| command.starts_with(beginning));
     let command = found.next().unwrap_or_else(|| panic!("no {beginning:?}"));
@@ -35,7 +36,8 @@ fn command(beginning: &str) -> String {
     command
 }
 
-/// Types a command into a shell whose redis-cli reaches that port. Nothing else may come of it: no file, no job.
+/// Runs a command in a shell whose redis-cli connects to `port`. The command must leave no file and no
+/// background job.
 async fn type_in(shell: &str, port: u16, command: &str) {
     let (programs, folder) = (TempDir::new().expect("a folder"), TempDir::new().expect("a folder"));
     let client = require("redis-cli", "redis-tools");
@@ -59,7 +61,7 @@ async fn type_in(shell: &str, port: u16, command: &str) {
     assert!(made.is_empty(), "{shell}: {command} makes {made:?}");
 }
 
-/// What stands after `ACL SETUSER name` on the page, without a shell's quotes and line ends.
+/// The rights of `user` on the page, without the shell's quotes and line ends.
 fn rights_of(user: &str) -> String {
     let command = command(&format!("redis-cli ACL SETUSER {user} on "));
     let (_, rights) = command.split_once(&format!("{user} ")).expect("it is there");
@@ -67,7 +69,7 @@ fn rights_of(user: &str) -> String {
     words.join(" ").replace('\'', "").replace("PASSWORD", "geheim")
 }
 
-/// Commands that users were not allowed, by the server's own log.
+/// The commands that the server has refused, by its ACL log.
 async fn refused(redis: &Redis) -> Vec<String> {
     let log: Vec<redis::Value> = redis::from_redis_value(redis.run("ACL LOG 100").await).expect("a list");
     let object = |entry: redis::Value| {
@@ -78,7 +80,7 @@ async fn refused(redis: &Redis) -> Vec<String> {
     log.into_iter().map(object).collect()
 }
 
-/// A desk that a proxy follows and reports to; what is typed there is `bob`'s, who has these rights.
+/// A desk with a proxy that follows and reports. Its commands run as the user `bob`, which has these rights.
 async fn desk_of(rights: &str) -> (Desk, Program) {
     let desk = Desk::start().await;
     desk.redis.run(&format!("ZADD servers 1 {A}")).await;
@@ -92,7 +94,7 @@ async fn desk_of(rights: &str) -> (Desk, Program) {
     (desk, program)
 }
 
-/// True where everything that only reads works, and shows who has the table.
+/// True if all commands that only read work and show the proxy that has the table.
 async fn can_read(desk: &Desk) -> bool {
     let (get, history) = (desk.weights("get web --json").await, desk.weights("history web").await);
     if (get.code, history.code) != (Some(0), Some(0)) {
@@ -102,7 +104,7 @@ async fn can_read(desk: &Desk) -> bool {
     get["applied"]["have"].as_array().is_some_and(|have| have.len() == 1)
 }
 
-/// True where everything that writes works.
+/// True if all commands that write work.
 async fn can_write(desk: &Desk) -> bool {
     for words in [
         "drain web 10.0.0.1:80",
@@ -119,7 +121,7 @@ async fn can_write(desk: &Desk) -> bool {
     true
 }
 
-/// Every command that there is, as the editor and then the viewer.
+/// Commands that the editor must be able to run.
 const OF_THE_EDITOR: [&str; 9] = [
     "set web 10.0.0.1:80=2 10.0.0.2:80=1 --wait=20s",
     "remove web 10.0.0.2:80 --wait=20s",
@@ -133,7 +135,7 @@ const OF_THE_EDITOR: [&str; 9] = [
 ];
 
 #[tokio::test]
-async fn each_role_does_all_that_it_is_for_by_the_command_of_the_example_as_a_shell_takes_it() {
+async fn each_role_works_with_the_command_of_the_page_as_a_shell_runs_it() {
     let desk = Desk::start().await;
     desk.redis.run(&format!("ZADD servers 1 {A}")).await;
     for shell in ["sh", "bash"] {
@@ -157,12 +159,12 @@ async fn each_role_does_all_that_it_is_for_by_the_command_of_the_example_as_a_sh
     for words in ["get web", "history web", "simulate web 10.0.0.1:80=3"] {
         desk.done(words).await;
     }
-    // It tries to enter what other programs have changed.
+    // `history` tries to enter the changes of other programs by `eval`, which a viewer may not use.
     assert_eq!(refused(&desk.redis).await, ["eval"]);
 }
 
 #[tokio::test]
-async fn in_a_cluster_each_role_needs_what_the_example_adds() {
+async fn in_a_cluster_each_role_works_with_the_rights_that_the_page_adds() {
     let cluster = Cluster::start().await;
     for node in &cluster.nodes {
         for user in ["statera", "viewer", "editor"] {
@@ -193,7 +195,7 @@ async fn in_a_cluster_each_role_needs_what_the_example_adds() {
 }
 
 #[tokio::test]
-async fn a_sentinel_takes_the_command_of_the_example() {
+async fn a_sentinel_accepts_the_command_of_the_page() {
     let port = free_port();
     let _sentinel = Server::start(|folder| {
         let config = folder.join("sentinel.conf");
@@ -210,11 +212,12 @@ async fn a_sentinel_takes_the_command_of_the_example() {
     type_in("sh", port, &command.replace("26379", &port.to_string())).await;
 }
 
-/// Takes each command away in turn. Those of the greeting are sent at once or not at all, by the library's choice.
+/// The rights without one command, for each command. Those of the handshake are left: the library decides
+/// whether to send them.
 fn without_each(rights: &str) -> impl Iterator<Item = (&str, String)> {
-    let of_the_greeting = ["+hello", "+auth", "+select"];
+    let of_the_handshake = ["+hello", "+auth", "+select"];
     let commands =
-        rights.split(' ').filter(move |word| word.starts_with('+') && !of_the_greeting.contains(word));
+        rights.split(' ').filter(move |word| word.starts_with('+') && !of_the_handshake.contains(word));
     commands.map(move |command| {
         let kept: Vec<&str> = rights.split(' ').filter(|word| *word != command).collect();
         (command, format!("reset {}", kept.join(" ")))
@@ -222,7 +225,7 @@ fn without_each(rights: &str) -> impl Iterator<Item = (&str, String)> {
 }
 
 #[tokio::test]
-async fn who_may_read_sees_all_by_the_rights_of_the_example_and_writes_nothing() {
+async fn a_viewer_needs_exactly_the_rights_of_the_page_and_writes_nothing() {
     let rights = rights_of("viewer");
     let (desk, _program) = desk_of(&rights).await;
     assert!(can_read(&desk).await, "{rights}");
@@ -236,7 +239,7 @@ async fn who_may_read_sees_all_by_the_rights_of_the_example_and_writes_nothing()
 }
 
 #[tokio::test]
-async fn who_may_write_needs_the_rights_of_the_example_and_no_others() {
+async fn an_editor_needs_exactly_the_rights_of_the_page() {
     let rights = rights_of("editor");
     let (desk, _program) = desk_of(&rights).await;
     assert!(can_write(&desk).await && can_read(&desk).await, "{rights}");
@@ -248,13 +251,13 @@ async fn who_may_write_needs_the_rights_of_the_example_and_no_others() {
     }
 }
 
-/// Where there is another way, it is asked for all the same.
+/// True if the command was tried and refused: some commands work without it by a fallback.
 async fn is_missed(desk: &Desk, command: &str) -> bool {
     refused(&desk.redis).await.iter().any(|refused| format!("+{refused}") == command)
 }
 
 #[tokio::test]
-async fn a_proxy_is_seen_by_the_rights_of_the_example() {
+async fn a_proxy_with_the_rights_of_the_page_reports() {
     let desk = Desk::start().await;
     desk.redis.run(&format!("ZADD servers 1 {A}")).await;
     let rights = rights_of("statera").replace("geheim", "secret");
@@ -279,7 +282,7 @@ async fn a_proxy_is_seen_by_the_rights_of_the_example() {
 }
 
 #[test]
-fn the_keys_beside_a_table_are_named() {
+fn the_companion_keys_are_listed_on_the_page() {
     let page = page();
     let (_, keys) = page.split_once("## The keys beside the weights key").expect("a part of the page");
     for key in ["{servers}:version", "{servers}:history", "{servers}:known", "{servers}:applied"] {

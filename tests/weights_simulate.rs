@@ -1,4 +1,4 @@
-//! `statera weights simulate`: what it says before a change is what a proxy does after it, and it changes nothing.
+//! `statera weights simulate`: it predicts what a proxy does after a change, and changes nothing itself.
 
 use std::collections::HashMap;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -16,7 +16,7 @@ const A: &str = "10.0.0.1:80";
 const B: &str = "10.0.0.2:80";
 const NEW: &str = "db.internal:5432";
 
-/// `statera weights simulate web` and these words, split at spaces, with such a config.
+/// Runs `statera weights simulate web` with these words, split at spaces, and this config.
 async fn simulate(yaml: &str, words: &str) -> Typed {
     let folder = TempDir::new().expect("a folder");
     let config = folder.path().join("config.yaml");
@@ -37,7 +37,7 @@ fn yaml(top: &str, pool: &str) -> String {
 }
 
 /// The member's `now`, `then` and expected sessions.
-fn of<'a>(answer: &'a Value, member: &str) -> (&'a Value, &'a Value, &'a Value) {
+fn forecast_of<'a>(answer: &'a Value, member: &str) -> (&'a Value, &'a Value, &'a Value) {
     let members = answer["members"].as_array().expect("a list");
     let found =
         members.iter().find(|m| m["member"] == member).unwrap_or_else(|| panic!("{member}: {answer}"));
@@ -50,7 +50,7 @@ fn assert_share(side: &Value, weight: f64, percent: f64) {
 }
 
 #[tokio::test]
-async fn weights_come_on_top_of_the_table_in_redis_and_nothing_is_written() {
+async fn weights_are_added_to_the_table_in_redis_and_nothing_is_written() {
     let desk = Desk::start().await;
     desk.done(&format!("set web {A}=100 {B}=100")).await;
     desk.redis.run("ZADD servers 1 no-backend").await;
@@ -68,7 +68,7 @@ async fn weights_come_on_top_of_the_table_in_redis_and_nothing_is_written() {
         (B, Some(100.0), 300.0, 37.5, 300.0),
         (NEW, None, 400.0, 50.0, 400.0),
     ] {
-        let (now_is, then_is, sessions) = of(&answer, member);
+        let (now_is, then_is, sessions) = forecast_of(&answer, member);
         match now {
             Some(weight) => assert_share(now_is, weight, 50.0),
             None => assert_eq!(now_is, &Value::Null, "{member} is new"),
@@ -91,16 +91,16 @@ async fn weights_come_on_top_of_the_table_in_redis_and_nothing_is_written() {
     }
     let only = desk.json(&format!("simulate web {B}=300 {NEW}=100 --only")).await;
     assert_eq!((only["members"].as_array().map(Vec::len), &only["now_from"]), (Some(2), &Value::Null));
-    assert_share(of(&only, B).1, 300.0, 75.0);
+    assert_share(forecast_of(&only, B).1, 300.0, 75.0);
     assert_eq!(keys().await, before);
 }
 
 #[tokio::test]
-async fn without_a_redis_section_the_config_says_who_else_is_there() {
+async fn without_a_redis_section_the_other_backends_come_from_the_config() {
     let pool = format!("backends: {{\"{A}\": 1, \"{B}\": 1}}, balance: source_hash");
     let answer = simulated(&yaml("", &pool), &format!("{B}=0")).await;
     assert_eq!((&answer["now_from"], &answer["version"]), (&json!("config"), &Value::Null));
-    assert_share(of(&answer, A).1, 1.0, 100.0);
+    assert_share(forecast_of(&answer, A).1, 1.0, 100.0);
     let moved = answer["moved_clients_percent"].as_f64().expect("a number");
     assert!((49.9..=50.1).contains(&moved), "{moved} % move");
 
@@ -124,10 +124,10 @@ async fn what_cannot_be_simulated_is_named_with_its_exit_code() {
         assert_eq!((typed.code, typed.said.as_str()), (Some(code), ""), "{words}: {}", typed.errors);
         assert!(typed.errors.contains(why), "{words}: {}", typed.errors);
     }
-    assert_share(of(&simulated(&away, &format!("{A}=1 --only")).await, A).1, 1.0, 100.0);
+    assert_share(forecast_of(&simulated(&away, &format!("{A}=1 --only")).await, A).1, 1.0, 100.0);
 }
 
-/// The name that a session from a random address of 127.0.0.0/8 reads, and the session.
+/// Opens a session from the address `client` of 127.0.0.0/8. Returns the backend's name and the session.
 async fn session(client: u32, proxy: SocketAddr) -> (u8, TcpStream) {
     let socket = TcpSocket::new_v4().expect("a socket");
     let address = Ipv4Addr::from_bits(Ipv4Addr::new(127, 0, 0, 0).to_bits() | client);
@@ -136,7 +136,8 @@ async fn session(client: u32, proxy: SocketAddr) -> (u8, TcpStream) {
     (stream.read_u8().await.expect("a greeting"), stream)
 }
 
-/// Ends the sessions as they end in the simulation: any of those that are active, as one comes.
+/// Opens `count` sessions with `active` at a time and counts them by backend. As in the simulation, each new
+/// session ends a random active one.
 async fn sessions(count: u32, active: usize, proxy: SocketAddr) -> HashMap<u8, u32> {
     let mut rng = fastrand::Rng::with_seed(seed());
     let (mut names, mut open) = (HashMap::new(), Vec::new());
@@ -144,7 +145,7 @@ async fn sessions(count: u32, active: usize, proxy: SocketAddr) -> HashMap<u8, u
         if open.len() >= active {
             drop(open.swap_remove(rng.usize(..open.len())));
         }
-        // Neither the network's own address nor that of broadcasts.
+        // Leaves out the network address and the broadcast address.
         let (name, stream) = session(rng.u32(1..(1 << 24) - 1), proxy).await;
         open.push(stream);
         if number >= 2 * active as u32 {
@@ -162,7 +163,7 @@ async fn a_proxy_does_what_was_simulated() {
     let redis = Redis::start().await;
     let mut backends = Vec::new();
     for name in NAMES {
-        // It says who it is and stays until the client goes, so that sessions of `least_conn` are active.
+        // Sends its name and stays open until the client ends, so that `least_conn` sees active sessions.
         backends.push(
             Backend::start(move |mut stream| async move {
                 let (mut reader, mut writer) = stream.split();
@@ -204,11 +205,12 @@ async fn a_proxy_does_what_was_simulated() {
             let member = members.iter().find(|m| m["member"] == address).expect("it is simulated");
             let number = |key: &str| member["sessions"][key].as_f64().expect("a number");
             let seen = f64::from(counts.get(&name.as_bytes()[0]).copied().unwrap_or(0));
-            // Twice as far as 95 of 100 runs stay: one of 11,000 leaves that. The least width is for those that hardly vary.
+            // Twice the width that 95 of 100 runs stay within: one run in 11,000 leaves it. The minimum is
+            // for counts that hardly vary.
             let reach = 2.0 * (number("most") - number("least")).max(4.0) / 2.0;
             assert!(
                 (seen - number("expected")).abs() <= reach,
-                "{balance} {name}: {seen} sessions where {member} was said"
+                "{balance} {name}: {seen} sessions, and {member} was predicted"
             );
         }
     }
