@@ -1,5 +1,6 @@
-//! One of three backends is lost in each way in which that happens, under a thousand sessions a second: real nginx processes,
-//! killed, frozen, cut off, closed, and with a full queue. And what a minute of weight changes does to what is known of a dead one.
+//! One of three backends fails under a thousand sessions a second. The backends are nginx processes that are
+//! killed, frozen, cut off by a packet filter or closed, some of them with a full accept queue. The last
+//! scenario changes weights for a while and shows that an ejected backend stays ejected.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -22,7 +23,7 @@ const SESSIONS_A_TICK: usize = 10;
 const AT_ONCE: usize = 4_000;
 const MOST: usize = 60_000;
 
-/// Sessions that begin at a pace of their own, whatever becomes of those before.
+/// Opens sessions at a fixed rate, without waiting for the earlier ones to end.
 struct Load {
     stop: Arc<AtomicBool>,
     begun: Arc<AtomicU64>,
@@ -32,7 +33,7 @@ struct Load {
 struct Session {
     begun: Instant,
     ended: Instant,
-    /// What the backend said.
+    /// The body of the backend's answer, or the error.
     answer: Result<String, String>,
 }
 
@@ -43,7 +44,7 @@ impl Load {
         Self { stop, begun, sessions }
     }
 
-    /// Waits until this many more have begun.
+    /// Waits until `sessions` more sessions have begun.
     async fn more(&self, sessions: u64) {
         let wanted = self.begun.load(Relaxed) + sessions;
         eventually("sessions begin", || async { self.begun.load(Relaxed) >= wanted }).await;
@@ -78,7 +79,7 @@ async fn run(address: SocketAddr, stop: Arc<AtomicBool>, count: Arc<AtomicU64>) 
     running.join_all().await
 }
 
-/// Three nginx behind a proxy with `settings`, under load.
+/// Three nginx processes behind a proxy, under load. The first of them is the one that fails.
 struct Setup {
     nginx: [Nginx; 3],
     proxy: Proxy,
@@ -103,14 +104,14 @@ impl Setup {
         Self { nginx, proxy, load }
     }
 
-    /// Of the backend that is lost.
+    /// A metric of the backend that fails.
     fn metric(&self, name: &str, more: &str) -> f64 {
         let backend = self.nginx[0].address;
         let series = format!("statera_backend_{name}{{pool=\"web\",backend=\"{backend}\"{more}}}");
         self.proxy.metric(&series).unwrap_or_default()
     }
 
-    /// Sessions that were sent to it, and those that tried.
+    /// Sessions of the failing backend: those that connected and those that could not.
     fn attempts(&self) -> f64 {
         self.metric("connections_total", "") + self.metric("connect_failures_total", "")
     }
@@ -123,17 +124,18 @@ impl Setup {
 const CHECKS: &str = "health_check: {interval: 300ms, timeout: 150ms, rise: 2, fall: 3, \
      send: \"GET / HTTP/1.0\\r\\n\\r\\n\", expect: \"200 OK\"}";
 
-/// What sessions see of an outage beside the checks.
+/// How the pool's outlier detection is set.
 #[derive(Clone, Copy)]
 enum Outlier {
     Off,
     Default,
-    /// The outage outlasts many an ejection.
+    /// With ejections so short that several end during the outage.
     Short,
 }
 
-/// What an outage must not do, whichever way it comes: the backend gets nothing from the third check that fails on, until the
-/// second one that passes; then it gets its share, and no more. Only sessions that were on it may fail.
+/// Breaks the first backend, mends it, and asserts what holds for every kind of outage: from the third
+/// failed check until the second passed one the backend gets no sessions; then it gets its share and no
+/// burst. The only sessions that may fail are those that were on the backend when it broke.
 async fn outage(
     outlier: Outlier,
     backlog: u32,
@@ -148,19 +150,20 @@ async fn outage(
     let mut setup = Setup::start(&format!("{settings}{CHECKS}"), backlog).await;
     let (broken, failed) = (Instant::now(), setup.checks("failed"));
     break_it(&mut setup.nginx[0]).await;
-    eventually("it is found out", || async { setup.metric("up", "") == 0.0 }).await;
-    println!("found out after {:?}", broken.elapsed());
-    // One may have failed, and the next one passed, for want of a processor.
-    let found_out = || setup.checks("failed") - failed >= 3.0;
+    eventually("the backend is marked as down", || async { setup.metric("up", "") == 0.0 }).await;
+    println!("marked as down after {:?}", broken.elapsed());
+    // More may have failed than `fall`: on a busy machine a check can fail and the next one pass.
+    let fall_reached = || setup.checks("failed") - failed >= 3.0;
     if matches!(outlier, Outlier::Off) {
-        assert!(found_out(), "`fall` checks decide");
+        assert!(fall_reached(), "`fall` checks decide");
     }
-    eventually("the checks find it out", || async { found_out() }).await;
-    // Those who tried before are counted when they give up: after `connect.timeout`, which is 200 sessions.
+    eventually("`fall` checks have failed", || async { fall_reached() }).await;
+    // Sessions that were connecting are counted when they give up, after `connect.timeout`: the time of 200
+    // sessions.
     setup.load.more(600).await;
     let attempts = setup.attempts();
     setup.load.more(1_000).await;
-    assert_eq!(setup.attempts(), attempts, "sessions were sent to it all the same");
+    assert_eq!(setup.attempts(), attempts, "sessions were sent to an unhealthy backend");
 
     let passed = setup.checks("passed");
     mend_it(&mut setup.nginx[0]).await;
@@ -181,10 +184,11 @@ async fn outage(
 
     let mut shares = BTreeMap::new();
     for session in sessions.iter().filter(|session| session.begun >= back && session.begun < counted) {
-        *shares.entry(session.answer.as_deref().unwrap_or("nobody")).or_insert(0) += 1;
+        *shares.entry(session.answer.as_deref().unwrap_or("none")).or_insert(0) += 1;
     }
     let all: i32 = shares.values().sum();
-    // An even spread strays by some sessions; their order here is that of the clients' begin, not that of the picks.
+    // The sessions are ordered by their begin at the client, not by their pick, so an even spread deviates a
+    // little.
     let most = all / 3 + 60;
     assert!(shares.values().all(|share| (all / 3 - 60..=most).contains(share)), "a burst: {shares:?}");
 }
@@ -203,17 +207,17 @@ async fn kill(outlier: Outlier) {
 }
 
 #[tokio::test]
-async fn killed() {
+async fn a_killed_backend_costs_only_its_own_sessions() {
     kill(Outlier::Off).await;
 }
 
 #[tokio::test]
-async fn killed_and_ejected() {
+async fn a_killed_backend_that_is_ejected_costs_only_its_own_sessions() {
     kill(Outlier::Default).await;
 }
 
 #[tokio::test]
-async fn killed_for_longer_than_it_is_ejected() {
+async fn a_backend_killed_for_longer_than_its_ejections_costs_only_its_own_sessions() {
     kill(Outlier::Short).await;
 }
 
@@ -223,40 +227,40 @@ async fn freeze(outlier: Outlier, backlog: u32) {
 }
 
 #[tokio::test]
-async fn frozen() {
+async fn a_frozen_backend_costs_only_its_own_sessions() {
     freeze(Outlier::Off, 4096).await;
 }
 
 #[tokio::test]
-async fn frozen_with_an_outlier() {
+async fn a_frozen_backend_with_outlier_detection_costs_only_its_own_sessions() {
     freeze(Outlier::Default, 4096).await;
 }
 
-/// Enough for ten at once; full a fifth of a second after nobody accepts.
+/// Long enough for ten connections at once. At the test's rate it is full 0.2 s after nginx stops accepting.
 const SHORT_BACKLOG: u32 = 64;
 
 #[tokio::test]
-async fn frozen_with_a_full_queue() {
+async fn a_frozen_backend_with_a_full_accept_queue_costs_only_its_own_sessions() {
     freeze(Outlier::Off, SHORT_BACKLOG).await;
 }
 
 #[tokio::test]
-async fn frozen_with_a_full_queue_and_ejected() {
+async fn a_frozen_backend_with_a_full_accept_queue_that_is_ejected_costs_only_its_own_sessions() {
     freeze(Outlier::Short, SHORT_BACKLOG).await;
 }
 
-/// QUIT closes nginx's socket at once, and lets it finish what it has.
+/// QUIT makes nginx close its listening socket at once and finish the requests it has.
 async fn close(outlier: Outlier) {
     outage(outlier, 4096, async |nginx| nginx.server.signal(Signal::QUIT), restart).await;
 }
 
 #[tokio::test]
-async fn closed() {
+async fn a_closed_backend_costs_only_its_own_sessions() {
     close(Outlier::Off).await;
 }
 
 #[tokio::test]
-async fn closed_and_ejected() {
+async fn a_closed_backend_that_is_ejected_costs_only_its_own_sessions() {
     close(Outlier::Default).await;
 }
 
@@ -284,25 +288,26 @@ async fn cut_off_in(scenario: &str, outlier: Outlier) {
 }
 
 #[tokio::test]
-async fn cut_off() {
-    cut_off_in("outage::cut_off", Outlier::Off).await;
+async fn a_backend_that_is_cut_off_costs_only_its_own_sessions() {
+    cut_off_in("outage::a_backend_that_is_cut_off_costs_only_its_own_sessions", Outlier::Off).await;
 }
 
 #[tokio::test]
-async fn cut_off_and_ejected() {
-    cut_off_in("outage::cut_off_and_ejected", Outlier::Default).await;
+async fn a_backend_that_is_cut_off_and_ejected_costs_only_its_own_sessions() {
+    cut_off_in("outage::a_backend_that_is_cut_off_and_ejected_costs_only_its_own_sessions", Outlier::Default)
+        .await;
 }
 
 #[tokio::test]
-async fn without_checks_its_sessions_eject_it_and_bring_it_back() {
+async fn without_checks_failed_sessions_eject_a_backend_and_a_trial_session_brings_it_back() {
     let settings = "outlier: {consecutive_failures: 5, ejection: 1s, max_ejected_percent: 50}";
     let mut setup = Setup::start(settings, 4096).await;
     let broken = Instant::now();
     setup.nginx[0].server.signal(Signal::KILL);
     setup.nginx[0].server.wait().await;
     eventually("it is ejected", || async { setup.metric("up", "") == 0.0 }).await;
-    eventually("it was probed in vain", || async { setup.metric("ejections_total", "") >= 3.0 }).await;
-    // Each ejection but the first has seen one probe.
+    eventually("trial sessions have failed", || async { setup.metric("ejections_total", "") >= 3.0 }).await;
+    // Each ejection but the first was preceded by one trial session.
     let failures = setup.metric("connect_failures_total", "");
     assert!(failures < 60.0, "{failures} sessions tried it");
     restart(&mut setup.nginx[0]).await;
@@ -314,9 +319,9 @@ async fn without_checks_its_sessions_eject_it_and_bring_it_back() {
     assert!(sessions.iter().rev().take(200).any(|session| session.answer.as_deref() == Ok("one")));
 }
 
-/// Five seconds of a thousand changes a second, a minute with STATERA_LONG.
+/// A thousand changes a second for five seconds; for a minute with STATERA_LONG.
 #[tokio::test]
-async fn what_is_known_of_a_dead_backend_survives_any_number_of_weight_changes() {
+async fn an_ejected_backend_stays_ejected_through_thousands_of_weight_changes() {
     let seconds = if std::env::var_os("STATERA_LONG").is_some() { 60 } else { 5 };
     let redis = Redis::start().await;
     let (living, (_guard, dead)) =
@@ -376,7 +381,7 @@ async fn what_is_known_of_a_dead_backend_survives_any_number_of_weight_changes()
     println!("{changes} changes, {snapshots} snapshots, {counts:?}");
     assert!(changes > seconds * 300 && snapshots > seconds as f64 * 100.0, "that was no storm");
     assert_eq!(failures(), failed_before, "sessions tried it after it was ejected");
-    // One spread over all those snapshots, not one each.
+    // The round robin goes on from snapshot to snapshot instead of beginning again with each.
     let sessions: u32 = counts.values().sum();
     for (name, weight) in [("a", 1.0), ("b", 2.0), ("c", 3.0)] {
         let stray = (f64::from(counts[name]) - f64::from(sessions) * weight / 6.0).abs();

@@ -1,4 +1,4 @@
-//! Tables that are saved: for a start without Redis, through kills, full disks and files that nobody can have meant.
+//! Saved tables: they serve a start without Redis, and survive kills, full disks and damaged files.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -21,7 +21,7 @@ fn folder() -> TempDir {
     TempDir::new().expect("a folder")
 }
 
-/// Writes to the table without a pause, until told.
+/// Changes a weight every 2 ms until `over` is set. Returns how many changes were made.
 fn write_until(redis: &Redis, over: &Arc<AtomicBool>) -> JoinHandle<u32> {
     let (client, over) = (redis.client(), Arc::clone(over));
     std::thread::spawn(move || {
@@ -42,7 +42,7 @@ fn write_until(redis: &Redis, over: &Arc<AtomicBool>) -> JoinHandle<u32> {
 }
 
 #[tokio::test]
-async fn the_newest_table_is_saved_before_the_end_however_young_it_is() {
+async fn the_newest_table_is_saved_before_the_proxy_ends() {
     let redis = Redis::start().await;
     for drains in [true, false] {
         let state = folder();
@@ -69,7 +69,7 @@ async fn the_newest_table_is_saved_before_the_end_however_young_it_is() {
     }
 }
 
-/// What config.yaml says at its top.
+/// Lines for the top level of a config.
 fn top(url: &str, on_empty: &str, state_dir: &Path) -> String {
     format!("redis: {{url: \"{url}\", on_empty: {on_empty}, resync_interval: 1h}}\nstate_dir: {state_dir:?}")
 }
@@ -78,7 +78,7 @@ fn pool(backend: &Backend) -> String {
     format!("weights_key: servers, backends: {{\"{}\": 1}}", backend.address)
 }
 
-/// The same for a program that serves metrics.
+/// A whole config, with an admin listener.
 fn yaml(top: &str, pool: &str) -> String {
     format!(
         "workers: 1\nadmin: {{bind: \"127.0.0.1:0\"}}\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
@@ -120,7 +120,11 @@ async fn a_saved_table_serves_a_start_without_redis_until_redis_answers() {
     for line in proxy.access_lines() {
         assert_eq!((&line["source"], &line["weight"]), (&"stale".into(), &2.5.into()), "{line}");
     }
-    assert_eq!(proxy.metric("statera_snapshot_age_seconds{pool=\"web\"}"), None, "nobody confirmed it");
+    assert_eq!(
+        proxy.metric("statera_snapshot_age_seconds{pool=\"web\"}"),
+        None,
+        "redis has not confirmed it"
+    );
 
     redis.launch().await;
     redis.set_weights([(&new, 1.0)]).await;
@@ -158,7 +162,7 @@ async fn a_saved_table_is_kept_when_redis_comes_back_empty() {
         assert_eq!(greeting(address).await.expect("an answer"), "kept");
     }
     assert_eq!(program.metric("statera_picks_total", "source=\"stale\"").await, 10.0);
-    assert_eq!(saved(state.path()), before, "redis has said nothing that is to be saved");
+    assert_eq!(saved(state.path()), before, "an empty redis gives nothing to save");
 }
 
 #[tokio::test]
@@ -182,13 +186,13 @@ async fn a_table_that_was_emptied_to_refuse_is_not_brought_back_by_a_start_witho
     assert_eq!((gone.accepted(), configured.accepted()), (served, 0));
     drop(proxy);
 
-    // Whoever takes `refuse` back does not want to be refused.
+    // With `keep_last` the saved empty table does not refuse sessions.
     let proxy = Proxy::web(&top(&redis.url(), "keep_last", state.path()), &pool(&configured));
     assert_eq!(greeting(proxy.address()).await.expect("an answer"), "configured");
 }
 
 #[tokio::test]
-async fn all_weights_zero_is_saved_and_refuses_after_a_start_without_redis() {
+async fn a_table_of_zero_weights_is_saved_and_refuses_sessions_after_a_start_without_redis() {
     let (drained, configured) = (Backend::named("drained").await, Backend::named("configured").await);
     let (mut redis, state) = (Redis::start().await, folder());
     redis.set_weights([(&drained, 0.0)]).await;
@@ -212,7 +216,7 @@ async fn without_redis_nothing_is_saved() {
     assert_eq!(proxy.metric("statera_state_writes_failed_total{pool=\"web\"}"), None);
 }
 
-/// A pool of each name, with the key of that name, and a listener for each.
+/// A config with a pool, a key and a listener for each name.
 fn pools(names: &[&str], key_of_other: &str, configured: &Backend, top: &str) -> String {
     let mut yaml = format!("workers: 1\n{top}\nlisteners:\n");
     for name in names {
@@ -227,7 +231,7 @@ fn pools(names: &[&str], key_of_other: &str, configured: &Backend, top: &str) ->
     yaml
 }
 
-/// Pools whose files are damaged, each in its own way, and what the log says of it.
+/// Pools whose files are damaged, each in another way, and the logged reason.
 const DAMAGED: [(&str, &str); 9] = [
     ("cut", "it ends in the middle"),
     ("empty", "it ends in the middle"),
@@ -262,7 +266,7 @@ fn damage(folder: &Path) {
 }
 
 #[tokio::test]
-async fn files_that_are_damaged_or_not_ours_are_ignored_and_named_while_the_others_serve() {
+async fn damaged_and_foreign_files_are_ignored_and_named_while_the_others_serve() {
     let (kept, configured) = (Backend::named("kept").await, Backend::named("configured").await);
     let (mut redis, state) = (Redis::start().await, folder());
     let names: Vec<&str> = DAMAGED.iter().map(|(name, _)| *name).chain(["good"]).collect();
@@ -291,9 +295,9 @@ async fn files_that_are_damaged_or_not_ours_are_ignored_and_named_while_the_othe
         let lines: Vec<_> = ignored.iter().filter(|line| line["pool"] == name).collect();
         assert_eq!(lines.len(), 1, "{name}: {ignored:?}");
         assert_eq!(lines[0]["level"], "WARN");
-        let (file, said) = (lines[0]["file"].as_str(), lines[0]["reason"].as_str().expect("a text"));
+        let (file, logged) = (lines[0]["file"].as_str(), lines[0]["reason"].as_str().expect("a text"));
         assert_eq!(file.map(PathBuf::from), Some(state.path().join(format!("{name}.table"))));
-        assert!(said.starts_with(reason), "{name}: {said}");
+        assert!(logged.starts_with(reason), "{name}: {logged}");
     }
     let good = program.messages("starting with the saved table");
     assert_eq!(good.len(), 1, "{good:?}");
@@ -307,7 +311,7 @@ async fn files_that_are_damaged_or_not_ours_are_ignored_and_named_while_the_othe
 }
 
 #[tokio::test]
-async fn a_proxy_that_is_killed_at_any_moment_leaves_a_table_that_redis_had_as_a_whole() {
+async fn a_proxy_that_is_killed_at_any_moment_leaves_a_whole_table() {
     const MEMBERS: usize = 2_000;
     let (redis, state, configured) = (Redis::start().await, folder(), Backend::echo().await);
     let (_kept, dead) = dead_address();
@@ -344,7 +348,7 @@ async fn a_proxy_that_is_killed_at_any_moment_leaves_a_table_that_redis_had_as_a
     }
 }
 
-/// `statera` with a file system of its own in `state_dir`.
+/// Starts `statera` with its own file system mounted on `state_dir`.
 fn with_mount(options: &str, state_dir: &Path) -> Command {
     let mut command = Command::new(require("unshare", "util-linux"));
     command.args(["--user", "--map-root-user", "--mount", "sh", "-ec"]);
@@ -354,14 +358,14 @@ fn with_mount(options: &str, state_dir: &Path) -> Command {
 }
 
 #[tokio::test]
-async fn a_full_disk_costs_two_log_lines_and_no_session_and_is_written_again_when_there_is_room() {
+async fn a_full_disk_costs_two_log_lines_and_no_session_and_tables_are_saved_once_there_is_room() {
     let (old, new) = (Backend::named("old").await, Backend::named("new").await);
     let (redis, state) = (Redis::start().await, folder());
     redis.set_weights([(&old, 1.0)]).await;
     let yaml = yaml(&top(&redis.url(), "keep_last", state.path()), "weights_key: servers");
     let program = Program::run_by(with_mount("size=256k,mode=0700", state.path()), &yaml);
     let address = program.addresses().await.0[0];
-    // The file system as the program sees it.
+    // The path to that file system from outside the program's mount namespace.
     let path = state.path().to_str().expect("text").trim_start_matches('/');
     let inside = PathBuf::from(format!("/proc/{}/root", program.pid())).join(path);
     file_says(&inside, &old.address.to_string()).await;
@@ -394,7 +398,7 @@ async fn a_full_disk_costs_two_log_lines_and_no_session_and_is_written_again_whe
 }
 
 #[tokio::test]
-async fn a_folder_that_vanishes_is_told_and_made_again() {
+async fn a_folder_that_is_removed_is_made_again_and_one_that_is_replaced_is_logged() {
     let (old, new) = (Backend::named("old").await, Backend::named("new").await);
     let (redis, state) = (Redis::start().await, folder());
     let state_dir = state.path().join("state");
@@ -403,7 +407,7 @@ async fn a_folder_that_vanishes_is_told_and_made_again() {
     let program = Program::run(&yaml);
     file_says(&state_dir, &old.address.to_string()).await;
 
-    // Gone, with something else in its place.
+    // The folder is replaced by a file.
     fs::rename(&state_dir, state.path().join("moved")).expect("it is ours");
     fs::write(&state_dir, "a file").expect("it is ours");
     redis.set_weights([(&new, 1.0)]).await;
@@ -414,7 +418,7 @@ async fn a_folder_that_vanishes_is_told_and_made_again() {
     program.says("tables are saved again").await;
     file_says(&state_dir, &new.address.to_string()).await;
 
-    // Gone alone: that is mended without a word.
+    // The folder is removed: it is made again, and that is not logged.
     fs::remove_dir_all(&state_dir).expect("it is ours");
     redis.set_weights([(&old, 3.0)]).await;
     file_says(&state_dir, &format!("\n3.0 {}\n", old.address)).await;
@@ -422,7 +426,7 @@ async fn a_folder_that_vanishes_is_told_and_made_again() {
 }
 
 #[tokio::test]
-async fn a_folder_that_cannot_be_made_or_written_is_told_once_and_the_start_goes_on() {
+async fn a_folder_that_cannot_be_made_or_written_is_logged_once_and_the_start_goes_on() {
     let backend = Backend::named("backend").await;
     let (redis, state) = (Redis::start().await, folder());
     redis.set_weights([(&backend, 1.0)]).await;
@@ -455,7 +459,8 @@ async fn a_folder_that_cannot_be_made_or_written_is_told_once_and_the_start_goes
     }
 }
 
-/// `statera` on a disk that takes 14 s, longer than anything waits for it, to open one of these paths.
+/// Starts `statera` under strace, which delays each open of these paths by 14 s. That is longer than
+/// anything waits for it.
 fn with_hanging(paths: &[PathBuf], traces: &Path) -> Command {
     let mut strace = Command::new(require("strace", "strace"));
     strace.args(["-D", "-ff", "-qq", "-o"]).arg(traces.join("calls"));
@@ -468,7 +473,7 @@ fn with_hanging(paths: &[PathBuf], traces: &Path) -> Command {
 }
 
 #[tokio::test]
-async fn a_disk_that_hangs_delays_a_start_and_holds_back_nothing_else() {
+async fn a_disk_that_hangs_delays_the_start_and_nothing_else() {
     let (old, new) = (Backend::named("old").await, Backend::named("new").await);
     let (redis, state, traces) = (Redis::start().await, folder(), folder());
     redis.set_weights([(&old, 1.0)]).await;
@@ -480,15 +485,17 @@ async fn a_disk_that_hangs_delays_a_start_and_holds_back_nothing_else() {
     assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
     assert_eq!(greeting(address).await.expect("an answer"), "old");
     assert_eq!(program.messages("state_dir does not answer: starting without").len(), 1, "{}", program.log());
-    let said = program.messages("cannot save tables");
-    assert!(said.iter().any(|line| line["reason"] == "the folder does not answer"), "{said:?}");
+    let warned = program.messages("cannot save tables");
+    assert!(warned.iter().any(|line| line["reason"] == "the folder does not answer"), "{warned:?}");
 
-    // The first write hangs by now; what Redis says counts nevertheless.
+    // The first write hangs by now; changes from Redis are still used.
     redis.set_weights([(&new, 1.0)]).await;
     next_greeting_is(address, "new").await;
-    eventually("it is said that a write hangs", || async {
-        let said = program.messages("cannot save tables");
-        said.iter().any(|line| line["reason"].as_str().is_some_and(|reason| reason.contains("takes longer")))
+    eventually("the hanging write is logged", || async {
+        let warned = program.messages("cannot save tables");
+        warned
+            .iter()
+            .any(|line| line["reason"].as_str().is_some_and(|reason| reason.contains("takes longer")))
     })
     .await;
     next_greeting_is(address, "new").await;
@@ -497,7 +504,7 @@ async fn a_disk_that_hangs_delays_a_start_and_holds_back_nothing_else() {
 }
 
 #[tokio::test]
-async fn a_burst_of_changes_costs_few_writes_each_of_which_lasts_before_it_counts() {
+async fn a_burst_of_changes_costs_few_writes_each_synced_to_the_disk() {
     let (backend, redis, state) = (Backend::echo().await, Redis::start().await, folder());
     let calls = folder();
     let mut strace = Command::new(require("strace", "strace"));
@@ -511,7 +518,7 @@ async fn a_burst_of_changes_costs_few_writes_each_of_which_lasts_before_it_count
     while begun.elapsed() < Duration::from_secs(1) {
         weight += 1;
         redis.run(&format!("ZADD servers {weight} {}", backend.address)).await;
-        // Spread over the second, and not as fast as can be: each is read by itself.
+        // The pause spreads the changes over a second, so that the proxy reads them one by one.
         sleep(Duration::from_millis(2)).await;
     }
     file_says(state.path(), &format!("\n{weight}.0 {}\n", backend.address)).await;

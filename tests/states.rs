@@ -1,4 +1,5 @@
-//! Admin states: who is in drain or maint gets no new sessions, on every proxy, whatever its weight and health.
+//! Admin states: a backend in drain or maint gets no new sessions on any proxy, whatever its weight and
+//! health.
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -14,17 +15,19 @@ fn follow(redis: &Redis, settings: &str, pool: &str) -> Proxy {
     )
 }
 
-fn of(proxy: &Proxy, name: &str, backend: &Backend) -> f64 {
+/// One metric of one backend.
+fn metric_of(proxy: &Proxy, name: &str, backend: &Backend) -> f64 {
     let series = format!("statera_backend_{name}{{pool=\"web\",backend=\"{}\"}}", backend.address);
     proxy.metric(&series).unwrap_or_default()
 }
 
 async fn effective_weight_becomes(proxy: &Proxy, backend: &Backend, wanted: f64) {
-    eventually("the effective weight", || async { of(proxy, "effective_weight", backend) == wanted }).await;
+    eventually("the effective weight", || async { metric_of(proxy, "effective_weight", backend) == wanted })
+        .await;
 }
 
 #[tokio::test]
-async fn a_state_is_obeyed_in_every_way_of_watching_and_leaves_the_weight_alone() {
+async fn a_state_is_obeyed_in_every_watch_mode_and_leaves_the_weight_alone() {
     let redis = Redis::start().await;
     let (a, b) = (Backend::named("a").await, Backend::named("b").await);
     redis.set_weights([(&a, 5.0), (&b, 5.0)]).await;
@@ -42,13 +45,13 @@ async fn a_state_is_obeyed_in_every_way_of_watching_and_leaves_the_weight_alone(
             }
             let labels = format!("{{pool=\"web\",backend=\"{}\",state=\"{state}\"}}", a.address);
             let shown = proxy.metric(&format!("statera_backend_admin_state{labels}"));
-            assert_eq!((shown, of(proxy, "weight", &a)), (Some(1.0), 5.0));
+            assert_eq!((shown, metric_of(proxy, "weight", &a)), (Some(1.0), 5.0));
         }
-        // Weight and intent do not overwrite each other.
+        // A new weight leaves the state as it is.
         redis.run(&format!("ZADD servers 7 {}", a.address)).await;
         for proxy in &proxies {
-            eventually("the weight arrives", || async { of(proxy, "weight", &a) == 7.0 }).await;
-            assert_eq!(of(proxy, "effective_weight", &a), 0.0);
+            eventually("the weight arrives", || async { metric_of(proxy, "weight", &a) == 7.0 }).await;
+            assert_eq!(metric_of(proxy, "effective_weight", &a), 0.0);
         }
         redis.run(&format!("HDEL {{servers}}:states {}", a.address)).await;
         for proxy in &proxies {
@@ -56,15 +59,15 @@ async fn a_state_is_obeyed_in_every_way_of_watching_and_leaves_the_weight_alone(
         }
         redis.run(&format!("ZADD servers 5 {}", a.address)).await;
     }
-    // All in drain refuses, and does not fail open.
+    // With all backends in drain, sessions are refused and the pool does not fail open.
     redis.run(&format!("HSET {{servers}}:states {} drain {} drain", a.address, b.address)).await;
     effective_weight_becomes(&proxies[0], &a, 0.0).await;
-    greeting(proxies[0].address()).await.expect_err("nobody is to have sessions");
+    greeting(proxies[0].address()).await.expect_err("all backends are in drain");
     assert_eq!(proxies[0].metric("statera_pool_fail_open{pool=\"web\"}"), Some(0.0));
 }
 
 #[tokio::test]
-async fn who_is_in_drain_is_checked_and_who_is_in_maint_is_not() {
+async fn a_backend_in_drain_is_checked_and_one_in_maint_is_not() {
     let redis = Redis::start().await;
     let (a, b) = (Backend::named("a").await, Backend::named("b").await);
     redis.set_weights([(&a, 1.0), (&b, 1.0)]).await;
@@ -73,12 +76,12 @@ async fn who_is_in_drain_is_checked_and_who_is_in_maint_is_not() {
     effective_weight_becomes(&proxy, &b, 0.0).await;
     let (of_a, of_b) = (a.accepted(), b.accepted());
     eventually("one is checked", || async { a.accepted() >= of_a + 10 }).await;
-    // One may have been under way.
+    // One check may have been under way.
     assert!(b.accepted() <= of_b + 1, "{} checks", b.accepted() - of_b);
 }
 
 #[tokio::test]
-async fn what_is_no_state_is_left_out_and_what_is_no_hash_leaves_the_weights_alone() {
+async fn an_unknown_state_is_ignored_and_a_key_that_is_no_hash_leaves_the_weights_alone() {
     let redis = Redis::start().await;
     let a = Backend::named("a").await;
     redis.set_weights([(&a, 1.0)]).await;
@@ -88,15 +91,15 @@ async fn what_is_no_state_is_left_out_and_what_is_no_hash_leaves_the_weights_alo
         redis.url()
     ));
     let address = program.address().await;
-    redis.run(&format!("HSET {{servers}}:states {} Drain nobody drain", a.address)).await;
-    eventually("it is told", || async {
+    redis.run(&format!("HSET {{servers}}:states {} Drain no-address drain", a.address)).await;
+    eventually("it is logged", || async {
         program.log().contains("ignored invalid entries in {servers}:states")
     })
     .await;
     assert_eq!(greeting(address).await.expect("an answer"), "a");
     redis.run("DEL {servers}:states").await;
     redis.run("SET {servers}:states x").await;
-    eventually("it is told", || async {
+    eventually("it is logged", || async {
         program.log().contains("it holds something else than a hash: delete it")
     })
     .await;
@@ -107,7 +110,7 @@ async fn what_is_no_state_is_left_out_and_what_is_no_hash_leaves_the_weights_alo
 }
 
 #[tokio::test]
-async fn who_may_not_read_the_states_follows_the_weights_and_is_told_the_right() {
+async fn a_proxy_that_may_not_read_the_states_follows_the_weights_and_logs_the_missing_rights() {
     let redis = Redis::start().await;
     let a = Backend::named("a").await;
     redis.set_weights([(&a, 1.0)]).await;
@@ -120,7 +123,7 @@ async fn who_may_not_read_the_states_follows_the_weights_and_is_told_the_right()
         redis.url()
     ));
     let address = program.address().await;
-    eventually("it is told", || async {
+    eventually("it is logged", || async {
         let log = program.log();
         log.contains("grant the ACL user +hlen +hgetall %R~{servers}:states")
             && log.contains("grant &__keyspace@0__:{servers}:states")
@@ -130,20 +133,20 @@ async fn who_may_not_read_the_states_follows_the_weights_and_is_told_the_right()
 }
 
 #[tokio::test]
-async fn a_states_key_that_is_too_large_does_not_keep_the_weights_from_coming() {
+async fn a_states_key_that_is_too_large_does_not_stop_the_weights() {
     let redis = Redis::start().await;
     let (a, b) = (Backend::named("a").await, Backend::named("b").await);
     redis.set_weights([(&a, 1.0)]).await;
     redis.run("EVAL local\u{a0}s=string.rep('x',30000000)redis.call('HSET','{servers}:states','10.0.0.1:80',s) 0".replace('\u{a0}', "\t").as_str()).await;
     let proxy = follow(&redis, NOTIFIED, "");
-    eventually("the table arrives", || async { of(&proxy, "weight", &a) == 1.0 }).await;
+    eventually("the table arrives", || async { metric_of(&proxy, "weight", &a) == 1.0 }).await;
     redis.set_weights([(&b, 2.0)]).await;
-    eventually("the next one, too", || async { of(&proxy, "weight", &b) == 2.0 }).await;
+    eventually("the next one, too", || async { metric_of(&proxy, "weight", &b) == 2.0 }).await;
 }
 
-/// `on_empty: keep_last`: an empty table is no news of the weights, but whoever writes a state means it.
+/// With `on_empty: keep_last` an empty table keeps the weights, but the admin states still apply.
 #[tokio::test]
-async fn states_are_obeyed_beside_a_table_that_is_kept_and_vanish_with_none() {
+async fn states_are_obeyed_beside_a_kept_table_and_kept_with_it() {
     let redis = Redis::start().await;
     let (a, b) = (Backend::named("a").await, Backend::named("b").await);
     redis.set_weights([(&a, 5.0), (&b, 5.0)]).await;
@@ -155,8 +158,8 @@ async fn states_are_obeyed_beside_a_table_that_is_kept_and_vanish_with_none() {
     redis.run(&format!("HSET {{servers}}:states {} maint", b.address)).await;
     redis.run(&format!("HDEL {{servers}}:states {}", a.address)).await;
     effective_weight_becomes(&proxy, &a, 5.0).await;
-    assert_eq!(of(&proxy, "effective_weight", &b), 0.0);
-    // Whatever took the weights may take the states along: both are kept.
+    assert_eq!(metric_of(&proxy, "effective_weight", &b), 0.0);
+    // If the states disappear as the weights did, both are kept.
     let before = calls(&redis, "hlen").await;
     redis.run("DEL {servers}:states").await;
     eventually("it is read", || async { calls(&redis, "hlen").await > before }).await;
@@ -164,14 +167,14 @@ async fn states_are_obeyed_beside_a_table_that_is_kept_and_vanish_with_none() {
         assert_eq!(greeting(proxy.address()).await.expect("an answer"), "a");
     }
 
-    // Nor does a key that cannot be read keep the states from being obeyed.
+    // States are also obeyed while the weights key has the wrong type.
     redis.run("SET servers x").await;
     redis.run(&format!("HSET {{servers}}:states {} drain", a.address)).await;
     effective_weight_becomes(&proxy, &a, 0.0).await;
     effective_weight_becomes(&proxy, &b, 5.0).await;
 }
 
-/// A script that writes and mends states all the time: each is news, and the log is for people.
+/// Each change would be a log line of its own; the log limiter keeps them few.
 #[tokio::test]
 async fn states_that_flip_write_few_lines() {
     let redis = Redis::start().await;
@@ -200,8 +203,8 @@ async fn states_that_flip_write_few_lines() {
     assert!((2..=30).contains(&lines), "{lines} lines\n{log}");
 }
 
-/// A session that has come to `backend`.
-async fn soon_at(backend: &Backend, proxy: std::net::SocketAddr) -> TcpStream {
+/// Opens sessions until one reaches `backend`, and returns that one.
+async fn session_at(backend: &Backend, proxy: std::net::SocketAddr) -> TcpStream {
     let before = backend.accepted();
     loop {
         let mut session = TcpStream::connect(proxy).await.expect("it listens");
@@ -214,7 +217,7 @@ async fn soon_at(backend: &Backend, proxy: std::net::SocketAddr) -> TcpStream {
 }
 
 #[tokio::test]
-async fn a_hundred_that_are_in_drain_are_waited_for_at_once() {
+async fn a_hundred_backends_in_drain_are_waited_for_at_once() {
     let desk = Desk::start().await;
     let members: Vec<_> = (0..100).map(|n| format!("10.0.0.{n}:80")).collect();
     let weights: Vec<_> = members.iter().map(|member| format!("1 {member}")).collect();
@@ -229,16 +232,17 @@ async fn a_hundred_that_are_in_drain_are_waited_for_at_once() {
     assert!(drained.code == Some(0) && drained.said.contains("no session is left on 1 proxy"), "{drained:?}");
 }
 
-/// The command `waiting` does not end while `session` talks, so many times, ten a second, and ends well after it.
+/// Exchanges bytes on `session` ten times a second, `times` times. The command `waiting` must still wait
+/// then, and succeed after the session has ended.
 async fn is_waited_for(mut session: TcpStream, mut waiting: std::process::Child, times: u32) {
     for _ in 0..times {
         session.write_all(b"y").await.expect("it lives");
         session.read_exact(&mut [0]).await.expect("an answer");
         tokio::time::sleep(std::time::Duration::from_millis(100)).await;
-        assert!(waiting.try_wait().expect("ours").is_none(), "a session is left");
+        assert!(waiting.try_wait().expect("a child process").is_none(), "a session is left");
     }
     drop(session);
-    let ended = tokio::task::spawn_blocking(move || waiting.wait().expect("ours"));
+    let ended = tokio::task::spawn_blocking(move || waiting.wait().expect("a child process"));
     assert!(ended.await.expect("no panic").success());
 }
 
@@ -252,7 +256,7 @@ async fn drain_waits_for_the_last_session_of_the_fleet() {
         desk.json("get web").await["applied"]["have"].as_array().is_some_and(|have| have.len() == 2)
     })
     .await;
-    // One session through each.
+    // Opens one session through each proxy.
     let mut sessions = Vec::new();
     for program in &programs {
         let mut session = TcpStream::connect(program.address().await).await.expect("it listens");
@@ -278,16 +282,17 @@ async fn drain_waits_for_the_last_session_of_the_fleet() {
     let session = sessions.pop().expect("the other one");
     is_waited_for(session, waiting, 10).await;
 
-    // Back and away again, faster than a proxy reports: what it said last speaks of the first time.
+    // The backend is back and in drain again before a proxy reports; its last report is about the first
+    // drain.
     desk.done(&format!("ready web {}", echo.address)).await;
     desk.redis.run(&format!("ZADD servers 0 {}", other.address)).await;
     let address = programs[0].address().await;
-    let again = soon_at(&echo, address).await;
+    let again = session_at(&echo, address).await;
     desk.redis.run(&format!("ZADD servers 1 {}", other.address)).await;
     let typed = desk.weights(&format!("drain web {} --wait=3s", echo.address)).await;
     assert!(typed.code == Some(3) && typed.errors.contains(" (1 session)"), "{typed:?}");
 
-    // Who left the table is waited for as well.
+    // A backend that left the table is waited for as well.
     let mut waiting = desk.command(&["drain", "web", &echo.address.to_string(), "--wait=60s"]);
     let waiting = waiting.stdout(std::process::Stdio::null()).spawn().expect("it starts");
     tokio::time::sleep(std::time::Duration::from_millis(500)).await;
@@ -301,11 +306,11 @@ async fn drain_waits_for_the_last_session_of_the_fleet() {
 
     let ready = desk.done(&format!("ready web {}", echo.address)).await;
     assert_eq!(ready.said, format!("{}: drain -> ready\n", echo.address));
-    let (_guard, nobody) = dead_address();
-    let missing = desk.weights(&format!("drain web {nobody}")).await;
+    let (_guard, stranger) = dead_address();
+    let missing = desk.weights(&format!("drain web {stranger}")).await;
     assert_eq!(missing.code, Some(1));
     assert!(
-        missing.errors.contains(&format!("servers has no member {nobody}: nothing was changed")),
+        missing.errors.contains(&format!("servers has no member {stranger}: nothing was changed")),
         "{missing:?}"
     );
 }

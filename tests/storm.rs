@@ -1,7 +1,7 @@
 //! The storm: a thousand weight changes a second under two thousand connections a second, for half a minute.
 //!
-//! The changes multiply all weights by one factor, so that the table never rests while the shares stay known. One backend
-//! is taken out and put back in every two seconds.
+//! Each change multiplies all weights by one factor, so that the table changes all the time while the shares
+//! stay the same. One backend changes between weight zero and its weight about every second.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -22,17 +22,17 @@ use crate::support::{PATIENCE, Proxy, Redis, eventually};
 const LENGTH: Duration = Duration::from_secs(30);
 const CHANGES_PER_SECOND: f64 = 1_000.0;
 const SESSIONS_PER_SECOND: f64 = 2_000.0;
-/// Below this part of the rates the storm was none, and the test says so.
+/// The test fails if less than this part of the rates was reached.
 const LEAST_PART: f64 = 0.5;
 const TICK: Duration = Duration::from_millis(5);
 const PHASE: Duration = Duration::from_secs(1);
 const AT_ONCE: usize = 1_000;
 
-/// The last one comes and goes.
+/// The weights of the backends. The last backend changes between its weight and zero.
 const WEIGHTS: [f64; 6] = [1.0, 2.0, 3.5, 0.5, 5.0, 4.0];
 const COMES_AND_GOES: usize = 5;
 
-/// What is known of [`COMES_AND_GOES`], counted up: the remainder by 4.
+/// The state of the backend [`COMES_AND_GOES`]: `Storm::phase` modulo 4.
 mod phase {
     pub(super) const IN: u64 = 0;
     pub(super) const LEAVING: u64 = 1;
@@ -47,17 +47,18 @@ struct Storm {
     changes: AtomicU64,
     sessions: AtomicU64,
     lost: AtomicU64,
-    /// Sessions that began and ended while it was settled that the backend is in, or out: by backend.
+    /// Sessions of each backend that began and ended in one phase in which the proxy surely had the weight,
+    /// or zero.
     settled_in: [AtomicU64; WEIGHTS.len()],
     settled_out: [AtomicU64; WEIGHTS.len()],
 }
 
 #[tokio::test]
-async fn a_storm_of_changes_loses_no_session_keeps_the_shares_and_spares_who_weighs_nothing() {
+async fn a_storm_of_changes_loses_no_session_and_keeps_the_shares_and_weight_zero() {
     let redis = Redis::start().await;
     let backends = serve_backends();
     redis.run(&change(&backends, 1.0, true).join(" ")).await;
-    // Three addresses, so that a port is not needed again while the kernel still remembers it.
+    // With three addresses no client port is needed again while its last connection is in TIME_WAIT.
     let proxy = Proxy::start(&format!(
         "workers: 2\nlisteners: {{web: {{bind: [\"127.0.0.1:0\", \"127.0.0.2:0\", \"127.0.0.3:0\"], pool: web}}}}\n\
          pools: {{web: {{weights_key: servers}}}}\nredis: {{url: \"{}\"}}\nlog: {{access: false}}\n",
@@ -102,7 +103,8 @@ async fn a_storm_of_changes_loses_no_session_keeps_the_shares_and_spares_who_wei
     assert_eq!(proxy.picks("configured"), 0.0);
 }
 
-/// Six standard deviations: a sound picker strays as far once in half a billion.
+/// Asserts that the counts are within six standard deviations of the shares: a correct picker is outside
+/// once in half a billion.
 fn within_the_binomial_bound(counts: &[AtomicU64], weights: &[f64]) {
     let sessions: u64 = counts.iter().map(|count| count.load(SeqCst)).sum();
     let total: f64 = weights.iter().sum();
@@ -110,17 +112,17 @@ fn within_the_binomial_bound(counts: &[AtomicU64], weights: &[f64]) {
     for (backend, (count, weight)) in counts.iter().zip(weights).enumerate() {
         let (sessions, share, count) = (sessions as f64, weight / total, count.load(SeqCst) as f64);
         let bound = 6.0 * (sessions * share * (1.0 - share)).sqrt();
-        let stray = (count - sessions * share).abs();
+        let deviation = (count - sessions * share).abs();
         assert!(
-            stray <= bound,
-            "backend {backend}: {count} of {sessions} sessions strays {stray:.0} > {bound:.0}"
+            deviation <= bound,
+            "backend {backend}: {count} of {sessions} sessions deviates by {deviation:.0} > {bound:.0}"
         );
     }
 }
 
-/// Backends that say their number and close, on a thread of their own that ends with the process.
+/// Starts backends that send their number and close. They run on one thread, which ends with the process.
 fn serve_backends() -> Vec<SocketAddr> {
-    let (tell, told) = mpsc::channel();
+    let (sender, receiver) = mpsc::channel();
     thread::spawn(move || {
         Builder::new_current_thread().enable_all().build().expect("a runtime").block_on(async {
             let mut addresses = Vec::new();
@@ -130,19 +132,19 @@ fn serve_backends() -> Vec<SocketAddr> {
                 tokio::spawn(async move {
                     loop {
                         let (mut stream, _) = listener.accept().await.expect("descriptors");
-                        // A client that went away is seen by the client.
+                        // An error here shows at the client, too.
                         let _ = stream.write_all(&[b'0' + number as u8]).await;
                     }
                 });
             }
-            tell.send(addresses).expect("the scenario waits");
+            sender.send(addresses).expect("the scenario waits");
             std::future::pending::<()>().await;
         });
     });
-    told.recv().expect("they start")
+    receiver.recv().expect("they start")
 }
 
-/// One command that changes every weight and no share.
+/// The words of one command that changes every weight and no share.
 fn change(backends: &[SocketAddr], factor: f64, is_in: bool) -> Vec<String> {
     let mut words = vec!["ZADD".to_owned(), "servers".to_owned()];
     for (number, (backend, weight)) in backends.iter().zip(WEIGHTS).enumerate() {
@@ -152,7 +154,8 @@ fn change(backends: &[SocketAddr], factor: f64, is_in: bool) -> Vec<String> {
     words
 }
 
-/// Changes weights at the wanted rate, and moves the phase on when the proxy has seen what it asks for.
+/// Changes weights at the wanted rate, and begins the next phase when the proxy has the weight that the
+/// current one is for.
 fn write(client: &redis::Client, backends: &[SocketAddr], observed: &Observed, storm: &Storm) {
     let mut connection = client.get_connection().expect("redis runs");
     let comes_and_goes = backends[COMES_AND_GOES].to_string();
@@ -179,7 +182,7 @@ fn write(client: &redis::Client, backends: &[SocketAddr], observed: &Observed, s
         };
         let due = (begun.elapsed().as_secs_f64() * CHANGES_PER_SECOND) as u64;
         let mut changes = redis::pipe();
-        // What was missed is made up for in small bursts.
+        // Late changes are caught up with in small bursts.
         let burst = written..due.min(written + 50);
         for number in burst.clone() {
             let factor = 0.1 + (number % 997) as f64 / 100.0;
@@ -202,7 +205,7 @@ fn command(words: &[String]) -> redis::Cmd {
     command
 }
 
-/// Opens sessions at the wanted rate, however long they take.
+/// Opens sessions at the wanted rate, without waiting for earlier ones to end.
 async fn connect(addresses: &[SocketAddr], storm: &Arc<Storm>) {
     let permits = Arc::new(Semaphore::new(AT_ONCE));
     let begun = Instant::now();

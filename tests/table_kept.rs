@@ -1,4 +1,4 @@
-//! An emptied table that is kept is seen by a metric.
+//! A metric shows whether a pool keeps a table that Redis no longer has.
 
 use crate::support::{Proxy, Redis, eventually};
 
@@ -16,7 +16,7 @@ async fn proxy_with(redis: &Redis, on_empty: &str) -> Proxy {
 }
 
 #[tokio::test]
-async fn a_table_that_is_kept_though_redis_has_none_is_told_by_a_metric() {
+async fn a_metric_shows_that_a_table_is_kept_although_redis_has_none() {
     let redis = Redis::start().await;
     let proxy = proxy_with(&redis, "keep_last").await;
     for emptied in ["DEL servers", "ZREM servers 10.0.0.1:80"] {

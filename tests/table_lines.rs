@@ -1,18 +1,18 @@
-//! What the log tells of a pool's table: each change, and when nothing or one backend is left.
+//! Log lines about a pool's table: each change, and when no backend or only one is left.
 
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use crate::support::{Desk, Program, eventually, greeting, text};
 
-/// A program on the desk's table, which has been read.
+/// Starts a program on the desk's table and waits until it has read the table.
 async fn follower(desk: &Desk) -> Program {
     let program = Program::run(&desk.yaml("watch: notifications, resync_interval: 1h,"));
     program.says("weights loaded from redis: ").await;
     program
 }
 
-/// The lines of weights that changed, by their fields.
+/// The fields of all lines "weights changed".
 fn changes(program: &Program) -> Vec<[String; 3]> {
     let lines = program.messages("weights changed");
     lines.iter().map(|line| ["changed", "joined", "left"].map(|field| text(line, field).to_owned())).collect()
@@ -23,7 +23,7 @@ fn change(changed: &str, joined: &str, left: &str) -> [String; 3] {
 }
 
 #[tokio::test]
-async fn each_change_of_the_table_is_logged_old_and_new_even_one_that_is_taken_back() {
+async fn each_change_of_the_table_is_logged_with_old_and_new_weights_also_if_it_is_reverted() {
     let desk = Desk::start().await;
     desk.redis.run("ZADD servers 5 10.0.0.1:80 5 10.0.0.2:80 5 10.0.0.3:80").await;
     let program = follower(&desk).await;
@@ -47,7 +47,7 @@ async fn each_change_of_the_table_is_logged_old_and_new_even_one_that_is_taken_b
 }
 
 #[tokio::test]
-async fn a_change_that_is_taken_back_at_once_stands_in_the_log_and_as_the_readme_says_not_in_the_history() {
+async fn a_change_that_is_reverted_at_once_is_in_the_log_and_not_in_the_history() {
     let desk = Desk::start().await;
     desk.done("set web 10.0.0.1:80=5 10.0.0.2:80=5").await;
     let program = follower(&desk).await;
@@ -83,7 +83,7 @@ async fn drain_and_maint_are_logged_when_they_are_set_and_when_they_end() {
 }
 
 #[tokio::test]
-async fn a_pool_whose_weights_are_all_0_and_one_with_a_single_backend_left_are_logged_and_so_is_their_end() {
+async fn zero_weights_and_a_single_usable_backend_are_logged_and_so_is_their_end() {
     let desk = Desk::start().await;
     desk.redis.run("ZADD servers 5 10.0.0.1:80 5 10.0.0.2:80").await;
     let program = follower(&desk).await;
@@ -102,13 +102,13 @@ async fn a_pool_whose_weights_are_all_0_and_one_with_a_single_backend_left_are_l
     let line = program.says("sessions are accepted again: 2 of 2 backends get sessions").await;
     assert_eq!(text(&line, "level"), "INFO");
 
-    // The same for want of backends that are ready.
+    // Sessions are also refused if no backend is ready.
     desk.done("drain web 10.0.0.1:80 10.0.0.2:80").await;
     program.says("sessions are refused: all backends with a weight are in drain or maint").await;
 }
 
 #[tokio::test]
-async fn a_flood_of_zadds_writes_few_lines_and_the_last_one_says_how_it_ended_and_what_was_held_back() {
+async fn a_flood_of_changes_writes_few_lines_and_the_last_one_has_the_final_weight() {
     let desk = Desk::start().await;
     desk.redis.run("ZADD servers 1 10.0.0.1:80 1 10.0.0.2:80").await;
     let program = follower(&desk).await;
@@ -124,7 +124,7 @@ async fn a_flood_of_zadds_writes_few_lines_and_the_last_one_says_how_it_ended_an
     eventually("the end is logged", || async { program.messages("weights changed").last().is_some_and(end) })
         .await;
     let lines = program.messages("weights changed");
-    // Ten in each window of ten seconds.
+    // At most ten lines are written in each window of ten seconds.
     let most = 10 * (begun.elapsed().as_secs() as usize / 10 + 2);
     assert!(lines.len() <= most && propagated(2), "{} lines", lines.len());
     assert!(lines.iter().any(|line| line["held_back"].as_u64() > Some(0)), "{lines:?}");
