@@ -1,5 +1,5 @@
-//! Other people's programs through Statera, unchanged: nginx under wrk, redis-benchmark, iperf3, files with checksums;
-//! and weights written by redis-cli and by Python.
+//! Well-known programs run through Statera unchanged: nginx under wrk, redis-benchmark, iperf3 and files
+//! with checksums. Weights are written by redis-cli and by Python.
 
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -13,20 +13,20 @@ use crate::support::{
     Nginx, PATIENCE, Program, Redis, Server, eventually, free_port, get, output, require, seed, sum_of,
 };
 
-/// wrk until it is told to stop.
+/// Starts wrk; it runs until [`all_served`] stops it.
 fn wrk(target: SocketAddr, headers: &[&str]) -> Server {
     let program = require("wrk", "wrk");
     Server::start(|_| {
         let mut command = Command::new(program);
-        // A minute is more than the scenario takes; INT ends it, and it still reports. No request of a loaded machine
-        // is called failed before the scenario's own patience ends.
+        // The scenario takes less than a minute and ends wrk by INT, after which wrk still reports. The long
+        // timeout keeps wrk from calling a request failed that is only slow on a loaded machine.
         command.args(["-t1", "-c16", "-d60s", "--timeout", "60s"]).args(headers);
         command.arg(format!("http://{target}/"));
         command
     })
 }
 
-/// Ends a wrk; returns its requests, none of which failed.
+/// Stops wrk and returns how many requests it made. Panics if any failed.
 async fn all_served(mut wrk: Server) -> u64 {
     wrk.signal(Signal::INT);
     let code = wrk.wait().await;
@@ -39,13 +39,14 @@ async fn all_served(mut wrk: Server) -> u64 {
     requests.unwrap_or_else(|| panic!("no count of requests: {report}"))
 }
 
-/// A metric of each backend, all of one moment.
+/// One metric of each backend, all from the same scrape.
 async fn of_each(statera: &Program, backends: &[Nginx; 3], name: &str) -> [f64; 3] {
     let metrics = statera.metrics().await;
     backends.each_ref().map(|backend| sum_of(&metrics, name, &format!("backend=\"{}\"", backend.address)))
 }
 
-/// Waits until the proxy knows these weights, then until 2,000 more sessions have come: their shares are the weights'.
+/// Waits until the proxy knows `weights` and until 2,000 more sessions have come, whose shares must match
+/// the weights.
 async fn shares_follow(statera: &Program, backends: &[Nginx; 3], weights: [f64; 3]) {
     eventually("the proxy knows the weights", || async {
         of_each(statera, backends, "statera_backend_weight").await == weights
@@ -60,8 +61,9 @@ async fn shares_follow(statera: &Program, backends: &[Nginx; 3], weights: [f64; 
     let counts = since().await;
     let (sum, weight_sum) = (counts.iter().sum::<f64>(), weights.iter().sum::<f64>());
     for (count, weight) in counts.iter().zip(weights) {
-        // Of 2,000 random picks, a share is within 5.5 points but for once in two million runs. At weight 0 there are the
-        // sessions that were on their way when the weights changed: at most one for each of wrk's connections.
+        // The share of 2,000 random picks deviates by more than 5.5 points once in two million runs. A
+        // backend at weight 0 may still get the sessions that were being opened when the weights changed: at
+        // most one per connection of wrk.
         let (share, expected) = (count / sum, weight / weight_sum);
         assert!((share - expected).abs() < 0.055, "{counts:?} of {weights:?}");
         assert!(weight > 0.0 || *count <= 32.0, "{counts:?} of {weights:?}");
@@ -170,7 +172,7 @@ async fn redis_benchmark_runs_unchanged_one_by_one_and_pipelined() {
 async fn iperf3_runs_unchanged_in_both_directions_and_both_at_once() {
     const MEGABYTES: u64 = 400;
     let program = require("iperf3", "iperf3");
-    // A server for each direction: one that has just served a client tells the next one for a while that it is busy.
+    // One server per direction: an iperf3 server that has just served a client reports "busy" for a while.
     let directions: [&[&str]; 4] = [&[], &["-R"], &["--bidir"], &["-P", "4"]];
     let mut servers = directions.map(|_| {
         let port = free_port();
@@ -182,11 +184,11 @@ async fn iperf3_runs_unchanged_in_both_directions_and_both_at_once() {
         (server, SocketAddr::from(([127, 0, 0, 1], port)))
     });
     for (server, _) in &mut servers {
-        // A connection to try it out would count as its client.
+        // The log is read instead of connecting: a connection would count as a client.
         server.says("Server listening").await;
     }
-    // One worker: iperf3 --bidir takes its second connection for the way back, whichever comes second to its server, and
-    // two workers may swap them.
+    // One worker: with --bidir, iperf3 uses the connection that reaches its server second for the reverse
+    // direction, and two workers could swap the connections.
     let (statera, entries) = in_front_of(1, &servers.each_ref().map(|(_, address)| *address)).await;
     for (n, (direction, entry)) in directions.iter().zip(entries).enumerate() {
         let mut command = Command::new(&program);
@@ -200,8 +202,8 @@ async fn iperf3_runs_unchanged_in_both_directions_and_both_at_once() {
         let (sent, received) = ["", "_bidir_reverse"].iter().fold((0, 0), |(sent, received), half| {
             (sent + total(&format!("sum_sent{half}")), received + total(&format!("sum_received{half}")))
         });
-        // With -n, iperf3 ends when one side has written so much; what is still on its way then, in the buffers of four
-        // sockets and a pipe, its receiver does not count.
+        // With -n, iperf3 ends when one side has written that much. Its receiver does not count what is
+        // still in the buffers of four sockets and a pipe then.
         let wanted = MEGABYTES * 1024 * 1024;
         assert!(
             sent >= wanted && received >= wanted / 2,
@@ -219,11 +221,10 @@ async fn iperf3_runs_unchanged_in_both_directions_and_both_at_once() {
     }
 }
 
-/// The sizes of the transfer, and of its pieces.
 const FILE_BYTES: u64 = 1_000_000_000;
 const PIECE_BYTES: usize = 1 << 20;
 
-/// A `b2sum` that reads a pipe.
+/// A `b2sum` process that reads from a pipe.
 struct Checksum {
     child: std::process::Child,
     pipe: ChildStdin,
@@ -246,7 +247,7 @@ impl Checksum {
     }
 }
 
-/// Sends the file that `seed` stands for, ends its half, and returns the file's checksum.
+/// Sends a file made from `seed`, shuts down the write side, and returns the file's checksum.
 fn send_file(mut stream: TcpStream, seed: u64) -> String {
     let (mut random, mut checksum) = (fastrand::Rng::with_seed(seed), Checksum::start());
     let (mut piece, mut left) = (vec![0; PIECE_BYTES], FILE_BYTES);
@@ -261,7 +262,7 @@ fn send_file(mut stream: TcpStream, seed: u64) -> String {
     checksum.finish()
 }
 
-/// Reads to the end of the peer's half: the length and the checksum of what came.
+/// Reads until the peer shuts down its write side. Returns the length and the checksum of the bytes.
 fn receive_file(mut stream: TcpStream) -> (u64, String) {
     let (mut checksum, mut piece, mut length) = (Checksum::start(), vec![0; PIECE_BYTES], 0);
     loop {
@@ -274,7 +275,7 @@ fn receive_file(mut stream: TcpStream) -> (u64, String) {
     }
 }
 
-/// Both halves of a connection at once. Each wait for the peer is bounded.
+/// Sends and receives a file at the same time. Every wait for the peer is bounded.
 fn exchange(stream: TcpStream, seed: u64) -> (String, (u64, String)) {
     stream.set_read_timeout(Some(PATIENCE)).expect("a socket");
     stream.set_write_timeout(Some(PATIENCE)).expect("a socket");
@@ -288,7 +289,7 @@ fn exchange(stream: TcpStream, seed: u64) -> (String, (u64, String)) {
 async fn a_gigabyte_passes_in_both_directions_at_once_with_its_checksum() {
     let (seed, listener) = (seed(), TcpListener::bind("127.0.0.1:0").expect("a free port"));
     let (statera, entries) = in_front_of(2, &[listener.local_addr().expect("bound")]).await;
-    // Connected before anyone waits to accept, so that a failure to connect is seen as one.
+    // Connects before `accept` blocks, so that a failed connect fails the test instead of hanging it.
     let client =
         net::TcpStream::connect(entries[0]).await.and_then(net::TcpStream::into_std).expect("it accepts");
     client.set_nonblocking(false).expect("a socket");

@@ -1,4 +1,5 @@
-//! Shortages of threads and descriptors: what serves goes on, and what was refused is tried again.
+//! Shortages of threads and descriptors: sessions go on, and failed work of the control plane is tried
+//! again.
 
 use std::fs::read_dir;
 use std::net::{SocketAddr, TcpListener};
@@ -20,7 +21,7 @@ async fn metric_is(program: &Program, name: &str, value: f64) {
 }
 
 #[tokio::test]
-async fn while_there_is_no_thread_to_be_had_the_proxy_serves_and_catches_up_afterwards() {
+async fn a_proxy_that_gets_no_thread_goes_on_serving_and_catches_up_afterwards() {
     let (first, second) = (Backend::named("first").await, Backend::named("second").await);
     let mut redis = Redis::start().await;
     redis.set_weights([(&first, 1.0)]).await;
@@ -39,13 +40,13 @@ async fn while_there_is_no_thread_to_be_had_the_proxy_serves_and_catches_up_afte
     eventually("the table is saved", || async { saved().contains(&first.address.to_string()) }).await;
     assert_eq!(greeting(listeners[0]).await.expect("it serves"), "first");
 
-    // Fewer than it has: no more can be started.
+    // The limit is below the number of its threads, so no thread can be started.
     user.limit_threads(&program, 0);
-    // A table to be saved, and a backend's name to be looked up.
+    // The new table needs a thread to be saved and one to look up a backend's name.
     let name = format!("localhost:{}", second.address.port());
     redis.run(&format!("ZADD servers 2 {} 1 {name}", first.address)).await;
     program.says("the system gives no thread").await;
-    // A connection to Redis to be opened by name.
+    // The reconnect to Redis needs a thread to look up its name.
     redis.kill();
     metric_is(&program, "statera_redis_connected", 0.0).await;
     redis.launch().await;
@@ -69,7 +70,7 @@ async fn while_there_is_no_thread_to_be_had_the_proxy_serves_and_catches_up_afte
 }
 
 #[tokio::test]
-async fn a_start_with_too_few_threads_says_so_or_serves() {
+async fn a_start_with_few_threads_serves_or_ends_with_a_message() {
     let backend = Backend::echo().await;
     let user = Unprivileged::new();
     let yaml = format!(
@@ -96,14 +97,14 @@ async fn a_start_with_too_few_threads_says_so_or_serves() {
 }
 
 #[tokio::test]
-async fn a_start_with_too_few_descriptors_says_so_or_serves() {
+async fn a_start_with_few_descriptors_serves_or_ends_with_a_message() {
     let backend = Backend::echo().await;
     let yaml = format!(
         "workers: 2\nadmin: {{bind: \"127.0.0.1:0\"}}\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
          pools: {{web: {{backends: {{\"{}\": 1}}, health_check: {{interval: 1s}}}}}}\n",
         backend.address
     );
-    // With less the program itself cannot be loaded.
+    // With fewer descriptors the system cannot load the program itself.
     for limit in 5.. {
         let mut program = Program::run_by(limited(&[&format!("--nofile={limit}:{limit}")]), &yaml);
         match program.accepts_or_ends().await {
@@ -121,8 +122,8 @@ async fn a_start_with_too_few_descriptors_says_so_or_serves() {
     }
 }
 
-/// In this process, so that all that a start leaves behind is seen. Each round gives it one descriptor more, so that it fails at
-/// every place where it takes one.
+/// Starts the proxy in this process, where everything that a failed start leaves behind can be counted. Each
+/// round allows one more descriptor, so that the start fails at every point that needs one.
 #[tokio::test]
 async fn a_failed_start_leaves_nothing_behind() {
     let (_guard, dead) = dead_address();
@@ -141,8 +142,8 @@ async fn a_failed_start_leaves_nothing_behind() {
     let limit =
         |soft| setrlimit(Resource::Nofile, Rlimit { current: soft, ..usual }).expect("below the hard one");
     let lowest_free = || {
-        let probe = std::fs::File::open("/dev/null").expect("a descriptor");
-        u64::try_from(probe.as_raw_fd()).expect("a number")
+        let lowest = std::fs::File::open("/dev/null").expect("a descriptor");
+        u64::try_from(lowest.as_raw_fd()).expect("a number")
     };
     let mut failed = 0;
     loop {
@@ -156,15 +157,15 @@ async fn a_failed_start_leaves_nothing_behind() {
             TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], port)))
                 .unwrap_or_else(|bound| panic!("after {error:?}: {port}: {bound}"));
         }
-        // A thread that read state_dir may still be on its way out.
+        // A thread that read state_dir may not have ended yet.
         eventually("no thread is left", || async { count("/proc/self/task") == threads }).await;
         assert_eq!(count("/proc/self/fd"), descriptors, "after {error:?}");
     }
-    assert!(failed > 10, "only {failed} places were tried");
+    assert!(failed > 10, "the start failed only {failed} times");
 }
 
 #[tokio::test]
-async fn clients_that_hold_all_descriptors_leave_the_control_plane_its_own() {
+async fn clients_that_use_all_descriptors_leave_the_reserve_to_the_control_plane() {
     const CLIENTS: usize = 150;
     let backend = Backend::echo().await;
     let mut redis = Redis::start().await;
@@ -188,11 +189,11 @@ async fn clients_that_hold_all_descriptors_leave_the_control_plane_its_own() {
         clients.push(client);
     }
     program.says("cannot accept").await;
-    // Some were served before.
+    // The first clients got a session before the descriptors ran out.
     clients[0].hears(b"ping").await;
     clients[1].hears(b"ping").await;
 
-    // More connections to the admin server than there are descriptors.
+    // Opens more connections to the admin server than there are descriptors.
     let mut idle = Vec::new();
     for _ in 0..300 {
         idle.push(TcpStream::connect(admin).await.expect("the kernel takes it"));
@@ -216,7 +217,7 @@ async fn clients_that_hold_all_descriptors_leave_the_control_plane_its_own() {
     eventually("the table is saved", || async { saved().contains(&format!("\n3.0 {name}\n")) }).await;
     let resolved = || program.metric("statera_backend_effective_weight", &name);
     eventually("the name is resolved", || async { resolved().await > 0.0 }).await;
-    // The sessions that are served do not notice.
+    // Established sessions are not affected.
     clients[0].say(b"pong").await;
     clients[0].hears(b"pong").await;
 

@@ -1,4 +1,4 @@
-//! The end of a run: who is still served, who is cut, and what is said of it.
+//! Shutdown: which sessions are still served, which are cut, and what the log says.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use crate::support::{Backend, PATIENCE, Peer, Program, eventually, get, soon};
 
-/// A program in front of one backend, with these lines at the top level of its config.
+/// Starts the program in front of one backend. `top` are lines at the top level of its config.
 fn program(backend: SocketAddr, top: &str) -> Program {
     Program::run(&format!(
         "workers: 2\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
@@ -18,7 +18,7 @@ fn program(backend: SocketAddr, top: &str) -> Program {
     ))
 }
 
-/// What it says last: how many sessions were cut.
+/// How many sessions were cut, by the last log line.
 fn cut(program: &Program) -> u64 {
     let stopped = program.messages("stopped");
     assert_eq!(stopped.len(), 1, "{}", program.log());
@@ -30,7 +30,7 @@ fn close_reasons(program: &Program) -> Vec<String> {
     lines.iter().filter_map(|line| Some(line["close_reason"].as_str()?.to_owned())).collect()
 }
 
-/// An open session: its client, whose first bytes came back.
+/// Opens a session and returns its client, once the first bytes came back.
 async fn session(address: SocketAddr) -> Peer {
     let mut client = Peer::connect(address).await;
     client.say(b"ping").await;
@@ -38,7 +38,7 @@ async fn session(address: SocketAddr) -> Peer {
     client
 }
 
-/// Connects until nobody listens any more. Every connection that was made must be served.
+/// Connects again and again until the port is closed. Every connection that was made must be served.
 async fn hammer(address: SocketAddr, served: Arc<AtomicU64>, over: Arc<AtomicBool>) {
     let deadline = Instant::now() + PATIENCE;
     while Instant::now() < deadline {
@@ -60,7 +60,7 @@ async fn hammer(address: SocketAddr, served: Arc<AtomicU64>, over: Arc<AtomicBoo
 #[tokio::test]
 async fn every_connection_that_was_made_before_the_port_closed_is_served() {
     let backend = Backend::echo().await;
-    // Each run hits the moment of the signal anew.
+    // Each round sends the signal at another moment of a session.
     for signal in [Signal::TERM, Signal::INT, Signal::TERM, Signal::INT, Signal::TERM] {
         let mut program = program(backend.address, "");
         let address = program.listens().await[0];
@@ -83,7 +83,7 @@ async fn every_connection_that_was_made_before_the_port_closed_is_served() {
 }
 
 #[tokio::test]
-async fn while_it_leaves_it_is_not_ready_but_live_and_still_accepts() {
+async fn during_the_delay_it_is_not_ready_but_live_and_still_accepts() {
     let backend = Backend::echo().await;
     let admin = "admin: {bind: \"127.0.0.1:0\"}\nshutdown: {delay: 1h}";
     let mut program = program(backend.address, admin);
@@ -97,7 +97,7 @@ async fn while_it_leaves_it_is_not_ready_but_live_and_still_accepts() {
     program.says("leaving").await;
     assert_eq!((status("/readyz").await, status("/livez").await), (503, 200));
     let mut client = session(address).await;
-    // An hour is long enough: the second signal ends the delay, and the session with it.
+    // The delay is an hour; the second signal ends it, and the session with it.
     program.signal(Signal::INT);
     client.hears_a_reset().await;
     assert!(program.wait().success());
@@ -105,7 +105,7 @@ async fn while_it_leaves_it_is_not_ready_but_live_and_still_accepts() {
 }
 
 #[tokio::test]
-async fn probes_are_answered_during_the_drain() {
+async fn admin_requests_are_answered_during_the_drain() {
     let backend = Backend::echo().await;
     let mut program = program(backend.address, "admin: {bind: \"127.0.0.1:0\"}\nshutdown: {timeout: 1h}");
     let mut client = session(program.listens().await[0]).await;
@@ -143,7 +143,7 @@ async fn a_long_session_finishes_during_the_drain_and_no_new_one_begins() {
 }
 
 #[tokio::test]
-async fn without_sessions_it_ends_at_once() {
+async fn a_program_without_sessions_ends_at_once() {
     let backend = Backend::echo().await;
     let mut program = program(backend.address, "shutdown: {timeout: 1h}");
     program.listens().await;
@@ -188,7 +188,7 @@ async fn sessions_that_outlast_the_timeout_are_reset_counted_and_logged() {
 }
 
 #[tokio::test]
-async fn a_second_signal_ends_it_now() {
+async fn a_second_signal_cuts_all_sessions_at_once() {
     let backend = Backend::echo().await;
     for (first, second) in [(Signal::TERM, Signal::TERM), (Signal::INT, Signal::TERM)] {
         let mut program = program(backend.address, "shutdown: {timeout: 1h}");

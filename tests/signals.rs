@@ -1,4 +1,4 @@
-//! Signals that people and tools send by habit: none of them ends a session.
+//! Signals that operators and tools send routinely: none of them ends a session.
 
 use std::process::Command;
 
@@ -7,8 +7,8 @@ use tempfile::TempDir;
 
 use crate::support::{Backend, PATIENCE, Peer, Program, echo, eventually, limited, sum_of};
 
-/// Numbers as on x86 and ARM, and whether the log answers.
-const HABITS: [(&str, i32, bool); 22] = [
+/// Signals with their numbers on x86 and ARM, and whether the program logs them.
+const ROUTINE: [(&str, i32, bool); 22] = [
     ("HUP", 1, true),
     ("USR1", 10, true),
     ("USR2", 12, true),
@@ -41,7 +41,7 @@ fn yaml(backend: &Backend, top: &str) -> String {
     )
 }
 
-/// By the kill of the shell, which knows real-time signals.
+/// Sends a signal by the shell's `kill`, which knows real-time signals.
 fn kill(pid: u32, number: i32) {
     let status = Command::new("sh").args(["-c", &format!("kill -{number} {pid}")]).status();
     assert!(status.expect("sh starts").success(), "signal {number}: it has ended");
@@ -52,12 +52,12 @@ fn answers(program: &Program, signal: &str) -> usize {
 }
 
 #[tokio::test]
-async fn no_signal_that_is_sent_by_habit_ends_a_session() {
+async fn routine_signals_end_no_session() {
     let backend = Backend::echo().await;
     let mut program = Program::run(&yaml(&backend, ""));
     let (listeners, _) = program.addresses().await;
     let mut client = Peer::connect(listeners[0]).await;
-    for (name, number, is_answered) in HABITS {
+    for (name, number, is_answered) in ROUTINE {
         kill(program.pid(), number);
         if is_answered {
             eventually(name, || async { answers(&program, name) == 1 }).await;
@@ -65,7 +65,7 @@ async fn no_signal_that_is_sent_by_habit_ends_a_session() {
         client.say(name.as_bytes()).await;
         client.hears(name.as_bytes()).await;
     }
-    // QUIT drains, as it does with nginx.
+    // QUIT drains, as it does in nginx.
     program.signal(Signal::QUIT);
     program.says("draining").await;
     client.say(b"last").await;
@@ -75,19 +75,19 @@ async fn no_signal_that_is_sent_by_habit_ends_a_session() {
 }
 
 #[tokio::test]
-async fn a_signal_that_comes_before_the_config_is_read_is_answered_once_it_serves() {
+async fn a_signal_that_comes_before_the_config_is_read_is_logged_later() {
     let backend = Backend::echo().await;
     let folder = TempDir::new().expect("a folder");
     let go = folder.path().join("go");
     let made = Command::new("mkfifo").arg(&go).status().expect("mkfifo starts");
     assert!(made.success());
-    // The first config of the command line can be opened only once this test writes to it.
+    // The config file is a FIFO, so the program waits until this test writes to it.
     let mut launcher = Command::new("sh");
     launcher.args(["-c", "exec \"$0\" run -c \"$1\"", Program::path()]).arg(&go);
     let program = Program::run_by(launcher, "");
     let catches_usr1 = || {
         let status = std::fs::read_to_string(format!("/proc/{}/status", program.pid())).expect("it runs");
-        let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).expect("Linux tells it");
+        let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).expect("Linux lists it");
         let caught = u64::from_str_radix(caught.trim(), 16).expect("a number");
         caught >> (10 - 1) & 1 == 1
     };
@@ -101,7 +101,7 @@ async fn a_signal_that_comes_before_the_config_is_read_is_answered_once_it_serve
 }
 
 #[tokio::test]
-async fn a_flood_of_signals_is_a_few_lines() {
+async fn a_flood_of_signals_writes_few_lines() {
     let backend = Backend::echo().await;
     let program = Program::run(&yaml(&backend, ""));
     let (listeners, _) = program.addresses().await;
@@ -111,12 +111,12 @@ async fn a_flood_of_signals_is_a_few_lines() {
         }
         assert_eq!(echo(listeners[0], b"ping").await.expect("it serves"), b"ping");
     }
-    // Two in each 10 s, of which the 200 sessions do not take more than a few.
+    // At most two lines per 10 s are written, and the sessions take only a few of these windows.
     assert!((1..=10).contains(&answers(&program, "USR1")), "{}", program.log());
 }
 
 #[tokio::test]
-async fn a_log_file_at_its_limit_loses_lines_which_are_counted_and_no_session() {
+async fn a_log_file_at_its_limit_loses_counted_lines_and_no_session() {
     const LIMIT: u64 = 16 * 1024;
     let backend = Backend::echo().await;
     let state = TempDir::new().expect("a folder");
@@ -127,7 +127,7 @@ async fn a_log_file_at_its_limit_loses_lines_which_are_counted_and_no_session() 
         &yaml(&backend, &top).replace("{web: {backends", "{web: {weights_key: servers, backends"),
     );
     let (listeners, _) = program.addresses().await;
-    // A table whose file is larger than the limit.
+    // The file of this table is larger than the limit.
     let mut words = vec!["ZADD".to_owned(), "servers".to_owned()];
     words.extend(["100000".to_owned(), backend.address.to_string()]);
     words.extend((0..1_000).flat_map(|n| ["0".to_owned(), format!("10.1.{}.{}:8080", n / 250, n % 250)]));

@@ -1,6 +1,7 @@
-//! What a short session asks of the kernel, counted by strace: a call that comes back fails here.
+//! The system calls of a short session, counted by strace: an additional call fails these tests.
 //!
-//! docs/decisions/0016-system-calls.md has the table. `epoll_wait` is counted apart, since how many events share one is up to the kernel.
+//! docs/decisions/0016-system-calls.md has the table. `epoll_wait` is counted apart, since the kernel decides
+//! how many events share a call.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -17,20 +18,20 @@ use crate::support::{Peer, Program, eventually, require, soon};
 
 const MESSAGE: [u8; 64] = [7; 64];
 
-/// What each short session costs, without what it shares with others ([`is_shared`]).
+/// The calls of one short session, without those that sessions share ([`is_shared`]).
 const SHORT_SESSION: [(&str, usize); 8] = [
     ("accept4", 1),
     ("close", 2),
     ("connect", 1),
     ("epoll_ctl", 2),
-    // There, the client's end, back, the backend's end.
+    // The request, the client's end, the answer, the backend's end.
     ("recvfrom", 4),
     ("sendto", 2),
     ("shutdown", 1),
     ("socket", 1),
 ];
 
-/// The program with one worker under strace, in front of a backend that answers as long as it is asked.
+/// The program with one worker under strace, in front of an echo backend.
 struct Traced {
     program: Program,
     calls: TempDir,
@@ -41,7 +42,8 @@ impl Traced {
     async fn start() -> Self {
         let calls = TempDir::new().expect("a folder");
         let mut strace = Command::new(require("strace", "strace"));
-        // -D: the program is our child, not strace's; -ff: a file a thread.
+        // -D makes the program the child of this test instead of strace's; -ff writes a file for each
+        // thread.
         strace.args(["-D", "-ff", "-qq", "-o"]).arg(calls.path().join("calls")).arg(Program::path());
         let backend = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = backend.local_addr().expect("bound");
@@ -64,7 +66,7 @@ impl Traced {
         Self { program, calls, entry }
     }
 
-    /// Ends the program; the calls of its worker, one a line.
+    /// Ends the program and returns the calls of its worker.
     async fn calls(mut self) -> Vec<String> {
         let tasks = fs::read_dir(format!("/proc/{}/task", self.program.pid())).expect("it runs");
         let worker = tasks
@@ -88,7 +90,7 @@ async fn session(entry: SocketAddr, requests: usize) {
         client.hears(&MESSAGE).await;
     }
     client.end().await;
-    // The proxy closes towards us once the backend has ended too.
+    // The proxy closes the client's connection once the backend has ended its direction too.
     client.hears_the_end().await;
 }
 
@@ -100,14 +102,14 @@ fn accepted(call: &str) -> bool {
     name(call) == "accept4" && !call.contains("EAGAIN")
 }
 
-/// The calls of `sessions` sessions, without those of the one before and the one after them.
+/// The calls of `sessions` sessions, without those of the first and the last session.
 fn window(calls: &[String], sessions: usize) -> &[String] {
     let accepts: Vec<usize> = (0..calls.len()).filter(|at| accepted(&calls[*at])).collect();
     assert_eq!(accepts.len(), sessions + 2, "every connection is one session");
     &calls[accepts[1]..accepts[sessions + 1]]
 }
 
-/// The sessions' own calls, by name: without what it shares with others.
+/// Counts the calls by name, without those that sessions share.
 fn own(calls: &[String]) -> BTreeMap<&str, usize> {
     let mut counts = BTreeMap::new();
     for call in calls.iter().filter(|call| !is_shared(call)) {
@@ -119,16 +121,17 @@ fn own(calls: &[String]) -> BTreeMap<&str, usize> {
 fn is_shared(call: &str) -> bool {
     match name(call) {
         "accept4" => !accepted(call),
-        // The check for a connection to oneself, which only backends with ports from the range for outgoing connections
-        // need (such as this scenario's).
+        // Checks that the socket is not connected to itself. Only backends with a port from the ephemeral
+        // range need the check, as in this scenario.
         "getsockname" => true,
-        // What the standard library and the runtime check of their descriptors in a debug build.
+        // In a debug build the standard library and the runtime check their descriptors.
         "fcntl" => cfg!(debug_assertions) && (call.contains("F_GETFD") || call.contains("F_GETFL")),
-        // Waits for events; which of the two depends on the kernel that the build may count on.
+        // Waits for events; which of the two calls is used depends on the oldest kernel that the build
+        // supports.
         "epoll_pwait" | "epoll_pwait2" => true,
-        // Where the clock is no page that is read.
+        // On a system without a vDSO clock.
         "clock_gettime" => true,
-        // The allocator's.
+        // The allocator.
         "brk" | "madvise" | "mmap" | "mprotect" | "munmap" => true,
         _ => false,
     }
@@ -138,10 +141,10 @@ fn count(calls: &[String], wanted: &str) -> usize {
     calls.iter().filter(|call| name(call) == wanted).count()
 }
 
-/// What sessions share is little, too.
+/// Bounds the calls that sessions share.
 fn bounded(calls: &[String], sessions: usize) {
     for (name, most) in [
-        // As often as something was accepted, and the check of the connection to the backend.
+        // Each accept may be followed by one that returns EAGAIN.
         ("accept4", 2 * sessions),
         ("getsockname", sessions),
     ] {
@@ -158,7 +161,7 @@ fn times(sessions: usize) -> BTreeMap<&'static str, usize> {
 }
 
 #[tokio::test]
-async fn a_short_session_makes_the_calls_of_the_table_and_no_other() {
+async fn a_short_session_makes_the_calls_of_the_table_and_no_others() {
     const SESSIONS: usize = 50;
     let traced = Traced::start().await;
     for _ in 0..SESSIONS + 2 {
@@ -168,14 +171,14 @@ async fn a_short_session_makes_the_calls_of_the_table_and_no_other() {
     let calls = window(&calls, SESSIONS);
     assert_eq!(own(calls), times(SESSIONS), "the last one:\n{}", last_session(calls));
     bounded(calls, SESSIONS);
-    // For the client, its bytes, the backend's readiness, the answer, the client's end, the backend's end; and ticks of the
-    // clock.
+    // One wait each for the client, its bytes, the connect, the answer, the client's end and the backend's
+    // end, and some for timer ticks.
     let waits = count(calls, "epoll_pwait") + count(calls, "epoll_pwait2");
     assert!(waits <= SESSIONS * 7, "{waits} waits in {SESSIONS} sessions");
 }
 
 #[tokio::test]
-async fn sessions_at_once_make_no_other_calls() {
+async fn concurrent_sessions_make_no_other_calls() {
     const SESSIONS: usize = 640;
     const AT_ONCE: usize = 64;
     let traced = Traced::start().await;
@@ -193,7 +196,8 @@ async fn sessions_at_once_make_no_other_calls() {
     session(traced.entry, 1).await;
     let calls = traced.calls().await;
     let calls = window(&calls, SESSIONS);
-    // Under a tracer the worker is busy: it may hold a handshake back, which it may have to end without bytes.
+    // Under strace the worker is overloaded: it may hold a handshake back, and may have to complete it
+    // without bytes.
     let switches = |held: &str| calls.iter().filter(|call| call.contains(held)).count();
     let (held, ended) = (switches("TCP_QUICKACK, [0]"), switches("TCP_QUICKACK, [1]"));
     assert!(ended <= held && held <= SESSIONS, "{held} handshakes held, {ended} ended without bytes");
@@ -206,9 +210,10 @@ async fn sessions_at_once_make_no_other_calls() {
     bounded(calls, SESSIONS);
 }
 
-/// Nagle's algorithm is switched off before it could hold back anything, and not before.
+/// Nagle's algorithm is switched off just before it could delay a packet, and not for sessions that it
+/// cannot delay.
 #[tokio::test]
-async fn small_packets_are_never_held_back() {
+async fn small_packets_are_never_delayed() {
     let traced = Traced::start().await;
     for requests in [1, 3, 1] {
         session(traced.entry, requests).await;
@@ -219,7 +224,7 @@ async fn small_packets_are_never_held_back() {
         .map(|call| name(call))
         .filter(|name| ["sendto", "setsockopt"].contains(name))
         .collect();
-    // To the backend, to the client, and so on.
+    // The `sendto` calls alternate between the backend and the client.
     assert_eq!(names, ["sendto", "sendto", "setsockopt", "sendto", "sendto", "sendto", "sendto"]);
 }
 

@@ -1,7 +1,8 @@
-//! A peer vanishes (its machine loses power, its network a cable) while bytes for it are under way. Its session ends within what
-//! `keepalive` promises, not after the quarter of an hour for which the kernel resends. Live peers are not cut.
+//! A peer vanishes (its machine loses power or its network breaks) while bytes for it are unacknowledged.
+//! Its session ends within the time of `keepalive`, not after the quarter of an hour for which the kernel
+//! retransmits. Live peers are not cut.
 //!
-//! Each scenario has a network of its own, in which the packets of some ports are dropped.
+//! Each scenario runs in its own network namespace, in which the packets of some ports are dropped.
 
 use std::process::Command;
 use std::time::Duration;
@@ -14,7 +15,7 @@ use crate::support::{
     require, seed, soon,
 };
 
-/// Silence for four seconds is too much. Nothing else ends a session.
+/// A peer may be silent for less than four seconds. No other timeout ends a session.
 const SETTINGS: &str =
     "keepalive: {idle: 1s, interval: 1s, probes: 3}, idle_timeout: 1h, half_close_timeout: 1h";
 const PEER_TIMEOUT: Duration = Duration::from_secs(4);
@@ -24,13 +25,13 @@ const NETWORK: &str = "nft add table inet statera; \
     nft add rule inet statera in tcp sport @vanished drop; \
     nft add rule inet statera in tcp dport @vanished drop";
 
-/// From now on no packet comes from `client` or reaches it.
+/// Drops all packets from and to `client` from now on.
 fn client_vanishes(client: &Peer) {
     let Peer::Tcp(stream) = client else { panic!("a unix socket does not vanish") };
     vanishes(stream.local_addr().expect("bound").port());
 }
 
-/// The same of one backend connection, by the proxy's port.
+/// The same for one connection to a backend, by the proxy's port.
 fn backend_vanishes(backend: &Peer) {
     let Peer::Tcp(stream) = backend else { panic!("a unix socket does not vanish") };
     vanishes(stream.peer_addr().expect("connected").port());
@@ -40,7 +41,7 @@ fn vanishes(port: u16) {
     change_vanished("add", port);
 }
 
-/// Packets come from `port` and reach it again.
+/// Stops dropping the packets from and to `port`.
 fn returns(port: u16) {
     change_vanished("delete", port);
 }
@@ -52,8 +53,8 @@ fn change_vanished(change: &str, port: u16) {
     assert!(status.success(), "nft: {status}");
 }
 
-/// Each of these functions becomes a test in a network of its own.
-macro_rules! in_networks_of_their_own {
+/// Makes each of these functions a test that runs in its own network namespace.
+macro_rules! in_own_networks {
     ($($name:ident)*) => {
         mod in_own_network {
             $(#[tokio::test] async fn $name() {
@@ -66,9 +67,9 @@ macro_rules! in_networks_of_their_own {
     };
 }
 
-in_networks_of_their_own! {
+in_own_networks! {
     a_backend_that_vanishes_with_a_request_under_way_is_noticed
-    a_backend_that_vanishes_is_noticed_though_its_client_goes_on_sending
+    a_backend_that_vanishes_is_noticed_although_its_client_goes_on_sending
     a_backend_that_vanishes_before_its_half_closed_client_has_the_answer_is_noticed
     a_client_that_vanishes_with_an_answer_under_way_is_noticed
     a_client_that_vanishes_during_a_download_is_noticed
@@ -93,7 +94,7 @@ async fn a_backend_that_vanishes_with_a_request_under_way_is_noticed() {
     assert_eq!(pair.line().await["close_reason"], "backend_reset");
 }
 
-async fn a_backend_that_vanishes_is_noticed_though_its_client_goes_on_sending() {
+async fn a_backend_that_vanishes_is_noticed_although_its_client_goes_on_sending() {
     let pair = Pair::new(Kind::Tcp, SETTINGS).await;
     let (mut client, backend) = pair.session().await;
     backend_vanishes(&backend);
@@ -106,7 +107,7 @@ async fn a_backend_that_vanishes_is_noticed_though_its_client_goes_on_sending() 
             }
         }
     };
-    soon("the client is told", sends).await;
+    soon("the client gets an error", sends).await;
     assert_eq!(pair.line().await["close_reason"], "backend_reset");
 }
 
@@ -135,14 +136,14 @@ async fn during_a_download(kind: Kind) {
     let pair = Pair::new(kind, SETTINGS).await;
     let (mut client, mut backend) = pair.session().await;
     let pattern = Pattern::new(seed());
-    // It reads until it vanishes, so its window is open, and megabytes are under way.
+    // The client reads until it vanishes, so its window is open and megabytes are unacknowledged.
     tokio::select! {
         () = pattern.send(&mut backend, u64::MAX) => unreachable!("it has no end"),
         () = pattern.expect(&mut client, 32 * 1024 * 1024) => {}
     }
     client_vanishes(&client);
     let write = async { while backend.write_all(pattern.from(0, u64::MAX)).await.is_ok() {} };
-    soon("the backend is told", write).await;
+    soon("the backend gets an error", write).await;
     assert_eq!(pair.line().await["close_reason"], "client_reset");
 }
 
@@ -162,14 +163,14 @@ async fn a_client_that_vanishes_with_its_window_closed_is_noticed() {
     backend.stuff(&pattern, u64::MAX).await;
     client_vanishes(&client);
     let write = async { while backend.write_all(pattern.from(0, u64::MAX)).await.is_ok() {} };
-    soon("the backend is told", write).await;
+    soon("the backend gets an error", write).await;
     assert_eq!(pair.line().await["close_reason"], "client_reset");
 }
 
-/// Before the reset of the one side is passed on, the other has time to take what was written to it; no more than a vanished peer
-/// has at any other moment.
+/// Before the proxy passes a reset on, the other side has time to take the bytes that were written to it. A
+/// vanished peer gets no more time for that than in any other state.
 async fn a_side_that_vanishes_after_the_other_was_reset_is_noticed() {
-    // More than the few packets that count as delivered though they are not acknowledged.
+    // More bytes than the few packets that the proxy counts as delivered although they are unacknowledged.
     const REASON_BYTES: u64 = 500_000;
     let pair = Pair::new(Kind::Tcp, SETTINGS).await;
     let (client, mut backend) = pair.session().await;
@@ -210,7 +211,7 @@ async fn a_redis_behind_tls_that_vanishes_is_noticed_and_followed_again() {
     vanishes_and_returns(&secure.redis, &secure.url(), &tls).await;
 }
 
-/// `redis` vanishes for as long as the proxy needs to notice it, and has another weight when it returns.
+/// `redis` vanishes until the proxy has noticed it, returns, and gets another weight.
 async fn vanishes_and_returns(redis: &Redis, url: &str, tls: &str) {
     let port = url.rsplit(':').next().and_then(|rest| rest.split('/').next()).expect("a port");
     let port = port.parse().expect("a port");
@@ -250,7 +251,7 @@ async fn live_peers_that_read_nothing_for_longer_than_the_timeout_are_kept() {
     let downloaded = backend.stuff(&pattern, u64::MAX).await;
     let uploaded = uploader.stuff(&pattern, u64::MAX).await;
 
-    // Beside them a peer vanishes, again and again: each time the same silence is noticed.
+    // Meanwhile another peer vanishes three times, and each time its silence is noticed.
     for _ in 0..3 {
         let (client, mut backend) = pair.session().await;
         client_vanishes(&client);
@@ -271,7 +272,7 @@ async fn live_peers_that_read_nothing_for_longer_than_the_timeout_are_kept() {
     silent.hears(b"answer").await;
 }
 
-/// Every third packet of the client's is lost.
+/// A third of the client's packets, chosen at random, is lost.
 async fn live_peers_with_lost_packets_are_kept() {
     const ROUNDS: usize = 40;
     let pair = Pair::new(Kind::Tcp, SETTINGS).await;
