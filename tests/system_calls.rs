@@ -1,7 +1,7 @@
 //! The system calls of a short session, counted by strace: an additional call fails these tests.
 //!
-//! docs/decisions/0016-system-calls.md has the table. `epoll_wait` is counted apart, since the kernel decides
-//! how many events share a call.
+//! docs/decisions/0016-system-calls.md has the table. `epoll_wait` is counted apart, since the kernel
+//! decides how many events share a call.
 
 use std::collections::BTreeMap;
 use std::fs;

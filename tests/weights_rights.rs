@@ -1,5 +1,5 @@
-//! The ACL commands in docs/questions/redis-rights.md: a shell accepts them as they are written, and they grant
-//! each role what it needs and no more.
+//! The ACL commands in docs/questions/redis-rights.md: a shell accepts them as they are written, and they
+//! grant each role what it needs and no more.
 
 use std::fs;
 use std::path::Path;
