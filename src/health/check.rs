@@ -1,6 +1,5 @@
 //! One question to a backend: does it take a connection, and does it say what is expected?
 
-use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
@@ -12,142 +11,70 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpSocket, UnixStream};
 use tokio::time::{Instant, timeout_at};
 
-use crate::balance::backend::Cause;
+use super::check_error::{ANSWER_MAX_BYTES, CheckError, ExpectedAnswer};
 use crate::balance::backend::{Endpoint, Target};
 use crate::config::HealthCheck;
 use crate::net::descriptors::{User, is_reserved};
 use crate::net::errors::exhausted;
 
-/// What a backend may say before what is expected has come.
-const ANSWER_MAX_BYTES: usize = 64 * 1024;
-/// Of what it said instead, for the log.
-const SHOWN_BYTES: usize = 40;
-
-/// Why a check did not pass.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum CheckError {
-    #[error("no connection within {0:?}")]
-    NoConnection(Duration),
-    #[error("cannot connect: {}", Cause::from(.0))]
-    Connect(io::Error),
-    #[error("the kernel connected the socket to itself: nothing listens on that port of this machine")]
-    ToItself,
-    #[error("the connection broke: {}", Cause::from(.0))]
-    Broken(io::Error),
-    #[error("no answer within {0:?}, expected {1}")]
-    Silent(Duration, Wanted),
-    #[error("the connection was closed before the answer, expected {0}")]
-    Closed(Wanted),
-    #[error("not among the first {ANSWER_MAX_BYTES} bytes of the answer: {0}")]
-    TooMuch(Wanted),
-    /// Ours: shows nothing of the backend.
-    #[error("this machine was too busy to hear the answer in time: it looked {0:?} late")]
-    Late(Duration),
-    /// Ours: shows nothing of the backend.
-    #[error("no descriptor, memory or local port left: {0}")]
-    Exhausted(io::Error),
-}
-
-/// The expected answer, and what came instead; for a log line.
-#[derive(Debug)]
-pub(super) struct Wanted {
-    expected: String,
-    /// `None`: nothing.
-    got: Option<String>,
-}
-
-impl Wanted {
-    fn new(settings: &HealthCheck, said: &[u8]) -> Self {
-        let expected = shown(settings.expect.as_deref().unwrap_or_default());
-        Self { expected, got: (!said.is_empty()).then(|| shown(said)) }
-    }
-}
-
-impl fmt::Display for Wanted {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.expected)?;
-        self.got.iter().try_for_each(|got| write!(f, ", got {got}"))
-    }
-}
-
-impl CheckError {
-    /// The same in short: for the report of this proxy.
-    pub(super) fn cause(&self) -> Cause {
-        match self {
-            Self::NoConnection(_) => Cause::TIMED_OUT,
-            Self::Connect(error) | Self::Broken(error) | Self::Exhausted(error) => error.into(),
-            Self::ToItself => Cause::TO_ITSELF,
-            Self::Silent(..) => Cause::NO_ANSWER,
-            Self::Closed(_) => Cause::CLOSED,
-            Self::TooMuch(_) => Cause::WRONG_ANSWER,
-            Self::Late(_) => Cause::OTHER,
-        }
-    }
-
-    /// False where it says something of this machine, not of the backend.
-    pub(super) fn is_of_backend(&self) -> bool {
-        !matches!(self, Self::Late(_) | Self::Exhausted(_))
-    }
-}
-
 /// Asks one address of a backend once, for `timeout` at the longest.
 pub(super) async fn check(target: &Target, settings: &HealthCheck) -> Result<(), CheckError> {
     #[cfg(test)]
     fault::check();
-    let patience = Patience::new(settings.timeout);
+    let deadline = Deadline::new(settings.timeout);
     match target.endpoint() {
         Endpoint::Tcp(mut address) => {
             address.set_port(settings.port.unwrap_or(address.port()));
-            ask_tcp(address, settings, patience).await
+            ask_tcp(address, settings, deadline).await
         }
-        Endpoint::Unix(path) => ask_unix(&path, settings, patience).await,
+        Endpoint::Unix(path) => ask_unix(&path, settings, deadline).await,
     }
 }
 
 /// How long one check may take.
 #[derive(Clone, Copy)]
-struct Patience {
-    time: Duration,
-    until: Instant,
+struct Deadline {
+    timeout: Duration,
+    at: Instant,
 }
 
-impl Patience {
-    fn new(time: Duration) -> Self {
-        Self { time, until: Instant::now() + time }
+impl Deadline {
+    fn new(timeout: Duration) -> Self {
+        Self { timeout, at: Instant::now() + timeout }
     }
 
     /// Nothing came in time, so `error` it is, unless this thread had no time to look. What came before it did is there: the reactor
     /// looks at sockets before it looks at clocks. But a question that was asked late has had no time for its answer.
-    fn over(self, error: CheckError) -> CheckError {
-        let late = self.until.elapsed();
-        if late > self.time / 4 { CheckError::Late(late) } else { error }
+    fn missed(self, error: CheckError) -> CheckError {
+        let late = self.at.elapsed();
+        if late > self.timeout / 4 { CheckError::Late(late) } else { error }
     }
 }
 
-async fn ask_tcp(address: SocketAddr, settings: &HealthCheck, patience: Patience) -> Result<(), CheckError> {
+async fn ask_tcp(address: SocketAddr, settings: &HealthCheck, deadline: Deadline) -> Result<(), CheckError> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() };
     let socket = socket.map_err(failed)?;
     leave_reserve(&socket)?;
     // The end is a reset: thousands of checks a second would leave a place in TIME_WAIT each.
     socket.set_zero_linger().map_err(failed)?;
-    let mut stream = timeout_at(patience.until, socket.connect(address))
+    let mut stream = timeout_at(deadline.at, socket.connect(address))
         .await
-        .map_err(|_| patience.over(CheckError::NoConnection(patience.time)))?
+        .map_err(|_| deadline.missed(CheckError::NoConnection(deadline.timeout)))?
         .map_err(failed)?;
     // Possible where the port is one of those that the kernel gives to callers.
     if stream.local_addr().is_ok_and(|local| local == address) {
         return Err(CheckError::ToItself);
     }
-    talk(&mut stream, settings, patience).await
+    exchange(&mut stream, settings, deadline).await
 }
 
-async fn ask_unix(path: &Path, settings: &HealthCheck, patience: Patience) -> Result<(), CheckError> {
-    let mut stream = timeout_at(patience.until, UnixStream::connect(path))
+async fn ask_unix(path: &Path, settings: &HealthCheck, deadline: Deadline) -> Result<(), CheckError> {
+    let mut stream = timeout_at(deadline.at, UnixStream::connect(path))
         .await
-        .map_err(|_| patience.over(CheckError::NoConnection(patience.time)))?
+        .map_err(|_| deadline.missed(CheckError::NoConnection(deadline.timeout)))?
         .map_err(failed)?;
     leave_reserve(&stream)?;
-    talk(&mut stream, settings, patience).await
+    exchange(&mut stream, settings, deadline).await
 }
 
 /// Fails where `socket` has one of the last descriptors of the process, which are for probes, Redis and saved tables.
@@ -167,54 +94,52 @@ fn failed(error: io::Error) -> CheckError {
 }
 
 /// Says and hears what the settings ask for.
-async fn talk<S: AsyncRead + AsyncWrite + Unpin>(
+async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(
     stream: &mut S,
     settings: &HealthCheck,
-    patience: Patience,
+    deadline: Deadline,
 ) -> Result<(), CheckError> {
     if settings.send.is_none() && settings.expect.is_none() {
         return Ok(());
     }
-    let mut said = Vec::new();
-    let talking = async {
+    let mut received = Vec::new();
+    let exchanging = async {
         if let Some(send) = &settings.send {
             stream.write_all(send).await?;
         }
         let Some(expect) = &settings.expect else { return Ok(Ok(())) };
-        hear(stream, expect, &mut said).await
+        receive(stream, expect, &mut received).await
     };
-    match timeout_at(patience.until, talking).await {
-        Ok(Ok(heard)) => heard.map_err(|wrong| wrong(Wanted::new(settings, &said))),
+    match timeout_at(deadline.at, exchanging).await {
+        Ok(Ok(found)) => found.map_err(|wrong| wrong(ExpectedAnswer::new(settings, &received))),
         Ok(Err(error)) => Err(CheckError::Broken(error)),
-        Err(_) => Err(patience.over(CheckError::Silent(patience.time, Wanted::new(settings, &said)))),
+        Err(_) => {
+            Err(deadline
+                .missed(CheckError::Silent(deadline.timeout, ExpectedAnswer::new(settings, &received))))
+        }
     }
 }
 
 /// Reads until `expect` has come. `Ok(Err(…))`: it did not, and this makes the error of what came.
-async fn hear<S: AsyncRead + Unpin>(
+async fn receive<S: AsyncRead + Unpin>(
     stream: &mut S,
     expect: &[u8],
-    said: &mut Vec<u8>,
-) -> io::Result<Result<(), fn(Wanted) -> CheckError>> {
+    received: &mut Vec<u8>,
+) -> io::Result<Result<(), fn(ExpectedAnswer) -> CheckError>> {
     loop {
         // What was looked through already cannot hold its beginning, but for its last bytes.
-        let begin = said.len().saturating_sub(expect.len() - 1);
-        let read = stream.read_buf(said).await?;
-        if said[begin..].windows(expect.len()).any(|window| window == expect) {
+        let begin = received.len().saturating_sub(expect.len() - 1);
+        let read = stream.read_buf(received).await?;
+        if received[begin..].windows(expect.len()).any(|window| window == expect) {
             return Ok(Ok(()));
         }
         if read == 0 {
             return Ok(Err(CheckError::Closed));
         }
-        if said.len() >= ANSWER_MAX_BYTES {
+        if received.len() >= ANSWER_MAX_BYTES {
             return Ok(Err(CheckError::TooMuch));
         }
     }
-}
-
-fn shown(said: &[u8]) -> String {
-    let more = if said.len() > SHOWN_BYTES { "…" } else { "" };
-    format!("\"{}{more}\"", said[..said.len().min(SHOWN_BYTES)].escape_ascii())
 }
 
 /// Makes checks of this thread panic, for tests.
@@ -280,8 +205,8 @@ mod tests {
             }
         });
         let result = {
-            let patience = Patience::new(Duration::from_secs(1));
-            talk(&mut stream, &settings(Some(b"PING"), Some(b"PONG")), patience).await
+            let deadline = Deadline::new(Duration::from_secs(1));
+            exchange(&mut stream, &settings(Some(b"PING"), Some(b"PONG")), deadline).await
         };
         saying.abort();
         result
@@ -318,7 +243,7 @@ mod tests {
     async fn a_thread_that_had_no_time_to_look_blames_nobody() {
         let (mut stream, _backend) = duplex(1024);
         let settings = settings(Some(b"PING"), Some(b"PONG"));
-        let mut asking = Box::pin(talk(&mut stream, &settings, Patience::new(Duration::from_secs(1))));
+        let mut asking = Box::pin(exchange(&mut stream, &settings, Deadline::new(Duration::from_secs(1))));
         assert!(tokio::time::timeout(Duration::ZERO, &mut asking).await.is_err(), "nobody answers");
         tokio::time::advance(Duration::from_secs(3)).await;
         let error = asking.await.expect_err("nobody answers");

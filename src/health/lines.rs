@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use tracing::field::{DisplayValue, display};
 use tracing::{info, warn};
 
-use super::check::CheckError;
+use super::check_error::CheckError;
 use crate::balance::backend::Cause;
 use crate::balance::backend::Target;
 
@@ -16,13 +16,13 @@ const LINES_A_PERIOD: u32 = 100;
 
 /// One pool's allowance.
 #[derive(Debug)]
-pub(super) struct Lines {
+pub(super) struct LineLimiter {
     period: Instant,
     written: u32,
     held_back: u32,
 }
 
-impl Lines {
+impl LineLimiter {
     pub(super) fn new() -> Self {
         Self { period: Instant::now(), written: 0, held_back: 0 }
     }
@@ -123,7 +123,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_hundred_lines_in_ten_seconds_are_enough() {
-        let mut lines = Lines::new();
+        let mut lines = LineLimiter::new();
         assert_eq!((0..5_000).filter(|_| lines.allow("web")).count(), 100);
         tokio::time::advance(PERIOD).await;
         assert_eq!((lines.allow("web"), lines.held_back), (true, 0));

@@ -17,7 +17,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use tracing::field::display;
 use tracing::info;
 
-use super::lines::{self, Lines};
+use super::lines::{self, LineLimiter};
 use crate::balance::backend::Target;
 use crate::balance::backend::{Ejection, TrialNumber, TrialProgress};
 use crate::balance::pool::Pool;
@@ -26,11 +26,11 @@ use crate::balance::{BackendId, Outlier};
 use crate::control::backoff::jittered;
 
 /// Between two looks over a pool, however often sessions ring: a look over 10,000 backends takes a tenth of a millisecond.
-const PACE: Duration = Duration::from_millis(5);
+const REVIEW_PAUSE: Duration = Duration::from_millis(5);
 /// The same while more fail than may be ejected: nothing comes of most looks then.
-const PACE_AT_LIMIT: Duration = Duration::from_millis(100);
+const REVIEW_PAUSE_AT_LIMIT: Duration = Duration::from_millis(100);
 /// A probe that has been connected for so long has succeeded: not every backend speaks first.
-const PROBE_PATIENCE: Duration = Duration::from_secs(1);
+const TRIAL_SUCCEEDS_AFTER: Duration = Duration::from_secs(1);
 /// The longest ejection is so many times the first one.
 const LONGEST_EJECTION: u32 = 30;
 
@@ -42,13 +42,13 @@ pub struct Ejections {
     published: watch::Receiver<SystemTime>,
     /// Says when lookups have changed the addresses of a name.
     readdressed: watch::Receiver<()>,
-    known: HashMap<Key, Known>,
-    next_look: Option<Instant>,
+    records: HashMap<Key, EjectionRecord>,
+    next_review: Option<Instant>,
     /// It was said that more should be ejected than may be.
-    told_limit: bool,
+    logged_limit: bool,
     /// What sessions ring before is heard then.
-    hears_from: Instant,
-    lines: Lines,
+    ignores_events_until: Instant,
+    lines: LineLimiter,
 }
 
 /// A backend, and where it has a name, one of its addresses.
@@ -60,7 +60,7 @@ fn key(target: &Target) -> Key {
 
 /// One backend, or one address of its name, that is or was ejected.
 #[derive(Debug)]
-struct Known {
+struct EjectionRecord {
     /// Ejections without a good time in between.
     times: u32,
     /// Of the last ejection.
@@ -77,7 +77,7 @@ struct Known {
 enum Verdict {
     Stay,
     Eject,
-    Probe,
+    Trial,
     TakeBack,
 }
 
@@ -90,36 +90,36 @@ impl Ejections {
             readdressed: pool.cell.readdressed(),
             pool,
             outlier,
-            known: HashMap::new(),
-            next_look: None,
-            told_limit: false,
-            hears_from: Instant::now(),
-            lines: Lines::new(),
+            records: HashMap::new(),
+            next_review: None,
+            logged_limit: false,
+            ignores_events_until: Instant::now(),
+            lines: LineLimiter::new(),
         }
     }
 
     /// Ejects and takes back. Never ends.
     pub async fn run(mut self) {
         loop {
-            let next_look = self.next_look.unwrap_or_else(|| Instant::now() + Duration::from_secs(3600));
-            let rung = async {
-                sleep_until(self.hears_from).await;
+            let next_review = self.next_review.unwrap_or_else(|| Instant::now() + Duration::from_secs(3600));
+            let event = async {
+                sleep_until(self.ignores_events_until).await;
                 self.pool.outlier_event().await;
             };
             tokio::select! {
-                () = rung => {}
+                () = event => {}
                 // Whoever comes back to the table may have been ejected when it left.
                 Ok(()) = self.published.changed() => {}
                 // An address that a lookup brings back may have been ejected when it left.
                 Ok(()) = self.readdressed.changed() => {}
-                () = sleep_until(next_look) => {}
+                () = sleep_until(next_review) => {}
             }
-            self.look();
-            sleep(PACE).await;
+            self.review();
+            sleep(REVIEW_PAUSE).await;
         }
     }
 
-    fn look(&mut self) {
+    fn review(&mut self) {
         let (snapshot, now) = (Arc::clone(&self.pool.cell.load()), Instant::now());
         let wanted = || snapshot.picked_from().iter().filter(|member| member.wants_sessions());
         let addresses = |member: &Member| Target::all_of(&member.backend).count().max(1);
@@ -132,38 +132,38 @@ impl Ejections {
         };
         let mut out = wanted().map(out_of).sum::<usize>();
         let mut changed = false;
-        self.next_look = None;
+        self.next_review = None;
         if out < most {
-            self.told_limit = false;
+            self.logged_limit = false;
         }
         for member in snapshot.members_and_stand_ins() {
             for target in Target::all_of(&member.backend) {
                 // It is out if it is ejected now, and was not for another reason.
                 let counts = member.wants_sessions() && target.condition().is_usable();
-                match self.judge(member, &target, now) {
+                match self.decide(member, &target, now) {
                     Verdict::Stay => continue,
                     Verdict::Eject if counts && out >= most => {
-                        self.tell_limit(&target);
+                        self.refuse_ejection(&target);
                         continue;
                     }
                     Verdict::Eject => {
                         out += usize::from(counts);
                         self.eject(&target);
                     }
-                    Verdict::Probe => target.condition().set_ejection(Ejection::Trial),
+                    Verdict::Trial => target.condition().set_ejection(Ejection::Trial),
                     Verdict::TakeBack => self.take_back(&target),
                 }
                 changed = true;
             }
         }
         // Those who are forgiven, and those who left the table long ago while they were ejected.
-        self.known.retain(|_, known| known.forgotten_at > now);
+        self.records.retain(|_, record| record.forgotten_at > now);
         if changed {
             self.pool.cell.refresh();
         }
     }
 
-    fn judge(&mut self, member: &Member, target: &Target, now: Instant) -> Verdict {
+    fn decide(&mut self, member: &Member, target: &Target, now: Instant) -> Verdict {
         let condition = target.condition();
         match condition.ejection() {
             Ejection::None => {
@@ -171,30 +171,30 @@ impl Ejections {
                 if row >= self.outlier.consecutive_failures.get() { Verdict::Eject } else { Verdict::Stay }
             }
             Ejection::Ejected => {
-                let until = self.known(target, now).until;
+                let until = self.record(target, now).until;
                 if until > now {
-                    self.look_again_at(until);
+                    self.review_at(until);
                     return Verdict::Stay;
                 }
                 // The check that passes ends the ejection; a table that gives it sessions is looked at.
                 let is_over = member.wants_sessions() && !condition.fails_checks();
-                if is_over { Verdict::Probe } else { Verdict::Stay }
+                if is_over { Verdict::Trial } else { Verdict::Stay }
             }
             Ejection::Trial => {
-                let known = self.known(target, now);
-                let (number, probe) = condition.trial();
-                match probe {
+                let record = self.record(target, now);
+                let (number, progress) = condition.trial();
+                match progress {
                     TrialProgress::Failed => Verdict::Eject,
                     _ if condition.fails_checks() => Verdict::Stay,
                     TrialProgress::Wanted | TrialProgress::Begun => Verdict::Stay,
                     TrialProgress::Succeeded => Verdict::TakeBack,
                     TrialProgress::Connected => {
-                        let seen = known.connected.filter(|(of, _)| *of == number);
-                        let (_, since) = *known.connected.insert(seen.unwrap_or((number, now)));
-                        if now - since >= PROBE_PATIENCE {
+                        let seen = record.connected.filter(|(of, _)| *of == number);
+                        let (_, since) = *record.connected.insert(seen.unwrap_or((number, now)));
+                        if now - since >= TRIAL_SUCCEEDS_AFTER {
                             return Verdict::TakeBack;
                         }
-                        self.look_again_at(since + PROBE_PATIENCE);
+                        self.review_at(since + TRIAL_SUCCEEDS_AFTER);
                         Verdict::Stay
                     }
                 }
@@ -203,39 +203,39 @@ impl Ejections {
     }
 
     /// What is known of a member that is ejected, for as long as it is one, and somewhat longer.
-    fn known(&mut self, target: &Target, now: Instant) -> &mut Known {
+    fn record(&mut self, target: &Target, now: Instant) -> &mut EjectionRecord {
         let longest = self.outlier.ejection * LONGEST_EJECTION;
         // One that left the table and came back after a long time is not known any more.
-        let first = || Known {
+        let first = || EjectionRecord {
             times: 1,
             length: self.outlier.ejection,
             until: now,
             forgotten_at: now,
             connected: None,
         };
-        let known = self.known.entry(key(target)).or_insert_with(first);
-        known.forgotten_at = known.until.max(now) + longest;
-        known
+        let record = self.records.entry(key(target)).or_insert_with(first);
+        record.forgotten_at = record.until.max(now) + longest;
+        record
     }
 
-    fn look_again_at(&mut self, at: Instant) {
-        self.next_look = Some(self.next_look.map_or(at, |next| next.min(at)));
+    fn review_at(&mut self, at: Instant) {
+        self.next_review = Some(self.next_review.map_or(at, |next| next.min(at)));
     }
 
     fn eject(&mut self, target: &Target) {
         let (now, condition, key) = (Instant::now(), target.condition(), key(target));
         let failures = condition.failures(target.reached());
         let again = condition.ejection() == Ejection::Trial;
-        let forgiven = |known: &Known| !again && known.until <= now;
-        let times = match self.known.get(&key) {
-            Some(known) if !forgiven(known) => known.times + 1,
+        let forgiven = |record: &EjectionRecord| !again && record.until <= now;
+        let times = match self.records.get(&key) {
+            Some(record) if !forgiven(record) => record.times + 1,
             _ => 1,
         };
         let length = jittered(self.outlier.ejection * times.min(LONGEST_EJECTION));
         let until = now + length;
         let forgotten_at = until + self.outlier.ejection * LONGEST_EJECTION;
-        self.known.insert(key, Known { times, length, until, forgotten_at, connected: None });
-        self.look_again_at(until);
+        self.records.insert(key, EjectionRecord { times, length, until, forgotten_at, connected: None });
+        self.review_at(until);
         condition.set_ejection(Ejection::Ejected);
         target.backend().condition.ejections.add(1);
         if self.lines.allow(&self.pool.name) {
@@ -245,9 +245,9 @@ impl Ejections {
 
     fn take_back(&mut self, target: &Target) {
         let now = Instant::now();
-        if let Some(known) = self.known.get_mut(&key(target)) {
-            known.until = now + known.length;
-            known.forgotten_at = known.until;
+        if let Some(record) = self.records.get_mut(&key(target)) {
+            record.until = now + record.length;
+            record.forgotten_at = record.until;
         }
         let backend = target.backend();
         let was_out = !backend.is_usable();
@@ -263,12 +263,12 @@ impl Ejections {
         }
     }
 
-    fn tell_limit(&mut self, target: &Target) {
-        self.hears_from = Instant::now() + PACE_AT_LIMIT;
+    fn refuse_ejection(&mut self, target: &Target) {
+        self.ignores_events_until = Instant::now() + REVIEW_PAUSE_AT_LIMIT;
         let failures = target.condition().failures(target.reached());
         // Counts from nothing again, or each look would come to the same end.
         target.condition().set_ejection(Ejection::None);
-        if !std::mem::replace(&mut self.told_limit, true) {
+        if !std::mem::replace(&mut self.logged_limit, true) {
             let most = self.outlier.max_ejected_percent;
             lines::not_ejected(&self.pool.name, target, failures, most);
         }

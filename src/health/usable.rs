@@ -16,13 +16,13 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// Watches one pool. Never ends.
 pub async fn watch(pool: Arc<Pool>) {
-    let mut standing = pool.cell.status();
+    let mut status = pool.cell.status();
     // A pool that begins with one backend has never had more: that is no news, nor is it that it gets a second one.
     let mut has_had_one = pool.cell.load().members().len() < 2;
     let mut told = if has_had_one { Usable::One } else { Usable::Several };
     let mut lines = LogLimiter::new(MOST_LINES);
     loop {
-        standing.mark_unchanged();
+        status.mark_unchanged();
         let usable = pool.cell.load().usable();
         if has_had_one && (told, usable) == (Usable::One, Usable::Several) {
             (told, has_had_one) = (usable, false);
@@ -36,7 +36,7 @@ pub async fn watch(pool: Arc<Pool>) {
             tell(&pool, told, usable, held_back);
             (told, has_had_one) = (usable, false);
         }
-        if standing.changed().await.is_err() {
+        if status.changed().await.is_err() {
             return;
         }
     }

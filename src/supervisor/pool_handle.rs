@@ -12,7 +12,7 @@ use crate::config::{self, Config};
 use crate::health::active::Checks;
 use crate::health::passive::Ejections;
 use crate::health::thread::CheckRunner;
-use crate::health::{standing, usable};
+use crate::health::{fail_open, slow_start, usable};
 use crate::metrics::ObservedPool;
 use crate::names::resolve::Names;
 use crate::redis::Followed;
@@ -98,9 +98,9 @@ impl PoolHandle {
     /// Watches the health of its backends, and says what comes of it. `checks` is there where the pool has
     /// health checks.
     pub(super) fn watch_health(&mut self, checks: Option<CheckRunner>) {
-        self.spawn("watch_fail_open", standing::watch_fail_open);
+        self.spawn("watch_fail_open", fail_open::watch);
         self.spawn("watch_usable", usable::watch);
-        self.spawn("slow_start", standing::grow);
+        self.spawn("slow_start", slow_start::run);
         if let (Some(settings), Some(runner)) = (self.settings.health_check.clone(), checks) {
             self.spawn("health_checks", move |pool| {
                 runner.clone().run(Checks::new(pool, settings.clone()).run())

@@ -1,4 +1,4 @@
-//! The checks' times and places, and what becomes of those of a member that leaves.
+//! The checks' times and permits, and what becomes of those of a member that leaves.
 
 use super::*;
 use std::num::NonZeroU32;
@@ -21,10 +21,10 @@ fn checks(members: &[&str], interval: Duration, timeout: Duration) -> Checks {
 
 impl Checks {
     /// The check of the backend's first address has ended.
-    fn hears(&mut self, backend: &Arc<Backend>, result: Result<(), CheckError>) {
+    fn ends_check(&mut self, backend: &Arc<Backend>, result: Result<(), CheckError>) {
         let target = Target::all_of(backend).next().expect("it has an address");
         let check = self.running.spawn(std::future::pending());
-        self.take(check.id(), &target, Instant::now(), result);
+        self.on_result(check.id(), &target, Instant::now(), result);
         check.abort();
     }
 }
@@ -41,8 +41,8 @@ async fn checks_that_find_no_slot_run_in_their_order() {
     let (_listener, names) = silent(7);
     let names: Vec<_> = names.iter().map(String::as_str).collect();
     let mut checks = checks(&names, Duration::from_millis(20), Duration::from_millis(20));
-    checks.places = Box::leak(Box::new([Semaphore::new(2), Semaphore::new(2)]));
-    checks.look();
+    checks.permits = Box::leak(Box::new([Semaphore::new(2), Semaphore::new(2)]));
+    checks.apply_table();
     let asked = |checks: &Checks| -> Vec<u64> {
         let members = checks.pool.cell.load();
         members.members().iter().map(|m| m.backend.condition.checks[1].get()).collect()
@@ -62,7 +62,7 @@ async fn a_check_that_panics_is_repeated_and_the_others_go_on() {
     let interval = Duration::from_millis(20);
     let mut checks = checks(&[&names[0], &names[1]], interval, Duration::from_secs(5));
     Arc::get_mut(&mut checks.settings).expect("no check has begun").expect = None;
-    checks.look();
+    checks.apply_table();
     let began = Instant::now();
     fault::panic_in_next_checks(3);
     let passed = |checks: &Checks| -> Vec<u64> {
@@ -86,36 +86,36 @@ async fn a_member_that_leaves_and_returns_keeps_its_verdict_its_row_and_its_time
     let mut checks = checks(&["10.0.0.1:80", "10.0.0.2:80"], hour, hour);
     Arc::get_mut(&mut checks.settings).expect("no check has begun").fall = NonZeroU32::new(3).expect("three");
     checks.pool.cell.publish(table(&["10.0.0.1:80", "10.0.0.2:80"]));
-    checks.look();
+    checks.apply_table();
     let id: BackendId = "10.0.0.1:80".parse().expect("an address");
-    let backend = Arc::clone(&checks.known[&id].backend);
+    let backend = Arc::clone(&checks.backends[&id].backend);
     let refused = || Err(CheckError::ToItself);
-    checks.hears(&backend, Ok(()));
+    checks.ends_check(&backend, Ok(()));
     for failed in 1..=3 {
         assert_eq!(backend.condition.health(), Health::Healthy, "{failed}");
         checks.pool.cell.publish(table(&["10.0.0.2:80"]));
-        checks.look();
-        tokio::time::advance(AWAY_PATIENCE / 50).await;
+        checks.apply_table();
+        tokio::time::advance(DEPARTED_KEPT_FOR / 50).await;
         checks.pool.cell.publish(table(&["10.0.0.1:80", "10.0.0.2:80"]));
-        checks.look();
-        checks.hears(&backend, refused());
-        assert!(checks.known[&id].due >= Some(Instant::now() + hour / 4), "a return causes no check");
+        checks.apply_table();
+        checks.ends_check(&backend, refused());
+        assert!(checks.backends[&id].due >= Some(Instant::now() + hour / 4), "a return causes no check");
     }
     assert_eq!(backend.condition.health(), Health::Unhealthy);
     // After a longer time it is asked at once.
     checks.pool.cell.publish(table(&["10.0.0.2:80"]));
-    checks.look();
-    tokio::time::timeout(2 * AWAY_PATIENCE, async {
+    checks.apply_table();
+    tokio::time::timeout(2 * DEPARTED_KEPT_FOR, async {
         loop {
             checks.step().await
         }
     })
     .await
     .unwrap_err();
-    assert!(checks.away.is_empty());
+    assert!(checks.departed.is_empty());
     checks.pool.cell.publish(table(&["10.0.0.1:80", "10.0.0.2:80"]));
-    checks.look();
-    assert!(checks.known[&id].due <= Some(Instant::now() + FIRST_SPREAD));
+    checks.apply_table();
+    assert!(checks.backends[&id].due <= Some(Instant::now() + FIRST_SPREAD));
     assert_eq!(backend.condition.health(), Health::Unhealthy);
 }
 
@@ -124,9 +124,9 @@ async fn the_check_of_one_that_left_holds_nobody_up() {
     let (_listener, names) = silent(1);
     let hour = Duration::from_secs(3600);
     let mut checks = checks(&[&names[0]], Duration::from_secs(1), hour);
-    checks.places = Box::leak(Box::new([Semaphore::new(1), Semaphore::new(1)]));
-    checks.look();
-    while checks.places[0].available_permits() > 0 {
+    checks.permits = Box::leak(Box::new([Semaphore::new(1), Semaphore::new(1)]));
+    checks.apply_table();
+    while checks.permits[0].available_permits() > 0 {
         tokio::time::timeout(Duration::from_millis(10), checks.step()).await.unwrap_or_default();
     }
     // Nothing listens there.
@@ -141,8 +141,8 @@ async fn who_stands_in_for_a_name_is_asked_and_the_table_too() {
     let mut checks = checks(&["10.0.0.1:80"], Duration::from_secs(3600), Duration::from_secs(1));
     checks.pool.cell.publish(table(&["10.0.0.1:80"]));
     checks.pool.cell.publish(table(&["new.internal:80"]));
-    checks.look();
-    let mut known: Vec<_> = checks.known.keys().map(BackendId::as_str).collect();
+    checks.apply_table();
+    let mut known: Vec<_> = checks.backends.keys().map(BackendId::as_str).collect();
     known.sort_unstable();
     assert_eq!(known, ["10.0.0.1:80", "new.internal:80"]);
 }
@@ -154,11 +154,11 @@ async fn a_member_that_comes_and_goes_leaves_no_times_behind() {
     for _ in 0..1_000 {
         for members in [&["10.0.0.1:80"][..], &["10.0.0.1:80", "10.0.0.2:80"]] {
             checks.pool.cell.publish(table(members));
-            checks.look();
+            checks.apply_table();
         }
     }
     assert!(checks.due.len() <= 2 * 2 + DUE_SPARE, "{} times of two members", checks.due.len());
-    assert!(checks.known.iter().all(|(id, known)| {
+    assert!(checks.backends.iter().all(|(id, known)| {
         checks.due.iter().any(|Reverse((due, of))| of == id && known.due == Some(*due))
     }));
 }

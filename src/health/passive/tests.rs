@@ -44,13 +44,13 @@ impl Ejections {
         for _ in 0..times {
             self.pool.failed(backend, Failure::Connect);
         }
-        self.look();
+        self.review();
         backend.condition.ejection()
     }
 
     async fn after(&mut self, time: Duration, backend: &Backend) -> Ejection {
         tokio::time::advance(time).await;
-        self.look();
+        self.review();
         backend.condition.ejection()
     }
 
@@ -241,7 +241,7 @@ async fn who_is_to_have_no_sessions_is_not_probed_until_he_is() {
     let drained = vec![(backend.id().clone(), AdminState::Drain)];
     pool.cell.publish(table(&[1, 2]).with_states(drained));
     assert_eq!(ejections.after(10 * SECOND, &backend).await, Ejection::Ejected);
-    assert_eq!(ejections.next_look, None, "the next table is the next reason to look");
+    assert_eq!(ejections.next_review, None, "the next table is the next reason to look");
     let running = tokio::spawn(ejections.run());
     tokio::time::sleep(SECOND).await;
     pool.cell.publish(table(&[1, 2]));
@@ -261,7 +261,7 @@ async fn who_is_probed_stays_so_for_as_long_as_no_session_comes() {
     for _ in 0..2 {
         assert_eq!(ejections.after(1_000 * SECOND, &backend).await, Ejection::Trial);
         assert_eq!(
-            ejections.known[&(backend.id().clone(), None)].times,
+            ejections.records[&(backend.id().clone(), None)].times,
             2,
             "what is known stays while it is a member"
         );
@@ -270,7 +270,7 @@ async fn who_is_probed_stays_so_for_as_long_as_no_session_comes() {
     let others = table(&[2]);
     ejections.pool.cell.publish(others);
     ejections.after(1_000 * SECOND, &backend).await;
-    assert!(ejections.known.is_empty());
+    assert!(ejections.records.is_empty());
     ejections.pool.cell.publish(table(&[1, 2]));
     assert_eq!(ejections.after(SECOND, &backend).await, Ejection::Trial);
     let probe = ejections.probing_session(&backend).await;
@@ -373,7 +373,7 @@ async fn an_ejection_survives_a_thousand_tables() {
         let member =
             |id: &str| (id.parse().expect("an address"), Weight::new(f64::from(weight)).expect("a weight"));
         ejections.pool.cell.publish(Table::new(vec![member("10.0.0.1:80"), member("10.0.0.2:80")]));
-        ejections.look();
+        ejections.review();
     }
     assert_eq!(ejections.picked().await, ["10.0.0.2:80"]);
 }

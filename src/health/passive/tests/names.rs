@@ -19,7 +19,7 @@ async fn an_address_of_a_name_is_ejected_alone_and_the_name_is_out_with_its_last
         for _ in 0..3 {
             pool.failed_at(&name, address, Failure::Connect, Cause::RESET);
         }
-        ejections.look();
+        ejections.review();
         let usable = Target::all_of(&name).filter(|target| target.condition().is_usable()).count();
         (usable, name.is_usable(), name.condition.ejections.get())
     };
@@ -57,7 +57,7 @@ async fn no_more_addresses_of_a_name_are_ejected_than_may_be() {
             Cause::RESET,
         );
     }
-    ejections.look();
+    ejections.review();
     assert_eq!(Target::all_of(&name).filter(|target| !target.condition().is_usable()).count(), 1);
 }
 
