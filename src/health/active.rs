@@ -1,8 +1,11 @@
-//! Asks the backends of a pool whether they live, again and again.
+//! Checks the backends of a pool periodically.
 //!
-//! Each has its own time; those of a new table get theirs spread over an interval, and every further one comes a little early
-//! by chance, so that they never come together. While a backend is in doubt it is asked twice as often, so that with a `timeout` of
-//! half the `interval` at most the verdict comes within `fall` × `interval`, even where nothing answers at all.
+//! Each backend has its own schedule. The first checks of a new table are spread over an interval, and each
+//! further check comes a little early by a random time, so that checks do not synchronize. A backend with
+//! failed checks that is still healthy is checked twice as often. So it becomes unhealthy within `fall` ×
+//! `interval` even if it never answers, provided that `timeout` is at most half the `interval`.
+//!
+//! Next: `check.rs` does one check, `verdict.rs` decides what a result means.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
@@ -24,21 +27,24 @@ use crate::balance::{Address, AdminState, BackendId};
 use crate::config::HealthCheck;
 use crate::control::backoff::{jittered, spread};
 
-/// Each check under way is a descriptor. The bounds are the process's; who finds no place waits in line for one. Backends that failed
-/// the last time have the second ones: they take the whole timeout, and must not make the others wait.
+/// Limits the checks under way in the whole process, since each has a descriptor; further checks wait for a
+/// permit in order. Addresses whose last check failed use the second semaphore: their checks may take the
+/// whole timeout and must not delay the others.
 static PERMITS: [Semaphore; 2] = [const { Semaphore::const_new(512) }; 2];
-/// Between two snapshots made for what checks found.
+/// The pause before a snapshot is made after a change of health, so that several changes share one.
 const REFRESH_DELAY: Duration = Duration::from_millis(10);
-/// The first checks of a new table are spread over so much for each backend, up to an interval: a few are asked at once.
+/// The first checks of new backends are spread over this time per backend, up to one interval. So a few
+/// backends are checked at once.
 const FIRST_SPREAD: Duration = Duration::from_millis(1);
 
-/// The checks of a member that left stay as they are for so long: a table that is deleted and written anew, again and again, must
-/// neither keep a check from its end nor cause more of them.
+/// The schedule and running checks of a member that left are kept for this time. So a table that is deleted
+/// and written again and again neither aborts its checks nor causes more of them.
 const DEPARTED_KEPT_FOR: Duration = Duration::from_secs(1);
-/// So many more members that left than there are members are treated like that.
+/// Departed members are kept only up to this many more than there are members.
 const DEPARTED_SPARE: usize = 1_024;
 
-/// So that a small pool is not swept for each member that leaves.
+/// Obsolete entries that the heap of due checks may have in any case, so that a small pool is not swept at
+/// each change.
 const DUE_SPARE: usize = 64;
 
 /// The checks of one pool.
@@ -50,32 +56,32 @@ pub struct Checks {
     published: watch::Receiver<SystemTime>,
     readdressed: watch::Receiver<()>,
     backends: HashMap<BackendId, BackendChecks>,
-    /// Those that left a moment ago, and until when they stand here.
+    /// Members that left the table a moment ago, and until when they are kept.
     departed: HashMap<BackendId, (Instant, BackendChecks)>,
-    /// When the first of them is forgotten.
+    /// When the first departed member is forgotten.
     forget_at: Option<Instant>,
-    /// When who is asked next. What stands here and not in `known` is over.
+    /// When each backend is checked next. An entry is obsolete unless the backend's own `due` is the same.
     due: BinaryHeap<Reverse<(Instant, BackendId)>>,
     running: JoinSet<(Target, Instant, Result<(), CheckError>)>,
-    /// Set while the snapshot does not go by what was found.
+    /// When the next snapshot is made. Set while the current one does not have the newest health.
     refresh_at: Option<Instant>,
     lines: LineLimiter,
 }
 
-/// What is known of one backend, beside what it knows itself.
+/// The schedule and the running checks of one backend.
 #[derive(Debug)]
 struct BackendChecks {
     backend: Arc<Backend>,
-    /// `None` while a check of one of its addresses waits or is under way.
+    /// `None` while checks of its addresses wait for a permit or are under way.
     due: Option<Instant>,
-    /// Those that wait or are under way, one of each address.
+    /// The checks that wait for a permit or are under way: one for each address.
     checks: Vec<AbortHandle>,
-    /// A lookup has brought an address while checks were under way.
+    /// True if a lookup found a new address while checks were under way.
     has_new_address: bool,
 }
 
 impl Checks {
-    /// Nobody has been asked yet.
+    /// The checks of `pool`, none of which has begun.
     #[must_use]
     pub fn new(pool: Arc<Pool>, settings: HealthCheck) -> Self {
         Self {
@@ -94,7 +100,7 @@ impl Checks {
         }
     }
 
-    /// Asks again and again. Never ends.
+    /// Checks the backends periodically. Never ends.
     pub async fn run(mut self) {
         self.apply_table();
         loop {
@@ -102,7 +108,7 @@ impl Checks {
         }
     }
 
-    /// Waits for one event and does what it asks for.
+    /// Waits for one event and handles it.
     async fn step(&mut self) {
         let far = Instant::now() + Duration::from_secs(3600);
         let next_check = self.due.peek().map_or(far, |Reverse((due, _))| *due);
@@ -124,15 +130,16 @@ impl Checks {
         }
     }
 
-    /// Goes by the newest table: a new member gets a time, one that left is forgotten soon. Weight zero is checked, too: it may have
-    /// weight the next moment; and so are those that stand in for names.
+    /// Schedules the members of the newest table and forgets the ones that left, after a while. Members with
+    /// weight zero are checked too, since they may get weight at any moment, and so are the stand-ins of
+    /// unresolved names.
     fn apply_table(&mut self) {
         self.published.mark_unchanged();
         let now = Instant::now();
         let snapshot = Arc::clone(&self.pool.cell.load());
         let members = || snapshot.members_and_stand_ins();
         let mut before = std::mem::replace(&mut self.backends, HashMap::with_capacity(members().count()));
-        // Who is in maint may be switched off: it is not asked, and nothing is known of it any more.
+        // A backend in maint may be switched off, so it is not checked and its health is unknown.
         for member in members().filter(|member| member.state == AdminState::Maint) {
             for target in Target::all_of(&member.backend) {
                 target.condition().set_health(Health::Unchecked);
@@ -172,7 +179,7 @@ impl Checks {
         if !self.departed.is_empty() {
             self.forget_at.get_or_insert(now + DEPARTED_KEPT_FOR);
         }
-        // Whoever left and came back, again and again, has a time of each stay in there.
+        // A member that leaves and returns leaves an obsolete entry behind each time.
         if self.due.len() > 2 * (self.backends.len() + self.departed.len()) + DUE_SPARE {
             let mut due = std::mem::take(&mut self.due);
             due.retain(|Reverse((due, id))| self.is_due(id, *due));
@@ -180,8 +187,8 @@ impl Checks {
         }
     }
 
-    /// A lookup has found other addresses of a name: those that were never asked are asked at once, or after the checks that are
-    /// under way.
+    /// A lookup has changed the addresses of a name: new ones are checked at once, or after the checks under
+    /// way.
     fn apply_addresses(&mut self) {
         let is_new = |target: Target| target.condition().health() == Health::Unchecked;
         let mut new = Vec::new();
@@ -199,7 +206,7 @@ impl Checks {
         new.iter().for_each(|id| self.schedule(id, now));
     }
 
-    /// Forgets those that have not returned in time.
+    /// Forgets the departed members that have not returned in time.
     fn forget_departed(&mut self) {
         let now = Instant::now();
         self.departed.retain(|_, (until, _)| *until > now);
@@ -211,7 +218,7 @@ impl Checks {
         entry.is_some_and(|entry| entry.due == Some(due))
     }
 
-    /// Also one that left a moment ago: it may be back at any time.
+    /// A member, or one that left a moment ago, since it may return.
     fn find(&mut self, id: &BackendId) -> Option<&mut BackendChecks> {
         self.backends.get_mut(id).or_else(|| self.departed.get_mut(id).map(|(_, entry)| entry))
     }
@@ -238,7 +245,7 @@ impl Checks {
                 let settings = Arc::clone(&self.settings);
                 entry.checks.push(self.running.spawn(async move {
                     let _permit = permits.acquire().await.expect("never closed them");
-                    // Sessions first: see `thread.rs`.
+                    // Lets threads with sessions run first: see `thread.rs`.
                     std::thread::yield_now();
                     let started = Instant::now();
                     let result = check(&target, &settings).await;
@@ -247,14 +254,14 @@ impl Checks {
                 }));
             }
             if entry.checks.is_empty() {
-                // Its name has not been resolved.
+                // Its name has not been resolved yet.
                 let interval = jittered(self.settings.interval);
                 self.schedule(&id, now + interval);
             }
         }
     }
 
-    /// Hears how a check ended that was begun at `started`.
+    /// Handles the result of a check that began at `started`.
     fn on_result(&mut self, check: Id, target: &Target, started: Instant, result: Result<(), CheckError>) {
         let (settings, backend) = (Arc::clone(&self.settings), target.backend());
         let id = backend.id();
@@ -263,12 +270,12 @@ impl Checks {
         };
         entry.checks.retain(|other| other.id() != check);
         let was_usable = backend.is_usable();
-        // The name may have lost this address meanwhile: what it did does not count any more.
+        // If the name has lost this address meanwhile, the result does not count.
         if target.is_current() {
             if let Err(error) = &result
                 && !error.is_of_backend()
             {
-                debug!(pool = %self.pool.name, backend = %id, %error, "a check showed nothing");
+                debug!(pool = %self.pool.name, backend = %id, %error, "a check was not counted: its failure is due to this machine");
             } else {
                 backend.condition.checks[usize::from(result.is_err())].add(1);
                 if let Err(error) = &result {
@@ -282,7 +289,7 @@ impl Checks {
         self.schedule_next(id, started);
     }
 
-    /// The next time follows once all addresses have been asked; the last one was at `started`.
+    /// Schedules the next check once all addresses have a result. The last check began at `started`.
     fn schedule_next(&mut self, id: &BackendId, started: Instant) {
         let mut interval = jittered(self.settings.interval);
         let Some(entry) = self.find(id).filter(|entry| entry.checks.is_empty()) else { return };
@@ -298,7 +305,8 @@ impl Checks {
         self.schedule(id, (started + interval).max(Instant::now()));
     }
 
-    /// A check ended without a result: it panicked. One that was given up, because its backend left, needs nothing more.
+    /// Handles a check that ended without a result: it panicked, unless it was aborted because its backend
+    /// left.
     fn on_panic(&mut self, error: &JoinError) {
         if error.is_cancelled() {
             return;
@@ -310,16 +318,17 @@ impl Checks {
         };
         if self.lines.allow(&self.pool.name) {
             let pool = &*self.pool.name;
-            error!(pool, backend = %id, %error, "a health check ended without a result: this is a defect; it is repeated");
+            error!(pool, backend = %id, %error, "a health check panicked, which is a defect: it is repeated");
         }
         if let Some(entry) = self.find(&id) {
             entry.checks.retain(|check| check.id() != error.id());
         }
-        // Not sooner than any other: a check that panics each time must not take a core.
+        // At the usual interval: a check that panics each time must not use a whole core.
         self.schedule_next(&id, Instant::now());
     }
 
-    /// So many checks in a row have changed what is known of `target`; with the last one's `error`, for the worse.
+    /// The health of `target` has changed after this number of checks in a row. With an `error`, it is
+    /// unhealthy now.
     fn on_change(&mut self, target: &Target, was_usable: bool, checks: u32, error: Option<CheckError>) {
         let (backend, condition) = (target.backend(), target.condition());
         let allowed = self.lines.allow(&self.pool.name);
@@ -328,11 +337,11 @@ impl Checks {
                 lines::unhealthy(&self.pool.name, target, checks, &error);
             }
         } else {
-            // What its sessions saw is from before.
+            // A healthy address is not ejected for failures of sessions before.
             if condition.ejection() != Ejection::None {
                 condition.set_ejection(Ejection::None);
             }
-            // A name that got sessions at its other addresses has its weight.
+            // A name that was usable by its other addresses keeps its full weight.
             if !was_usable {
                 backend.condition.begin_ramp(Instant::now());
             }
@@ -344,7 +353,7 @@ impl Checks {
     }
 }
 
-/// Who left is not asked any more, and holds nobody up.
+/// Aborts the checks of a member that left, so that they do not occupy permits.
 impl Drop for BackendChecks {
     fn drop(&mut self) {
         self.checks.iter().for_each(AbortHandle::abort);

@@ -1,4 +1,5 @@
-//! One question to a backend: does it take a connection, and does it say what is expected?
+//! One check of a backend: it must accept a connection and, if the settings say so, send the expected
+//! answer.
 
 use std::io;
 use std::net::SocketAddr;
@@ -17,7 +18,7 @@ use crate::config::HealthCheck;
 use crate::net::descriptors::{User, is_reserved};
 use crate::net::errors::exhausted;
 
-/// Asks one address of a backend once, for `timeout` at the longest.
+/// Checks one address of a backend once, for at most `timeout`.
 pub(super) async fn check(target: &Target, settings: &HealthCheck) -> Result<(), CheckError> {
     #[cfg(test)]
     fault::check();
@@ -31,7 +32,7 @@ pub(super) async fn check(target: &Target, settings: &HealthCheck) -> Result<(),
     }
 }
 
-/// How long one check may take.
+/// When a check must have ended.
 #[derive(Clone, Copy)]
 struct Deadline {
     timeout: Duration,
@@ -43,8 +44,9 @@ impl Deadline {
         Self { timeout, at: Instant::now() + timeout }
     }
 
-    /// Nothing came in time, so `error` it is, unless this thread had no time to look. What came before it did is there: the reactor
-    /// looks at sockets before it looks at clocks. But a question that was asked late has had no time for its answer.
+    /// The error of a check whose time is over: `error`, or [`CheckError::Late`] if this thread itself ran
+    /// late. An answer that came in time is read even then, since the runtime polls sockets before timers;
+    /// but a request that was sent late left the backend too little time.
     fn missed(self, error: CheckError) -> CheckError {
         let late = self.at.elapsed();
         if late > self.timeout / 4 { CheckError::Late(late) } else { error }
@@ -55,13 +57,14 @@ async fn ask_tcp(address: SocketAddr, settings: &HealthCheck, deadline: Deadline
     let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() };
     let socket = socket.map_err(failed)?;
     leave_reserve(&socket)?;
-    // The end is a reset: thousands of checks a second would leave a place in TIME_WAIT each.
+    // The connection ends by a reset: thousands of checks a second would otherwise leave a port in TIME_WAIT
+    // each.
     socket.set_zero_linger().map_err(failed)?;
     let mut stream = timeout_at(deadline.at, socket.connect(address))
         .await
         .map_err(|_| deadline.missed(CheckError::NoConnection(deadline.timeout)))?
         .map_err(failed)?;
-    // Possible where the port is one of those that the kernel gives to callers.
+    // Possible if the port is in the ephemeral range.
     if stream.local_addr().is_ok_and(|local| local == address) {
         return Err(CheckError::ToItself);
     }
@@ -77,7 +80,8 @@ async fn ask_unix(path: &Path, settings: &HealthCheck, deadline: Deadline) -> Re
     exchange(&mut stream, settings, deadline).await
 }
 
-/// Fails where `socket` has one of the last descriptors of the process, which are for probes, Redis and saved tables.
+/// Fails if `socket` has one of the reserved last descriptors, which are for the admin server, Redis and
+/// saved tables.
 fn leave_reserve(socket: &impl AsFd) -> Result<(), CheckError> {
     if is_reserved(socket, User::Checks) {
         return Err(CheckError::Exhausted(Errno::MFILE.into()));
@@ -93,7 +97,7 @@ fn failed(error: io::Error) -> CheckError {
     }
 }
 
-/// Says and hears what the settings ask for.
+/// Sends the request and waits for the expected answer, as far as the settings have them.
 async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(
     stream: &mut S,
     settings: &HealthCheck,
@@ -120,14 +124,15 @@ async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(
     }
 }
 
-/// Reads until `expect` has come. `Ok(Err(…))`: it did not, and this makes the error of what came.
+/// Reads until `expect` has come. `Ok(Err(…))` if it did not: a function that makes the error from what came
+/// instead.
 async fn receive<S: AsyncRead + Unpin>(
     stream: &mut S,
     expect: &[u8],
     received: &mut Vec<u8>,
 ) -> io::Result<Result<(), fn(ExpectedAnswer) -> CheckError>> {
     loop {
-        // What was looked through already cannot hold its beginning, but for its last bytes.
+        // The expected answer may begin in the last bytes that were searched before, but not earlier.
         let begin = received.len().saturating_sub(expect.len() - 1);
         let read = stream.read_buf(received).await?;
         if received[begin..].windows(expect.len()).any(|window| window == expect) {
@@ -188,15 +193,15 @@ mod tests {
         }
     }
 
-    /// What a check makes of a backend that says `pieces`, and closes or stays silent then.
+    /// The result of a check of a backend that sends `pieces`, and then closes or stays silent.
     async fn answer(pieces: Vec<Vec<u8>>, closes: bool) -> Result<(), CheckError> {
         let (mut stream, mut backend) = duplex(1024);
-        let saying = tokio::spawn(async move {
+        let sending = tokio::spawn(async move {
             let mut sent = [0; 4];
             backend.read_exact(&mut sent).await.expect("the question");
             assert_eq!(&sent, b"PING");
             for piece in pieces {
-                // The check may have heard enough.
+                // The check may have ended already.
                 let _ = backend.write_all(&piece).await;
                 tokio::task::yield_now().await;
             }
@@ -208,12 +213,12 @@ mod tests {
             let deadline = Deadline::new(Duration::from_secs(1));
             exchange(&mut stream, &settings(Some(b"PING"), Some(b"PONG")), deadline).await
         };
-        saying.abort();
+        sending.abort();
         result
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_is_expected_is_found_wherever_it_stands_and_however_it_is_cut() {
+    async fn the_expected_answer_is_found_at_any_position_and_in_any_pieces() {
         for pieces in [
             vec![b"PONG".to_vec()],
             vec![b"+PONG\r\n".to_vec()],
@@ -226,32 +231,32 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn whatever_else_comes_is_told_in_short() {
-        let told =
+    async fn any_other_answer_is_logged_in_short() {
+        let error_of =
             async |pieces, closes| answer(pieces, closes).await.expect_err("it is not there").to_string();
-        assert_eq!(told(vec![], false).await, "no answer within 1s, expected \"PONG\"");
+        assert_eq!(error_of(vec![], false).await, "no answer within 1s, expected \"PONG\"");
         assert_eq!(
-            told(vec![b"-ERR\r\n".to_vec()], true).await,
+            error_of(vec![b"-ERR\r\n".to_vec()], true).await,
             "the connection was closed before the answer, expected \"PONG\", got \"-ERR\\r\\n\""
         );
-        let megabytes = told(vec![vec![b'x'; 3_000_000]], false).await;
+        let megabytes = error_of(vec![vec![b'x'; 3_000_000]], false).await;
         assert!(megabytes.starts_with("not among the first 65536 bytes of the answer: \"PONG\", got \"xxx"));
         assert!(megabytes.len() < 150, "{megabytes}");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_thread_that_had_no_time_to_look_blames_nobody() {
+    async fn a_check_on_a_late_thread_does_not_blame_the_backend() {
         let (mut stream, _backend) = duplex(1024);
         let settings = settings(Some(b"PING"), Some(b"PONG"));
         let mut asking = Box::pin(exchange(&mut stream, &settings, Deadline::new(Duration::from_secs(1))));
-        assert!(tokio::time::timeout(Duration::ZERO, &mut asking).await.is_err(), "nobody answers");
+        assert!(tokio::time::timeout(Duration::ZERO, &mut asking).await.is_err(), "no answer comes");
         tokio::time::advance(Duration::from_secs(3)).await;
-        let error = asking.await.expect_err("nobody answers");
+        let error = asking.await.expect_err("no answer comes");
         assert!(matches!(error, CheckError::Late(_)) && !error.is_of_backend(), "{error}");
     }
 
     #[tokio::test]
-    async fn a_connection_is_enough_where_nothing_is_expected_and_each_address_of_a_name_is_asked() {
+    async fn a_connection_is_enough_if_no_answer_is_expected_and_each_address_of_a_name_is_checked() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
         let address = listener.local_addr().expect("bound");
         let registry = Registry::new(1);

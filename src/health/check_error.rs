@@ -7,9 +7,9 @@ use std::time::Duration;
 use crate::balance::backend::Cause;
 use crate::config::HealthCheck;
 
-/// Of what it said instead, for the log.
+/// How much of a wrong answer is logged.
 const SHOWN_BYTES: usize = 40;
-/// What a backend may say before what is expected has come.
+/// How much a backend may send before the expected answer has come.
 pub(super) const ANSWER_MAX_BYTES: usize = 64 * 1024;
 
 /// Why a check did not pass.
@@ -29,19 +29,19 @@ pub(super) enum CheckError {
     Closed(ExpectedAnswer),
     #[error("not among the first {ANSWER_MAX_BYTES} bytes of the answer: {0}")]
     TooMuch(ExpectedAnswer),
-    /// Ours: shows nothing of the backend.
-    #[error("this machine was too busy to hear the answer in time: it looked {0:?} late")]
+    /// The check's own thread was late, so this says nothing about the backend.
+    #[error("this machine was too busy to read the answer in time: it looked {0:?} late")]
     Late(Duration),
-    /// Ours: shows nothing of the backend.
+    /// A shortage of this machine, which says nothing about the backend.
     #[error("no descriptor, memory or local port left: {0}")]
     Exhausted(io::Error),
 }
 
-/// The expected answer, and what came instead; for a log line.
+/// The expected answer and what came instead, escaped for a log line.
 #[derive(Debug)]
 pub(super) struct ExpectedAnswer {
     expected: String,
-    /// `None`: nothing.
+    /// `None` if nothing came.
     got: Option<String>,
 }
 
@@ -60,7 +60,7 @@ impl fmt::Display for ExpectedAnswer {
 }
 
 impl CheckError {
-    /// The same in short: for the report of this proxy.
+    /// The error in short, for the report of this proxy.
     pub(super) fn cause(&self) -> Cause {
         match self {
             Self::NoConnection(_) => Cause::TIMED_OUT,
@@ -73,7 +73,7 @@ impl CheckError {
         }
     }
 
-    /// False where it says something of this machine, not of the backend.
+    /// False if the error is due to this machine and not to the backend.
     pub(super) fn is_of_backend(&self) -> bool {
         !matches!(self, Self::Late(_) | Self::Exhausted(_))
     }

@@ -29,9 +29,9 @@ pub async fn watch(pool: Arc<Pool>) {
             }
             logged = fails_open;
             if fails_open {
-                warn!(pool = %pool.name, "too little of its weight is on healthy backends: health is ignored (fail-open)");
+                warn!(pool = %pool.name, "too little of the pool's weight is on healthy backends: health is ignored (fail-open)");
             } else {
-                info!(pool = %pool.name, "enough of its weight is on healthy backends: health counts again");
+                info!(pool = %pool.name, "enough of the pool's weight is on healthy backends: health counts again");
             }
         }
         if status.changed().await.is_err() {

@@ -1,4 +1,5 @@
-//! How many lines one pool's health may write: a network that fails takes thousands of backends with it.
+//! The log lines about the health of backends, and how many of them a pool may write: a failed network may
+//! change the health of thousands of backends at once.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -14,7 +15,7 @@ use crate::balance::backend::Target;
 const PERIOD: Duration = Duration::from_secs(10);
 const LINES_A_PERIOD: u32 = 100;
 
-/// One pool's allowance.
+/// Permits 100 lines in 10 s for one pool.
 #[derive(Debug)]
 pub(super) struct LineLimiter {
     period: Instant,
@@ -27,7 +28,8 @@ impl LineLimiter {
         Self { period: Instant::now(), written: 0, held_back: 0 }
     }
 
-    /// True if the next line may be written; then it is counted. Says afterwards how many were not.
+    /// True if the next line may be written, which counts it. At the first call of a new period it logs how
+    /// many lines of the period before were held back.
     pub(super) fn allow(&mut self, pool: &str) -> bool {
         let now = Instant::now();
         if now - self.period >= PERIOD {
@@ -35,7 +37,7 @@ impl LineLimiter {
                 let changes = self.held_back;
                 warn!(
                     pool,
-                    changes, "more backends changed than are told one by one: see statera_backend_up"
+                    changes, "more backends changed than are logged one by one: see statera_backend_up"
                 );
             }
             *self = Self::new();
@@ -50,7 +52,8 @@ impl LineLimiter {
     }
 }
 
-/// Says that the backend of `target` is ejected for `length`, after `failures` sessions in a row or (`again`) after its trial session.
+/// Logs that `target` is ejected for `length`: after `failures` sessions in a row or, with `again`, after
+/// its trial session.
 pub(super) fn ejected(pool: &str, target: &Target, again: bool, failures: u32, times: u32, length: Duration) {
     let error = target.condition().session_error.get().unwrap_or(Cause::OTHER);
     let (backend, address, ejection) = (target.backend().id(), address(target), rounded(length));
@@ -67,7 +70,8 @@ pub(super) fn ejected(pool: &str, target: &Target, again: bool, failures: u32, t
     }
 }
 
-/// Says that the backend of `target` fails its sessions and keeps getting them, since `most` percent of its pool are out already.
+/// Logs that `target` is not ejected although its sessions fail, since `most` percent of its pool get no
+/// sessions already.
 pub(super) fn not_ejected(pool: &str, target: &Target, failures: u32, most: u32) {
     let error = target.condition().session_error.get().unwrap_or(Cause::OTHER);
     let (backend, address) = (target.backend().id(), address(target));
@@ -78,21 +82,22 @@ pub(super) fn not_ejected(pool: &str, target: &Target, failures: u32, most: u32)
     );
 }
 
-/// Says that so many checks of `target` failed in a row, the last one by `error`, and that it gets no sessions.
+/// Logs that `target` gets no sessions after this number of failed checks in a row, the last one with
+/// `error`.
 pub(super) fn unhealthy(pool: &str, target: &Target, checks: u32, error: &CheckError) {
     let (backend, address) = (target.backend().id(), address(target));
     let failed = counted(checks, "failed");
     warn!(pool, %backend, address, %error, checks, "backend unhealthy after {failed} (last error: {error})");
 }
 
-/// Says that so many checks of `target` passed in a row, and that it gets sessions again.
+/// Logs that `target` gets sessions again after this number of passed checks in a row.
 pub(super) fn healthy(pool: &str, target: &Target, checks: u32) {
     let (backend, address) = (target.backend().id(), address(target));
     let passed = counted(checks, "passed");
     info!(pool, %backend, address, checks, "backend healthy again after {passed}");
 }
 
-/// Which address of a name the line is about, where the name has several.
+/// The address of `target`, if its name has several.
 fn address(target: &Target) -> Option<DisplayValue<SocketAddr>> {
     target.address_of_several().map(display)
 }
@@ -101,7 +106,7 @@ fn counted(checks: u32, ended: &str) -> String {
     format!("{checks} {ended} check{}", if checks == 1 { "" } else { "s" })
 }
 
-/// Tenths of a second are enough for a person: `9.9s`, `3m 20s`.
+/// A duration rounded up to tenths of a second: `9.9s`, `3m 20s`.
 fn rounded(length: Duration) -> String {
     let tenths = length.as_millis().div_ceil(100);
     match u64::try_from(tenths).unwrap_or(u64::MAX) {
@@ -115,14 +120,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn durations_are_rounded_for_a_person() {
+    fn durations_are_rounded_to_tenths_of_a_second() {
         let round = |millis| rounded(Duration::from_millis(millis));
         assert_eq!([9_851, 10_000, 48, 59_999].map(round), ["9.9s", "10s", "0.1s", "1m"]);
         assert_eq!([200_400, 3_600_000].map(round), ["3m 21s", "1h"]);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_hundred_lines_in_ten_seconds_are_enough() {
+    async fn a_pool_writes_at_most_a_hundred_lines_in_ten_seconds() {
         let mut lines = LineLimiter::new();
         assert_eq!((0..5_000).filter(|_| lines.allow("web")).count(), 100);
         tokio::time::advance(PERIOD).await;

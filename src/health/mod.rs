@@ -1,8 +1,12 @@
-//! Keeps what is known of each backend's health up to date, in the control plane.
+//! Keeps the health of each backend up to date, in the control plane.
 //!
-//! [`active`] asks backends whether they live (`check.rs` is one such question), on a [`thread`] of its own; [`passive`] ejects those that fail their
-//! sessions, and [`slow_start`] and [`fail_open`] lets weights grow and says when health is ignored. What they find is kept on the backend
-//! (`balance/backend/condition.rs`), and becomes weight with the next snapshot (`balance/snapshot/snapshot.rs`).
+//! [`active`] checks backends on a [`thread`] of its own: `check.rs` is one check, `verdict.rs` turns
+//! results into health. [`passive`] ejects backends whose sessions fail. [`slow_start`] lets the weights of
+//! returning backends grow. [`fail_open`] and [`usable`] log when a pool ignores health, refuses sessions or
+//! has one backend left; `lines.rs` limits and formats the other log lines.
+//!
+//! Health is stored on the backend (`balance/backend/condition.rs`), and becomes weight with the next
+//! snapshot (`balance/snapshot/snapshot.rs`).
 
 pub mod active;
 mod check;

@@ -1,11 +1,12 @@
-//! Ejects backends that fail one session after the other, and takes them back once a session has shown that they are.
+//! Ejects backends whose sessions fail in a row, and takes them back after a trial session that succeeds.
 //!
-//! Sessions count their failures on the backend (`balance/backend/condition.rs`) and ring when a row is long enough. All that follows is
-//! decided here. An ejected backend gets nothing for a time that grows with each ejection, then one session: the
-//! *probe*. If that ends well, or lives for a second, the backend is back; if it fails, the next ejection begins. The session knows
-//! that it is the probe, and rings when it has come further; what others do that began earlier says nothing.
+//! Sessions count their failures on the backend (`balance/backend/condition.rs`) and send an outlier event
+//! when there are enough in a row; this module decides. An ejected backend gets no sessions for a time that
+//! grows with each ejection, and then one: the *trial session*. If that ends well or stays connected for a
+//! second, the backend is back; if it fails, the next ejection begins. The trial session sends an event at
+//! each step. Sessions that began earlier decide nothing.
 //!
-//! What is ejected is an address: of a backend by name, one of those that its name has. The name is out where all of them are.
+//! Addresses are ejected one by one. A backend by name gets no sessions when all its addresses are ejected.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -25,28 +26,29 @@ use crate::balance::snapshot::Member;
 use crate::balance::{BackendId, Outlier};
 use crate::control::backoff::jittered;
 
-/// Between two looks over a pool, however often sessions ring: a look over 10,000 backends takes a tenth of a millisecond.
+/// The pause between two reviews of a pool, however many events come. A review of 10,000 backends takes 0.1
+/// ms.
 const REVIEW_PAUSE: Duration = Duration::from_millis(5);
-/// The same while more fail than may be ejected: nothing comes of most looks then.
+/// The pause while more backends fail than may be ejected, when most reviews change nothing.
 const REVIEW_PAUSE_AT_LIMIT: Duration = Duration::from_millis(100);
-/// A probe that has been connected for so long has succeeded: not every backend speaks first.
+/// A trial session that has been connected for this time has succeeded: not every backend sends first.
 const TRIAL_SUCCEEDS_AFTER: Duration = Duration::from_secs(1);
-/// The longest ejection is so many times the first one.
+/// The longest ejection, as a multiple of the first one.
 const LONGEST_EJECTION: u32 = 30;
 
-/// Who is ejected from one pool, and who was.
+/// The ejections of one pool.
 #[derive(Debug)]
 pub struct Ejections {
     pool: Arc<Pool>,
     outlier: Outlier,
     published: watch::Receiver<SystemTime>,
-    /// Says when lookups have changed the addresses of a name.
+    /// Changes when a lookup has changed the addresses of a name.
     readdressed: watch::Receiver<()>,
     records: HashMap<Key, EjectionRecord>,
     next_review: Option<Instant>,
-    /// It was said that more should be ejected than may be.
+    /// True once it was logged that the limit prevents an ejection, until there is room again.
     logged_limit: bool,
-    /// What sessions ring before is heard then.
+    /// Events that come earlier are handled at this time.
     ignores_events_until: Instant,
     lines: LineLimiter,
 }
@@ -58,22 +60,22 @@ fn key(target: &Target) -> Key {
     (target.backend().id().clone(), target.named_address())
 }
 
-/// One backend, or one address of its name, that is or was ejected.
+/// The ejections of one backend, or of one address of its name.
 #[derive(Debug)]
 struct EjectionRecord {
-    /// Ejections without a good time in between.
+    /// Ejections in a row, without a time free of failures in between.
     times: u32,
-    /// Of the last ejection.
+    /// The length of the last ejection.
     length: Duration,
-    /// Of the ejection, and then of the good time after which all is forgiven.
+    /// The end of the ejection; after it, the end of the time without failures that resets `times`.
     until: Instant,
-    /// Put off by each look that finds it in the table and still ejected.
+    /// When the record is removed. Each review that finds the backend ejected and in the table moves it.
     forgotten_at: Instant,
-    /// Its newest probe that has connected, and when that was seen.
+    /// The newest trial session that has connected, and when a review saw that.
     connected: Option<(TrialNumber, Instant)>,
 }
 
-/// What a look decides for one backend.
+/// What a review decides for one address.
 enum Verdict {
     Stay,
     Eject,
@@ -82,7 +84,7 @@ enum Verdict {
 }
 
 impl Ejections {
-    /// Nobody is ejected yet.
+    /// The ejections of `pool`, where none has begun.
     #[must_use]
     pub fn new(pool: Arc<Pool>, outlier: Outlier) -> Self {
         Self {
@@ -98,7 +100,7 @@ impl Ejections {
         }
     }
 
-    /// Ejects and takes back. Never ends.
+    /// Ejects backends and takes them back. Never ends.
     pub async fn run(mut self) {
         loop {
             let next_review = self.next_review.unwrap_or_else(|| Instant::now() + Duration::from_secs(3600));
@@ -108,9 +110,9 @@ impl Ejections {
             };
             tokio::select! {
                 () = event => {}
-                // Whoever comes back to the table may have been ejected when it left.
+                // A member that returns to the table may have been ejected when it left.
                 Ok(()) = self.published.changed() => {}
-                // An address that a lookup brings back may have been ejected when it left.
+                // An address that a lookup finds again may have been ejected when the name lost it.
                 Ok(()) = self.readdressed.changed() => {}
                 () = sleep_until(next_review) => {}
             }
@@ -124,7 +126,7 @@ impl Ejections {
         let wanted = || snapshot.picked_from().iter().filter(|member| member.wants_sessions());
         let addresses = |member: &Member| Target::all_of(&member.backend).count().max(1);
         let most = wanted().map(addresses).sum::<usize>() * self.outlier.max_ejected_percent as usize / 100;
-        // Those whom checks or names keep out too: what is left is what counts.
+        // Addresses that are unusable for any reason count, since the limit protects what is left.
         let out_of = |member: &Member| {
             let out =
                 Target::all_of(&member.backend).filter(|target| !target.condition().is_usable()).count();
@@ -138,7 +140,7 @@ impl Ejections {
         }
         for member in snapshot.members_and_stand_ins() {
             for target in Target::all_of(&member.backend) {
-                // It is out if it is ejected now, and was not for another reason.
+                // An ejection adds to `out` only if the address was usable.
                 let counts = member.wants_sessions() && target.condition().is_usable();
                 match self.decide(member, &target, now) {
                     Verdict::Stay => continue,
@@ -156,7 +158,7 @@ impl Ejections {
                 changed = true;
             }
         }
-        // Those who are forgiven, and those who left the table long ago while they were ejected.
+        // Removes the records that are reset, and those of members that left long ago while ejected.
         self.records.retain(|_, record| record.forgotten_at > now);
         if changed {
             self.pool.cell.refresh();
@@ -176,7 +178,8 @@ impl Ejections {
                     self.review_at(until);
                     return Verdict::Stay;
                 }
-                // The check that passes ends the ejection; a table that gives it sessions is looked at.
+                // While checks fail, a passed check ends the ejection. In drain or maint, the next table is
+                // reviewed.
                 let is_over = member.wants_sessions() && !condition.fails_checks();
                 if is_over { Verdict::Trial } else { Verdict::Stay }
             }
@@ -202,10 +205,11 @@ impl Ejections {
         }
     }
 
-    /// What is known of a member that is ejected, for as long as it is one, and somewhat longer.
+    /// The record of an ejected member. It is kept while the member is in the table, and for the longest
+    /// ejection after that.
     fn record(&mut self, target: &Target, now: Instant) -> &mut EjectionRecord {
         let longest = self.outlier.ejection * LONGEST_EJECTION;
-        // One that left the table and came back after a long time is not known any more.
+        // A member that returned after a long time has no record any more.
         let first = || EjectionRecord {
             times: 1,
             length: self.outlier.ejection,
@@ -252,7 +256,7 @@ impl Ejections {
         let backend = target.backend();
         let was_out = !backend.is_usable();
         target.condition().set_ejection(Ejection::None);
-        // A name that got sessions at its other addresses has its weight.
+        // A name that was usable by its other addresses keeps its full weight.
         if was_out {
             backend.condition.begin_ramp(now);
         }
@@ -266,7 +270,7 @@ impl Ejections {
     fn refuse_ejection(&mut self, target: &Target) {
         self.ignores_events_until = Instant::now() + REVIEW_PAUSE_AT_LIMIT;
         let failures = target.condition().failures(target.reached());
-        // Counts from nothing again, or each look would come to the same end.
+        // Starts the count of failures again, or each review would come to the same result.
         target.condition().set_ejection(Ejection::None);
         if !std::mem::replace(&mut self.logged_limit, true) {
             let most = self.outlier.max_ejected_percent;

@@ -1,4 +1,4 @@
-//! Says when a pool refuses its sessions, when one backend alone is left, and when that is over.
+//! Logs when a pool refuses its sessions, when only one backend is left, and when either ends.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,31 +10,32 @@ use crate::balance::pool::Pool;
 use crate::balance::snapshot::Usable;
 use crate::control::log_limiter::{HeldBack, LogLimiter};
 
-/// A writer that flips a weight between 0 and 1 changes this with every read.
+/// A writer that switches a weight between 0 and 1 changes the state with every read.
 const MOST_LINES: u32 = 4;
-const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// The pause after which the state is compared again if the limiter held a line back.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// Watches one pool. Never ends.
 pub async fn watch(pool: Arc<Pool>) {
     let mut status = pool.cell.status();
-    // A pool that begins with one backend has never had more: that is no news, nor is it that it gets a second one.
+    // For a pool that begins with one backend, neither that state nor its second backend is logged.
     let mut has_had_one = pool.cell.load().members().len() < 2;
-    let mut told = if has_had_one { Usable::One } else { Usable::Several };
+    let mut logged = if has_had_one { Usable::One } else { Usable::Several };
     let mut lines = LogLimiter::new(MOST_LINES);
     loop {
         status.mark_unchanged();
         let usable = pool.cell.load().usable();
-        if has_had_one && (told, usable) == (Usable::One, Usable::Several) {
-            (told, has_had_one) = (usable, false);
+        if has_had_one && (logged, usable) == (Usable::One, Usable::Several) {
+            (logged, has_had_one) = (usable, false);
         }
-        if usable != told {
+        if usable != logged {
             let Some(held_back) = lines.permit(Instant::now()) else {
-                // How it ends is said.
-                sleep(LOOK_AGAIN).await;
+                // The state is compared again later, so that the last state is always logged.
+                sleep(RETRY_AFTER).await;
                 continue;
             };
-            tell(&pool, told, usable, held_back);
-            (told, has_had_one) = (usable, false);
+            log_change(&pool, logged, usable, held_back);
+            (logged, has_had_one) = (usable, false);
         }
         if status.changed().await.is_err() {
             return;
@@ -42,7 +43,7 @@ pub async fn watch(pool: Arc<Pool>) {
     }
 }
 
-fn tell(pool: &Pool, before: Usable, usable: Usable, held_back: HeldBack) {
+fn log_change(pool: &Pool, before: Usable, usable: Usable, held_back: HeldBack) {
     let snapshot = pool.cell.load();
     let members = snapshot.members().len();
     let first = snapshot.usable_members().next().map(|member| member.backend.id());

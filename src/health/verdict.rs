@@ -3,7 +3,8 @@
 use crate::balance::backend::{Condition, Health};
 use crate::config::HealthCheck;
 
-/// Its last check failed: each one that speaks against its health, or the last one if none does.
+/// True if the last check of this address failed. That is a check against its health, unless the address is
+/// unhealthy and no check has passed since.
 pub(super) fn failed_last(condition: &Condition) -> bool {
     match condition.health() {
         Health::Unchecked => false,
@@ -12,7 +13,8 @@ pub(super) fn failed_last(condition: &Condition) -> bool {
     }
 }
 
-/// Counts a check. Returns how many in a row have changed the address's health with this one, if it changed.
+/// Counts the result of a check. If it changes the health of the address, returns how many results in a row
+/// were needed.
 pub(super) fn judge(condition: &Condition, passed: bool, settings: &HealthCheck) -> Option<u32> {
     let (needed, verdict) = match (condition.health(), passed) {
         (Health::Unchecked, true) => {

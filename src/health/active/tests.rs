@@ -1,4 +1,4 @@
-//! The checks' times and permits, and what becomes of those of a member that leaves.
+//! The schedule and permits of checks, and the checks of members that leave.
 
 use super::*;
 use std::num::NonZeroU32;
@@ -20,7 +20,7 @@ fn checks(members: &[&str], interval: Duration, timeout: Duration) -> Checks {
 }
 
 impl Checks {
-    /// The check of the backend's first address has ended.
+    /// Ends a check of the backend's first address with `result`.
     fn ends_check(&mut self, backend: &Arc<Backend>, result: Result<(), CheckError>) {
         let target = Target::all_of(backend).next().expect("it has an address");
         let check = self.running.spawn(std::future::pending());
@@ -29,7 +29,7 @@ impl Checks {
     }
 }
 
-/// Takes connections and says nothing; with the names of so many backends that are all there.
+/// A listener that accepts connections and sends nothing, and this number of addresses that lead to it.
 fn silent(backends: u8) -> (std::net::TcpListener, Vec<String>) {
     let listener = std::net::TcpListener::bind("0.0.0.0:0").expect("a free port");
     let port = listener.local_addr().expect("bound").port();
@@ -37,21 +37,21 @@ fn silent(backends: u8) -> (std::net::TcpListener, Vec<String>) {
 }
 
 #[tokio::test]
-async fn checks_that_find_no_slot_run_in_their_order() {
+async fn checks_that_wait_for_a_permit_run_in_order() {
     let (_listener, names) = silent(7);
     let names: Vec<_> = names.iter().map(String::as_str).collect();
     let mut checks = checks(&names, Duration::from_millis(20), Duration::from_millis(20));
     checks.permits = Box::leak(Box::new([Semaphore::new(2), Semaphore::new(2)]));
     checks.apply_table();
-    let asked = |checks: &Checks| -> Vec<u64> {
+    let failed = |checks: &Checks| -> Vec<u64> {
         let members = checks.pool.cell.load();
         members.members().iter().map(|m| m.backend.condition.checks[1].get()).collect()
     };
-    // 30 each: chance, and a busy machine, shift single checks.
-    while asked(&checks).iter().sum::<u64>() < 210 {
+    // About 30 for each backend: jitter and a busy machine shift single checks.
+    while failed(&checks).iter().sum::<u64>() < 210 {
         checks.step().await;
     }
-    assert!(asked(&checks).iter().all(|asked| (24..=36).contains(asked)), "{:?}", asked(&checks));
+    assert!(failed(&checks).iter().all(|count| (24..=36).contains(count)), "{:?}", failed(&checks));
 }
 
 #[tokio::test]
@@ -76,12 +76,12 @@ async fn a_check_that_panics_is_repeated_and_the_others_go_on() {
     };
     tokio::time::timeout(Duration::from_secs(20), all_passed).await.expect("both are checked again");
     assert!(fault::is_over(), "three checks have panicked");
-    // Two of the three were of one backend, which was asked again an interval later each time.
+    // Two of the three were of one backend, and the second came an interval after the first.
     assert!(began.elapsed() >= interval.mul_f64(0.8), "{:?}", began.elapsed());
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_member_that_leaves_and_returns_keeps_its_verdict_its_row_and_its_time() {
+async fn a_member_that_leaves_and_returns_keeps_its_health_its_failed_checks_and_its_schedule() {
     let hour = Duration::from_secs(3600);
     let mut checks = checks(&["10.0.0.1:80", "10.0.0.2:80"], hour, hour);
     Arc::get_mut(&mut checks.settings).expect("no check has begun").fall = NonZeroU32::new(3).expect("three");
@@ -102,7 +102,7 @@ async fn a_member_that_leaves_and_returns_keeps_its_verdict_its_row_and_its_time
         assert!(checks.backends[&id].due >= Some(Instant::now() + hour / 4), "a return causes no check");
     }
     assert_eq!(backend.condition.health(), Health::Unhealthy);
-    // After a longer time it is asked at once.
+    // After a longer time it is checked at once.
     checks.pool.cell.publish(table(&["10.0.0.2:80"]));
     checks.apply_table();
     tokio::time::timeout(2 * DEPARTED_KEPT_FOR, async {
@@ -120,7 +120,7 @@ async fn a_member_that_leaves_and_returns_keeps_its_verdict_its_row_and_its_time
 }
 
 #[tokio::test]
-async fn the_check_of_one_that_left_holds_nobody_up() {
+async fn the_check_of_a_member_that_left_gives_its_permit_back() {
     let (_listener, names) = silent(1);
     let hour = Duration::from_secs(3600);
     let mut checks = checks(&[&names[0]], Duration::from_secs(1), hour);
@@ -137,18 +137,18 @@ async fn the_check_of_one_that_left_holds_nobody_up() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_stands_in_for_a_name_is_asked_and_the_table_too() {
+async fn stand_ins_are_checked_and_the_table_too() {
     let mut checks = checks(&["10.0.0.1:80"], Duration::from_secs(3600), Duration::from_secs(1));
     checks.pool.cell.publish(table(&["10.0.0.1:80"]));
     checks.pool.cell.publish(table(&["new.internal:80"]));
     checks.apply_table();
-    let mut known: Vec<_> = checks.backends.keys().map(BackendId::as_str).collect();
-    known.sort_unstable();
-    assert_eq!(known, ["10.0.0.1:80", "new.internal:80"]);
+    let mut checked: Vec<_> = checks.backends.keys().map(BackendId::as_str).collect();
+    checked.sort_unstable();
+    assert_eq!(checked, ["10.0.0.1:80", "new.internal:80"]);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_member_that_comes_and_goes_leaves_no_times_behind() {
+async fn a_member_that_comes_and_goes_leaves_no_obsolete_entries() {
     let second = Duration::from_secs(1);
     let mut checks = checks(&["10.0.0.1:80", "10.0.0.2:80"], 3600 * second, second);
     for _ in 0..1_000 {
@@ -157,8 +157,8 @@ async fn a_member_that_comes_and_goes_leaves_no_times_behind() {
             checks.apply_table();
         }
     }
-    assert!(checks.due.len() <= 2 * 2 + DUE_SPARE, "{} times of two members", checks.due.len());
-    assert!(checks.backends.iter().all(|(id, known)| {
-        checks.due.iter().any(|Reverse((due, of))| of == id && known.due == Some(*due))
+    assert!(checks.due.len() <= 2 * 2 + DUE_SPARE, "{} entries of two members", checks.due.len());
+    assert!(checks.backends.iter().all(|(id, entry)| {
+        checks.due.iter().any(|Reverse((due, of))| of == id && entry.due == Some(*due))
     }));
 }

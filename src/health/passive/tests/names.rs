@@ -3,7 +3,7 @@
 use super::*;
 
 #[tokio::test(start_paused = true)]
-async fn an_address_of_a_name_is_ejected_alone_and_the_name_is_out_with_its_last_one() {
+async fn addresses_of_a_name_are_ejected_one_by_one_and_the_name_is_out_with_the_last_one() {
     let mut ejections = ejections(1, 100);
     let weight = Weight::new(1.0).expect("a weight");
     let member = |name: &str| (name.parse().expect("an address"), weight);
@@ -13,7 +13,7 @@ async fn an_address_of_a_name_is_ejected_alone_and_the_name_is_out_with_its_last
     name.set_resolved([1, 2].map(|n| std::net::SocketAddr::from(([10, 0, 1, n], 80))).to_vec());
     pool.cell.readdress();
     let mut fail_next = || {
-        // The first address that sessions may be sent to.
+        // The first usable address.
         let address = (0..2).map(|_| name.route(None)).filter_map(|route| route.address());
         let address = address.min_by_key(|address| format!("{address:?}")).expect("one of a name");
         for _ in 0..3 {
@@ -26,21 +26,21 @@ async fn an_address_of_a_name_is_ejected_alone_and_the_name_is_out_with_its_last
     assert_eq!(fail_next(), (1, true, 1));
     assert_eq!(fail_next(), (0, false, 2));
     assert_eq!(ejections.picked().await, ["10.0.0.1:80"]);
-    // Each address gets one session, and the first that is back brings the name back.
+    // Each address gets a trial session, and the first that succeeds brings the name back.
     ejections.after(10 * SECOND, &name).await;
     let mut sessions = ejections.sessions().await;
     sessions.retain(|session| Arc::ptr_eq(session.pick.backend.backend(), &name));
-    assert_eq!(sessions.len(), 2, "one session an address");
+    assert_eq!(sessions.len(), 2, "one trial session for each address");
     sessions[0].failed(Failure::Connect);
-    sessions[1].probed(TrialProgress::Succeeded);
+    sessions[1].reports(TrialProgress::Succeeded);
     ejections.after(SECOND / 50, &name).await;
-    let known: Vec<_> = Target::all_of(&name).map(|target| target.condition().ejection()).collect();
-    assert_eq!(known, [Ejection::Ejected, Ejection::None]);
+    let states: Vec<_> = Target::all_of(&name).map(|target| target.condition().ejection()).collect();
+    assert_eq!(states, [Ejection::Ejected, Ejection::None]);
     assert_eq!(ejections.picked().await, ["10.0.0.1:80", "db.internal:80"]);
 }
 
 #[tokio::test(start_paused = true)]
-async fn no_more_addresses_of_a_name_are_ejected_than_may_be() {
+async fn no_more_addresses_of_a_name_are_ejected_than_the_limit_allows() {
     let mut ejections = ejections(1, 50);
     let weight = Weight::new(1.0).expect("a weight");
     let name: crate::balance::BackendId = "db.internal:80".parse().expect("a name");
@@ -62,7 +62,7 @@ async fn no_more_addresses_of_a_name_are_ejected_than_may_be() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_ejected_address_that_a_lookup_takes_away_and_brings_back_is_tried_again() {
+async fn an_ejected_address_that_a_name_loses_and_gets_back_gets_a_trial_session() {
     let ejections = ejections(1, 100);
     let weight = Weight::new(1.0).expect("a weight");
     let name: crate::balance::BackendId = "db.internal:80".parse().expect("a name");
@@ -85,7 +85,7 @@ async fn an_ejected_address_that_a_lookup_takes_away_and_brings_back_is_tried_ag
     let ejected = states().iter().position(is_ejected).expect("it is ejected");
     let (gone, other) = if ejected == 0 { (1, 2) } else { (2, 1) };
     resolve(&[other]);
-    // Its time passes while no lookup names it.
+    // The ejection ends while the name does not have the address.
     tokio::time::sleep(60 * SECOND).await;
     resolve(&[gone, other]);
     tokio::time::sleep(SECOND).await;
