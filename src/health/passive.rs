@@ -19,15 +19,13 @@ use tracing::field::display;
 use tracing::info;
 
 use super::lines::{self, LineLimiter};
-use crate::balance::backend::Target;
-use crate::balance::backend::{Ejection, TrialNumber, TrialProgress};
+use crate::balance::backend::{Ejection, Target, TrialNumber, TrialProgress};
 use crate::balance::pool::Pool;
 use crate::balance::snapshot::Member;
 use crate::balance::{BackendId, Outlier};
 use crate::control::backoff::jittered;
 
-/// The pause between two reviews of a pool, however many events come. A review of 10,000 backends takes 0.1
-/// ms.
+/// The pause between two reviews, however many events come. A review of 10,000 backends takes 0.1 ms.
 const REVIEW_PAUSE: Duration = Duration::from_millis(5);
 /// The pause while more backends fail than may be ejected, when most reviews change nothing.
 const REVIEW_PAUSE_AT_LIMIT: Duration = Duration::from_millis(100);
