@@ -176,8 +176,8 @@ impl Ejections {
                     self.review_at(until);
                     return Verdict::Stay;
                 }
-                // While checks fail, a passed check ends the ejection. In drain or maint, the next table is
-                // reviewed.
+                // If checks fail, the passed check that makes it healthy ends the ejection without a trial
+                // session. A member in drain or maint is reviewed again with the next table.
                 let is_over = member.wants_sessions() && !condition.fails_checks();
                 if is_over { Verdict::Trial } else { Verdict::Stay }
             }
