@@ -273,13 +273,13 @@ fn unusable_certificate_files_are_refused_with_path_and_cure() {
     let (ca, certificate, key) = (authority.file(), path_text(&one.certificate), path_text(&one.key));
     let trusted = trusting(&ca);
     for (tls, path, cure) in [
-        (format!("ca_file: \"{key}\""), "redis.tls.ca_file: /", "it holds no certificate"),
+        (format!("ca_file: \"{key}\""), "redis.tls.ca_file: /", "it has no certificate"),
         (format!("{trusted}, cert_file: \"{certificate}\""), "redis.tls.cert_file: /", "key_file is missing"),
         (format!("{trusted}, key_file: \"{key}\""), "redis.tls.key_file: /", "cert_file is missing"),
         (
             format!("{trusted}, cert_file: \"{certificate}\", key_file: \"{certificate}\""),
             "redis.tls.key_file: /",
-            "it holds no private key",
+            "it has no private key",
         ),
         (
             format!("{trusted}, cert_file: \"{certificate}\", key_file: \"{}\"", path_text(&two.key)),
