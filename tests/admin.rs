@@ -7,10 +7,10 @@ use std::process::{Command, Stdio};
 use rustix::process::Signal;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
-use tokio::time::{Duration, Instant, timeout};
+use tokio::time::{Duration, Instant};
 
 use crate::support::{
-    Backend, PATIENCE, Program, Redis, ask, dead_address, echo, eventually, get, output, require,
+    Backend, Program, Redis, ask, backends, dead_address, echo, eventually, get, output, require, soon,
 };
 
 /// One listener and one pool, both `web`, with an admin server; `top` and `pool` as in `Proxy::web`.
@@ -21,11 +21,6 @@ async fn statera(top: &str, admin: &str, pool: &str) -> (Program, SocketAddr, So
     ));
     let (listeners, admin) = program.addresses().await;
     (program, listeners[0], admin)
-}
-
-fn backends(addresses: &[SocketAddr]) -> String {
-    let entries: Vec<String> = addresses.iter().map(|address| format!("\"{address}\": 1")).collect();
-    format!("backends: {{{}}}", entries.join(", "))
 }
 
 /// CONTRACT.md's names, as far as this version has them: the family, its type, its labels.
@@ -138,7 +133,7 @@ async fn check_by_promtool(text: &str) {
         drop(input);
         child.wait_with_output().await.expect("it ends")
     };
-    let checked = timeout(PATIENCE, checked).await.expect("promtool ends");
+    let checked = soon("promtool ends", checked).await;
     let found = String::from_utf8_lossy(&checked.stderr) + String::from_utf8_lossy(&checked.stdout);
     assert!(checked.status.success() && found.trim().is_empty(), "{}: {found}\n{text}", checked.status);
 }
@@ -293,7 +288,7 @@ async fn other_paths_and_methods_are_refused_in_http_terms() {
     let mut garbage = TcpStream::connect(admin).await.expect("it listens");
     garbage.write_all(b"\x16\x03\x01 not http\r\n\r\n").await.expect("connected");
     let mut answer = Vec::new();
-    let read = timeout(PATIENCE, garbage.read_to_end(&mut answer)).await.expect("it is not kept waiting");
+    let read = soon("the connection ends", garbage.read_to_end(&mut answer)).await;
     assert!(read.is_err() || answer.is_empty() || answer.starts_with(b"HTTP/1.1 400"), "{answer:?}");
     assert_eq!(get(admin, "/livez").await.expect("an answer").status, 200);
 }
@@ -366,7 +361,7 @@ async fn a_client_that_does_not_finish_its_header_is_cut() {
         }
     };
     // However it looks from here, a reset or an end: it must come although bytes keep coming.
-    timeout(PATIENCE, cut).await.expect("it is cut");
+    soon("the connection is cut", cut).await;
     assert!(begin.elapsed() > Duration::from_secs(2), "a slow network has time for its header");
     assert!(answer.is_empty() || answer.starts_with(b"HTTP/1.1 408"), "{}", String::from_utf8_lossy(&answer));
 }

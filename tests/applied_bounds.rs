@@ -2,17 +2,10 @@
 
 use redis::Value;
 
-use crate::support::{Desk, Program, Redis, eventually};
+use crate::support::{Desk, Program, Redis, calls, eventually};
 
 const A: &str = "10.0.0.1:80";
 const KEY: &str = "{servers}:applied";
-
-/// Calls of a command, from wherever, as the server counts them.
-async fn calls(redis: &Redis, command: &str) -> u64 {
-    let info: String = redis::from_redis_value(redis.run("INFO commandstats").await).expect("a text");
-    let line = info.lines().find_map(|line| line.strip_prefix(&format!("cmdstat_{command}:calls=")));
-    line.and_then(|line| line.split(',').next()?.parse().ok()).unwrap_or(0)
-}
 
 /// Makes fields of `count` proxies, whose leases end at `ends` and whose names and reports are that long.
 async fn fill(redis: &Redis, count: u32, ends: u64, length: u32) {

@@ -6,7 +6,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use tokio::io::AsyncReadExt as _;
 use tokio::net::{TcpSocket, TcpStream};
 
-use crate::support::{Backend, Proxy, Redis, dead_address, eventually};
+use crate::support::{Backend, Proxy, Redis, backend_series, backends, dead_address, eventually};
 
 /// From an address of this machine's own: all of 127.0.0.0/8 are.
 async fn connect_from(client: Ipv4Addr, proxy: SocketAddr) -> TcpStream {
@@ -23,7 +23,7 @@ async fn greeted(client: Ipv4Addr, proxy: SocketAddr) -> (String, TcpStream) {
     (String::from_utf8(name).expect("a name"), stream)
 }
 
-async fn backends(names: &[&'static str]) -> Vec<Backend> {
+async fn named_backends(names: &[&'static str]) -> Vec<Backend> {
     let mut backends = Vec::new();
     for name in names {
         backends.push(Backend::named(name).await);
@@ -31,9 +31,8 @@ async fn backends(names: &[&'static str]) -> Vec<Backend> {
     backends
 }
 
-fn table(backends: &[Backend]) -> String {
-    let members: Vec<String> = backends.iter().map(|backend| format!("\"{}\": 1", backend.address)).collect();
-    members.join(", ")
+fn addresses(backends: &[Backend]) -> Vec<SocketAddr> {
+    backends.iter().map(|backend| backend.address).collect()
 }
 
 fn client(number: u32) -> Ipv4Addr {
@@ -43,7 +42,7 @@ fn client(number: u32) -> Ipv4Addr {
 #[tokio::test]
 async fn a_client_reaches_the_same_backend_through_every_proxy_and_after_a_change_of_others() {
     let redis = Redis::start().await;
-    let all = backends(&["a", "b", "c", "d"]).await;
+    let all = named_backends(&["a", "b", "c", "d"]).await;
     redis.set_weights(all.iter().map(|backend| (backend, 1.0))).await;
     let start = || {
         let redis = format!("redis: {{url: \"{}\"}}", redis.url());
@@ -81,10 +80,11 @@ async fn a_client_reaches_the_same_backend_through_every_proxy_and_after_a_chang
 
 #[tokio::test]
 async fn clients_of_a_backend_that_is_dead_all_reach_another() {
-    let all = backends(&["a", "b"]).await;
+    let all = named_backends(&["a", "b"]).await;
     let (_dead, address) = dead_address();
     // Once it is ejected, its clients are spread by a table without it, which is another one.
-    let pool = format!("balance: source_hash, outlier: off, backends: {{\"{address}\": 1, {}}}", table(&all));
+    let addresses = [&[address][..], &addresses(&all)].concat();
+    let pool = format!("balance: source_hash, outlier: off, {}", backends(&addresses));
     let proxy = Proxy::web("", &pool);
     let mut names = BTreeSet::new();
     for number in 0..30 {
@@ -98,8 +98,8 @@ async fn clients_of_a_backend_that_is_dead_all_reach_another() {
 
 #[tokio::test]
 async fn sessions_that_stay_are_spread_by_how_many_each_backend_has() {
-    let all = backends(&["a", "b", "c", "d"]).await;
-    let proxy = Proxy::web("", &format!("balance: least_conn, backends: {{{}}}", table(&all)));
+    let all = named_backends(&["a", "b", "c", "d"]).await;
+    let proxy = Proxy::web("", &format!("balance: least_conn, {}", backends(&addresses(&all))));
     let mut open: Vec<(String, TcpStream)> = Vec::new();
     for number in 0..200 {
         open.push(greeted(client(number), proxy.address()).await);
@@ -109,12 +109,7 @@ async fn sessions_that_stay_are_spread_by_how_many_each_backend_has() {
     let busy = open.len();
     assert!((40..=60).contains(&busy), "{busy} of 200 on one of four");
     eventually("the others have ended", || async {
-        let active = |backend: &Backend| {
-            proxy.metric(&format!(
-                "statera_backend_connections_active{{pool=\"web\",backend=\"{}\"}}",
-                backend.address
-            ))
-        };
+        let active = |backend: &Backend| proxy.metric(&backend_series("connections_active", backend.address));
         all[1..].iter().all(|backend| active(backend) == Some(0.0))
     })
     .await;
@@ -129,15 +124,15 @@ async fn sessions_that_stay_are_spread_by_how_many_each_backend_has() {
 async fn a_backend_that_lost_its_sessions_gets_all_new_ones_until_it_has_as_many_as_the_others() {
     const NAMES: [&str; 20] =
         ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "l", "m", "n", "o", "p", "q", "r", "s", "t"];
-    let all = backends(&NAMES).await;
-    let proxy = Proxy::web("", &format!("balance: least_conn, backends: {{{}}}", table(&all)));
+    let all = named_backends(&NAMES).await;
+    let proxy = Proxy::web("", &format!("balance: least_conn, {}", backends(&addresses(&all))));
     let mut open: Vec<(String, TcpStream)> = Vec::new();
     for number in 0..200 {
         open.push(greeted(client(number), proxy.address()).await);
     }
     open.retain(|(name, _)| name != "c");
     assert_eq!(open.len(), 190, "each of them had ten");
-    let active = format!("statera_backend_connections_active{{pool=\"web\",backend=\"{}\"}}", all[2].address);
+    let active = backend_series("connections_active", all[2].address);
     eventually("its sessions have ended", || async { proxy.metric(&active) == Some(0.0) }).await;
     for number in 0..10 {
         let (name, stream) = greeted(client(number), proxy.address()).await;

@@ -1,38 +1,23 @@
 //! `max_connections` and `queue`: real sessions beside full backends, on all workers.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::time::Duration;
 
-use serde_json::Value;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 
-use crate::support::{Backend, Proxy, Redis, dead_address, echo, eventually, soon};
+use crate::support::{Backend, Proxy, Redis, backend_series, backends, dead_address, echo, eventually, soon};
 
 const PATIENT: &str = "queue: {size: 500, timeout: 20s}";
-
-fn backends(addresses: &[SocketAddr]) -> String {
-    let members: Vec<_> = addresses.iter().map(|address| format!("\"{address}\": 1")).collect();
-    format!("backends: {{{}}}", members.join(", "))
-}
 
 async fn waiting(proxy: &Proxy, sessions: f64) {
     let series = "statera_pool_queue{pool=\"web\"}";
     let shown = || async { proxy.metric(series) == Some(sessions) };
     eventually(&format!("{sessions} sessions wait"), shown).await;
-}
-
-async fn lines(proxy: &Proxy, reason: &str, count: usize) -> Vec<Value> {
-    let lines = || -> Vec<Value> {
-        proxy.access_lines().into_iter().filter(|line| line["close_reason"] == reason).collect()
-    };
-    eventually(&format!("{count} lines say {reason}"), || async { lines().len() >= count }).await;
-    lines()
 }
 
 fn rejected(proxy: &Proxy, reason: &str) -> f64 {
@@ -149,7 +134,7 @@ async fn who_came_first_is_served_first_and_the_log_says_how_long_he_waited() {
         addresses.push(clients[0].local_addr().expect("connected").to_string());
         ends(clients.remove(0)).await;
     }
-    let lines = lines(&proxy, "finished", 10).await;
+    let lines = proxy.lines_closed_by("finished", 10).await;
     assert_eq!(proxy.metric("statera_pool_queued_total{pool=\"web\"}"), Some(9.0));
     let waited = |client: &String| {
         let line = lines.iter().find(|line| line["client"] == *client).expect("each has a line");
@@ -171,10 +156,10 @@ async fn a_session_that_waits_for_too_long_is_refused_and_so_is_one_that_finds_t
     waiting(&proxy, 1.0).await;
     is_refused(&proxy).await;
 
-    let full = &lines(&proxy, "queue_full", 1).await[0];
+    let full = &proxy.lines_closed_by("queue_full", 1).await[0];
     assert_eq!(full["term"], "PQ", "{full}");
     assert!(full["backend"].is_null(), "{full}");
-    let late = &lines(&proxy, "queue_timeout", 1).await[0];
+    let late = &proxy.lines_closed_by("queue_timeout", 1).await[0];
     assert_eq!(late["term"], "sQ", "{late}");
     assert!(late["queue_ms"].as_f64().expect("a number") >= 300.0, "{late}");
     soon("the session is reset", second.read(&mut [0])).await.expect_err("no clean end");
@@ -191,11 +176,11 @@ async fn without_a_queue_nobody_waits() {
     let held = [named(&proxy, 0).await, named(&proxy, 0).await];
     assert_eq!([guest(&mut guests).await, guest(&mut guests).await], [0, 0]);
     is_refused(&proxy).await;
-    assert_eq!(lines(&proxy, "queue_full", 1).await.len(), 1);
+    assert_eq!(proxy.lines_closed_by("queue_full", 1).await.len(), 1);
     for client in held {
         ends(client).await;
     }
-    lines(&proxy, "finished", 2).await;
+    proxy.lines_closed_by("finished", 2).await;
     let _next = named(&proxy, 7).await;
     assert_eq!(guest(&mut guests).await, 7);
 }
@@ -221,7 +206,7 @@ async fn a_client_that_leaves_frees_its_place_in_the_queue_and_one_that_only_end
     resets.set_zero_linger().expect("a socket");
     drop((resets, closes));
     waiting(&proxy, 2.0).await;
-    let left = lines(&proxy, "queue_left", 2).await;
+    let left = proxy.lines_closed_by("queue_left", 2).await;
     assert!(left.iter().all(|line| line["term"] == "CQ"), "{left:?}");
 
     drop(held);
@@ -238,8 +223,7 @@ async fn new_backends_and_none_at_all_empty_the_queue() {
     redis.set_weights([(&one, 1.0)]).await;
     let pool = format!("weights_key: servers, max_connections: 3, {PATIENT}");
     let proxy = Proxy::web(&format!("redis: {{url: \"{}\"}}", redis.url()), &pool);
-    let connections =
-        format!("statera_backend_connections_total{{pool=\"web\",backend=\"{}\"}}", one.address);
+    let connections = backend_series("connections_total", one.address);
     let mut clients = Vec::new();
     for name in 0..8 {
         clients.push(named(&proxy, name).await);
@@ -259,7 +243,7 @@ async fn new_backends_and_none_at_all_empty_the_queue() {
 
     redis.set_weights([(&one, 0.0), (&two, 0.0)]).await;
     waiting(&proxy, 0.0).await;
-    assert_eq!(lines(&proxy, "no_backend", 2).await.len(), 2);
+    assert_eq!(proxy.lines_closed_by("no_backend", 2).await.len(), 2);
 }
 
 /// One that refuses beside one that is full: whoever tried the first waits for the second, and holds no place meanwhile. What he
@@ -274,7 +258,7 @@ async fn who_waits_after_a_failure_holds_no_place_and_loses_no_time() {
         backends(&[backend.address, dead])
     );
     let proxy = Proxy::web("", &pool);
-    let series = format!("statera_backend_connect_failures_total{{pool=\"web\",backend=\"{dead}\"}}");
+    let series = backend_series("connect_failures_total", dead);
     let failures = || proxy.metric(&series).unwrap_or_default();
     let mut clients = Vec::new();
     for name in 0..5 {
@@ -295,7 +279,7 @@ async fn who_waits_after_a_failure_holds_no_place_and_loses_no_time() {
         assert_eq!(guest(&mut guests).await, name);
         ends(clients.remove(0)).await;
     }
-    let lines = lines(&proxy, "finished", 5).await;
+    let lines = proxy.lines_closed_by("finished", 5).await;
     // Two workers write them: not in the order of their ends.
     let waited: Vec<_> = lines.iter().filter(|line| line["client"] != first).collect();
     assert_eq!(waited.len(), 4, "{lines:?}");

@@ -7,7 +7,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 use crate::support::{
-    Backend, Desk, Program, Proxy, dead_address, eventually, greeting, silent_address, text,
+    Backend, Desk, Program, Proxy, backends, dead_address, eventually, greeting, silent_address, text,
 };
 
 /// Reads a byte, and resets.
@@ -34,12 +34,11 @@ async fn sessions_until(program: &Program, message: &str) -> Value {
 }
 
 /// `program` with one pool of `backends`, each at weight 1, each of whose connects may take a second.
-fn program(backends: &[SocketAddr], pool: &str) -> Program {
-    let backends: Vec<_> = backends.iter().map(|backend| format!("\"{backend}\": 1")).collect();
+fn program(addresses: &[SocketAddr], pool: &str) -> Program {
     Program::run(&format!(
         "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
-         pools: {{web: {{backends: {{{}}}, connect: {{timeout: 1s, deadline: 10s}}, {pool}}}}}\nlog: {{access: false}}\n",
-        backends.join(", ")
+         pools: {{web: {{{}, connect: {{timeout: 1s, deadline: 10s}}, {pool}}}}}\nlog: {{access: false}}\n",
+        backends(addresses)
     ))
 }
 

@@ -8,9 +8,8 @@ use std::process::{Command, Output, Stdio};
 
 use rustix::process::Signal;
 use tempfile::TempDir;
-use tokio::time::timeout;
 
-use crate::support::{Backend, PATIENCE, Program, Server, echo, eventually, get, output, require};
+use crate::support::{Backend, Program, Server, echo, eventually, get, output, require, soon};
 
 /// Runs the program to its end: exit code, standard output, standard error.
 async fn statera(arguments: &[&str]) -> (Option<i32>, String, String) {
@@ -151,7 +150,7 @@ async fn an_answer_that_nobody_reads_fails_without_a_panic() {
         let mut command = Command::new(Program::path());
         command.args(arguments.split(' ')).stderr(Stdio::piped()).stdout(writer);
         let child = tokio::process::Command::from(command).kill_on_drop(true).spawn().expect("it starts");
-        let ended = timeout(PATIENCE, child.wait_with_output()).await.expect("it ends").expect("it is ours");
+        let ended = soon("it ends", child.wait_with_output()).await.expect("it is ours");
         let (code, _, errors) = texts(ended);
         assert!(!errors.contains("panicked"), "{arguments}: {errors}");
         assert!(code == Some(1) || arguments == "--help" && code == Some(0), "{arguments}: {code:?}");

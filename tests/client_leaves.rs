@@ -162,7 +162,7 @@ async fn a_client_that_is_reset_while_redis_picks_costs_no_backend_a_connection(
 async fn a_client_that_is_reset_while_its_session_waits_for_a_descriptor_ends_it() {
     let backend = Backend::echo().await;
     let program = program(&backend, "");
-    let address = program.listens().await[0];
+    let address = program.address().await;
     assert_eq!(echo(address, b"ping").await.expect("an answer"), b"ping");
     let finished = |line: &Value| reason_is(line, "finished");
     eventually("that session is over", || async { program.lines().iter().any(finished) }).await;
@@ -184,7 +184,7 @@ async fn clients_that_were_reset_before_they_are_accepted_cost_no_pick_and_no_ba
     const CLIENTS: usize = 100;
     let backend = Backend::echo().await;
     let program = program(&backend, "");
-    let address = program.listens().await[0];
+    let address = program.address().await;
     all_at_once(&program, async {
         for number in 0..CLIENTS {
             let mut client = connected(address).await;
@@ -207,7 +207,7 @@ async fn in_a_flood_of_resets_all_other_clients_are_served_and_they_alone() {
     const EACH: usize = 20;
     let backend = speaks_first().await;
     let program = program(&backend, "");
-    let address = program.listens().await[0];
+    let address = program.address().await;
     let mut answers = JoinSet::new();
     all_at_once(&program, async {
         for _ in 0..EACH {

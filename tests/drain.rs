@@ -9,7 +9,7 @@ use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, interval, sleep};
 
-use crate::support::{Backend, Proxy, Redis, eventually, soon};
+use crate::support::{Backend, Proxy, Redis, backend_series, eventually, soon};
 
 const TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -43,11 +43,7 @@ async fn end(stream: &mut TcpStream) -> (std::io::Result<usize>, Instant) {
 }
 
 async fn drained_lines(proxy: &Proxy, count: usize) -> Vec<Value> {
-    let lines = || -> Vec<Value> {
-        proxy.access_lines().into_iter().filter(|line| line["close_reason"] == "drained").collect()
-    };
-    eventually(&format!("{count} sessions are drained"), || async { lines().len() >= count }).await;
-    lines()
+    proxy.lines_closed_by("drained", count).await
 }
 
 /// Sets the weights, removes who has none, and waits until the proxy has heard of it.
@@ -101,7 +97,7 @@ async fn put(redis: &Redis, proxy: &Proxy, backend: &Backend, state: &str) {
         _ => format!("HSET {{servers}}:states {} {state}", backend.address),
     };
     redis.run(&change).await;
-    let series = format!("statera_backend_effective_weight{{pool=\"web\",backend=\"{}\"}}", backend.address);
+    let series = backend_series("effective_weight", backend.address);
     let is_ready = state == "ready";
     let arrived = || async { proxy.metric(&series).is_some_and(|weight| (weight > 0.0) == is_ready) };
     eventually("the state arrives", arrived).await;

@@ -9,19 +9,8 @@ use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::Instant;
 
 use crate::support::{
-    Backend, Proxy, dead_address, echo, eventually, greeting, in_own_network, silent_address, soon,
+    Backend, Proxy, backends, dead_address, echo, eventually, greeting, in_own_network, silent_address, soon,
 };
-
-/// The `backends` of a pool: each at weight 1.
-fn backends(addresses: &[SocketAddr]) -> String {
-    let members: Vec<_> = addresses.iter().map(|address| format!("\"{address}\": 1")).collect();
-    format!("backends: {{{}}}", members.join(", "))
-}
-
-fn backend_metric(proxy: &Proxy, name: &str, backend: SocketAddr) -> f64 {
-    let series = format!("statera_backend_{name}{{pool=\"web\",backend=\"{backend}\"}}");
-    proxy.metric(&series).unwrap_or_else(|| panic!("{series} is not there"))
-}
 
 /// The session lines, once there are `count`.
 async fn lines(proxy: &Proxy, count: usize) -> Vec<serde_json::Value> {
@@ -47,11 +36,11 @@ async fn sessions_pass_over_backends_that_refuse() {
     // Three of four first picks fail: all sixty right at once has a probability of 4⁻⁶⁰.
     assert!(retries > 0);
     for name in ["connect_failures_total", "retries_total"] {
-        let counted: f64 = dead.iter().map(|(_, address)| backend_metric(&proxy, name, *address)).sum();
+        let counted: f64 = dead.iter().map(|(_, address)| proxy.backend_metric(name, *address)).sum();
         assert_eq!(counted, retries as f64, "{name}");
-        assert_eq!(backend_metric(&proxy, name, alive.address), 0.0, "{name}");
+        assert_eq!(proxy.backend_metric(name, alive.address), 0.0, "{name}");
     }
-    assert_eq!(backend_metric(&proxy, "connections_total", alive.address), 60.0);
+    assert_eq!(proxy.backend_metric("connections_total", alive.address), 60.0);
 }
 
 #[tokio::test]
@@ -65,7 +54,7 @@ async fn sessions_pass_over_a_backend_that_does_not_answer() {
     let lines = lines(&proxy, 20).await;
     let waited = lines.iter().filter(|line| line["retries"] == 1);
     assert!(waited.clone().all(|line| line["connect_ms"].as_f64().expect("a number") >= 100.0));
-    assert_eq!(waited.count() as f64, backend_metric(&proxy, "connect_failures_total", silent));
+    assert_eq!(waited.count() as f64, proxy.backend_metric("connect_failures_total", silent));
 }
 
 #[tokio::test]
@@ -79,7 +68,7 @@ async fn clients_are_told_at_once_when_every_backend_refuses() {
     // Three attempts are allowed; a backend that failed is not tried again.
     assert_eq!(line["retries"], 1);
     for (_, address) in &dead {
-        assert_eq!(backend_metric(&proxy, "connect_failures_total", *address), 1.0);
+        assert_eq!(proxy.backend_metric("connect_failures_total", *address), 1.0);
     }
     assert_eq!(proxy.metric("statera_sessions_closed_total{reason=\"connect_failed\"}"), Some(1.0));
 }
@@ -111,7 +100,7 @@ async fn no_more_backends_are_tried_than_attempts_allow_and_none_twice() {
         let line = &lines(&proxy, session).await[session - 1];
         assert_eq!(line["retries"], 3);
         let failures: Vec<_> =
-            addresses.iter().map(|a| backend_metric(&proxy, "connect_failures_total", *a)).collect();
+            addresses.iter().map(|a| proxy.backend_metric("connect_failures_total", *a)).collect();
         let mut tried: Vec<_> = failures.iter().zip(&before).map(|(now, before)| now - before).collect();
         tried.sort_by(f64::total_cmp);
         assert_eq!(tried, [0.0, 0.0, 1.0, 1.0, 1.0, 1.0]);
@@ -178,11 +167,7 @@ async fn want_of_local_ports_is_not_held_against_the_backend() {
         return;
     }
     let address = "127.0.0.1:30000".parse().expect("an address");
-    let backend = Backend::start_at(address, |mut stream| async move {
-        let (mut reader, mut writer) = stream.split();
-        let _ = tokio::io::copy(&mut reader, &mut writer).await;
-    })
-    .await;
+    let backend = Backend::echo_at(address).await;
     let proxy = Proxy::start(
         "workers: 2\nlisteners: {web: {bind: \"127.0.0.1:10000\", pool: web}}\n\
          pools: {web: {backends: {\"127.0.0.1:30000\": 1}}}",
@@ -207,8 +192,8 @@ async fn want_of_local_ports_is_not_held_against_the_backend() {
     }
     let lines = lines(&proxy, 6).await;
     assert!(lines.iter().all(|line| line["close_reason"] == "exhausted" && line["term"] == "RC"));
-    assert_eq!(backend_metric(&proxy, "connect_failures_total", address), 0.0);
-    assert_eq!(backend_metric(&proxy, "retries_total", address), 0.0);
+    assert_eq!(proxy.backend_metric("connect_failures_total", address), 0.0);
+    assert_eq!(proxy.backend_metric("retries_total", address), 0.0);
 
     // Those who have a port do not notice, and a port that is given back is used again.
     for stream in &mut held {
@@ -244,13 +229,7 @@ async fn no_session_fails_while_a_backend_restarts() {
         } else {
             let socket = TcpSocket::new_v4().expect("a descriptor");
             socket.set_reuseaddr(true).expect("tcp");
-            restarting = Some(
-                Backend::start_at(address, |mut stream| async move {
-                    let (mut reader, mut writer) = stream.split();
-                    let _ = tokio::io::copy(&mut reader, &mut writer).await;
-                })
-                .await,
-            );
+            restarting = Some(Backend::echo_at(address).await);
         }
     }
     drop(restarting);
@@ -265,10 +244,8 @@ async fn an_even_spread_stays_even_where_one_backend_refuses() {
     const SESSIONS: u64 = 1_200;
     let (_dead, dead) = dead_address();
     let living = [Backend::named("a").await, Backend::named("b").await, Backend::named("c").await];
-    let members: Vec<String> =
-        living.iter().map(|b| b.address).chain([dead]).map(|address| format!("\"{address}\": 1")).collect();
-    let proxy =
-        Proxy::web("", &format!("balance: weighted_round_robin, backends: {{{}}}", members.join(", ")));
+    let addresses: Vec<_> = living.iter().map(|backend| backend.address).chain([dead]).collect();
+    let proxy = Proxy::web("", &format!("balance: weighted_round_robin, {}", backends(&addresses)));
     for _ in 0..SESSIONS {
         greeting(proxy.address()).await.expect("another backend takes it");
     }
@@ -329,13 +306,7 @@ async fn want_of_local_ports_towards_one_backend_sends_sessions_to_another() {
     if !in_own_network(name, "echo '40000 40003' > /proc/sys/net/ipv4/ip_local_port_range") {
         return;
     }
-    let start = async |address: &str| {
-        Backend::start_at(address.parse().expect("an address"), |mut stream| async move {
-            let (mut reader, mut writer) = stream.split();
-            let _ = tokio::io::copy(&mut reader, &mut writer).await;
-        })
-        .await
-    };
+    let start = async |address: &str| Backend::echo_at(address.parse().expect("an address")).await;
     let (first, second) = (start("127.0.0.1:30000").await, start("127.0.0.1:30001").await);
     let proxy = Proxy::start(
         "workers: 2\nlisteners: {web: {bind: \"127.0.0.1:10000\", pool: web}}\n\
@@ -350,5 +321,5 @@ async fn want_of_local_ports_towards_one_backend_sends_sessions_to_another() {
         held.push(stream);
     }
     assert_eq!((first.accepted(), second.accepted()), (4, 4));
-    assert_eq!(backend_metric(&proxy, "connect_failures_total", first.address), 0.0);
+    assert_eq!(proxy.backend_metric("connect_failures_total", first.address), 0.0);
 }

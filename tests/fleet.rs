@@ -215,7 +215,7 @@ async fn a_proxy_that_may_not_write_says_so_once_and_follows_all_the_same() {
             .is_some_and(|cure| cure.contains("+eval +time +hset") && cure.ends_with("~{servers}:applied")),
         "{line}"
     );
-    let entry = program.listens().await[0];
+    let entry = program.address().await;
     desk.redis.run(&format!("ZADD servers 0 {A} 1 {}", backend.address)).await;
     eventually("it follows", || async {
         crate::support::greeting(entry).await.is_ok_and(|greeting| greeting == "found")

@@ -5,17 +5,9 @@ use std::net::SocketAddr;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
-use crate::support::{Backend, Program, Proxy, Redis, dead_address, eventually, greeting};
-
-fn backends(addresses: &[SocketAddr]) -> String {
-    let members: Vec<_> = addresses.iter().map(|address| format!("\"{address}\": 1")).collect();
-    format!("backends: {{{}}}", members.join(", "))
-}
-
-fn backend_metric(proxy: &Proxy, name: &str, backend: SocketAddr) -> f64 {
-    let series = format!("statera_backend_{name}{{pool=\"web\",backend=\"{backend}\"}}");
-    proxy.metric(&series).unwrap_or_else(|| panic!("{series} is not there"))
-}
+use crate::support::{
+    Backend, Program, Proxy, Redis, backend_series, backends, dead_address, eventually, greeting,
+};
 
 /// Says `greeting` and then what `then` does.
 async fn saying<F>(
@@ -117,15 +109,15 @@ async fn a_backend_at_weight_zero_is_checked_and_has_no_sessions_when_it_gets_we
         "weights_key: servers, outlier: off, health_check: {interval: 50ms}",
     );
     eventually("it is checked", || async {
-        proxy.weights().len() == 2 && backend_metric(&proxy, "up", dead) == 0.0
+        proxy.weights().len() == 2 && proxy.backend_metric("up", dead) == 0.0
     })
     .await;
     redis.run(&format!("ZADD servers 1000 {dead}")).await;
-    eventually("the weight arrives", || async { backend_metric(&proxy, "weight", dead) == 1000.0 }).await;
+    eventually("the weight arrives", || async { proxy.backend_metric("weight", dead) == 1000.0 }).await;
     for _ in 0..20 {
         assert_eq!(greeting(proxy.address()).await.expect("an answer"), "alive");
     }
-    assert_eq!(backend_metric(&proxy, "connect_failures_total", dead), 0.0);
+    assert_eq!(proxy.backend_metric("connect_failures_total", dead), 0.0);
 }
 
 #[tokio::test]
@@ -139,10 +131,10 @@ async fn another_port_may_speak_for_the_backend() {
     };
     let proxy = Proxy::web("", &pool(other.address.port()));
     eventually("it is checked there", || async { other.accepted() >= 3 }).await;
-    assert_eq!((backend_metric(&proxy, "up", backend.address), backend.accepted()), (1.0, 0));
+    assert_eq!((proxy.backend_metric("up", backend.address), backend.accepted()), (1.0, 0));
     let (_guard, dead) = dead_address();
     let proxy = Proxy::web("", &pool(dead.port()));
-    eventually("it is down", || async { backend_metric(&proxy, "up", backend.address) == 0.0 }).await;
+    eventually("it is down", || async { proxy.backend_metric("up", backend.address) == 0.0 }).await;
 }
 
 #[tokio::test]
@@ -183,13 +175,13 @@ async fn below_its_percentage_of_healthy_weight_the_pool_fails_open_and_the_gaug
     );
     let fails_open = || proxy.metric("statera_pool_fail_open{pool=\"web\"}");
     eventually("the dead one is found", || async {
-        proxy.weights().len() == 2 && backend_metric(&proxy, "effective_weight", dead) == 0.0
+        proxy.weights().len() == 2 && proxy.backend_metric("effective_weight", dead) == 0.0
     })
     .await;
-    assert_eq!((fails_open(), backend_metric(&proxy, "up", dead)), (Some(0.0), 0.0));
+    assert_eq!((fails_open(), proxy.backend_metric("up", dead)), (Some(0.0), 0.0));
     redis.run(&format!("ZADD servers 3 {dead}")).await;
     eventually("a quarter is too little", || async { fails_open() == Some(1.0) }).await;
-    assert_eq!(backend_metric(&proxy, "effective_weight", dead), 3.0);
+    assert_eq!(proxy.backend_metric("effective_weight", dead), 3.0);
     redis.run(&format!("ZADD servers 2 {dead}")).await;
     eventually("a third is enough", || async { fails_open() == Some(0.0) }).await;
 }
@@ -230,9 +222,7 @@ async fn a_backend_that_joins_gets_its_share_little_by_little_and_the_first_tabl
         "weights_key: servers, slow_start: 1500ms",
     );
     let effective = |backend: &Backend| {
-        let series =
-            format!("statera_backend_effective_weight{{pool=\"web\",backend=\"{}\"}}", backend.address);
-        proxy.metric(&series).unwrap_or_default()
+        proxy.metric(&backend_series("effective_weight", backend.address)).unwrap_or_default()
     };
     eventually("the table arrives", || async { effective(&old) == 100.0 }).await;
     let version = || proxy.metric("statera_snapshot_version{pool=\"web\"}").unwrap_or_default();
@@ -292,10 +282,7 @@ async fn a_table_that_is_deleted_and_written_one_by_one_keeps_its_health_and_its
         &format!("redis: {{url: \"{}\"}}", redis.url()),
         &format!("weights_key: servers, balance: weighted_round_robin, outlier: off, {checks}"),
     );
-    let up = |backend: &Backend| {
-        let series = format!("statera_backend_up{{pool=\"web\",backend=\"{}\"}}", backend.address);
-        proxy.metric(&series)
-    };
+    let up = |backend: &Backend| proxy.metric(&backend_series("up", backend.address));
     eventually("the checks find it out", || async { up(&hanging) == Some(0.0) }).await;
     let checked = |backend: &Backend| backend.accepted();
     let sessions_before = checked(&hanging);
@@ -347,7 +334,7 @@ async fn a_backend_that_resets_its_sessions_is_ejected() {
     let mut failed = 0;
     for _ in 0..100 {
         failed += u32::from(greeting(proxy.address()).await.map_or(true, |text| text.is_empty()));
-        if backend_metric(&proxy, "ejections_total", bad.address) == 1.0 {
+        if proxy.backend_metric("ejections_total", bad.address) == 1.0 {
             break;
         }
     }

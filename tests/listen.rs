@@ -11,11 +11,7 @@ use crate::support::{Backend, Peer, Program, Proxy, echo, eventually, output, re
 
 #[tokio::test]
 async fn ipv4_and_ipv6_addresses_of_one_listener_all_serve() {
-    let backend = Backend::start_at("[::1]:0".parse().expect("an address"), |mut stream| async move {
-        let (mut reader, mut writer) = stream.split();
-        let _ = tokio::io::copy(&mut reader, &mut writer).await;
-    })
-    .await;
+    let backend = Backend::echo_at("[::1]:0".parse().expect("an address")).await;
     let proxy = Proxy::start(&format!(
         "listeners: {{web: {{bind: [\"127.0.0.1:0\", \"[::1]:0\", \"127.0.0.2:0\"], pool: web}}}}\n\
          pools: {{web: {{backends: {{\"{}\": 1}}}}}}",
@@ -127,7 +123,7 @@ async fn echoing_program(backend: &Backend, deadline: &str) -> Program {
          pools: {{web: {{backends: {{\"{}\": 1}}, connect: {{deadline: {deadline}}}}}}}",
         backend.address
     ));
-    program.listens().await;
+    program.address().await;
     program
 }
 
@@ -137,7 +133,7 @@ async fn without_descriptors_clients_wait_and_no_core_is_burnt() {
     const WAITING: usize = 20;
     let backend = Backend::echo().await;
     let program = echoing_program(&backend, "20s").await;
-    let address = program.listens().await[0];
+    let address = program.address().await;
     let mut held = Vec::new();
     for _ in 0..HELD {
         let mut client = Peer::connect(address).await;
@@ -188,7 +184,7 @@ async fn without_descriptors_clients_wait_and_no_core_is_burnt() {
 async fn an_outage_of_descriptors_that_comes_and_goes_is_one_line_and_not_a_flood() {
     let backend = Backend::echo().await;
     let program = echoing_program(&backend, "100ms").await;
-    let address = program.listens().await[0];
+    let address = program.address().await;
     assert_eq!(echo(address, b"ping").await.expect("an answer"), b"ping");
     let is_session = |line: &serde_json::Value| line["close_reason"].is_string();
     eventually("that session is over", || async { program.lines().iter().any(is_session) }).await;

@@ -10,7 +10,8 @@ use statera::balance::snapshot::{Origin, Snapshot};
 use statera::balance::{BackendId, Balance, Table, Weight};
 
 use crate::support::{
-    Backend, LEAST_RIGHTS, Link, Passing, Proxy, Redis, dead_address, eventually, greeting, seed,
+    Backend, LEAST_RIGHTS, Link, Passing, Proxy, Redis, backend_series, dead_address, eventually, greeting,
+    info, seed,
 };
 
 const SCRIPT: &str = include_str!("../src/redis/pick/pick.lua");
@@ -343,12 +344,10 @@ async fn redis_does_not_pick_whom_health_speaks_against() {
     let link = Link::to(redis.port);
     let checked = "weights_key: servers, outlier: off, health_check: {interval: 50ms}";
     let proxy = stale_proxy_of(checked, &redis, &link, "lua_pick: {timeout: 2500ms}", HASTY).await;
-    let up = format!("statera_backend_up{{pool=\"web\",backend=\"{dead}\"}}");
+    let up = backend_series("up", dead);
     eventually("its checks fail", || async { proxy.metric(&up) == Some(0.0) }).await;
-    let failures = || {
-        let series = format!("statera_backend_connect_failures_total{{pool=\"web\",backend=\"{dead}\"}}");
-        proxy.metric(&series).unwrap_or_default()
-    };
+    let series = backend_series("connect_failures_total", dead);
+    let failures = || proxy.metric(&series).unwrap_or_default();
     let (asked, failed) = (proxy.picks("lua"), failures());
     for _ in 0..10 {
         assert_eq!(greeting(proxy.address()).await.expect("an answer"), "alive");
@@ -371,8 +370,7 @@ async fn redis_picks_for_a_user_who_may_not_write() {
     let link = Link::to(redis.port);
     let more = format!("username: statera, password: secret, {HASTY}");
     let proxy = stale_proxy(&redis, &link, "lua_pick: {timeout: 2500ms}", &more).await;
-    let Value::BulkString(stats) = redis.run("INFO commandstats").await else { panic!("no statistics") };
-    let stats = String::from_utf8_lossy(&stats).into_owned();
+    let stats = info(&redis, "commandstats").await;
     let (used, other) = if Redis::is_before_7() {
         ("cmdstat_evalsha:", "cmdstat_evalsha_ro:")
     } else {

@@ -8,13 +8,12 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::time::Duration;
 
 use tempfile::TempDir;
 use tokio::io::AsyncWriteExt as _;
 
 use crate::support::{
-    Backend, Program, Proxy, Redis, Traffic, eventually, greeting, require, silent_address,
+    Backend, Program, Proxy, Redis, Traffic, eventually, greeting, require, silent_address, silent_at,
 };
 
 /// What the program takes for /etc/hosts.
@@ -59,10 +58,7 @@ async fn on_one_port(first: &'static str, second: &'static str) -> (Backend, Bac
         let first = Backend::named(first).await;
         let address = (std::net::Ipv4Addr::new(127, 0, 0, 2), first.address.port()).into();
         if tokio::net::TcpListener::bind(address).await.is_ok() {
-            let second = Backend::start_at(address, move |mut stream| async move {
-                let _ = stream.write_all(second.as_bytes()).await;
-            });
-            return (first, second.await);
+            return (first, Backend::named_at(address, second).await);
         }
     }
     panic!("no port is free on both addresses");
@@ -77,7 +73,7 @@ async fn new_sessions_follow_a_name_that_moves() {
          pools: {{web: {{backends: {{\"db.test:{}\": 1}}}}}}",
         old.address.port()
     ));
-    let address = program.listens().await[0];
+    let address = program.address().await;
     // The first session already: accepting waits for the first answer.
     for _ in 0..5 {
         assert_eq!(greeting(address).await.expect("an answer"), "old");
@@ -111,7 +107,7 @@ async fn a_name_with_two_addresses_gives_each_in_turn() {
          pools: {{web: {{backends: {{\"db.test:{}\": 1}}}}}}",
         first.address.port()
     ));
-    let address = program.listens().await[0];
+    let address = program.address().await;
     for _ in 0..20 {
         greeting(address).await.expect("an answer");
     }
@@ -128,7 +124,7 @@ async fn a_name_that_does_not_resolve_is_named_once_and_costs_no_session() {
          pools: {{web: {{backends: {{\"{}\": 1, \"{name}\": 1}}}}}}",
         here.address
     ));
-    let address = program.listens().await[0];
+    let address = program.address().await;
     for _ in 0..100 {
         assert_eq!(greeting(address).await.expect("an answer"), "here");
     }
@@ -285,15 +281,7 @@ async fn one_dead_address_of_three_costs_sessions_nothing_once_checks_have_found
     let (first, second) = on_one_port("first", "second").await;
     let port = first.address.port();
     // A machine that is gone: its handshakes are not answered.
-    let silent = tokio::net::TcpSocket::new_v4().expect("a descriptor");
-    silent.bind(at(3, port)).expect("a free port");
-    let silent = silent.listen(1).expect("listens");
-    let mut queued = Vec::new();
-    while let Ok(connected) =
-        tokio::time::timeout(Duration::from_millis(300), tokio::net::TcpStream::connect(at(3, port))).await
-    {
-        queued.push(connected.expect("it listens"));
-    }
+    let (_queue, _) = silent_at(at(3, port)).await;
     let hosts = Hosts::new("127.0.0.1 db.test\n127.0.0.2 db.test\n127.0.0.3 db.test\n");
     for health in [
         "health_check: {interval: 200ms, timeout: 100ms}",
@@ -303,7 +291,7 @@ async fn one_dead_address_of_three_costs_sessions_nothing_once_checks_have_found
             "listeners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\nadmin: {{bind: \"127.0.0.1:0\"}}\n\
              pools: {{web: {{backends: {{\"db.test:{port}\": 1}}, connect: {{timeout: 600ms, deadline: 5s}}, {health}}}}}"
         ));
-        let address = program.listens().await[0];
+        let address = program.address().await;
         let said =
             if health.starts_with("health") { "backend unhealthy after" } else { "backend ejected after" };
         let is_said =
@@ -339,7 +327,6 @@ async fn one_dead_address_of_three_costs_sessions_nothing_once_checks_have_found
             program.metric("statera_backend_up", &format!("pool=\"web\",backend=\"db.test:{port}\"")).await;
         assert_eq!(up, 1.0);
     }
-    drop((silent, queued));
 }
 
 /// How many milliseconds each session so far took to connect.
@@ -371,7 +358,7 @@ async fn an_address_that_resets_its_sessions_is_left_out_and_comes_back_by_one_s
         "listeners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
          pools: {{web: {{backends: {{\"db.test:{port}\": 1}}, outlier: {{consecutive_failures: 3, ejection: 1s}}}}}}"
     ));
-    let address = program.listens().await[0];
+    let address = program.address().await;
     let answers = async || greeting(address).await.is_ok_and(|text| !text.is_empty());
     eventually("it is ejected", || async {
         answers().await;

@@ -15,7 +15,8 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use crate::support::{
-    Backend, Nginx, Proxy, Redis, dead_address, eventually, get, greeting, in_own_network, output,
+    Backend, Nginx, Proxy, Redis, backend_series, dead_address, eventually, get, greeting, in_own_network,
+    output,
 };
 
 const TICK: Duration = Duration::from_millis(10);
@@ -337,12 +338,12 @@ async fn an_ejected_backend_stays_ejected_through_thousands_of_weight_changes() 
         "weights_key: servers, balance: weighted_round_robin, outlier: {ejection: 1h}",
     );
     let failures = || {
-        let series = format!("statera_backend_connect_failures_total{{pool=\"web\",backend=\"{dead}\"}}");
+        let series = backend_series("connect_failures_total", dead);
         proxy.metric(&series).unwrap_or_default()
     };
     let version = || proxy.metric("statera_snapshot_version{pool=\"web\"}").unwrap_or_default();
     eventually("the table arrives", || async { proxy.weights().len() == 4 }).await;
-    while proxy.metric(&format!("statera_backend_up{{pool=\"web\",backend=\"{dead}\"}}")) == Some(1.0) {
+    while proxy.metric(&backend_series("up", dead)) == Some(1.0) {
         greeting(proxy.address()).await.expect("a retry finds another one");
     }
     let (failed_before, version_before) = (failures(), version());

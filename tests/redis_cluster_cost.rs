@@ -3,7 +3,7 @@
 
 use redis::Value;
 
-use crate::support::{Cluster, Proxy, Redis, eventually};
+use crate::support::{Cluster, Proxy, Redis, eventually, node_id};
 
 /// The slot of the key `servers`; it is odd.
 const SLOT: u16 = 11_335;
@@ -64,7 +64,7 @@ async fn costs_little_and_is_followed(ranges_wanted: usize, slots: [Vec<u16>; 2]
     assert!(more <= 1, "{more} whole answers of {ranges_wanted} ranges in 30 rounds");
 
     // Moves the slot as `redis-cli --cluster reshard` does. No notification announces such a move.
-    let (from, to) = (id(&first).await, id(&second).await);
+    let (from, to) = (node_id(&first).await, node_id(&second).await);
     second.run(&format!("CLUSTER SETSLOT {SLOT} IMPORTING {from}")).await;
     first.run(&format!("CLUSTER SETSLOT {SLOT} MIGRATING {to}")).await;
     first.run(&format!("MIGRATE 127.0.0.1 {} servers 0 5000", second.port)).await;
@@ -73,10 +73,6 @@ async fn costs_little_and_is_followed(ranges_wanted: usize, slots: [Vec<u16>; 2]
     second.run("ZADD servers 7 10.0.0.1:80").await;
     eventually("the new owner is followed", || async { proxy.weights().first().is_some_and(|w| w.1 == 7.0) })
         .await;
-}
-
-async fn id(node: &Redis) -> String {
-    redis::from_redis_value(node.run("CLUSTER MYID").await).expect("a text")
 }
 
 #[tokio::test]

@@ -13,7 +13,7 @@ use std::time::Duration;
 use redis::aio::MultiplexedConnection;
 use tokio::time::{Instant, sleep};
 
-use crate::support::{Backend, PATIENCE, Program, Proxy, Redis, eventually, greeting};
+use crate::support::{Backend, PATIENCE, Program, Proxy, Redis, eventually, greeting, info_number};
 
 const PROXIES: u64 = 50;
 /// Each proxy has three: for watching, for Lua picks and for reports.
@@ -59,12 +59,6 @@ async fn info(connection: &mut MultiplexedConnection, section: &str) -> String {
     redis::cmd("INFO").arg(section).query_async(connection).await.expect("an answer")
 }
 
-/// A number in an answer to INFO, by its name.
-fn number(info: &str, name: &str) -> u64 {
-    let line = info.lines().find_map(|line| line.strip_prefix(name));
-    line.and_then(|line| line.split([',', '\r']).next()?.parse().ok()).unwrap_or(0)
-}
-
 /// The counter of Redis by which returning connections are counted, and how many are expected.
 #[derive(Clone, Copy)]
 struct Sign {
@@ -79,7 +73,7 @@ const WATCHING: Sign = Sign { section: "commandstats", name: "cmdstat_subscribe:
 
 impl Sign {
     async fn count(self, connection: &mut MultiplexedConnection) -> u64 {
-        number(&info(connection, self.section).await, self.name)
+        info_number(&info(connection, self.section).await, self.name)
     }
 }
 
@@ -87,9 +81,9 @@ impl Sign {
 async fn reads(connection: &mut MultiplexedConnection) -> (u64, u64) {
     // Both counters come from one answer: a pick between two answers would be subtracted from the reads.
     let info = info(connection, "commandstats").await;
-    let zrange = number(&info, "cmdstat_zrange:calls=");
+    let zrange = info_number(&info, "cmdstat_zrange:calls=");
     let command = if Redis::is_before_7() { "cmdstat_evalsha:calls=" } else { "cmdstat_evalsha_ro:calls=" };
-    let picks = number(&info, command);
+    let picks = info_number(&info, command);
     // The script of a pick also calls ZRANGE.
     (zrange - picks, picks)
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use redis::aio::MultiplexedConnection;
 use tokio::time::Instant;
 
-use crate::support::{Cluster, Program, Proxy, Redis, Sentinels, eventually, mode_becomes};
+use crate::support::{Cluster, Program, Proxy, Redis, Sentinels, eventually, info_number, mode_becomes};
 
 const MODES: [&str; 4] = ["notifications", "tracking", "auto", "poll"];
 /// With these settings only `poll` reads without an event, so any other read shows.
@@ -51,10 +51,7 @@ struct Count {
 
 async fn count(connection: &mut MultiplexedConnection) -> Count {
     let info: String = redis::cmd("INFO").arg("all").query_async(connection).await.expect("an answer");
-    let number = |name: &str| -> u64 {
-        let line = info.lines().find_map(|line| line.strip_prefix(name));
-        line.and_then(|line| line.split([',', '\r']).next()?.parse().ok()).unwrap_or(0)
-    };
+    let number = |name: &str| info_number(&info, name);
     Count {
         heartbeats: number("cmdstat_hello:calls="),
         reads: number("cmdstat_zrange:calls="),

@@ -471,7 +471,7 @@ async fn many_slow_readers_cost_little_memory() {
         "workers: 2\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\npools: {{web: {{backends: {{\"{}\": 1}}}}}}",
         backend.address
     ));
-    let address = program.listens().await[0];
+    let address = program.address().await;
     // The first session pays for what all share.
     let mut first = Peer::connect(address).await;
     soon("a byte", first.read_u8()).await.expect("connected");

@@ -24,7 +24,7 @@ async fn program_with_one_worker() -> (TcpListener, Program, SocketAddr) {
     let program = Program::run(&format!(
         "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\npools: {{web: {{backends: {{\"{address}\": 1}}}}}}"
     ));
-    let entry = program.listens().await[0];
+    let entry = program.address().await;
     (backend, program, entry)
 }
 

@@ -139,7 +139,7 @@ async fn program_with_a_session(top: &str) -> (Program, Peer, Peer) {
         "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
          pools: {{web: {{backends: {{\"{address}\": 1}}}}}}\n{top}\n"
     ));
-    let client = Peer::connect(program.listens().await[0]).await;
+    let client = Peer::connect(program.address().await).await;
     let (backend, _) = soon("the backend gets it", listener.accept()).await.expect("a connection");
     (program, client, Peer::Tcp(backend))
 }

@@ -63,7 +63,7 @@ async fn every_connection_that_was_made_before_the_port_closed_is_served() {
     // Each round sends the signal at another moment of a session.
     for signal in [Signal::TERM, Signal::INT, Signal::TERM, Signal::INT, Signal::TERM] {
         let mut program = program(backend.address, "");
-        let address = program.listens().await[0];
+        let address = program.address().await;
         let (served, over) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
         let clients: Vec<_> =
             (0..16).map(|_| tokio::spawn(hammer(address, Arc::clone(&served), Arc::clone(&over)))).collect();
@@ -87,7 +87,7 @@ async fn during_the_delay_it_is_not_ready_but_live_and_still_accepts() {
     let backend = Backend::echo().await;
     let admin = "admin: {bind: \"127.0.0.1:0\"}\nshutdown: {delay: 1h}";
     let mut program = program(backend.address, admin);
-    let address = program.listens().await[0];
+    let address = program.address().await;
     let admin = program.says("admin server listening").await;
     let admin: SocketAddr = admin["address"].as_str().expect("a text").parse().expect("an address");
     let status = async |path| get(admin, path).await.expect("an answer").status;
@@ -108,7 +108,7 @@ async fn during_the_delay_it_is_not_ready_but_live_and_still_accepts() {
 async fn admin_requests_are_answered_during_the_drain() {
     let backend = Backend::echo().await;
     let mut program = program(backend.address, "admin: {bind: \"127.0.0.1:0\"}\nshutdown: {timeout: 1h}");
-    let mut client = session(program.listens().await[0]).await;
+    let mut client = session(program.address().await).await;
     let admin = program.says("admin server listening").await;
     let admin: SocketAddr = admin["address"].as_str().expect("a text").parse().expect("an address");
     program.signal(Signal::TERM);
@@ -126,7 +126,7 @@ async fn admin_requests_are_answered_during_the_drain() {
 async fn a_long_session_finishes_during_the_drain_and_no_new_one_begins() {
     let backend = Backend::echo().await;
     let mut program = program(backend.address, "shutdown: {timeout: 1h}");
-    let address = program.listens().await[0];
+    let address = program.address().await;
     let mut client = session(address).await;
     program.signal(Signal::TERM);
     program.says("draining").await;
@@ -146,7 +146,7 @@ async fn a_long_session_finishes_during_the_drain_and_no_new_one_begins() {
 async fn a_program_without_sessions_ends_at_once() {
     let backend = Backend::echo().await;
     let mut program = program(backend.address, "shutdown: {timeout: 1h}");
-    program.listens().await;
+    program.address().await;
     program.signal(Signal::TERM);
     assert!(program.wait().success());
     assert_eq!(cut(&program), 0);
@@ -166,7 +166,7 @@ async fn sessions_that_outlast_the_timeout_are_reset_counted_and_logged() {
     })
     .await;
     let mut program = program(backend.address, "shutdown: {timeout: 300ms}");
-    let address = program.listens().await[0];
+    let address = program.address().await;
     let mut both_sides = Vec::new();
     for _ in 0..7 {
         let mut client = Peer::connect(address).await;
@@ -192,7 +192,7 @@ async fn a_second_signal_cuts_all_sessions_at_once() {
     let backend = Backend::echo().await;
     for (first, second) in [(Signal::TERM, Signal::TERM), (Signal::INT, Signal::TERM)] {
         let mut program = program(backend.address, "shutdown: {timeout: 1h}");
-        let address = program.listens().await[0];
+        let address = program.address().await;
         let (mut one, mut two) = (session(address).await, session(address).await);
         program.signal(first);
         program.says("draining").await;

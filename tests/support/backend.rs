@@ -45,7 +45,12 @@ impl Backend {
 
     /// Sends back what it gets, until the client ends its half.
     pub async fn echo() -> Self {
-        Self::start(|mut stream| async move {
+        Self::echo_at("127.0.0.1:0".parse().expect("an address")).await
+    }
+
+    /// [`Backend::echo`] at a given address.
+    pub async fn echo_at(address: SocketAddr) -> Self {
+        Self::start_at(address, |mut stream| async move {
             let (mut reader, mut writer) = stream.split();
             // A client that resets is a scenario's business.
             let _ = tokio::io::copy(&mut reader, &mut writer).await;
@@ -55,7 +60,12 @@ impl Backend {
 
     /// Says `name`, and closes.
     pub async fn named(name: &'static str) -> Self {
-        Self::start(move |mut stream| async move {
+        Self::named_at("127.0.0.1:0".parse().expect("an address"), name).await
+    }
+
+    /// [`Backend::named`] at a given address.
+    pub async fn named_at(address: SocketAddr, name: &'static str) -> Self {
+        Self::start_at(address, move |mut stream| async move {
             let _ = stream.write_all(name.as_bytes()).await;
         })
         .await
@@ -73,6 +83,12 @@ impl Drop for Backend {
     }
 }
 
+/// The setting `backends` of a pool, with each address at weight 1.
+pub fn backends(addresses: &[SocketAddr]) -> String {
+    let members: Vec<_> = addresses.iter().map(|address| format!("\"{address}\": 1")).collect();
+    format!("backends: {{{}}}", members.join(", "))
+}
+
 /// An address of this machine where nothing listens, kept from others while the socket lives.
 pub fn dead_address() -> (TcpSocket, SocketAddr) {
     let socket = TcpSocket::new_v4().expect("a descriptor");
@@ -83,8 +99,13 @@ pub fn dead_address() -> (TcpSocket, SocketAddr) {
 
 /// A server that does not answer the handshake: its accept queue is full and stays so while the guard lives.
 pub async fn silent_address() -> (impl Sized, SocketAddr) {
+    silent_at("127.0.0.1:0".parse().expect("an address")).await
+}
+
+/// [`silent_address`] at a given address.
+pub async fn silent_at(address: SocketAddr) -> (impl Sized, SocketAddr) {
     let socket = TcpSocket::new_v4().expect("a descriptor");
-    socket.bind("127.0.0.1:0".parse().expect("an address")).expect("a free port");
+    socket.bind(address).expect("a free port");
     let listener = socket.listen(1).expect("listens");
     let address = listener.local_addr().expect("bound");
     let mut queued = Vec::new();

@@ -103,7 +103,7 @@ impl Cluster {
     }
 
     pub async fn id(&self, place: usize) -> String {
-        text(self.nodes[place].run("CLUSTER MYID").await)
+        node_id(&self.nodes[place]).await
     }
 
     /// For the `redis` section of a config: all nodes.
@@ -142,6 +142,11 @@ impl Cluster {
         })
         .await;
     }
+}
+
+/// The name that a node of a cluster has for the others.
+pub async fn node_id(node: &Redis) -> String {
+    text(node.run("CLUSTER MYID").await)
 }
 
 /// Redis 6.2 does not know ranges.

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use super::{Program, Proxy, Redis, eventually, greeting};
+use super::{Program, Proxy, Redis, eventually, greeting, info, info_number};
 
 /// A proxy whose pool `web` follows `servers`. `more` goes into the `redis` section.
 pub fn follow(redis: &Redis, more: &str) -> Proxy {
@@ -29,9 +29,7 @@ pub async fn next_greeting_is(proxy: SocketAddr, name: &str) {
     eventually(&what, || async { greeting(proxy).await.is_ok_and(|greeting| greeting == name) }).await;
 }
 
-/// How often the server has run `command`, by its own count.
-pub async fn calls(redis: &Redis, command: &str) -> u64 {
-    let info: String = redis::from_redis_value(redis.run("INFO commandstats").await).expect("a text");
-    let line = info.lines().find_map(|line| line.strip_prefix(&format!("cmdstat_{command}:calls=")));
-    line.and_then(|line| line.split(',').next()?.parse().ok()).unwrap_or(0)
+/// How often a command was called, by any client, as the server counts it.
+pub async fn calls(server: &Redis, command: &str) -> u64 {
+    info_number(&info(server, "commandstats").await, &format!("cmdstat_{command}:calls="))
 }

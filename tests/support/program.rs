@@ -1,7 +1,6 @@
 //! The `statera` program, and whatever other programs a scenario runs.
 
 use std::io::Read as _;
-use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -11,7 +10,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use tokio::time::Instant;
 
-use super::{PATIENCE, eventually};
+use super::PATIENCE;
 
 /// Where a program is that a scenario needs; fails with the cure where it is missing.
 pub fn require(program: &str, package: &str) -> PathBuf {
@@ -71,17 +70,6 @@ impl Program {
         let file = std::fs::File::open(self.folder.path().join("log"));
         file.and_then(|mut file| file.read_to_string(&mut text)).expect("a log");
         text
-    }
-
-    /// The address of its only listener, once it accepts. Needs JSON lines in the log.
-    pub async fn address(&self) -> SocketAddr {
-        let address = || {
-            let log = self.log();
-            let line = log.lines().find(|line| line.contains("\"listener accepting connections\""))?;
-            line.split_once("\"addresses\":\"[")?.1.split_once(']')?.0.parse().ok()
-        };
-        eventually("the program accepts", || async { address().is_some() }).await;
-        address().expect("it was there")
     }
 
     /// The folder that its config lies in.

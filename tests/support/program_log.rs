@@ -37,11 +37,12 @@ impl Program {
         self.messages(message).remove(0)
     }
 
-    /// The addresses of its first listener, once it accepts.
-    pub async fn listens(&self) -> Vec<SocketAddr> {
+    /// The address of its first listener, the first of several, once it accepts.
+    pub async fn address(&self) -> SocketAddr {
         let line = self.says("listener accepting connections").await;
-        let addresses = line["addresses"].as_str().expect("a text").trim_matches(['[', ']']).split(", ");
-        addresses.map(|a| a.parse().unwrap_or_else(|error| panic!("{error}: {a}"))).collect()
+        let addresses = line["addresses"].as_str().expect("a text").trim_matches(['[', ']']);
+        let first = addresses.split(", ").next().expect("split yields at least one");
+        first.parse().unwrap_or_else(|error| panic!("{error}: {addresses}"))
     }
 
     fn is_alive(&self) -> bool {

@@ -10,6 +10,8 @@ use statera::metrics::format::Format;
 use statera::observe::log_sink::LogSink;
 use statera::supervisor::{self, Running};
 
+use super::eventually;
+
 /// A running proxy, its session lines, its metrics. Stopped when dropped.
 pub struct Proxy {
     pub running: Running,
@@ -71,6 +73,21 @@ impl Proxy {
         value.map(|value| value.parse().unwrap_or_else(|e| panic!("{series}: {value}: {e}")))
     }
 
+    /// A metric of one backend of the pool `web`, by its name after `statera_backend_`. It must be there.
+    pub fn backend_metric(&self, name: &str, backend: SocketAddr) -> f64 {
+        let series = backend_series(name, backend);
+        self.metric(&series).unwrap_or_else(|| panic!("{series} is not there"))
+    }
+
+    /// The lines of the sessions with this `close_reason`, once there are `count` or more.
+    pub async fn lines_closed_by(&self, reason: &str, count: usize) -> Vec<serde_json::Value> {
+        let lines = || -> Vec<serde_json::Value> {
+            self.access_lines().into_iter().filter(|line| line["close_reason"] == reason).collect()
+        };
+        eventually(&format!("{count} lines say {reason}"), || async { lines().len() >= count }).await;
+        lines()
+    }
+
     /// Sessions that picks named a backend for, by `source`.
     pub fn picks(&self, source: &str) -> f64 {
         self.metric(&format!("statera_picks_total{{pool=\"web\",source=\"{source}\"}}")).unwrap_or_default()
@@ -84,4 +101,9 @@ impl Proxy {
         weights.sort_by(|a, b| a.0.cmp(&b.0));
         weights
     }
+}
+
+/// The name and labels, as [`Proxy::metric`] takes them, of a metric of one backend of the pool `web`.
+pub fn backend_series(name: &str, backend: SocketAddr) -> String {
+    format!("statera_backend_{name}{{pool=\"web\",backend=\"{backend}\"}}")
 }

@@ -194,6 +194,17 @@ impl Redis {
     }
 }
 
+/// A section of INFO.
+pub async fn info(server: &Redis, section: &str) -> String {
+    redis::from_redis_value(server.run(&format!("INFO {section}")).await).expect("a text")
+}
+
+/// The number after `name` in a text of INFO; 0 where it is not there.
+pub fn info_number(info: &str, name: &str) -> u64 {
+    let line = info.lines().find_map(|line| line.strip_prefix(name));
+    line.and_then(|line| line.split([',', '\r']).next()?.parse().ok()).unwrap_or(0)
+}
+
 impl Drop for Redis {
     fn drop(&mut self) {
         self.kill();

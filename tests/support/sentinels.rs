@@ -8,7 +8,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::{Authority, Identity, PATIENCE, Redis, eventually, free_port, tls_settings};
+use super::{Authority, Identity, PATIENCE, Redis, eventually, free_port, info, tls_settings};
 
 /// The name that the sentinels know the primary by.
 pub const MASTER: &str = "mymaster";
@@ -214,11 +214,6 @@ impl Sentinels {
         let pid = Pid::from_raw(self.nodes[place].child.id().try_into().expect("a pid")).expect("not zero");
         kill_process(pid, signal).expect("it runs");
     }
-}
-
-/// A section of INFO.
-pub async fn info(server: &Redis, section: &str) -> String {
-    redis::from_redis_value(server.run(&format!("INFO {section}")).await).expect("a text")
 }
 
 impl Node {
