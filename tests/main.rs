@@ -1,6 +1,8 @@
-//! Statera's scenarios: the real proxy between real clients, scripted backends and a real redis-server.
+//! Statera's scenarios: tests that run the real proxy between real clients, scripted backends and a real
+//! redis-server.
 //!
-//! One binary, so that it links once. `support` starts what a scenario needs on free ports and ends it by its own pid.
+//! All of them are one binary, so that it is linked once. `support` starts the programs that a scenario
+//! needs on free ports, and ends each by its own pid.
 
 mod admin;
 mod applied_bounds;

@@ -1,4 +1,4 @@
-//! Backends that do what a scenario says.
+//! Backends whose behaviour a scenario scripts.
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -9,7 +9,7 @@ use tokio::io::AsyncWriteExt as _;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::task::JoinHandle;
 
-/// A TCP server on a free port of 127.0.0.1; it ends when dropped.
+/// A TCP server in this process, by default on a free port of 127.0.0.1. Dropping it closes its listener.
 pub struct Backend {
     pub address: SocketAddr,
     accepted: Arc<AtomicU64>,
@@ -17,7 +17,7 @@ pub struct Backend {
 }
 
 impl Backend {
-    /// Serves each connection by `script`.
+    /// Starts a server that runs `script` for each connection.
     pub async fn start<F>(script: impl Fn(TcpStream) -> F + Send + 'static) -> Self
     where
         F: Future<Output = ()> + Send + 'static,
@@ -25,7 +25,7 @@ impl Backend {
         Self::start_at("127.0.0.1:0".parse().expect("an address"), script).await
     }
 
-    /// The same at a given address.
+    /// [`Backend::start`] at a given address.
     pub async fn start_at<F>(address: SocketAddr, script: impl Fn(TcpStream) -> F + Send + 'static) -> Self
     where
         F: Future<Output = ()> + Send + 'static,
@@ -43,7 +43,7 @@ impl Backend {
         Self { address, accepted, task }
     }
 
-    /// Sends back what it gets, until the client ends its half.
+    /// Sends back the bytes it gets, until the client ends its half of the connection.
     pub async fn echo() -> Self {
         Self::echo_at("127.0.0.1:0".parse().expect("an address")).await
     }
@@ -52,13 +52,13 @@ impl Backend {
     pub async fn echo_at(address: SocketAddr) -> Self {
         Self::start_at(address, |mut stream| async move {
             let (mut reader, mut writer) = stream.split();
-            // A client that resets is a scenario's business.
+            // A scenario may reset the client, which fails the copy.
             let _ = tokio::io::copy(&mut reader, &mut writer).await;
         })
         .await
     }
 
-    /// Says `name`, and closes.
+    /// Sends `name` to each client and closes.
     pub async fn named(name: &'static str) -> Self {
         Self::named_at("127.0.0.1:0".parse().expect("an address"), name).await
     }
@@ -71,7 +71,7 @@ impl Backend {
         .await
     }
 
-    /// Connections so far.
+    /// How many connections it has accepted so far.
     pub fn accepted(&self) -> u64 {
         self.accepted.load(Relaxed)
     }
@@ -89,7 +89,8 @@ pub fn backends(addresses: &[SocketAddr]) -> String {
     format!("backends: {{{}}}", members.join(", "))
 }
 
-/// An address of this machine where nothing listens, kept from others while the socket lives.
+/// An address of this machine where nothing listens. No other program gets the port while the socket is
+/// open.
 pub fn dead_address() -> (TcpSocket, SocketAddr) {
     let socket = TcpSocket::new_v4().expect("a descriptor");
     socket.bind("127.0.0.1:0".parse().expect("an address")).expect("a free port");
@@ -97,7 +98,8 @@ pub fn dead_address() -> (TcpSocket, SocketAddr) {
     (socket, address)
 }
 
-/// A server that does not answer the handshake: its accept queue is full and stays so while the guard lives.
+/// The address of a server that does not answer handshakes: its accept queue is full, and stays full until
+/// the guard is dropped.
 pub async fn silent_address() -> (impl Sized, SocketAddr) {
     silent_at("127.0.0.1:0".parse().expect("an address")).await
 }
@@ -113,7 +115,7 @@ pub async fn silent_at(address: SocketAddr) -> (impl Sized, SocketAddr) {
         tokio::time::timeout(std::time::Duration::from_millis(300), TcpStream::connect(address)).await
     {
         queued.push(connected.expect("it listens"));
-        assert!(queued.len() < 100, "the queue never fills");
+        assert!(queued.len() < 100, "the accept queue never fills");
     }
     ((listener, queued), address)
 }

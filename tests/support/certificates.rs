@@ -1,4 +1,4 @@
-//! Certificates for one scenario: an authority, and what it signs.
+//! Certificates for one scenario: an authority, and the certificates that it signs.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair, date_time_ymd};
 use tempfile::TempDir;
 
-/// An authority of a scenario's own, in a folder with all that it signed.
+/// A certificate authority for one scenario. Its folder holds every certificate that it signed.
 pub struct Authority {
     issuer: CertifiedIssuer<'static, KeyPair>,
     folder: TempDir,
 }
 
-/// Where a certificate and its key lie.
+/// The files of a certificate and its key.
 pub struct Identity {
     pub certificate: PathBuf,
     pub key: PathBuf,
@@ -22,7 +22,7 @@ impl Authority {
     pub fn new() -> Self {
         let mut params = CertificateParams::new(Vec::new()).expect("no names");
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        // Of one name and different keys, they would seem to be one authority whose signature is wrong.
+        // Two authorities of one name and different keys look like one authority with a wrong signature.
         params.distinguished_name.push(DnType::CommonName, format!("scenario {}", fastrand::u64(..)));
         let key = KeyPair::generate().expect("randomness");
         let issuer = CertifiedIssuer::self_signed(params, key).expect("a certificate");
@@ -31,7 +31,7 @@ impl Authority {
         Self { issuer, folder }
     }
 
-    /// Its own certificate, in PEM.
+    /// The file of the authority's own certificate, in PEM.
     pub fn file(&self) -> PathBuf {
         self.folder.path().join("ca.pem")
     }
@@ -41,7 +41,7 @@ impl Authority {
         self.sign(name, &params_for(name))
     }
 
-    /// The same, over for some years.
+    /// Signs a certificate that expired years ago.
     pub fn signed_long_ago(&self, name: &str) -> Identity {
         let mut params = params_for(name);
         (params.not_before, params.not_after) = (date_time_ymd(2001, 1, 1), date_time_ymd(2002, 1, 1));
@@ -63,7 +63,7 @@ fn params_for(name: &str) -> CertificateParams {
     CertificateParams::new(vec![name.to_owned()]).expect("a name or an address")
 }
 
-/// As a value of a config, or an argument of a program.
+/// A path as text, for a config or an argument of a program.
 pub fn path_text(path: &Path) -> &str {
     path.to_str().expect("temporary folders have plain names")
 }

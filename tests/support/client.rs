@@ -1,4 +1,4 @@
-//! Clients, each with a deadline.
+//! Clients that run one session each, within a deadline.
 
 use std::io;
 use std::net::SocketAddr;

@@ -1,4 +1,4 @@
-//! Where a person sits: a config file, a Redis, and `statera weights …` typed at it.
+//! An operator who changes weights: a Redis, a config file, and the commands `statera weights …`.
 
 use std::process::Command;
 
@@ -7,14 +7,15 @@ use tempfile::TempDir;
 
 use super::{Program, Redis, output};
 
-/// One pool `web` with the key `servers`, unless it was started with another.
+/// An operator with a Redis and a config, which has one pool `web` with the key `servers` (or the key of
+/// [`Desk::with`]).
 pub struct Desk {
     pub redis: Redis,
     folder: TempDir,
     key: String,
 }
 
-/// What a command did.
+/// The exit code and the output of a command that has ended.
 #[derive(Debug)]
 pub struct Typed {
     pub code: Option<i32>,
@@ -34,7 +35,8 @@ impl Desk {
         desk
     }
 
-    /// For a proxy on this desk's table. `more` goes into the `redis` section, before the patience of a busy machine.
+    /// A config for a proxy that follows this table. `more` goes into the `redis` section, whose timeouts a
+    /// busy machine keeps.
     pub fn yaml(&self, more: &str) -> String {
         format!(
             "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
@@ -45,12 +47,13 @@ impl Desk {
         )
     }
 
-    /// The commands typed from now on are another user's: `username: bob, password: geheim,`.
+    /// Writes the config for the commands from now on. `more` goes into the `redis` section: `username: bob,
+    /// password: geheim,`.
     pub fn write_config(&self, more: &str) {
         std::fs::write(self.folder.path().join("config.yaml"), self.yaml(more)).expect("a file");
     }
 
-    /// The program with these words before `-c`, ready to be started.
+    /// The command `statera weights` with these words and the config, not yet started.
     pub fn command<S: AsRef<std::ffi::OsStr>>(&self, words: &[S]) -> Command {
         let mut command = Command::new(Program::path());
         command.arg("weights").args(words).arg("-c").arg(self.folder.path().join("config.yaml"));
@@ -58,30 +61,30 @@ impl Desk {
         command
     }
 
-    /// `statera weights` and these words, split at spaces.
+    /// Runs `statera weights` with these words, split at spaces.
     pub async fn weights(&self, words: &str) -> Typed {
         self.weights_of(&words.split(' ').collect::<Vec<_>>()).await
     }
 
-    /// The same with words that may hold anything.
+    /// Runs `statera weights` with words that may contain spaces.
     pub async fn weights_of<S: AsRef<std::ffi::OsStr>>(&self, words: &[S]) -> Typed {
         Typed::of(self.command(words)).await
     }
 
-    /// The same of what must succeed.
+    /// Runs `statera weights` with these words, which must succeed.
     pub async fn done(&self, words: &str) -> Typed {
         let typed = self.weights(words).await;
         assert_eq!((typed.code, typed.errors.as_str()), (Some(0), ""), "{words}");
         typed
     }
 
-    /// The same in JSON.
+    /// Runs `statera weights … --json`, which must succeed, and returns its output.
     pub async fn json(&self, words: &str) -> Value {
         let typed = self.done(&format!("{words} --json")).await;
         serde_json::from_str(&typed.said).unwrap_or_else(|error| panic!("{error}: {}", typed.said))
     }
 
-    /// The table itself, as Redis has it.
+    /// The table that Redis holds, sorted by member.
     pub async fn table(&self) -> Vec<(String, f64)> {
         let mut connection = self.redis.connection().await;
         let mut zrange = redis::cmd("ZRANGE");

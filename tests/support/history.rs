@@ -1,5 +1,5 @@
-//! What Redis held and when, and whether what a proxy was seen to hold keeps the promise of
-//! docs/decisions/0007-freshness.md.
+//! A record of the tables that Redis held and when, and the check that a proxy's snapshot keeps the promise
+//! of docs/decisions/0007-freshness.md.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt::Write as _;
@@ -12,17 +12,18 @@ use tokio::time::Instant;
 /// Backend → weight.
 pub type Table = BTreeMap<String, f64>;
 
-/// Named where a promise is broken.
+/// How many of the last tables a broken promise names.
 const MOST_NAMED: usize = 30;
 
-/// What a proxy holds by one look at it.
+/// What one observation of a proxy has found.
 #[derive(Clone, Debug)]
 pub struct Look {
-    /// Before it was looked at.
+    /// A moment just before the observation.
     pub at: Instant,
     pub age: Option<Duration>,
     pub table: Table,
-    /// False: members at weight zero were not told from those that are in no table any more, and are left out.
+    /// False: `table` has no members at weight zero, because the source could not tell them from removed
+    /// ones.
     pub has_zeros: bool,
 }
 
@@ -30,82 +31,82 @@ pub struct Look {
 #[derive(Clone, Copy, Debug)]
 pub struct Promise {
     pub max_stale: Duration,
-    /// Before the moment that its age names, a fresh snapshot may have been overwritten for so long.
+    /// A fresh snapshot may have been overwritten in Redis this long before the moment that its age names.
     pub overtaken: Duration,
 }
 
-/// What Redis holds, since a moment.
+/// A table that Redis held for some time.
 #[derive(Debug)]
 struct Held {
-    /// `None`: nothing, or what is no table. A proxy goes on with any earlier one then.
+    /// `None`: the key was empty or of another type, and a proxy may go on with any earlier table.
     table: Option<Table>,
-    /// When it was written at the earliest.
+    /// The earliest moment at which it may have been written.
     from: Instant,
-    /// When it was overwritten at the latest.
+    /// The latest moment at which it may have been overwritten; `None` while Redis holds it.
     until: Option<Instant>,
 }
 
 #[derive(Debug, Default)]
-struct Pages {
+struct Record {
     held: Vec<Held>,
-    /// All tables that ever were, as text.
+    /// Every table that was ever written, as text.
     ever: HashSet<String>,
-    /// Something is being written, and proxies may have it before it stands here.
+    /// A write is under way: proxies may see its table before it is recorded here.
     writing: bool,
 }
 
-/// What Redis held from the first moment on. Whoever writes there writes here too.
+/// All tables that Redis held, from the start on. Every write to Redis must be recorded here too.
 #[derive(Clone, Debug)]
-pub struct History(Arc<Mutex<Pages>>);
+pub struct History(Arc<Mutex<Record>>);
 
 impl History {
-    /// Of a server that is empty.
+    /// The history of a server that is still empty.
     pub fn new() -> Self {
         let nothing = Held { table: None, from: Instant::now(), until: None };
-        Self(Arc::new(Mutex::new(Pages { held: vec![nothing], ..Pages::default() })))
+        Self(Arc::new(Mutex::new(Record { held: vec![nothing], ..Record::default() })))
     }
 
-    fn pages(&self) -> MutexGuard<'_, Pages> {
-        // Whoever panicked with it has said so.
+    fn record(&self) -> MutexGuard<'_, Record> {
+        // The thread that panicked with the lock has printed why.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Something is going to be written. To be followed by [`History::holds`].
+    /// Records that a write begins. [`History::holds`] must follow.
     pub fn begins_to_write(&self) -> Instant {
-        self.pages().writing = true;
+        self.record().writing = true;
         Instant::now()
     }
 
-    /// That is what it holds now, since it was begun to write at `from`.
+    /// Records what Redis holds after the write that began at `from`.
     pub fn holds(&self, from: Instant, table: Option<Table>) {
         let now = Instant::now();
-        let mut pages = self.pages();
-        if let Some(last) = pages.held.last_mut() {
+        let mut record = self.record();
+        if let Some(last) = record.held.last_mut() {
             last.until = Some(now);
         }
         if let Some(table) = &table {
-            pages.ever.insert(format!("{table:?}"));
-            pages.ever.insert(format!("{:?}", without_zeros(table)));
+            record.ever.insert(format!("{table:?}"));
+            record.ever.insert(format!("{:?}", without_zeros(table)));
         }
-        pages.held.push(Held { table, from, until: None });
-        pages.writing = false;
+        record.held.push(Held { table, from, until: None });
+        record.writing = false;
     }
 
-    /// True where the snapshot is called fresh.
+    /// Checks an observation. True if the proxy calls its snapshot fresh.
     ///
     /// # Errors
-    /// It is called fresh and was overwritten too long ago, or nobody ever wrote it.
+    /// The snapshot is called fresh and was overwritten too long ago, or its table was never written.
     pub fn judge(&self, look: &Look, promise: &Promise) -> Result<bool, String> {
-        let mut pages = self.pages();
-        while pages.writing {
-            drop(pages);
+        let mut record = self.record();
+        while record.writing {
+            drop(record);
             thread::sleep(Duration::from_millis(1));
-            pages = self.pages();
+            record = self.record();
         }
         let table = &look.table;
-        // Before the first one came.
-        if !table.is_empty() && !pages.ever.contains(&format!("{table:?}")) {
-            return Err(format!("nobody ever wrote {table:?}; redis held:\n{}", pages.told(look.at)));
+        // A proxy has an empty table until the first one arrives.
+        if !table.is_empty() && !record.ever.contains(&format!("{table:?}")) {
+            return Err(format!("{table:?} was never written; redis held:\n{}", record.describe(look.at)));
         }
         let Some(age) = look.age.filter(|age| *age <= promise.max_stale) else { return Ok(false) };
         let oldest = look.at - age - promise.overtaken;
@@ -114,16 +115,16 @@ impl History {
         let is_promised = |held: &Held| {
             held.until.is_none_or(|until| until >= oldest) && held.table.as_ref().is_none_or(equals)
         };
-        if pages.held.iter().rev().any(is_promised) {
+        if record.held.iter().rev().any(is_promised) {
             return Ok(true);
         }
-        Err(format!("{table:?} is called fresh, {age:?} old; redis held:\n{}", pages.told(look.at)))
+        Err(format!("{table:?} is called fresh, {age:?} old; redis held:\n{}", record.describe(look.at)))
     }
 }
 
-impl Pages {
-    /// The last ones, by how long before `now` they were held.
-    fn told(&self, now: Instant) -> String {
+impl Record {
+    /// A text of the last tables, each with how long before `now` it was held.
+    fn describe(&self, now: Instant) -> String {
         let ago = |moment: Instant| {
             let ago = now.saturating_duration_since(moment).as_secs_f64();
             ago - moment.saturating_duration_since(now).as_secs_f64()

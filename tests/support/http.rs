@@ -1,4 +1,4 @@
-//! A plain HTTP/1.1 client for the admin server, and what a started program tells through it.
+//! A plain HTTP/1.1 client for the admin server, and the metrics that a started program reports through it.
 
 use std::io;
 use std::net::SocketAddr;
@@ -9,7 +9,7 @@ use tokio::time::timeout;
 
 use super::{PATIENCE, Program, eventually};
 
-/// A whole answer.
+/// A complete HTTP response.
 #[derive(Debug)]
 pub struct Answer {
     pub status: u16,
@@ -26,12 +26,12 @@ impl Answer {
     }
 }
 
-/// `GET path`, on a connection of its own.
+/// Sends `GET path` on a new connection.
 pub async fn get(address: SocketAddr, path: &str) -> io::Result<Answer> {
     ask(address, &format!("GET {path}"), "").await
 }
 
-/// The same with another method and more headers, each of which ends in `\r\n`.
+/// Sends a request with any method and more headers, each of which ends in `\r\n`, on a new connection.
 pub async fn ask(address: SocketAddr, method_and_path: &str, headers: &str) -> io::Result<Answer> {
     let answer = timeout(PATIENCE, async {
         let mut stream = TcpStream::connect(address).await?;
@@ -45,11 +45,11 @@ pub async fn ask(address: SocketAddr, method_and_path: &str, headers: &str) -> i
     Answer::parse(&text).ok_or_else(|| io::Error::other(format!("no HTTP answer: {text:?}")))
 }
 
-/// These need JSON lines in the program's log.
+/// These functions need a log of JSON lines.
 impl Program {
-    /// The addresses of all its listeners, one each, in the order of the config, and the admin server's.
+    /// The addresses of all listeners, one each, in the order of the config, and that of the admin server.
     pub async fn addresses(&self) -> (Vec<SocketAddr>, SocketAddr) {
-        let said = |message: &str, field: &str| -> Vec<SocketAddr> {
+        let logged = |message: &str, field: &str| -> Vec<SocketAddr> {
             let lines = self.log();
             let lines = lines.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
             let addresses = lines.filter(|line| line["message"] == message).map(|line| {
@@ -58,26 +58,31 @@ impl Program {
             });
             addresses.collect()
         };
-        // Said after all listeners.
-        eventually("the program accepts", || async { !said("admin server listening", "address").is_empty() })
-            .await;
-        (said("listener accepting connections", "addresses"), said("admin server listening", "address")[0])
+        // The line of the admin server comes after those of all listeners.
+        eventually("the program accepts", || async {
+            !logged("admin server listening", "address").is_empty()
+        })
+        .await;
+        (
+            logged("listener accepting connections", "addresses"),
+            logged("admin server listening", "address")[0],
+        )
     }
 
-    /// Everything that it counts, of one moment.
+    /// All metrics, from one scrape.
     pub async fn metrics(&self) -> String {
         let answer = get(self.addresses().await.1, "/metrics").await.expect("metrics");
         assert_eq!(answer.status, 200, "{}", answer.body);
         answer.body
     }
 
-    /// One number of [`Program::metrics`], see [`sum_of`].
+    /// The sum of one metric, by a new scrape: see [`sum_of`].
     pub async fn metric(&self, name: &str, label: &str) -> f64 {
         sum_of(&self.metrics().await, name, label)
     }
 }
 
-/// The sum of a metric's series whose labels contain `label`. 0 where there is none.
+/// The sum of those series of a metric whose labels contain `label`; 0 without any.
 pub fn sum_of(metrics: &str, name: &str, label: &str) -> f64 {
     let values = metrics.lines().filter_map(|line| {
         let (series, value) = line.rsplit_once(' ')?;

@@ -1,4 +1,4 @@
-//! Limits of the kernel for a started program: its threads, its descriptors, its files.
+//! Resource limits for a started program: threads, descriptors, file sizes.
 
 use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
@@ -8,17 +8,19 @@ use tempfile::TempDir;
 
 use super::{Program, require};
 
-/// A launcher for [`Program::run_by`] that runs the program through `prlimit` with these limits: `--nofile=256:256`.
+/// A launcher for [`Program::run_by`] that starts the program through `prlimit` with these limits:
+/// `--nofile=256:256`.
 pub fn limited(limits: &[&str]) -> Command {
     let mut launcher = Command::new(require("prlimit", "util-linux"));
     launcher.args(limits).arg("--").arg(Program::path());
     launcher
 }
 
-/// A program of a user that RLIMIT_NPROC binds: not root, and in a user namespace of its own, so that the kernel counts the
-/// threads of this program alone.
+/// Starts the program as a user that RLIMIT_NPROC binds: not root, and in a user namespace of its own, so
+/// that the kernel counts the threads of this program alone.
 pub struct Unprivileged {
-    /// With a copy of the program, since the checkout may be hidden from other users. Anyone may write to it.
+    /// A folder that every user may write to. It holds a copy of the program, since other users may not be
+    /// able to read the checkout.
     pub folder: TempDir,
 }
 
@@ -30,14 +32,14 @@ impl Unprivileged {
         Self { folder }
     }
 
-    /// Changes that limit while it runs.
+    /// Sets the limit of threads beside the first one while the program runs.
     pub fn limit_threads(&self, program: &Program, threads: u64) {
         let mut command = Self::by_its_user("prlimit");
         command.args(["--pid", &program.pid().to_string(), &format!("--nproc={}:", threads + 1)]);
         assert!(command.status().expect("prlimit starts").success());
     }
 
-    /// A program of util-linux.
+    /// A command that runs a program of util-linux as that user.
     fn by_its_user(program: &str) -> Command {
         let program = require(program, "util-linux");
         if !rustix::process::geteuid().is_root() {
@@ -49,7 +51,7 @@ impl Unprivileged {
         command
     }
 
-    /// For [`Program::run_by`]. The program may start so many threads beside its first one.
+    /// A launcher for [`Program::run_by`]: the program may start `threads` threads beside its first one.
     pub fn launcher(&self, threads: u64) -> Command {
         let mut launcher = Self::by_its_user("unshare");
         launcher.args(["--user", "--"]).arg(require("prlimit", "util-linux"));
@@ -67,7 +69,8 @@ impl Program {
         prlimit(pid, resource, Rlimit { current: Some(soft), maximum }).expect("it runs");
     }
 
-    /// Waits for its end, while backends of the scenario go on: [`Program::wait`] blocks them.
+    /// Waits until the program ends and returns its exit code. Unlike [`Program::wait`] it does not block
+    /// the scenario's backends.
     pub async fn ends(&mut self) -> Option<i32> {
         let mut status = None;
         super::eventually("it ends", || {
@@ -79,7 +82,7 @@ impl Program {
         status.and_then(|status| status.code())
     }
 
-    /// Waits until it accepts or has ended: its exit code then.
+    /// Waits until the program accepts sessions or has ended. Returns the exit code if it has ended.
     pub async fn accepts_or_ends(&mut self) -> Option<i32> {
         let mut code = None;
         super::eventually("it accepts or ends", || {

@@ -1,4 +1,4 @@
-//! A TCP link in front of a server, which a scenario slows down, silences or cuts.
+//! A TCP proxy in front of a server, which a scenario makes slow or silent, or lets reset connections.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering::Relaxed};
@@ -10,23 +10,24 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::time::sleep;
 
-/// What the link does with what it is given.
+/// What the link does with the bytes it gets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Passing {
     /// Everything passes.
     All,
-    /// Nothing does: open connections stay open, new ones are taken and hear nothing.
+    /// Nothing passes: open connections stay open, new ones are accepted and get no byte.
     Nothing,
-    /// The same, but only for connections that have ever sent SUBSCRIBE: Statera's watching one.
+    /// Nothing passes on connections that have ever sent SUBSCRIBE: the one by which Statera watches its
+    /// keys.
     AllButTheWatch,
-    /// Answers come later by this.
+    /// Answers are delayed by this time.
     Late(Duration),
-    /// Every connection is reset, new ones too.
+    /// Every connection is reset, also each new one.
     Resets,
 }
 
-/// Listens on a port of its own, served by a thread of its own, since a starting proxy blocks the scenario's. Ends when
-/// dropped.
+/// A proxy to one server, on a free port. It runs in its own thread, since a proxy that starts blocks the
+/// scenario's thread. Dropping it ends it.
 pub struct Link {
     pub port: u16,
     target: Arc<AtomicU16>,
@@ -35,7 +36,7 @@ pub struct Link {
 }
 
 impl Link {
-    /// To `port` of this machine.
+    /// Starts a link to `port` of this machine.
     pub fn to(port: u16) -> Self {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
         let own_port = listener.local_addr().expect("bound").port();
@@ -56,7 +57,7 @@ impl Link {
                 };
                 tokio::select! {
                     () = accepting => {}
-                    // An error: the link was dropped.
+                    // The wait fails when the link is dropped.
                     _ = passings.wait_for(|_| false) => {}
                 }
             });
@@ -64,7 +65,7 @@ impl Link {
         Self { port: own_port, target, passing, thread: Some(thread) }
     }
 
-    /// New connections go to another port.
+    /// Leads new connections to another port.
     pub fn lead_to(&self, port: u16) {
         self.target.store(port, Relaxed);
     }
@@ -73,7 +74,7 @@ impl Link {
         self.passing.send_replace(passing);
     }
 
-    /// For the `redis` section of a config.
+    /// The `url` for the `redis` section of a config.
     pub fn url(&self) -> String {
         format!("redis://127.0.0.1:{}/0", self.port)
     }
@@ -83,7 +84,7 @@ impl Drop for Link {
     fn drop(&mut self) {
         self.passing = watch::channel(Passing::Nothing).0;
         if let Some(thread) = self.thread.take() {
-            // A panic of its own has been printed.
+            // If the thread panicked, it has printed why.
             let _ = thread.join();
         }
     }
@@ -96,7 +97,7 @@ async fn carry(mut client: TcpStream, port: u16, passing: watch::Receiver<Passin
         let Ok(mut server) = TcpStream::connect(("127.0.0.1", port)).await else { return };
         let (client_reads, client_writes) = client.split();
         let (server_reads, server_writes) = server.split();
-        // The first end of either side ends both: the protocols carried here know no half-close.
+        // The first end of either side ends both: the protocols that pass here have no half-close.
         tokio::select! {
             () = pump(client_reads, server_writes, passing.clone(), &is_watch, true) => {}
             () = pump(server_reads, client_writes, passing.clone(), &is_watch, false) => {}

@@ -1,5 +1,5 @@
-//! What scenarios are made of: a real redis-server ([`Redis`]), scripted backends ([`Backend`]), the proxy in this
-//! process ([`Proxy`]) or as a program ([`Program`]), clients, and [`eventually`].
+//! The parts of a scenario: a real redis-server ([`Redis`]), scripted backends ([`Backend`]), the proxy in
+//! this process ([`Proxy`]) or as a program ([`Program`]), clients, and [`eventually`].
 
 mod backend;
 mod certificates;
@@ -60,7 +60,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
-/// How long anything that must happen may take on a noisy machine.
+/// How long an event that must happen may take on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Waits until `condition` holds; panics with `what` when it does not within [`PATIENCE`].
@@ -72,7 +72,7 @@ pub async fn eventually<F: Future<Output = bool>>(what: &str, mut condition: imp
     }
 }
 
-/// A seed to print, taken from STATERA_SEED where a failed run is to be replayed.
+/// A random seed, which it prints. The variable STATERA_SEED sets it, to replay a failed run.
 pub fn seed() -> u64 {
     let seed = std::env::var("STATERA_SEED")
         .ok()

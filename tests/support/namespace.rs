@@ -1,13 +1,16 @@
-//! Scenarios that need a network of their own, where they may break what the machine's other users need.
+//! Scenarios that run in a network namespace of their own, where they can break the network without harm to
+//! the machine.
 
 use std::process::Command;
 
 use super::require;
 
-/// Runs the calling test once more in a network namespace of its own, prepared by `setup` (a shell script; `lo` is up),
-/// and returns true there. Outside it returns false, once the inner run has passed: the test has nothing left to do.
+/// Runs the calling test once more in a network namespace of its own. There the shell script `setup` has
+/// run, `lo` is up, and this function returns true. Outside it returns false once the inner run has passed,
+/// and the test has nothing left to do.
 ///
-/// `name` is the test's, with its module. It needs root, or a machine that lets anyone make namespaces.
+/// `name` is the name of the test with its module. The user must be root, or be allowed to make user
+/// namespaces.
 pub fn in_own_network(name: &str, setup: &str) -> bool {
     const INSIDE: &str = "STATERA_TEST_IN_OWN_NETWORK";
     if std::env::var_os(INSIDE).is_some() {

@@ -1,11 +1,11 @@
-//! nginx as a backend: a process of its own, which can be killed and frozen.
+//! nginx as a backend in a process of its own, which a scenario can kill and freeze.
 
 use std::net::SocketAddr;
 use std::process::Command;
 
 use super::{Answer, Server, eventually, free_port, get, require};
 
-/// nginx with one worker, whose answer is its name.
+/// nginx with one worker, which answers every request with its name.
 pub struct Nginx {
     pub server: Server,
     pub address: SocketAddr,
@@ -16,7 +16,7 @@ impl Nginx {
         Self::start_at(free_port(), name, 4096).await
     }
 
-    /// On that port of 127.0.0.1, with room for `backlog` connections that it has not accepted.
+    /// [`Nginx::start`] on this port of 127.0.0.1, with an accept queue of `backlog` connections.
     pub async fn start_at(port: u16, name: &str, backlog: u32) -> Self {
         let program = require("nginx", "nginx");
         let server = Server::start(|folder| {

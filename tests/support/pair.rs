@@ -1,4 +1,4 @@
-//! Both ends of a session in one hand: the scenario is the client, and it is the backend.
+//! Both ends of a session in one scenario: it is the client, and it is the backend.
 
 use std::cell::Cell;
 use std::io;
@@ -15,12 +15,12 @@ use tokio::time::{Instant, timeout};
 
 use super::{PATIENCE, Proxy};
 
-/// What kind of socket a backend listens on, and what its sessions have behind them.
+/// The kind of socket a backend listens on, and whether its sessions splice when a scenario gets them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     Tcp,
     Unix,
-    /// TCP, and a session is handed over when so much has gone through it both ways that both directions splice.
+    /// TCP. A session is handed over when enough bytes have passed in both directions that both splice.
     Spliced,
 }
 
@@ -36,22 +36,22 @@ enum Listening {
     Unix { listener: UnixListener, _folder: TempDir },
 }
 
-/// A proxy whose one backend is the scenario itself.
+/// A proxy whose only backend is the scenario itself.
 pub struct Pair {
     pub proxy: Proxy,
     backend: Listening,
     kind: Kind,
-    /// What went to the backend and to the client before the session was handed over.
+    /// The bytes that went to the backend and to the client before the session was handed over.
     warm_up_bytes: Cell<(u64, u64)>,
 }
 
-/// Waits for what must happen; panics where it does not within [`PATIENCE`].
+/// Waits for `future`; panics with `what` when it does not end within [`PATIENCE`].
 pub async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
     timeout(PATIENCE, future).await.unwrap_or_else(|_| panic!("not within {PATIENCE:?}: {what}"))
 }
 
 impl Pair {
-    /// A pool of one backend of that kind; `pool` are further settings: `idle_timeout: 1s`.
+    /// A proxy with a pool of one backend of that kind; `pool` are further settings: `idle_timeout: 1s`.
     pub async fn new(kind: Kind, pool: &str) -> Self {
         let (backend, address) = match kind {
             Kind::Tcp | Kind::Spliced => {
@@ -71,7 +71,7 @@ impl Pair {
         Self { proxy, backend, kind, warm_up_bytes: Cell::default() }
     }
 
-    /// The next connection that the backend gets.
+    /// Accepts the next connection to the backend.
     pub async fn accept(&self) -> Peer {
         soon("the backend gets the session", async {
             match &self.backend {
@@ -84,7 +84,7 @@ impl Pair {
         .await
     }
 
-    /// A new session: its client and its backend.
+    /// Opens a new session. Returns its client and its backend.
     pub async fn session(&self) -> (Peer, Peer) {
         let mut client = Peer::connect(self.proxy.address()).await;
         let mut backend = self.accept().await;
@@ -116,8 +116,9 @@ impl Pair {
     }
 }
 
-/// Sends until a pipe of the proxy in this process holds some of it, then lets all through. Returns how many bytes that
-/// were. With other tests in the same process (nextest runs each in its own) the pipe may be one of theirs.
+/// Sends until a pipe of the proxy in this process holds bytes, then reads all of them. Returns how many
+/// bytes were sent. When other tests run in the same process (nextest gives each its own), the pipe may
+/// belong to one of them.
 async fn splices(writer: &mut Peer, reader: &mut Peer) -> u64 {
     let pattern = Pattern::new(0);
     let (read, sent) = writer.stuff_a_pipe(reader, &pattern, std::process::id()).await;
@@ -133,24 +134,25 @@ impl Peer {
     }
 
     pub async fn say(&mut self, bytes: &[u8]) {
-        soon("bytes are taken", self.write_all(bytes)).await.expect("connected");
+        soon("the socket takes the bytes", self.write_all(bytes)).await.expect("connected");
     }
 
-    /// Sends a pattern until nobody takes any more, at most `most` bytes. Returns how many were taken. That the writer is
-    /// held back for good is not certain after a pause of its progress, only likely.
+    /// Sends a pattern until the socket takes no more, at most `most` bytes. Returns how many bytes it took.
+    /// A pause of 500 ms counts as the end: that the writer is held back for good is likely, not certain.
     pub async fn stuff(&mut self, pattern: &Pattern, most: u64) -> u64 {
         self.stuff_from(pattern, 0, most).await
     }
 
-    /// Sends a pattern until a pipe of the process `pid` holds bytes of it, now. Returns how many were read and how many taken.
-    /// Nobody reads, unless that comes to a stop without a pipe; see [`Peer::stall_in_a_pipe`].
+    /// Sends a pattern until a pipe of the process `pid` holds bytes of it. Returns how many bytes were read
+    /// and how many were sent. The reader reads only when the writer is held back and no pipe holds bytes:
+    /// see [`Peer::stall_in_a_pipe`].
     pub async fn stuff_a_pipe(
         &mut self,
         reader: &mut (impl AsyncRead + Unpin),
         pattern: &Pattern,
         pid: u32,
     ) -> (u64, u64) {
-        // By then it is bulk: two full reads were made.
+        // After so many bytes the flow is bulk: the proxy has made two full reads.
         const LEAST_BYTES: u64 = 1024 * 1024;
         const STOP: Duration = Duration::from_millis(300);
         let (mut read, mut sent) = (0, 0);
@@ -158,7 +160,7 @@ impl Peer {
         let mut progress = Instant::now();
         while sent < LEAST_BYTES || super::piped_bytes(pid).is_empty() {
             assert!(Instant::now() < deadline, "{sent} bytes are not spliced");
-            // Held back, it looks again whether that is by a pipe.
+            // While the writer is held back, the loop looks again whether a pipe holds bytes.
             let write = timeout(Duration::from_millis(10), self.write(pattern.from(sent, u64::MAX))).await;
             if let Ok(written) = write {
                 sent += written.expect("connected") as u64;
@@ -171,11 +173,11 @@ impl Peer {
         (read, sent)
     }
 
-    /// Sends a pattern from `start` on that nobody reads, until it is held back while a pipe of the process `pid` holds some of
-    /// it. Returns the places that were read and sent up to.
+    /// Sends a pattern from `start` on without reading it, until the writer is held back while a pipe of the
+    /// process `pid` holds bytes of it. Returns the positions up to which bytes were read and sent.
     ///
-    /// A sender that happened to be slow just before is no bulk, and held back without a pipe: then all of it is read, and it
-    /// begins anew.
+    /// A sender that happened to be slow just before is not bulk, and is held back without a pipe. Then the
+    /// reader reads all, and the writer begins anew.
     pub async fn stall_in_a_pipe(
         &mut self,
         reader: &mut (impl AsyncRead + Unpin),
@@ -187,7 +189,7 @@ impl Peer {
         let mut read = start;
         for _ in 0..20 {
             let sent = self.stuff_from(pattern, read, read + MOST_BYTES).await;
-            assert!(sent < read + MOST_BYTES, "{sent} bytes were taken that nobody reads");
+            assert!(sent < read + MOST_BYTES, "{sent} bytes were taken, and no reader reads them");
             if !super::piped_bytes(pid).is_empty() {
                 return (read, sent);
             }
@@ -197,61 +199,62 @@ impl Peer {
         panic!("{read} bytes are not spliced");
     }
 
-    /// The same as [`Peer::stuff`], from one place to another. Returns the place that it got to.
+    /// [`Peer::stuff`] from position `start` to `end` of the pattern. Returns the position it got to.
     pub async fn stuff_from(&mut self, pattern: &Pattern, start: u64, end: u64) -> u64 {
-        let mut place = start;
-        while place < end {
-            let write = self.write(pattern.from(place, end - place));
+        let mut position = start;
+        while position < end {
+            let write = self.write(pattern.from(position, end - position));
             match timeout(Duration::from_millis(500), write).await {
-                Ok(written) => place += written.expect("connected") as u64,
+                Ok(written) => position += written.expect("connected") as u64,
                 Err(_) => break,
             }
         }
-        place
+        position
     }
 
-    /// The next bytes are these.
+    /// Reads and checks the next bytes.
     pub async fn hears(&mut self, bytes: &[u8]) {
         let mut heard = vec![0; bytes.len()];
         soon("bytes arrive", self.read_exact(&mut heard)).await.expect("connected");
         assert_eq!(String::from_utf8_lossy(&heard), String::from_utf8_lossy(bytes));
     }
 
-    /// Ends the half that it writes.
+    /// Ends its half of the connection: it sends nothing more.
     pub async fn end(&mut self) {
         self.shutdown().await.expect("connected");
     }
 
-    /// Nothing more comes, and that is said cleanly.
+    /// Checks that nothing more comes and that the other side ended cleanly.
     pub async fn hears_the_end(&mut self) {
         let (bytes, result) = self.rest().await;
         assert_eq!((String::from_utf8_lossy(&bytes), result.expect("a clean end")), ("".into(), ()));
     }
 
-    /// Nothing more comes, since the connection was reset.
+    /// Checks that nothing more comes and that the connection was reset.
     pub async fn hears_a_reset(&mut self) {
         let (bytes, result) = self.rest().await;
         let error = result.expect_err("a reset, not a clean end");
         assert_eq!((bytes.len(), error.kind()), (0, io::ErrorKind::ConnectionReset));
     }
 
-    /// All that still comes, and how that ends.
+    /// Reads all bytes that still come. Returns them, and how the connection ended.
     pub async fn rest(&mut self) -> (Vec<u8>, io::Result<()>) {
         let mut bytes = Vec::new();
         let result = soon("the other side ends", self.read_to_end(&mut bytes)).await.map(drop);
         (bytes, result)
     }
 
-    /// TCP: resets the connection, whatever it holds. Unix sockets know a reset only as what the kernel says when one
-    /// is closed over unread bytes, so the other side must have sent some.
+    /// Resets the connection. For TCP that always works. A unix socket is reset only when it is closed with
+    /// unread bytes, so the other side must have sent some.
     pub fn reset(self) {
         if let Self::Tcp(stream) = &self {
             SockRef::from(stream).set_linger(Some(Duration::ZERO)).expect("tcp");
         }
     }
 
-    /// TCP, before any byte: lets hardly more be under way than the 64 KiB that every connection begins with. The kernel
-    /// would drop what it has granted room for if that were less.
+    /// For TCP, before any byte: limits the bytes under way to little more than the 64 KiB that every
+    /// connection begins with. With a smaller receive buffer the kernel would drop bytes that it has
+    /// announced room for.
     pub fn shrink_buffers(&self) {
         if let Self::Tcp(stream) = self {
             SockRef::from(stream).set_recv_buffer_size(65_536).expect("tcp");
@@ -259,7 +262,7 @@ impl Peer {
         }
     }
 
-    /// The next bytes and the end of this half leave in one packet.
+    /// Sends bytes and the end of its half in one packet.
     pub async fn say_and_end(&mut self, bytes: &[u8]) {
         if let Self::Tcp(stream) = self {
             SockRef::from(&*stream).set_tcp_cork(true).expect("tcp");
@@ -302,10 +305,10 @@ impl AsyncWrite for Peer {
     }
 }
 
-/// Bytes that tell their place: a random block whose length is a prime, over and over. What is lost, doubled or out of
-/// order does not compare equal.
+/// A byte stream in which lost, doubled and reordered bytes are noticed: a random block whose length is a
+/// prime, repeated.
 pub struct Pattern {
-    /// Twice the block, so that any window of one block's length can be borrowed.
+    /// The block twice, so that a slice of a block's length can begin at any of its bytes.
     blocks: Vec<u8>,
 }
 
@@ -319,43 +322,43 @@ impl Pattern {
         Self { blocks }
     }
 
-    /// At most `length` bytes of it from `place` on; at least one.
-    pub fn from(&self, place: u64, length: u64) -> &[u8] {
-        let start = usize::try_from(place % BLOCK_BYTES as u64).expect("small");
+    /// The bytes from `position` on: at most `length`, at least one.
+    pub fn from(&self, position: u64, length: u64) -> &[u8] {
+        let start = usize::try_from(position % BLOCK_BYTES as u64).expect("small");
         let length = usize::try_from(length.min(BLOCK_BYTES as u64)).expect("small");
         &self.blocks[start..start + length]
     }
 
-    /// Writes its first `total` bytes. Each piece of progress has [`PATIENCE`].
+    /// Writes its first `total` bytes. Each write may take up to [`PATIENCE`].
     pub async fn send(&self, writer: &mut (impl AsyncWrite + Unpin), total: u64) {
         self.send_between(writer, 0, total).await;
     }
 
     pub async fn send_between(&self, writer: &mut (impl AsyncWrite + Unpin), start: u64, end: u64) {
-        let mut place = start;
-        while place < end {
-            let write = writer.write(self.from(place, end - place));
-            place += soon("a writer gets on", write).await.expect("connected") as u64;
+        let mut position = start;
+        while position < end {
+            let write = writer.write(self.from(position, end - position));
+            position += soon("the writer makes progress", write).await.expect("connected") as u64;
         }
     }
 
-    /// Reads `total` bytes and compares each.
+    /// Reads `total` bytes and compares each with the pattern.
     pub async fn expect(&self, reader: &mut (impl AsyncRead + Unpin), total: u64) {
         self.expect_between(reader, 0, total).await;
     }
 
     pub async fn expect_between(&self, reader: &mut (impl AsyncRead + Unpin), start: u64, end: u64) {
         let mut buffer = vec![0; BLOCK_BYTES];
-        let mut place = start;
-        while place < end {
-            let room = self.from(place, end - place).len();
+        let mut position = start;
+        while position < end {
+            let room = self.from(position, end - position).len();
             let count = soon("bytes arrive", reader.read(&mut buffer[..room])).await.expect("connected");
-            assert!(count > 0, "it ended after {place} of {end} bytes");
+            assert!(count > 0, "the stream ended after {position} of {end} bytes");
             assert!(
-                buffer[..count] == *self.from(place, count as u64),
-                "wrong bytes between {place} and +{count}"
+                buffer[..count] == *self.from(position, count as u64),
+                "wrong bytes between {position} and +{count}"
             );
-            place += count as u64;
+            position += count as u64;
         }
     }
 }

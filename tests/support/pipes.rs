@@ -1,4 +1,4 @@
-//! The pipes that a process has open and what is in them: how a scenario knows that bytes are spliced.
+//! The pipes that a process has open and the bytes in them, which show a scenario that bytes are spliced.
 
 use std::fs::{read_dir, read_link, symlink_metadata};
 use std::os::unix::fs::MetadataExt as _;
@@ -7,15 +7,16 @@ use std::path::PathBuf;
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::ioctl_fionread;
 
-/// Pipes of the process `pid`, counted by their ends.
+/// The number of open pipe ends of the process `pid`.
 pub fn pipe_ends(pid: u32) -> usize {
     pipes(pid).len()
 }
 
-/// How many bytes each of its pipes holds, without those that hold none. Of the calling process, those of all its tests.
+/// How many bytes each non-empty pipe of the process `pid` holds. For the calling process that includes the
+/// pipes of its other tests.
 pub fn piped_bytes(pid: u32) -> Vec<u64> {
     let held = pipes(pid).into_iter().filter_map(|path| {
-        // Where the process only writes (its output, say), what waits is not for itself.
+        // A pipe that the process only writes to, such as its output, holds bytes for another process.
         let reads = symlink_metadata(&path).ok()?.mode() & 0o600 == 0o400;
         let open = || open(&path, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty()).ok();
         ioctl_fionread(reads.then(open)??).ok()

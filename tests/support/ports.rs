@@ -1,22 +1,23 @@
 //! Free ports for programs that cannot take port 0.
 //!
-//! A port that the kernel gave for port 0 and that was closed again may go to another test, or to an outgoing connection,
-//! before the program has bound it. These ports cannot: they lie below the range that the kernel gives away, and each is
-//! reserved among all test processes by an abstract unix socket, which the kernel drops when the process ends.
+//! A port that the kernel chose for port 0 and that was closed again can go to another test, or to an
+//! outgoing connection, before the program binds it. The ports of this file cannot: they are below the range
+//! that the kernel chooses from, and an abstract unix socket reserves each among all test processes. The
+//! kernel drops that socket when the process ends.
 
 use std::net::TcpListener;
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{SocketAddr, UnixListener};
 use std::sync::Mutex;
 
-/// Below 32768, where Linux begins to give ports away, and 10,000 above it are free for the bus of a cluster's node.
+/// Linux chooses ports from 32,768 on. The bus of a cluster's node uses the port 10,000 above its own.
 const PORTS: std::ops::Range<u16> = 12_000..22_000;
 const TRIES: usize = 1_000;
 
-/// Kept to the end of this process.
+/// The reservations of this process, held until it ends.
 static RESERVED: Mutex<Vec<UnixListener>> = Mutex::new(Vec::new());
 
-/// A port of 127.0.0.1 that is free, and that no other test is given while this process lives.
+/// A free port of 127.0.0.1, which no other test gets while this process runs.
 pub fn free_port() -> u16 {
     for _ in 0..TRIES {
         let port = fastrand::u16(PORTS);

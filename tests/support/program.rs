@@ -1,4 +1,4 @@
-//! The `statera` program, and whatever other programs a scenario runs.
+//! The `statera` program as a process, and the check for other programs that a scenario needs.
 
 use std::io::Read as _;
 use std::os::unix::fs::PermissionsExt;
@@ -12,9 +12,9 @@ use tokio::time::Instant;
 
 use super::PATIENCE;
 
-/// Where a program is that a scenario needs; fails with the cure where it is missing.
+/// The path of a program that a scenario needs. Panics with the cure if it is not installed.
 pub fn require(program: &str, package: &str) -> PathBuf {
-    // Debian keeps nginx, nft and ip in sbin, which the PATH of a plain user lacks.
+    // Debian installs nginx, nft and ip in sbin, which is not in the PATH of a plain user.
     let sbin = ["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from);
     let path = std::env::var_os("PATH").unwrap_or_default();
     let found =
@@ -24,27 +24,27 @@ pub fn require(program: &str, package: &str) -> PathBuf {
     })
 }
 
-/// A started `statera`, with a config file of its own. Killed by its own pid when dropped.
+/// A running `statera` with its own config file. Dropping it kills it by its own pid.
 pub struct Program {
     child: Child,
     folder: TempDir,
 }
 
 impl Program {
-    /// `statera run` with this config; its log goes to a file.
+    /// Starts `statera run` with this config. Its log goes to a file.
     pub fn run(yaml: &str) -> Self {
         Self::run_by(Command::new(Self::path()), yaml)
     }
 
-    /// The program under test.
+    /// The path of the program under test.
     pub fn path() -> &'static str {
         env!("CARGO_BIN_EXE_statera")
     }
 
-    /// The same, started through `launcher` (`prlimit …`, `setpriv …`), whose last argument is the program.
+    /// [`Program::run`] through `launcher` (`prlimit …`, `setpriv …`): its last argument is the program.
     pub fn run_by(mut launcher: Command, yaml: &str) -> Self {
         let folder = TempDir::new().expect("a folder");
-        // For launchers that make it another user's program.
+        // Launchers may run the program as another user, which has to read the config.
         std::fs::set_permissions(folder.path(), PermissionsExt::from_mode(0o755)).expect("it is ours");
         let config = folder.path().join("config.yaml");
         std::fs::write(&config, yaml).expect("a file");
@@ -64,7 +64,7 @@ impl Program {
         self.child.id()
     }
 
-    /// Everything it has written to standard output and standard error.
+    /// Everything that the program has written to standard output and standard error.
     pub fn log(&self) -> String {
         let mut text = String::new();
         let file = std::fs::File::open(self.folder.path().join("log"));
@@ -72,7 +72,7 @@ impl Program {
         text
     }
 
-    /// The folder that its config lies in.
+    /// The folder of its config.
     pub fn folder(&self) -> &Path {
         self.folder.path()
     }
@@ -82,12 +82,12 @@ impl Program {
         kill_process(pid, signal).expect("it runs");
     }
 
-    /// How it has ended, if it has.
+    /// The exit status, if the program has ended.
     pub fn ended(&mut self) -> Option<ExitStatus> {
         self.child.try_wait().expect("it is ours")
     }
 
-    /// Waits for its end.
+    /// Blocks until the program ends.
     pub fn wait(&mut self) -> ExitStatus {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -102,7 +102,7 @@ impl Program {
 
 impl Drop for Program {
     fn drop(&mut self) {
-        // It may have ended; its pid is ours until it is waited for.
+        // If it has ended, the kill fails. No other process gets its pid before the wait.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

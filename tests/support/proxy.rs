@@ -1,4 +1,4 @@
-//! The proxy in this process, on free ports.
+//! The proxy in the process of the test, on free ports.
 
 use std::io::Write;
 use std::net::SocketAddr;
@@ -12,7 +12,7 @@ use statera::supervisor::{self, Running};
 
 use super::eventually;
 
-/// A running proxy, its session lines, its metrics. Stopped when dropped.
+/// A running proxy with its session lines and its metrics. Dropping it stops it.
 pub struct Proxy {
     pub running: Running,
     lines: Arc<Mutex<Vec<u8>>>,
@@ -23,7 +23,7 @@ struct Memory(Arc<Mutex<Vec<u8>>>);
 
 impl Write for Memory {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.lock().expect("nobody panics with it").extend_from_slice(bytes);
+        self.0.lock().expect("no thread panics with the lock").extend_from_slice(bytes);
         Ok(bytes.len())
     }
 
@@ -33,8 +33,9 @@ impl Write for Memory {
 }
 
 impl Proxy {
-    /// One listener and one pool, both called `web`. `top` are lines at the top level (`redis: {…}`), `pool` those of
-    /// the pool, in flow style: `backends: {"127.0.0.1:1": 1}, balance: weighted_round_robin`.
+    /// Starts a proxy with one listener and one pool, both called `web`. `top` are lines at the top level
+    /// (`redis: {…}`), `pool` the settings of the pool in flow style: `backends: {"127.0.0.1:1": 1},
+    /// balance: weighted_round_robin`.
     pub fn web(top: &str, pool: &str) -> Self {
         Self::start(&format!(
             "workers: 2\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\npools: {{web: {{{pool}}}}}\n{top}\n"
@@ -49,23 +50,23 @@ impl Proxy {
         Self { running, lines, sink }
     }
 
-    /// Of the first listener.
+    /// The first address of the first listener.
     pub fn address(&self) -> SocketAddr {
         self.running.addresses[0].1[0]
     }
 
-    /// Session lines so far. A line may come up to 50 ms after its session's end.
+    /// The session lines so far. The line of a session may come up to 50 ms after its end.
     pub fn access_lines(&self) -> Vec<serde_json::Value> {
         self.sink.flush(super::PATIENCE);
-        let lines = self.lines.lock().expect("nobody panics with it");
+        let lines = self.lines.lock().expect("no thread panics with the lock");
         let text = String::from_utf8(lines.clone()).expect("lines are text");
         text.lines()
             .map(|line| serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}")))
             .collect()
     }
 
-    /// A metric's value, by its whole name with labels as printed: `statera_picks_total{pool="web",source="lua"}`.
-    /// `None` where it is not there.
+    /// The value of a series, by its name and labels as printed:
+    /// `statera_picks_total{pool="web",source="lua"}`. `None` if there is no such series.
     pub fn metric(&self, series: &str) -> Option<f64> {
         let text = metrics::encode(&self.running.observed, Format::Classic, 0);
         let value =
@@ -88,12 +89,12 @@ impl Proxy {
         lines()
     }
 
-    /// Sessions that picks named a backend for, by `source`.
+    /// How many picks of this `source` have found a backend.
     pub fn picks(&self, source: &str) -> f64 {
         self.metric(&format!("statera_picks_total{{pool=\"web\",source=\"{source}\"}}")).unwrap_or_default()
     }
 
-    /// The weights of the newest snapshot, by backend.
+    /// The backends of the newest snapshot with their weights, sorted by name.
     pub fn weights(&self) -> Vec<(String, f64)> {
         let snapshot = self.running.observed.pools()[0].pool.cell.load();
         let mut weights: Vec<_> =

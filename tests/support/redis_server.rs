@@ -11,13 +11,13 @@ use tempfile::TempDir;
 use super::cluster::port_with_bus;
 use super::{Backend, PATIENCE, eventually, free_port, require};
 
-/// What the config's example says that its ACL user needs, and a password: for [`Redis::grant`].
+/// The rights that the example config grants its ACL user, with a password: for [`Redis::grant`].
 pub const LEAST_RIGHTS: &str = "on >secret resetkeys %R~servers* %R~{servers}:states resetchannels &__keyspace@0__:servers* \
                                 &__keyspace@0__:{servers}:states nocommands +hello +auth \
                                 +ping +select +client|setname +client|id +client|tracking +subscribe +unsubscribe +zrange \
                                 +zcard +hlen +hgetall +hget +hstrlen +eval_ro +evalsha_ro +script|load +config|get";
 
-/// A redis-server; killed by its own pid when dropped.
+/// A running redis-server. Dropping it kills it by its own pid.
 pub struct Redis {
     server: Option<Child>,
     pub port: u16,
@@ -26,19 +26,20 @@ pub struct Redis {
 }
 
 impl Redis {
-    /// With notifications on.
+    /// Starts a server with keyspace notifications switched on.
     pub async fn start() -> Self {
         Self::start_with(&["--notify-keyspace-events", "KA"]).await
     }
 
-    /// With other arguments, and Redis's own default for the rest: notifications off.
+    /// Starts a server with these arguments. Without one for notifications they are off, as by Redis's
+    /// default.
     pub async fn start_with(arguments: &[&str]) -> Self {
-        // A node of a cluster needs a second one.
+        // A node of a cluster needs a second port for its bus.
         let port = if arguments.contains(&"--cluster-enabled") { port_with_bus() } else { free_port() };
         Self::start_at(port, arguments).await
     }
 
-    /// The same on a port that the scenario has chosen.
+    /// [`Redis::start_with`] on this port.
     pub async fn start_at(port: u16, arguments: &[&str]) -> Self {
         let arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
         let mut redis = Self { server: None, port, arguments, folder: TempDir::new().expect("a folder") };
@@ -46,7 +47,7 @@ impl Redis {
         redis
     }
 
-    /// Starts the server again on its port, after [`Redis::kill`]. Its data is gone: nothing is saved.
+    /// Starts the server again on its port after [`Redis::kill`]. It is empty, since nothing was saved.
     pub async fn launch(&mut self) {
         assert!(self.server.is_none(), "it runs");
         let server = Command::new(Self::program())
@@ -73,7 +74,7 @@ impl Redis {
             match client.get_multiplexed_async_connection().await {
                 Ok(mut connection) => match redis::cmd("PING").query_async::<Value>(&mut connection).await {
                     Ok(_) => true,
-                    // It asks for a password: it answers.
+                    // A server that asks for a password answers too.
                     Err(error) => error.code() == Some("NOAUTH"),
                 },
                 Err(_) => false,
@@ -82,19 +83,19 @@ impl Redis {
         .await;
     }
 
-    /// For the `redis` section of a config.
+    /// The `url` for the `redis` section of a config.
     pub fn url(&self) -> String {
         format!("redis://127.0.0.1:{}/0", self.port)
     }
 
-    /// A client of the scenario's own, with the password of `--requirepass` where there is one.
+    /// A client for the scenario's commands, with the password of `--requirepass` if there is one.
     pub fn client(&self) -> redis::Client {
         let password = self.arguments.iter().skip_while(|argument| *argument != "--requirepass").nth(1);
         let password = password.map(|password| format!(":{password}@")).unwrap_or_default();
         redis::Client::open(format!("redis://{password}127.0.0.1:{}/", self.port)).expect("an address")
     }
 
-    /// A connection of the scenario's own, with a busy machine's patience.
+    /// A connection for the scenario's commands, with timeouts that a busy machine keeps.
     pub async fn connection(&self) -> redis::aio::MultiplexedConnection {
         let patient = redis::AsyncConnectionConfig::new()
             .set_connection_timeout(Some(PATIENCE))
@@ -117,7 +118,7 @@ impl Redis {
         command.query_async(&mut connection).await.unwrap_or_else(|error| panic!("{words:?}: {error}"))
     }
 
-    /// Before Redis 7, which brought scripts that may only read, and keys that may only be read.
+    /// True for versions before Redis 7, which brought read-only scripts and read-only rights to keys.
     pub fn is_before_7() -> bool {
         let version = Command::new(Self::program()).arg("--version").output().expect("it runs").stdout;
         let version = String::from_utf8_lossy(&version).into_owned();
@@ -125,17 +126,17 @@ impl Redis {
         number.split('.').next().and_then(|major| major.parse::<u32>().ok()).expect("a number") < 7
     }
 
-    /// Makes the user `statera`, with `rights` as Redis 7 writes them.
+    /// Makes the user `statera` with `rights`, in the syntax of Redis 7.
     pub async fn grant(&self, rights: &str) {
         self.grant_to("statera", rights).await;
     }
 
-    /// The same for another user.
+    /// [`Redis::grant`] for the user `user`.
     pub async fn grant_to(&self, user: &str, rights: &str) {
         let mut rights = rights.to_owned();
         if Self::is_before_7() {
             rights = rights.replace("%R~", "~").replace("_ro", "");
-            // Once all keys are granted, it refuses to grant some.
+            // After `~*` Redis refuses rights to single keys.
             if rights.contains("~* ") {
                 rights = rights.replace("~{servers}:states ", "");
             }
@@ -143,7 +144,7 @@ impl Redis {
         self.run(&format!("ACL SETUSER {user} {rights}")).await;
     }
 
-    /// Makes these the whole table at the key `servers`, in one transaction.
+    /// Replaces the table at the key `servers` in one transaction.
     pub async fn set_weights<'a>(&self, weights: impl IntoIterator<Item = (&'a Backend, f64)>) {
         let mut pipe = redis::pipe();
         pipe.atomic().del("servers").ignore();
@@ -154,15 +155,17 @@ impl Redis {
         pipe.query_async::<()>(&mut connection).await.expect("the weights are written");
     }
 
-    /// False where it was built without TLS.
+    /// False if the server was built without TLS.
     pub fn speaks_tls() -> bool {
-        // With it, it misses a certificate; without it, the setting or what it stands for. Either way it ends at once.
+        // A server with TLS complains of the missing certificate, one without TLS of the setting. Both end
+        // at once.
         let arguments = ["--port", "0", "--save", "", "--tls-port", "1"];
         let tried = Command::new(Self::program()).args(arguments).output().expect("it runs");
         String::from_utf8_lossy(&[tried.stdout, tried.stderr].concat()).contains("tls-cert-file")
     }
 
-    /// Debian's server, unless `STATERA_TEST_REDIS_SERVER` names another (`make test-redis-matrix`).
+    /// The path of the server: Debian's, unless `STATERA_TEST_REDIS_SERVER` names another (`make
+    /// test-redis-matrix`).
     pub fn program() -> PathBuf {
         match env::var_os("STATERA_TEST_REDIS_SERVER") {
             Some(path) => path.into(),
@@ -175,17 +178,17 @@ impl Redis {
         Pid::from_raw(id.try_into().expect("a pid")).expect("not zero")
     }
 
-    /// SIGSTOP: connections stay open, nothing is answered.
+    /// Stops the server by SIGSTOP: its connections stay open, and it answers nothing.
     pub fn freeze(&self) {
         kill_process(self.pid(), Signal::STOP).expect("it runs");
     }
 
-    /// SIGCONT.
+    /// Lets the server run again by SIGCONT.
     pub fn thaw(&self) {
         kill_process(self.pid(), Signal::CONT).expect("it runs");
     }
 
-    /// SIGKILL.
+    /// Ends the server by SIGKILL.
     pub fn kill(&mut self) {
         if let Some(mut server) = self.server.take() {
             server.kill().expect("it runs");
@@ -194,12 +197,12 @@ impl Redis {
     }
 }
 
-/// A section of INFO.
+/// The text of a section of INFO.
 pub async fn info(server: &Redis, section: &str) -> String {
     redis::from_redis_value(server.run(&format!("INFO {section}")).await).expect("a text")
 }
 
-/// The number after `name` in a text of INFO; 0 where it is not there.
+/// The number after `name` in a text of INFO; 0 if the name is not there.
 pub fn info_number(info: &str, name: &str) -> u64 {
     let line = info.lines().find_map(|line| line.strip_prefix(name));
     line.and_then(|line| line.split([',', '\r']).next()?.parse().ok()).unwrap_or(0)

@@ -1,4 +1,4 @@
-//! A server that greets like a Redis and answers ZRANGE with whatever bytes a scenario wants.
+//! A server that behaves like a Redis, but answers ZRANGE with the bytes that a scenario chooses.
 
 use std::thread::JoinHandle;
 
@@ -6,7 +6,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
-/// Served by a thread of its own. Ends when dropped.
+/// A scripted Redis on a free port, which runs in its own thread. Dropping it ends it.
 pub struct ScriptedRedis {
     pub port: u16,
     answer: watch::Sender<Vec<u8>>,
@@ -32,7 +32,7 @@ impl ScriptedRedis {
                 };
                 tokio::select! {
                     () = accepting => {}
-                    // An error: it was dropped.
+                    // The wait fails when the server is dropped.
                     _ = answers.wait_for(|_| false) => {}
                 }
             });
@@ -40,7 +40,7 @@ impl ScriptedRedis {
         Self { port, answer, thread: Some(thread) }
     }
 
-    /// To ZRANGE from now on. Nothing at all closes the connection.
+    /// Sets the answer to ZRANGE from now on. An empty one closes the connection.
     pub fn answer(&self, answer: &[u8]) {
         self.answer.send_replace(answer.to_vec());
     }
@@ -50,7 +50,7 @@ impl Drop for ScriptedRedis {
     fn drop(&mut self) {
         self.answer = watch::channel(Vec::new()).0;
         if let Some(thread) = self.thread.take() {
-            // A panic of its own has been printed.
+            // If the thread panicked, it has printed why.
             let _ = thread.join();
         }
     }
@@ -61,7 +61,7 @@ async fn serve(mut client: TcpStream, answer: watch::Receiver<Vec<u8>>) {
     loop {
         while let Some((words, length)) = request(&unread) {
             unread.drain(..length);
-            let word = |place: usize| words.get(place).map(|word| word.to_ascii_uppercase());
+            let word = |index: usize| words.get(index).map(|word| word.to_ascii_uppercase());
             let answer: Vec<u8> = match word(0).as_deref() {
                 Some("HELLO") => b"%2\r\n+version\r\n+7.0.15\r\n+role\r\n+master\r\n".to_vec(),
                 Some("SUBSCRIBE") => {
@@ -77,11 +77,11 @@ async fn serve(mut client: TcpStream, answer: watch::Receiver<Vec<u8>>) {
                 Some("EVALSHA_RO") => b"_\r\n".to_vec(),
                 _ => b"+OK\r\n".to_vec(),
             };
-            // Whoever does not want to hear more has closed.
+            // A failed write means that the client has closed.
             if answer.is_empty() || client.write_all(&answer).await.is_err() {
                 return;
             }
-            // The next answer would complete this one.
+            // After an incomplete answer no other may follow: its bytes would complete this one.
             if !answer.ends_with(b"\n") {
                 while matches!(client.read_buf(&mut unread).await, Ok(1..)) {}
                 return;
@@ -93,19 +93,19 @@ async fn serve(mut client: TcpStream, answer: watch::Receiver<Vec<u8>>) {
     }
 }
 
-/// The first whole request: its words, and how many bytes it takes.
+/// The first complete request: its words, and its length in bytes.
 fn request(bytes: &[u8]) -> Option<(Vec<String>, usize)> {
-    let mut place = 0;
+    let mut position = 0;
     let mut number = |mark: u8| {
-        let line = bytes[place..].split(|byte| *byte == b'\n').next().filter(|l| l.ends_with(b"\r"))?;
+        let line = bytes[position..].split(|byte| *byte == b'\n').next().filter(|l| l.ends_with(b"\r"))?;
         assert_eq!(line[0], mark, "requests are arrays of texts");
         let number: usize = std::str::from_utf8(&line[1..line.len() - 1]).ok()?.parse().ok()?;
-        place += line.len() + 1;
+        position += line.len() + 1;
         if mark == b'*' {
-            return Some((number, place));
+            return Some((number, position));
         }
-        place += number + 2;
-        Some((number, place))
+        position += number + 2;
+        Some((number, position))
     };
     let (count, mut end) = number(b'*')?;
     let mut words = Vec::new();

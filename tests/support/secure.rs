@@ -1,15 +1,16 @@
-//! A redis-server that speaks TLS at one port of 127.0.0.1, and plain at another, where the scenario talks to it.
+//! A redis-server that speaks TLS at one port of 127.0.0.1. The scenario itself uses its second port,
+//! without TLS.
 
 use super::{Authority, Identity, Redis, free_port, path_text};
 
-/// A redis-server behind TLS.
+/// A redis-server with a TLS port.
 pub struct Secure {
     pub redis: Redis,
     pub port: u16,
 }
 
 impl Secure {
-    /// `clients`: whether they have to show a certificate, `yes` or `no`.
+    /// Starts the server. `clients` says whether clients have to present a certificate: `yes` or `no`.
     pub async fn start(authority: &Authority, identity: &Identity, clients: &str) -> Self {
         let port = free_port();
         let mut arguments = vec!["--notify-keyspace-events".to_owned(), "KA".to_owned()];
@@ -20,13 +21,13 @@ impl Secure {
         Self { redis: Redis::start_with(&arguments).await, port }
     }
 
-    /// For the `redis` section of a config.
+    /// The `url` for the `redis` section of a config.
     pub fn url(&self) -> String {
         format!("rediss://127.0.0.1:{}/0", self.port)
     }
 }
 
-/// What a server's or a sentinel's config says of TLS. They speak it to whomever they follow, too.
+/// The TLS settings of a server or a sentinel, for their own replication links too.
 pub fn tls_settings(
     port: u16,
     authority: &Authority,

@@ -1,4 +1,4 @@
-//! A primary, its replicas and the sentinels that watch over them: real ones, on free ports.
+//! A real primary with its replicas, and the sentinels that monitor them, on free ports.
 
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -13,11 +13,11 @@ use super::{Authority, Identity, PATIENCE, Redis, eventually, free_port, info, t
 /// The name that the sentinels know the primary by.
 pub const MASTER: &str = "mymaster";
 
-/// One primary, two replicas, three sentinels. Each is ended by its own pid when this is dropped.
+/// One primary, two replicas and three sentinels. Dropping it ends each by its own pid.
 pub struct Sentinels {
     /// The first is the primary at the start.
     pub servers: Vec<Redis>,
-    /// Where the sentinels know them.
+    /// The port by which the sentinels know each server.
     known_ports: Vec<u16>,
     nodes: Vec<Node>,
 }
@@ -25,33 +25,34 @@ pub struct Sentinels {
 /// One sentinel.
 struct Node {
     child: Child,
-    /// For the scenario's questions; it speaks plain there.
+    /// The port for the scenario's commands, without TLS.
     port: u16,
-    /// For the proxies.
+    /// The port for the proxies.
     known_port: u16,
     folder: TempDir,
 }
 
 impl Sentinels {
-    /// Starts the set, and waits until everybody knows everybody.
+    /// Starts the set, and waits until all servers and sentinels know each other.
     pub async fn start() -> Self {
         Self::start_with("").await
     }
 
-    /// The same with more lines in each sentinel's config.
+    /// [`Sentinels::start`] with more lines in the config of each sentinel.
     pub async fn start_with(more: &str) -> Self {
         Self::start_all(more, None).await
     }
 
-    /// The same where everybody speaks TLS to everybody, and asks for a certificate.
+    /// [`Sentinels::start`] with TLS on every connection, where both sides present a certificate.
     pub async fn start_secure(authority: &Authority, identity: &Identity) -> Self {
         Self::start_all("", Some((authority, identity))).await
     }
 
-    /// The same with sentinels that bear with a busy machine: the first of them misses a server after 1.5 s and leads every
-    /// failover, the others vote. As equals they may each vote for themselves, time and again, where only two are awake.
+    /// [`Sentinels::start`] for a busy machine: the first sentinel misses a server after 1.5 s and leads
+    /// every failover, and the others only vote. If all were equal and one was frozen, the other two could
+    /// each vote for itself again and again.
     pub async fn start_patient() -> Self {
-        // From the beginning: the scenarios' 300 ms are over before they could be told otherwise.
+        // In the config, since the usual 300 ms would be over before a command could change them.
         let calm = ["down-after-milliseconds mymaster 5000", "failover-timeout mymaster 4000"];
         let set = Self::start_with(&calm.map(|line| format!("sentinel {line}")).join("\n")).await;
         for node in &set.nodes {
@@ -95,7 +96,7 @@ impl Sentinels {
         self.servers[replica].run(&format!("REPLICAOF 127.0.0.1 {}", self.known_ports[primary])).await;
     }
 
-    /// Waits until both of the others follow the primary.
+    /// Waits until both other servers follow the primary.
     pub async fn has_replicas(&self, primary: usize) {
         let deadline = Instant::now() + PATIENCE;
         while info(&self.servers[primary], "replication").await.matches("state=online").count() < 2 {
@@ -109,32 +110,34 @@ impl Sentinels {
         }
     }
 
-    /// Waits until the first sentinel is through with any failover to this primary, and knows two replicas that could take
-    /// over: a failover that runs into another one, or finds nobody, is tried again after ten seconds or more.
+    /// Waits until the first sentinel has finished any failover to this primary and knows two replicas that
+    /// can take over. A failover that meets another one, or finds no replica, is tried again only after ten
+    /// seconds or more.
     pub async fn is_settled(&self, primary: usize) {
         self.has_replicas(primary).await;
         let port = self.known_ports[primary].to_string();
-        let is_through = async || -> redis::RedisResult<bool> {
+        let is_done = async || -> redis::RedisResult<bool> {
             let master: Vec<String> = self.nodes[0].ask(&["SENTINEL", "MASTER", MASTER]).await?;
             let replicas: Vec<Vec<String>> = self.nodes[0].ask(&["SENTINEL", "REPLICAS", MASTER]).await?;
             let has = |fields: &[String], name: &str, value: &str| {
                 fields.chunks(2).any(|field| field == [name, value])
             };
             let is_master = has(&master, "flags", "master") && has(&master, "port", &port);
-            // Whom they follow it asks every ten seconds, and every second once the primary is away.
+            // A sentinel asks the replicas for their primary every ten seconds, and every second once the
+            // primary is away.
             Ok(is_master && replicas.iter().all(|fields| has(fields, "flags", "slave")))
         };
         let settling = async {
-            while is_through().await != Ok(true) {
+            while is_done().await != Ok(true) {
                 sleep(Duration::from_millis(50)).await;
             }
         };
         let settled = timeout(PATIENCE, settling).await;
-        assert!(settled.is_ok(), "the sentinels do not settle on {port}:\n{}", self.said());
+        assert!(settled.is_ok(), "the sentinels do not settle on {port}:\n{}", self.logs());
     }
 
-    /// What the sentinels logged, last.
-    fn said(&self) -> String {
+    /// The last log lines of all sentinels.
+    fn logs(&self) -> String {
         let last = |node: &Node| {
             let log = std::fs::read_to_string(node.folder.path().join("log")).expect("a log");
             let lines: Vec<&str> = log.lines().collect();
@@ -143,9 +146,10 @@ impl Sentinels {
         self.nodes.iter().map(last).collect::<Vec<_>>().join("\n---\n")
     }
 
-    /// True when both of the others hold what was written to the primary until now, so that no failover loses it.
+    /// True if both other servers hold all that was written to the primary so far, so that no failover loses
+    /// it.
     pub async fn is_replicated(&self, primary: usize) -> bool {
-        // WAIT is for what its own connection has written.
+        // WAIT covers only the writes of its own connection.
         let mut written = redis::pipe();
         written.cmd("SET").arg("replicated").arg("?").ignore().cmd("WAIT").arg(2).arg(2_000);
         let mut connection = self.servers[primary].connection().await;
@@ -164,54 +168,55 @@ impl Sentinels {
         true
     }
 
-    /// For the `redis` section of a config.
+    /// The key `sentinel` for the `redis` section of a config, with all sentinels.
     pub fn section(&self) -> String {
         let nodes: Vec<String> =
             self.nodes.iter().map(|node| format!("\"127.0.0.1:{}\"", node.known_port)).collect();
         format!("sentinel: {{master: {MASTER}, nodes: [{}]}}", nodes.join(", "))
     }
 
-    /// Asks for a planned failover, until there is a replica that can take over.
+    /// Asks for a planned failover, again and again until a replica can take over.
     pub async fn fail_over(&self) {
         let asked = async || self.nodes[0].ask::<String>(&["SENTINEL", "FAILOVER", MASTER]).await;
         eventually("a failover begins", || async { asked().await.is_ok() }).await;
     }
 
-    /// Waits until a sentinel names another primary than `old`, and that one takes writes; the place of it.
+    /// Waits until a sentinel names another primary than `old`, and it takes writes. Returns its index.
     pub async fn new_primary(&self, old: usize) -> usize {
         let found = async || {
             for node in &self.nodes {
-                // One that is frozen does not hold up the others.
+                // A sentinel that is frozen must not hold up the others.
                 let asked = node.ask::<(String, u16)>(&["SENTINEL", "GET-MASTER-ADDR-BY-NAME", MASTER]);
                 let Ok(Ok((_, port))) = timeout(Duration::from_millis(500), asked).await else { continue };
-                let place = self.known_ports.iter().position(|known| *known == port)?;
-                if place != old && info(&self.servers[place], "replication").await.contains("role:master") {
-                    return Some(place);
+                let index = self.known_ports.iter().position(|known| *known == port)?;
+                if index != old && info(&self.servers[index], "replication").await.contains("role:master") {
+                    return Some(index);
                 }
             }
             None
         };
         let search = async {
             loop {
-                if let Some(place) = found().await {
-                    return place;
+                if let Some(index) = found().await {
+                    return index;
                 }
                 sleep(Duration::from_millis(5)).await;
             }
         };
-        // A sentinel that the machine held up for two seconds does nothing for 30 s after it (its TILT mode).
+        // A sentinel that the machine held up for two seconds does nothing for the next 30 s (its TILT
+        // mode).
         let primary = timeout(Duration::from_secs(60), search).await;
-        primary.unwrap_or_else(|_| panic!("nobody else is the primary:\n{}", self.said()))
+        primary.unwrap_or_else(|_| panic!("no other server is the primary:\n{}", self.logs()))
     }
 
     /// Ends a sentinel.
-    pub fn kill_sentinel(&mut self, place: usize) {
-        self.nodes[place].end();
+    pub fn kill_sentinel(&mut self, index: usize) {
+        self.nodes[index].end();
     }
 
     /// SIGSTOP or SIGCONT to a sentinel.
-    pub fn signal_sentinel(&self, place: usize, signal: Signal) {
-        let pid = Pid::from_raw(self.nodes[place].child.id().try_into().expect("a pid")).expect("not zero");
+    pub fn signal_sentinel(&self, index: usize, signal: Signal) {
+        let pid = Pid::from_raw(self.nodes[index].child.id().try_into().expect("a pid")).expect("not zero");
         kill_process(pid, signal).expect("it runs");
     }
 }
@@ -233,7 +238,7 @@ impl Node {
             folder.path().display()
         );
         std::fs::write(&config, text).expect("a file");
-        // Debian's redis-sentinel is the same program by another name, in a package of its own.
+        // Debian's redis-sentinel is the same program under another name.
         let log = std::fs::File::create(folder.path().join("log")).expect("a file");
         let child = Command::new(Redis::program())
             .arg(&config)
@@ -258,7 +263,7 @@ impl Node {
     }
 
     fn end(&mut self) {
-        // It may have ended; its pid is ours until it is waited for.
+        // If it has ended, the kill fails. No other process gets its pid before the wait.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

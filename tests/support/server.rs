@@ -1,4 +1,4 @@
-//! Other people's programs: servers that run beside a scenario, clients that run to their end.
+//! Programs of other projects: servers that run beside a scenario, and clients that run to their end.
 
 use std::fs::File;
 use std::path::Path;
@@ -11,14 +11,16 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::{PATIENCE, eventually};
 
-/// A program that runs until it is dropped. Ended by its own pid: by TERM, and by KILL if that does not help.
+/// A program that runs until this is dropped. It is ended by its own pid: by TERM, and by KILL after two
+/// seconds.
 pub struct Server {
     child: Child,
     folder: TempDir,
 }
 
 impl Server {
-    /// `prepare` gets a folder of the server's own. Its output goes to a file there.
+    /// Starts the command that `prepare` returns for the folder of this server. Its output goes to a file in
+    /// that folder.
     pub fn start(prepare: impl FnOnce(&Path) -> Command) -> Self {
         let folder = TempDir::new().expect("a folder");
         let mut command = prepare(folder.path());
@@ -61,7 +63,7 @@ impl Server {
         kill_process(pid, signal).expect("it runs");
     }
 
-    /// Waits for its end: its exit code, `None` if a signal ended it.
+    /// Waits until the program ends. Returns its exit code, or `None` if a signal ended it.
     pub async fn wait(&mut self) -> Option<i32> {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -88,7 +90,7 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         if matches!(self.child.try_wait(), Ok(None)) {
-            // TERM first: nginx ends its workers only then.
+            // TERM first: by KILL nginx would leave its workers behind.
             self.signal(Signal::TERM);
             if !self.ends_within(Duration::from_secs(2)) {
                 let _ = self.child.kill();

@@ -1,4 +1,4 @@
-//! Sessions one after the other, for as long as a scenario breaks things.
+//! Traffic that runs while a scenario breaks something: clients that open one session after the other.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -12,22 +12,23 @@ use tokio::time::{Instant, sleep};
 use super::{eventually, greeting};
 
 const CLIENTS: usize = 4;
-/// Between two sessions of a client: some hundred sessions a second in all.
+/// The pause between two sessions of a client, which makes some hundred sessions a second in all.
 const PAUSE: Duration = Duration::from_millis(8);
 const LONGEST: Duration = Duration::from_secs(90);
 const MOST_PER_CLIENT: usize = 10_000;
 
-/// Clients that connect, read a [`super::Backend::named`]'s name and connect again, until told to stop.
+/// Clients that connect, read the name of a [`super::Backend::named`] and connect again, until
+/// [`Traffic::stop`].
 pub struct Traffic {
     stop: Arc<AtomicBool>,
     completed: Arc<AtomicU64>,
     clients: JoinSet<Outcome>,
 }
 
-/// What became of the sessions.
+/// The results of all sessions.
 #[derive(Debug, Default)]
 pub struct Outcome {
-    /// By the name that the backend said.
+    /// How many sessions each backend has served, by its name.
     pub served: BTreeMap<String, u64>,
     pub failures: Vec<String>,
     pub durations: Vec<Duration>,
@@ -43,7 +44,7 @@ impl Traffic {
         Self { stop, completed, clients }
     }
 
-    /// Waits for this many more sessions.
+    /// Waits until `sessions` more sessions have completed.
     pub async fn more(&self, sessions: u64) {
         let wanted = self.completed.load(Relaxed) + sessions;
         eventually("traffic goes on", || async { self.completed.load(Relaxed) >= wanted }).await;
@@ -81,7 +82,7 @@ async fn client(address: SocketAddr, stop: Arc<AtomicBool>, completed: Arc<Atomi
         let started = Instant::now();
         match greeting(address).await {
             Ok(name) if !name.is_empty() => *outcome.served.entry(name).or_default() += 1,
-            Ok(_) => outcome.failures.push("closed without a word".to_owned()),
+            Ok(_) => outcome.failures.push("closed without a byte".to_owned()),
             Err(error) => outcome.failures.push(error.to_string()),
         }
         outcome.durations.push(started.elapsed());

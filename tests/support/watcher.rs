@@ -1,5 +1,5 @@
-//! Proxies that are looked at all the time: those of this process, and one that is a program and is ended and started
-//! again.
+//! Watches the snapshots of proxies all the time: of proxies in this process, and of one that is a program
+//! and is restarted.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -17,12 +17,12 @@ use tokio::time::Instant;
 
 use super::{History, Look, Program, Promise, Proxy, Table, get, sum_of};
 
-/// A proxy that is looked at.
+/// A proxy whose snapshot is watched.
 #[derive(Clone)]
 pub enum Watched {
-    /// In this process.
+    /// A proxy in this process.
     Inside(Arc<Pool>),
-    /// A program, at its admin server; `None` while it does not run.
+    /// A program, by the address of its admin server; `None` while it does not run.
     Outside(Arc<Mutex<Option<SocketAddr>>>),
 }
 
@@ -33,11 +33,13 @@ impl From<&Proxy> for Watched {
 }
 
 impl Watched {
-    /// `None`: nobody is there. Of a program it takes two answers, so that the snapshot and its age belong together.
+    /// Observes the proxy; `None` if it does not answer. For a program it takes two scrapes, so that the
+    /// snapshot and its age belong together.
     pub async fn look(&self) -> Option<Look> {
         match self {
             Self::Inside(pool) => {
-                // In this order: a snapshot that is swapped in between is newer than its age says.
+                // Age before snapshot: if a new snapshot comes in between, it is newer than the age says,
+                // not older.
                 let at = Instant::now();
                 let (age, snapshot) = (pool.cell.age(), pool.cell.load());
                 let members = snapshot.members().iter();
@@ -50,7 +52,7 @@ impl Watched {
                 let before = get(address, "/metrics").await.ok()?.body;
                 let after = get(address, "/metrics").await.ok()?.body;
                 let version = |text| sum_of(text, "statera_snapshot_version", "web");
-                // The table comes before the version in an answer, and the age after it.
+                // Within a scrape the table is encoded before the version, and the age after it.
                 (version(&before) == version(&after)).then(|| Look {
                     at,
                     age: age_in(&before),
@@ -67,7 +69,8 @@ fn age_in(metrics: &str) -> Option<Duration> {
     metrics.contains(&format!("\n{name}{{")).then(|| Duration::from_secs_f64(sum_of(metrics, name, "web")))
 }
 
-/// Those at weight zero may be members of no table any more, whose sessions have not ended.
+/// The table without members at weight zero: such a series may be of a removed backend whose sessions have
+/// not ended.
 fn table_in(metrics: &str) -> Table {
     let rows = metrics.lines().filter_map(|line| {
         let (labels, weight) = line.strip_prefix("statera_backend_weight{")?.split_once("} ")?;
@@ -77,7 +80,7 @@ fn table_in(metrics: &str) -> Table {
     rows.filter(|(_, weight)| *weight > 0.0).collect()
 }
 
-/// Looks at proxies until it is ended, a thread each.
+/// Observes proxies until it is ended, each in its own thread.
 pub struct Watcher {
     ends: Arc<AtomicBool>,
     threads: Vec<JoinHandle<Result<u64, String>>>,
@@ -92,7 +95,7 @@ impl Watcher {
                 let runtime = Builder::new_current_thread().enable_all().build().expect("a runtime");
                 let pause = match proxy {
                     Watched::Inside(_) => Duration::from_millis(2),
-                    // Two pages of metrics a look: at this pace it costs a tenth of a CPU.
+                    // Two scrapes for each observation: at this pace they cost a tenth of a CPU.
                     Watched::Outside(_) => Duration::from_millis(20),
                 };
                 let mut fresh = 0;
@@ -109,12 +112,12 @@ impl Watcher {
         Self { threads: threads.collect(), ends }
     }
 
-    /// A promise was broken.
+    /// True if a promise was broken.
     pub fn has_seen_enough(&self) -> bool {
         self.threads.iter().any(JoinHandle::is_finished)
     }
 
-    /// How often each was seen with a fresh snapshot.
+    /// Ends the watch. Returns how often each proxy was seen with a fresh snapshot.
     ///
     /// # Errors
     /// The promises that were broken.
@@ -125,7 +128,7 @@ impl Watcher {
     }
 }
 
-/// A proxy as a program, which is ended and started again with what it kept in its `state_dir`.
+/// A proxy as a program, which is ended and started again with the state that it kept in its `state_dir`.
 pub struct Restarted {
     program: Option<Program>,
     redis: String,
@@ -134,7 +137,7 @@ pub struct Restarted {
 }
 
 impl Restarted {
-    /// `redis` is that section of its config.
+    /// Starts the program; `redis` is that section of its config.
     pub async fn start(redis: String) -> Self {
         let folder = TempDir::new().expect("a folder");
         let mut restarted = Self { program: None, redis, folder, address: Arc::default() };
@@ -162,17 +165,17 @@ impl Restarted {
                 self.redis
             ),
         );
-        self.tell(Some(program.addresses().await.1));
+        self.set_address(Some(program.addresses().await.1));
         self.program = Some(program);
     }
 
-    fn tell(&self, address: Option<SocketAddr>) {
+    fn set_address(&self, address: Option<SocketAddr>) {
         *self.address.lock().unwrap_or_else(PoisonError::into_inner) = address;
     }
 
-    /// Ends it by a signal, and starts it again.
+    /// Ends the program by a signal, and starts it again.
     pub async fn restart(&mut self, signal: Signal) {
-        self.tell(None);
+        self.set_address(None);
         if let Some(mut program) = self.program.take() {
             program.signal(signal);
             program.wait();

@@ -1,4 +1,4 @@
-//! The one who writes the weights of a random run, to Redis and to its history alike.
+//! Writes the weights of a random run, to Redis and to its history alike.
 
 use std::time::Duration;
 
@@ -8,10 +8,10 @@ use redis::Value;
 use super::{History, Redis, Table, Watched, eventually, without_zeros};
 
 const BACKENDS: u32 = 6;
-/// The ways of noticing a change that a proxy can be told to use.
+/// The watch modes that a config can set.
 const WATCHES: [&str; 4] = ["auto", "notifications", "tracking", "poll"];
 
-/// Writes to the key `servers` what its random numbers say.
+/// Writes random changes to the key `servers`.
 pub struct Writer {
     pub history: History,
     pub random: Rng,
@@ -22,7 +22,7 @@ impl Writer {
         Self { history: History::new(), random: Rng::with_seed(seed) }
     }
 
-    /// All ways of noticing a change, in some order.
+    /// All watch modes, in random order.
     pub fn watches(&mut self) -> [&'static str; 4] {
         let mut watches = WATCHES;
         self.random.shuffle(&mut watches);
@@ -37,7 +37,8 @@ impl Writer {
         format!("10.0.0.{}:80", self.random.u32(1..=BACKENDS))
     }
 
-    /// Does something that may change the key, and notes what it holds then. A key of a wrong type refuses most of it.
+    /// Runs a command that may change the key, and records what the key holds then. WRONGTYPE is no failure:
+    /// an earlier command may have made the key a text.
     pub async fn writes(&mut self, redis: &Redis, command: &str) {
         println!("  {command}");
         let from = self.history.begins_to_write();
@@ -51,14 +52,14 @@ impl Writer {
         self.history.holds(from, table(redis).await);
     }
 
-    /// Another weight or two.
+    /// Writes the weight of a random member.
     pub async fn changes(&mut self, redis: &Redis) {
         let (member, weight) = (self.member(), self.random.u32(0..1_000));
         self.writes(redis, &format!("ZADD servers {weight} {member}")).await;
     }
 
-    /// One of all the ways in which a table can change, also such as lose it where it may be lost. True if some proxy may
-    /// have heard nothing of it.
+    /// Changes the table by a random kind of command; if `may_lose`, also by one that deletes or replaces
+    /// the table. True if a proxy may have got no notification of it.
     pub async fn writes_something(&mut self, redis: &Redis, may_lose: bool) -> bool {
         let (member, weight) = (self.member(), self.random.u32(0..1_000));
         let what = self.random.u32(if may_lose { 0..13 } else { 4..13 });
@@ -86,7 +87,7 @@ impl Writer {
                 self.writes(redis, "SWAPDB 0 1").await;
             }
             7 | 8 => {
-                // Nobody is told, and the flags are what they should be when somebody looks again.
+                // No proxy is notified, and the flags are right again when a proxy checks them.
                 notify(redis, false).await;
                 self.writes(redis, &format!("ZADD servers {weight} {member}")).await;
                 notify(redis, true).await;
@@ -96,7 +97,7 @@ impl Writer {
         (6..=8).contains(&what)
     }
 
-    /// Leaves a table, whatever was there.
+    /// Makes sure that the key holds a table at the end.
     pub async fn leaves_a_table(&mut self, redis: &Redis) {
         if table(redis).await.is_none() {
             self.writes(redis, "DEL servers").await;
@@ -110,7 +111,7 @@ pub async fn notify(redis: &Redis, on: bool) {
     redis.run_words(&["CONFIG", "SET", "notify-keyspace-events", if on { "KA" } else { "" }]).await;
 }
 
-/// What a Redis holds. `None`: nothing, or what is no table.
+/// The table that Redis holds; `None` if the key is empty or of another type.
 pub async fn table(redis: &Redis) -> Option<Table> {
     let mut zrange = redis::cmd("ZRANGE");
     zrange.arg("servers").arg(0).arg(-1).arg("WITHSCORES");
@@ -118,7 +119,7 @@ pub async fn table(redis: &Redis) -> Option<Table> {
     answer.ok().map(Table::from_iter).filter(|table| !table.is_empty())
 }
 
-/// Waits until each proxy calls fresh what this Redis holds.
+/// Waits until each proxy has the table that this Redis holds, as a fresh snapshot.
 pub async fn all_agree(proxies: &[Watched], redis: &Redis, max_stale: Duration, when: &str) {
     let wanted = table(redis).await.expect("a table was left");
     for (number, proxy) in proxies.iter().enumerate() {
