@@ -1,4 +1,4 @@
-//! The admin server and what is seen through it: probes, metrics in their contract's names, and the token.
+//! The admin server: its probes, the metrics of the contract, and the token.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -13,17 +13,19 @@ use crate::support::{
     Backend, Program, Redis, ask, backends, dead_address, echo, eventually, get, output, require, soon,
 };
 
-/// One listener and one pool, both `web`, with an admin server; `top` and `pool` as in `Proxy::web`.
-async fn statera(top: &str, admin: &str, pool: &str) -> (Program, SocketAddr, SocketAddr) {
+/// Starts a program with one listener and one pool, both `web`, and an admin server; `top` and `pool` are as
+/// in `Proxy::web`. Returns also the addresses of the listener and of the admin server.
+async fn program_with_admin(top: &str, admin: &str, pool: &str) -> (Program, SocketAddr, SocketAddr) {
     let program = Program::run(&format!(
-        "workers: 2\nadmin: {{bind: \"127.0.0.1:0\"{admin}}}\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
+        "workers: 2\nadmin: {{bind: \"127.0.0.1:0\"{admin}}}\n\
+         listeners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
          pools: {{web: {{{pool}}}}}\n{top}\n"
     ));
     let (listeners, admin) = program.addresses().await;
     (program, listeners[0], admin)
 }
 
-/// CONTRACT.md's names, as far as this version has them: the family, its type, its labels.
+/// The metrics of CONTRACT.md that this version has: the name of the family, its type, its labels.
 const METRICS: [(&str, &str, &[&str]); 36] = [
     ("statera_listener_connections", "counter", &["listener"]),
     ("statera_listener_connections_active", "gauge", &["listener"]),
@@ -63,7 +65,8 @@ const METRICS: [(&str, &str, &[&str]); 36] = [
     ("statera_build_info", "gauge", &["version"]),
 ];
 
-/// Prints each family that Prometheus's own strict reader finds: name, type, labels.
+/// A Python program that reads metrics by Prometheus's own strict parser and prints each family: name, type,
+/// labels.
 const READ_METRICS: &str = "
 import sys
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as families
@@ -80,10 +83,10 @@ async fn every_metric_of_the_contract_is_there_and_prometheus_can_read_it() {
     let state = tempfile::TempDir::new().expect("a folder");
     let top = format!("redis: {{url: \"{}\"}}\nstate_dir: {:?}", redis.url(), state.path());
     let (program, entry, admin) =
-        statera(&top, "", "weights_key: servers, health_check: {}, max_connections: 9").await;
+        program_with_admin(&top, "", "weights_key: servers, health_check: {}, max_connections: 9").await;
     echo(entry, b"ping").await.expect("an answer");
     redis.run(&format!("HSET {{servers}}:states {} drain", backend.address)).await;
-    // A change makes a notification, and the propagation's first observation.
+    // The change of a weight makes a notification, and the first sample of the propagation time.
     redis.run(&format!("ZADD servers 5 {}", backend.address)).await;
     eventually("the weight has arrived", || async {
         program.metric("statera_weight_propagation_seconds_count", "").await >= 1.0
@@ -122,7 +125,7 @@ async fn every_metric_of_the_contract_is_there_and_prometheus_can_read_it() {
     }
 }
 
-/// Runs `promtool check metrics` over `text`, which must find nothing.
+/// Runs `promtool check metrics` on `text`. It must report nothing.
 async fn check_by_promtool(text: &str) {
     let mut promtool = tokio::process::Command::new(require("promtool", "prometheus"));
     promtool.args(["check", "metrics"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -139,7 +142,7 @@ async fn check_by_promtool(text: &str) {
 }
 
 #[tokio::test]
-async fn promtool_finds_nothing_to_complain_of_in_the_metrics_of_a_proxy_with_all_kinds_of_them() {
+async fn promtool_reports_no_problem_in_the_metrics_of_a_proxy_that_has_every_kind_of_them() {
     let (backend, redis) = (Backend::echo().await, Redis::start().await);
     let (_kept, dead) = dead_address();
     redis.run(&format!("ZADD servers 2.5 {} 1 {dead} 0 unix:/tmp/quoted\"name", backend.address)).await;
@@ -147,7 +150,7 @@ async fn promtool_finds_nothing_to_complain_of_in_the_metrics_of_a_proxy_with_al
     let state = tempfile::TempDir::new().expect("a folder");
     let top = format!("redis: {{url: \"{}\"}}\nstate_dir: {:?}", redis.url(), state.path());
     let (program, entry, admin) =
-        statera(&top, "", "weights_key: servers, health_check: {}, max_connections: 9").await;
+        program_with_admin(&top, "", "weights_key: servers, health_check: {}, max_connections: 9").await;
     echo(entry, b"ping").await.expect("an answer");
     redis.run(&format!("ZADD servers 5 {}", backend.address)).await;
     eventually("each kind has a sample", || async {
@@ -175,7 +178,7 @@ async fn promtool_finds_nothing_to_complain_of_in_the_metrics_of_a_proxy_with_al
 #[tokio::test]
 async fn a_scraper_gets_the_format_that_it_prefers_of_those_it_accepts() {
     let backend = Backend::echo().await;
-    let (_program, _, admin) = statera("", "", &backends(&[backend.address])).await;
+    let (_program, _, admin) = program_with_admin("", "", &backends(&[backend.address])).await;
     for (accept, is_open) in [
         ("application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1", true),
         ("application/openmetrics-text;version=1.0.0;q=0.2,text/plain;version=0.0.4;q=0.5", false),
@@ -188,10 +191,10 @@ async fn a_scraper_gets_the_format_that_it_prefers_of_those_it_accepts() {
 }
 
 #[tokio::test]
-async fn metrics_and_session_lines_tell_what_really_happened() {
+async fn metrics_and_session_lines_agree_with_the_sessions_that_ran() {
     let echoing = Backend::echo().await;
     let (_kept, dead) = dead_address();
-    let (program, entry, _) = statera("", "", &backends(&[echoing.address, dead])).await;
+    let (program, entry, _) = program_with_admin("", "", &backends(&[echoing.address, dead])).await;
     for n in 1..=40 {
         assert_eq!(echo(entry, &vec![b'x'; n]).await.expect("an answer").len(), n);
     }
@@ -202,7 +205,7 @@ async fn metrics_and_session_lines_tell_what_really_happened() {
     })
     .await;
     let retried = program.metric("statera_backend_connect_failures_total", &dead).await;
-    assert!(retried > 0.0, "half of the first picks are the dead one");
+    assert!(retried > 0.0, "half of the first picks are of the dead backend");
     for (name, label, expected) in [
         ("statera_listener_connections_total", "listener=\"web\"", 40.0),
         ("statera_listener_connections_active", "listener=\"web\"", 0.0),
@@ -234,11 +237,11 @@ async fn metrics_and_session_lines_tell_what_really_happened() {
     let sum =
         |field: &str| sessions().iter().map(|line| line[field].as_f64().expect("a number")).sum::<f64>();
     assert_eq!((sum("bytes_in"), sum("bytes_out"), sum("retries")), (bytes, bytes, retried));
-    let fields = "time listener client pool backend source weight retries queue_ms connect_ms duration_ms bytes_in \
-                  bytes_out close_reason term";
+    let fields = "time listener client pool backend source weight retries queue_ms connect_ms duration_ms \
+                  bytes_in bytes_out close_reason term";
     for line in sessions() {
         let mut names: Vec<&str> = fields.split(' ').collect();
-        // The backends that failed before the one that took the session.
+        // `failed` lists the backends that failed before one took the session.
         names.extend((line["retries"] != 0).then_some("failed"));
         names.sort_unstable();
         assert_eq!(line.as_object().expect("an object").keys().collect::<Vec<_>>(), names);
@@ -252,7 +255,7 @@ async fn metrics_and_session_lines_tell_what_really_happened() {
 async fn probes_tell_a_ready_proxy_from_one_that_drains() {
     let backend = Backend::echo().await;
     let (mut program, entry, admin) =
-        statera("shutdown: {delay: 1h}", "", &backends(&[backend.address])).await;
+        program_with_admin("shutdown: {delay: 1h}", "", &backends(&[backend.address])).await;
     for (path, text) in [("/livez", "live\n"), ("/readyz", "ready\n")] {
         let answer = get(admin, path).await.expect("an answer");
         assert_eq!((answer.status, answer.body.as_str()), (200, text), "{path}");
@@ -262,8 +265,8 @@ async fn probes_tell_a_ready_proxy_from_one_that_drains() {
         get(admin, "/readyz").await.is_ok_and(|answer| answer.status == 503 && answer.body == "draining\n")
     })
     .await;
-    assert_eq!(get(admin, "/livez").await.expect("an answer").status, 200, "alive, nevertheless");
-    assert_eq!(echo(entry, b"late").await.expect("still accepted: others do not know yet"), b"late");
+    assert_eq!(get(admin, "/livez").await.expect("an answer").status, 200, "a draining proxy is still alive");
+    assert_eq!(echo(entry, b"late").await.expect("sessions are still accepted during the delay"), b"late");
     program.signal(Signal::TERM);
     assert_eq!(program.wait().code(), Some(0));
 }
@@ -271,7 +274,7 @@ async fn probes_tell_a_ready_proxy_from_one_that_drains() {
 #[tokio::test]
 async fn other_paths_and_methods_are_refused_in_http_terms() {
     let backend = Backend::echo().await;
-    let (_program, _, admin) = statera("", "", &backends(&[backend.address])).await;
+    let (_program, _, admin) = program_with_admin("", "", &backends(&[backend.address])).await;
     for path in ["/", "/metric", "/metrics/", "/../metrics", "/livez/x", "/%00"] {
         assert_eq!(get(admin, path).await.expect("an answer").status, 404, "{path}");
     }
@@ -294,12 +297,12 @@ async fn other_paths_and_methods_are_refused_in_http_terms() {
 }
 
 #[tokio::test]
-async fn metrics_ask_for_the_token_and_probes_do_not() {
+async fn metrics_need_the_token_and_probes_do_not() {
     let backend = Backend::echo().await;
     let token = tempfile::NamedTempFile::new().expect("a file");
     std::fs::write(token.path(), "s3cret\n").expect("a file");
     let admin = format!(", token_file: {}", token.path().display());
-    let (program, _, admin) = statera("", &admin, &backends(&[backend.address])).await;
+    let (program, _, admin) = program_with_admin("", &admin, &backends(&[backend.address])).await;
     for headers in [
         "",
         "authorization: Bearer wrong\r\n",
@@ -327,7 +330,7 @@ async fn metrics_ask_for_the_token_and_probes_do_not() {
 #[tokio::test]
 async fn curl_and_a_kept_connection_are_served() {
     let backend = Backend::echo().await;
-    let (_program, _, admin) = statera("", "", &backends(&[backend.address])).await;
+    let (_program, _, admin) = program_with_admin("", "", &backends(&[backend.address])).await;
     let mut curl = Command::new(require("curl", "curl"));
     curl.args(["-sS", "--fail", "--max-time", "20", "-w", "%{num_connects}\n"]);
     curl.args([format!("http://{admin}/livez"), format!("http://{admin}/metrics")]);
@@ -342,7 +345,7 @@ async fn curl_and_a_kept_connection_are_served() {
 #[tokio::test]
 async fn a_client_that_does_not_finish_its_header_is_cut() {
     let backend = Backend::echo().await;
-    let (_program, _, admin) = statera("", "", &backends(&[backend.address])).await;
+    let (_program, _, admin) = program_with_admin("", "", &backends(&[backend.address])).await;
     let begin = Instant::now();
     let mut slow = TcpStream::connect(admin).await.expect("it listens");
     let (mut reader, mut writer) = slow.split();
@@ -360,7 +363,7 @@ async fn a_client_that_does_not_finish_its_header_is_cut() {
             _ = reader.read_to_end(&mut answer) => {}
         }
     };
-    // However it looks from here, a reset or an end: it must come although bytes keep coming.
+    // The client may see a reset or an end. Either must come although the client keeps sending.
     soon("the connection is cut", cut).await;
     assert!(begin.elapsed() > Duration::from_secs(2), "a slow network has time for its header");
     assert!(answer.is_empty() || answer.starts_with(b"HTTP/1.1 408"), "{}", String::from_utf8_lossy(&answer));
@@ -369,21 +372,23 @@ async fn a_client_that_does_not_finish_its_header_is_cut() {
 #[tokio::test]
 async fn five_hundred_idle_admin_connections_hold_back_neither_a_probe_nor_a_session() {
     let backend = Backend::echo().await;
-    let (program, entry, admin) = statera("", "", &backends(&[backend.address])).await;
+    let (program, entry, admin) = program_with_admin("", "", &backends(&[backend.address])).await;
     let mut idle = Vec::new();
     for n in 0..500u32 {
-        // Whether it is accepted, cut to make room, or waits in the kernel's queue, it is kept open on this side.
+        // The server may accept it, close it to make room, or leave it in the kernel's queue: this side
+        // stays open.
         idle.push(TcpStream::connect(admin).await.expect("the kernel takes it"));
         if n % 10 == 0 {
             assert_eq!(echo(entry, &[7]).await.expect("a session"), [7]);
         }
     }
-    // More than there are places, and none of them is given up yet: each probe finds one all the same.
+    // There are more idle connections than permits, and none of them has timed out yet. Each probe gets a
+    // permit nevertheless.
     let begun = Instant::now();
     for _ in 0..20 {
         get(admin, "/livez").await.expect("a probe is answered");
     }
-    assert!(begun.elapsed() < Duration::from_secs(4), "the probes waited for the idle ones to be given up");
+    assert!(begun.elapsed() < Duration::from_secs(4), "the probes waited until idle connections timed out");
     get(admin, "/metrics").await.expect("a scrape is answered");
     drop(idle);
     assert_eq!(program.metric("statera_backend_connections_total", "").await, 50.0);

@@ -1,4 +1,5 @@
-//! Whatever stands in the key of reports, a report costs Redis a bounded time, and what has ended is forgotten step by step.
+//! The key of reports, `{servers}:applied`: whatever it holds, a report takes Redis a bounded time, and
+//! reports whose lease has ended are removed step by step.
 
 use redis::Value;
 
@@ -7,8 +8,9 @@ use crate::support::{Desk, Program, Redis, calls, eventually};
 const A: &str = "10.0.0.1:80";
 const KEY: &str = "{servers}:applied";
 
-/// Makes fields of `count` proxies, whose leases end at `ends` and whose names and reports are that long.
-async fn fill(redis: &Redis, count: u32, ends: u64, length: u32) {
+/// Writes the fields of `count` proxies. Their leases end at `ends`, and their names and reports are
+/// `length` bytes long.
+async fn add_reports(redis: &Redis, count: u32, ends: u64, length: u32) {
     const PIECE: u32 = 20_000;
     let fill = "local text = string.rep('x', tonumber(ARGV[4])) \
                 for i = tonumber(ARGV[1]), tonumber(ARGV[2]) do \
@@ -26,7 +28,7 @@ async fn fields(redis: &Redis) -> i64 {
     count
 }
 
-/// A new table each time, since each is reported.
+/// Writes a new table. Proxies report each one that they have not reported before.
 async fn change(desk: &Desk) {
     let weight = fastrand::u32(..);
     desk.redis.run(&format!("ZADD servers {weight} {A}")).await;
@@ -38,7 +40,7 @@ async fn a_report_reads_a_bounded_number_of_fields_beside_hundreds_of_thousands_
     let desk = Desk::start().await;
     for ends in [1_000, 99_999_999_999_999] {
         desk.redis.run(&format!("DEL {KEY}")).await;
-        fill(&desk.redis, 200_000, ends, 4).await;
+        add_reports(&desk.redis, 200_000, ends, 4).await;
         desk.redis.run("CONFIG RESETSTAT").await;
         let _program = Program::run(&desk.yaml(""));
         eventually("it reports a few times", || async {
@@ -51,7 +53,7 @@ async fn a_report_reads_a_bounded_number_of_fields_beside_hundreds_of_thousands_
         assert_eq!(calls(&desk.redis, "hgetall").await, 0);
         assert!(fields(&desk.redis).await > 150_000);
 
-        // Who has the table cannot be told then, which costs nothing either.
+        // Then it cannot be said which proxies have the table. That answer is cheap too.
         let set = desk.weights(&format!("set web {A}=1 --wait=20s")).await;
         assert!(
             set.code == Some(1) && set.errors.contains("is written, but which proxies use it is unknown"),
@@ -68,14 +70,14 @@ async fn a_report_reads_a_bounded_number_of_fields_beside_hundreds_of_thousands_
 }
 
 #[tokio::test]
-async fn leases_that_have_ended_and_values_that_are_none_are_forgotten_step_by_step() {
+async fn leases_that_have_ended_and_values_that_are_no_leases_are_removed_step_by_step() {
     let desk = Desk::start().await;
-    fill(&desk.redis, 1_500, 1_000, 4).await;
-    // No proxy's: too long for a name or a report, or no lease.
-    fill(&desk.redis, 3, 99_999_999_999_999, 1 << 20).await;
+    add_reports(&desk.redis, 1_500, 1_000, 4).await;
+    // Fields that no proxy writes: the name or the report is too long, or the value is no lease.
+    add_reports(&desk.redis, 3, 99_999_999_999_999, 1 << 20).await;
     desk.redis.run_words(&["HSET", KEY, "a", "", "b", "x", "c", "-1 x", "d", "1e99 y", "e", "5 a b"]).await;
     let _program = Program::run(&desk.yaml(""));
-    eventually("its own report is left, and two fields of no proxy", || async {
+    eventually("only its own report and two fields of no proxy are left", || async {
         change(&desk).await;
         fields(&desk.redis).await == 3
     })
@@ -84,23 +86,23 @@ async fn leases_that_have_ended_and_values_that_are_none_are_forgotten_step_by_s
     assert!(set.code == Some(0) && set.said.ends_with("applied by 1 proxy\n"), "{set:?}");
 }
 
-/// A scan refuses a number that no cursor can be.
+/// HSCAN refuses a number that cannot be a cursor.
 #[tokio::test]
 async fn a_cursor_that_no_scan_returns_does_not_stop_the_cleaning() {
     let desk = Desk::start().await;
-    fill(&desk.redis, 100, 1_000, 4).await;
+    add_reports(&desk.redis, 100, 1_000, 4).await;
     desk.redis.run_words(&["HSET", KEY, "cleaned", "0/99999999999999999999999"]).await;
     let _program = Program::run(&desk.yaml(""));
-    eventually("its own report is left, and two fields of no proxy", || async {
+    eventually("only its own report and two fields of no proxy are left", || async {
         change(&desk).await;
         fields(&desk.redis).await == 3
     })
     .await;
 }
 
-/// As the example of an earlier version granted them.
+/// The example config of an earlier version granted these rights, without HSCAN.
 #[tokio::test]
-async fn without_the_right_to_look_through_reports_a_proxy_reports_all_the_same() {
+async fn a_proxy_without_the_right_to_scan_the_reports_reports_all_the_same() {
     let desk = Desk::start().await;
     desk.redis.run(&format!("ZADD servers 1 {A}")).await;
     let seen = "~{servers}:applied +eval +time +hset +hdel +hgetall +pexpire";

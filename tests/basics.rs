@@ -1,4 +1,4 @@
-//! The thinnest slice through every layer: a client, the proxy, a backend, and a weight in Redis.
+//! The simplest scenarios through every layer: a client, the proxy, a backend, and a weight in Redis.
 
 use crate::support::{Backend, Proxy, Redis, echo, eventually, greeting};
 
@@ -16,13 +16,13 @@ async fn bytes_reach_a_configured_backend_and_come_back_without_redis() {
 }
 
 #[tokio::test]
-async fn the_session_after_a_zadd_goes_where_it_says() {
+async fn sessions_after_a_zadd_go_where_the_new_weights_say() {
     let (old, new) = (Backend::named("old").await, Backend::named("new").await);
     let redis = Redis::start().await;
     redis.set_weights([(&old, 1.0)]).await;
     let proxy = Proxy::web(&format!("redis: {{url: \"{}\"}}", redis.url()), "weights_key: servers");
     assert_eq!(greeting(proxy.address()).await.expect("an answer"), "old");
-    assert_eq!(proxy.picks("snapshot"), 1.0, "the first session waits for redis's first answer");
+    assert_eq!(proxy.picks("snapshot"), 1.0, "the first session waits for the first answer of redis");
 
     redis.set_weights([(&old, 0.0), (&new, 50.0)]).await;
     eventually("the weights arrive", || async { proxy.weights().len() == 2 }).await;

@@ -1,4 +1,4 @@
-//! Causes: a person who has the log and `statera weights get` alone can say why a backend gets no sessions.
+//! Causes: the log and `statera weights get` say why a backend gets no sessions.
 
 use std::net::SocketAddr;
 
@@ -10,30 +10,31 @@ use crate::support::{
     Backend, Desk, Program, Proxy, backends, dead_address, eventually, greeting, silent_address, text,
 };
 
-/// Reads a byte, and resets.
+/// The script of a backend that reads a byte and resets the connection.
 async fn reset_after_a_byte(mut stream: TcpStream) {
     let _ = stream.read(&mut [0]).await;
     let _ = stream.set_zero_linger();
 }
 
-/// One session that sends a byte and waits for the end, whatever that is.
-async fn session(proxy: SocketAddr) {
+/// Runs one session that sends a byte and reads once: it may be served, reset or refused.
+async fn any_session(proxy: SocketAddr) {
     let Ok(mut stream) = TcpStream::connect(proxy).await else { return };
     let _ = stream.write_all(b"x").await;
     let _ = stream.read(&mut [0]).await;
 }
 
+/// Runs sessions until the program has logged this message, and returns the first line with it.
 async fn sessions_until(program: &Program, message: &str) -> Value {
     let address = program.address().await;
     eventually(message, || async {
-        session(address).await;
+        any_session(address).await;
         !program.messages(message).is_empty()
     })
     .await;
     program.messages(message).remove(0)
 }
 
-/// `program` with one pool of `backends`, each at weight 1, each of whose connects may take a second.
+/// A program with one pool of these addresses, each at weight 1. A connect may take a second.
 fn program(addresses: &[SocketAddr], pool: &str) -> Program {
     Program::run(&format!(
         "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
@@ -67,7 +68,7 @@ async fn an_ejection_and_its_trial_name_the_last_error_and_the_failure_count() {
 }
 
 #[tokio::test]
-async fn a_backend_that_is_not_ejected_for_the_limit_is_logged_with_its_error() {
+async fn a_backend_that_is_not_ejected_because_of_max_ejected_percent_is_logged_with_its_error() {
     let (_guard, dead) = dead_address();
     let program =
         program(&[dead], "outlier: {consecutive_failures: 3, ejection: 300ms, max_ejected_percent: 50}");
@@ -76,7 +77,7 @@ async fn a_backend_that_is_not_ejected_for_the_limit_is_logged_with_its_error() 
 }
 
 #[tokio::test]
-async fn a_backend_that_becomes_unhealthy_is_logged_with_its_last_checks_error_and_the_number_of_checks() {
+async fn a_backend_that_becomes_unhealthy_is_logged_with_the_error_and_the_number_of_its_failed_checks() {
     let (good, (guard, dead)) = (Backend::named("good").await, dead_address());
     let program = program(&[dead, good.address], "health_check: {interval: 100ms, fall: 3, rise: 2}");
     let line = program.says("backend unhealthy after ").await;
@@ -90,9 +91,10 @@ async fn a_backend_that_becomes_unhealthy_is_logged_with_its_last_checks_error_a
     program.says("backend healthy again after 2 passed checks").await;
     drop(back);
     let last = || program.messages("backend unhealthy after 3 failed checks (last error: ");
-    eventually("it fails again", || async { !last().is_empty() }).await;
+    eventually("its checks fail again", || async { !last().is_empty() }).await;
 }
 
+/// Waits for a session line after the first `before` ones, and returns it.
 async fn access_line(proxy: &Proxy, before: usize) -> Value {
     eventually("the session is logged", || async { proxy.access_lines().len() > before }).await;
     proxy.access_lines().remove(before)
@@ -106,7 +108,7 @@ async fn a_failed_session_names_its_error_and_a_retried_one_the_backends_that_fa
     let pool = |backends: &str| Proxy::web("", &format!("backends: {{{backends}}}, {settings}"));
 
     let proxy = pool(&format!("\"{dead}\": 1"));
-    session(proxy.address()).await;
+    any_session(proxy.address()).await;
     let line = access_line(&proxy, 0).await;
     assert_eq!((text(&line, "close_reason"), text(&line, "error")), ("connect_failed", "connection refused"));
     assert_eq!(
@@ -116,7 +118,7 @@ async fn a_failed_session_names_its_error_and_a_retried_one_the_backends_that_fa
     );
 
     let proxy = pool(&format!("\"{silent}\": 1"));
-    session(proxy.address()).await;
+    any_session(proxy.address()).await;
     let line = access_line(&proxy, 0).await;
     assert_eq!((text(&line, "close_reason"), text(&line, "error")), ("connect_timeout", "timed out"));
 
@@ -134,10 +136,10 @@ async fn a_failed_session_names_its_error_and_a_retried_one_the_backends_that_fa
     let attempt = |backend: SocketAddr, error: &str| json!({"backend": backend.to_string(), "error": error});
     assert_eq!(failed, [attempt(dead, "connection refused"), attempt(silent, "timed out")]);
 
-    // The last of several attempts stands in `backend` and `error`, those before it in `failed`.
+    // `backend` and `error` are those of the last attempt; the attempts before it are in `failed`.
     let (_other_guard, other) = dead_address();
     let proxy = pool(&format!("\"{dead}\": 1, \"{other}\": 1"));
-    session(proxy.address()).await;
+    any_session(proxy.address()).await;
     let line = access_line(&proxy, 0).await;
     let first = if text(&line, "backend") == dead.to_string() { other } else { dead };
     assert_eq!((&line["retries"], text(&line, "error")), (&json!(1), "connection refused"), "{line}");
@@ -145,13 +147,13 @@ async fn a_failed_session_names_its_error_and_a_retried_one_the_backends_that_fa
 }
 
 #[tokio::test]
-async fn a_session_that_a_side_reset_names_what_broke_it_and_one_that_ended_well_names_nothing() {
+async fn a_session_that_was_reset_has_an_error_in_its_line_and_one_that_ended_well_has_none() {
     let (resets, good) = (Backend::start(reset_after_a_byte).await, Backend::named("good").await);
     let pool = |backend: &Backend| {
         Proxy::web("", &format!("backends: {{\"{}\": 1}}, outlier: off", backend.address))
     };
     let proxy = pool(&resets);
-    session(proxy.address()).await;
+    any_session(proxy.address()).await;
     let line = access_line(&proxy, 0).await;
     assert_eq!(
         (text(&line, "close_reason"), text(&line, "error")),
@@ -207,7 +209,10 @@ async fn weights_get_says_from_how_many_proxies_a_backend_gets_no_sessions_and_w
     line_becomes(&desk, dead, "no sessions from 1 of 2 proxies: unhealthy (connection refused)").await;
     line_becomes(&desk, "nowhere.invalid:80", "no sessions from 2 of 2 proxies: name not resolved").await;
     let line = line_of(&desk, "10.0.0.1:80").await;
-    assert!(line.contains(" 0  ") && !line.contains("no sessions"), "a weight of 0 says it: {line}");
+    assert!(
+        line.contains(" 0  ") && !line.contains("no sessions"),
+        "a weight of 0 needs no further reason: {line}"
+    );
 
     // A backend that fails the sessions of both proxies is ejected by both.
     for program in &programs {
@@ -217,14 +222,14 @@ async fn weights_get_says_from_how_many_proxies_a_backend_gets_no_sessions_and_w
     let addresses = [programs[0].address().await, programs[1].address().await];
     eventually(ejected, || async {
         for address in addresses {
-            session(address).await;
+            any_session(address).await;
         }
         line_of(&desk, &of_resets).await.ends_with(ejected)
     })
     .await;
     assert!(line_of(&desk, &of_good).await.ends_with('%'), "it gets sessions");
 
-    // A state is told once, with what else there is.
+    // The admin state is shown once, beside the other reason.
     desk.done(&format!("drain web {of_resets}")).await;
     line_becomes(&desk, &of_resets, &format!("0.0 %  drain  {ejected}")).await;
     let get = desk.json("get web").await;
@@ -232,12 +237,13 @@ async fn weights_get_says_from_how_many_proxies_a_backend_gets_no_sessions_and_w
         let members = get["members"].as_array().expect("a list");
         members.iter().find(|member| member["member"] == name).expect("a member").clone()
     };
-    let unresolved = json!({"proxies": 2, "of": 2, "answers": [{"proxies": 2, "reasons": [{"reason": "unresolved", "error": null}]}]});
+    let reasons = json!([{"reason": "unresolved", "error": null}]);
+    let unresolved = json!({"proxies": 2, "of": 2, "answers": [{"proxies": 2, "reasons": reasons}]});
     assert_eq!(member("nowhere.invalid:80")["unusable"], unresolved);
     assert_eq!(member(&of_good).get("unusable"), None);
     assert_eq!(get["reported"], json!({"proxies": 2, "not_known_of": 0, "cut_short": 0, "fail_open": 0}));
 
-    // A report of an older proxy has no such part.
+    // The report of an older proxy does not say which backends get no sessions.
     let hash = get["hash"].as_str().expect("a text");
     let lease = format!("99999999999999 {hash}");
     desk.redis.run_words(&["HSET", "{servers}:applied", "old/1/0000", &lease]).await;
@@ -250,7 +256,7 @@ async fn weights_get_says_from_how_many_proxies_a_backend_gets_no_sessions_and_w
 }
 
 #[tokio::test]
-async fn weights_get_says_that_health_is_ignored() {
+async fn weights_get_says_when_a_proxy_ignores_health() {
     let desk = Desk::start().await;
     let (_guard, dead) = dead_address();
     desk.redis.run(&format!("ZADD servers 1 {dead}")).await;
@@ -260,5 +266,5 @@ async fn weights_get_says_that_health_is_ignored() {
         desk.done("get web").await.said.contains("health is ignored by 1 of 1 proxy (fail-open)")
     })
     .await;
-    assert!(line_of(&desk, dead).await.ends_with('%'), "it gets sessions all the same");
+    assert!(line_of(&desk, dead).await.ends_with('%'), "it gets sessions although it is unhealthy");
 }

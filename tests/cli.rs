@@ -1,4 +1,4 @@
-//! What a person types, what it answers, and its exit code, which scripts rely on.
+//! The command line: the answers to commands, and their exit codes, on which scripts rely.
 
 use std::fs;
 use std::net::{SocketAddr, TcpListener};
@@ -141,7 +141,7 @@ async fn version_and_help_are_answers_and_what_is_unknown_is_code_2() {
 }
 
 #[tokio::test]
-async fn an_answer_that_nobody_reads_fails_without_a_panic() {
+async fn a_closed_standard_output_is_a_failure_without_a_panic() {
     let folder = folder();
     let check = format!("check -c {}", config(&folder, VALID));
     for arguments in ["version", "--help", &check, "demo --no-redis --seconds 20"] {
@@ -201,13 +201,14 @@ async fn a_port_in_use_is_refused_with_listener_address_and_cure() {
 
 #[tokio::test]
 async fn a_port_that_this_user_may_not_bind_is_refused_with_its_cure() {
-    // A place that any user can read: the checkout may lie in somebody's home.
+    // A copy in a folder that every user can read: other users may have no right to read the checkout.
     let folder = folder();
     fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).expect("it is ours");
     let program = folder.path().join("statera");
     fs::copy(Program::path(), &program).expect("there is room");
     let path = config(&folder, &VALID.replace("127.0.0.1:0", "0.0.0.0:80"));
-    // A network of its own: there the ports below 1024 are as the kernel makes them, whatever a container changed.
+    // In a network namespace of its own the ports below 1024 are privileged, even if a container has changed
+    // that outside.
     let mut command = Command::new(require("unshare", "util-linux"));
     if rustix::process::geteuid().is_root() {
         command.args(["--net", "--"]).arg(require("setpriv", "util-linux"));
@@ -239,8 +240,8 @@ async fn hup_and_usr2_do_not_end_it_and_are_answered_in_the_log() {
     assert_eq!(program.wait().code(), Some(0));
 }
 
-/// `statera run` whose two outputs are kept apart: they are files `out` and `err` in the folder.
-fn run_apart(folder: &TempDir, yaml: &str) -> Server {
+/// Starts `statera run` with standard output and standard error in two files, `out` and `err` in the folder.
+fn run_with_split_output(folder: &TempDir, yaml: &str) -> Server {
     let path = config(folder, yaml);
     Server::start(|_| {
         let mut shell = Command::new("sh");
@@ -255,13 +256,13 @@ async fn the_log_is_json_lines_or_text_on_the_output_that_was_asked_for() {
     let backend = Backend::echo().await;
     for (format, to) in [("json", "stdout"), ("json", "stderr"), ("text", "stdout"), ("text", "stderr")] {
         let folder = folder();
-        // An unreachable Redis, for lines of more than one level.
+        // The unreachable Redis is there for log lines of more than one level.
         let yaml = format!(
             "{VALID}log: {{format: {format}, output: {to}, level: debug}}\n\
              redis: {{url: \"redis://127.0.0.1:1\"}}\nadmin: {{bind: \"127.0.0.1:0\"}}\n"
         );
         let mut program =
-            run_apart(&folder, &yaml.replace("127.0.0.1:9\"", &format!("{}\"", backend.address)));
+            run_with_split_output(&folder, &yaml.replace("127.0.0.1:9\"", &format!("{}\"", backend.address)));
         let read = |name: &str| fs::read_to_string(folder.path().join(name)).unwrap_or_default();
         let (used, unused) = if to == "stdout" { ("out", "err") } else { ("err", "out") };
         let entry = || -> Option<SocketAddr> {
@@ -277,7 +278,7 @@ async fn the_log_is_json_lines_or_text_on_the_output_that_was_asked_for() {
 
         assert_eq!(read(unused), "", "{format} {to}");
         let log = read(used);
-        assert!(log.ends_with('\n') && log.contains("stopped"), "the last lines are written, too: {log}");
+        assert!(log.ends_with('\n') && log.contains("stopped"), "the last lines are written too: {log}");
         for line in log.lines() {
             let json = serde_json::from_str::<serde_json::Value>(line);
             assert_eq!(json.is_ok_and(|json| json.is_object()), format == "json", "{format}: {line}");
@@ -290,7 +291,7 @@ async fn the_log_is_json_lines_or_text_on_the_output_that_was_asked_for() {
 }
 
 #[tokio::test]
-async fn a_level_and_access_false_leave_lines_out() {
+async fn log_level_error_and_access_false_leave_all_other_lines_out() {
     let backend = Backend::echo().await;
     let folder = folder();
     let taken = TcpListener::bind("127.0.0.1:0").expect("a free port");
@@ -298,7 +299,8 @@ async fn a_level_and_access_false_leave_lines_out() {
     drop(taken);
     let yaml =
         VALID.replace("127.0.0.1:0", &port.to_string()).replace("127.0.0.1:9", &backend.address.to_string());
-    let mut program = run_apart(&folder, &format!("{yaml}log: {{level: error, access: false}}\n"));
+    let mut program =
+        run_with_split_output(&folder, &format!("{yaml}log: {{level: error, access: false}}\n"));
     eventually("it accepts", || async { echo(port, b"ping").await.is_ok_and(|answer| answer == b"ping") })
         .await;
     program.signal(Signal::TERM);
@@ -323,7 +325,7 @@ impl Demo {
         }))
     }
 
-    /// The commands that it says to try.
+    /// The commands that it suggests.
     fn commands(&self) -> Vec<String> {
         let output = self.0.output();
         let lines = output.lines().filter_map(|line| {
@@ -334,7 +336,7 @@ impl Demo {
         lines.collect()
     }
 
-    /// The shares of each second, in percent, of those seconds that had sessions.
+    /// The shares in percent of each second that had sessions.
     fn shares(&self) -> Vec<[f64; 3]> {
         let output = self.0.output();
         let whole = output.rfind('\n').map_or("", |end| &output[..end]);
@@ -348,10 +350,10 @@ impl Demo {
     }
 
     async fn shows_shares(&self) {
-        eventually("it shows shares", || async { !self.shares().is_empty() }).await;
+        eventually("the demo shows shares", || async { !self.shares().is_empty() }).await;
     }
 
-    /// The process of its redis-server.
+    /// The pid of its redis-server.
     fn redis_pid(&self) -> Option<u32> {
         let parent = format!(" {} ", self.0.pid());
         let processes = fs::read_dir("/proc").expect("Linux");
@@ -371,16 +373,17 @@ fn is_gone(pid: u32) -> bool {
     !stat.contains("(redis-server")
 }
 
+/// Checks that the shares of each second add up to 100 %.
 fn assert_whole(shares: &[[f64; 3]]) {
     assert!(!shares.is_empty());
     for shares in shares {
-        // Each is rounded to a tenth.
+        // Each share is rounded to a tenth.
         assert!((shares.iter().sum::<f64>() - 100.0).abs() < 0.2, "{shares:?}");
     }
 }
 
 #[tokio::test]
-async fn the_demo_shows_shares_that_follow_the_command_it_says_to_try() {
+async fn the_demo_shows_shares_that_follow_the_commands_it_suggests() {
     let cli = require("redis-cli", "redis-tools");
     require("redis-server", "redis-server");
     let mut demo = Demo::start(&["--seconds", "60"], None);
@@ -428,7 +431,7 @@ async fn the_demos_redis_ends_with_it_however_it_ends() {
     require("redis-server", "redis-server");
     for signal in [None, Some(Signal::INT), Some(Signal::TERM)] {
         let mut demo = Demo::start(&["--seconds", if signal.is_some() { "60" } else { "3" }], None);
-        // As early as can be: a person who looks at the first line and types Ctrl-C.
+        // As early as possible, as when a user types Ctrl-C at the first line.
         eventually("it runs a redis-server", || async { demo.redis_pid().is_some() }).await;
         let redis = demo.redis_pid().expect("it was there");
         if let Some(signal) = signal {
@@ -488,7 +491,7 @@ fn the_readme_opens_with_the_two_commands_and_stays_short() {
 }
 
 #[tokio::test]
-async fn warnings_are_told_by_check_and_at_the_start_and_refuse_nothing() {
+async fn warnings_are_printed_by_check_and_logged_at_the_start_and_refuse_nothing() {
     let folder = folder();
     let path =
         config(&folder, &VALID.replace("pools: {", "pools: {spare: {backends: {\"127.0.0.1:9\": 1}}, "));

@@ -1,5 +1,5 @@
-//! Clients that go away before they have a backend: their sessions end at once, and cost no backend anything from then on. Those
-//! that only ended their half are served.
+//! Clients that leave before they have a backend: their sessions end at once, and use no backend from then
+//! on. Clients that only ended their half of the connection are served.
 
 use std::net::SocketAddr;
 
@@ -13,17 +13,17 @@ use crate::support::{
     Backend, Link, Passing, Program, Proxy, Redis, echo, eventually, greeting, silent_address, soon,
 };
 
-/// Longer than any test waits: a session that ends before has ended because its client went away.
+/// Timeouts longer than any test waits: a session that ends earlier has ended because its client left.
 const PATIENT: &str = "connect: {timeout: 5m, deadline: 10m, attempts: 3}";
-/// Of the backend that is tried first: the other one is picked first in one of a billion sessions.
+/// The weight of the backend that is tried first: one session in a billion picks the other one first.
 const FIRST: &str = "1e9";
 const BANNER: &str = "220 ready";
 
-/// Speaks first, then sends back what it gets.
-async fn speaks_first() -> Backend {
+/// A backend that sends a banner first, and then sends back the bytes it gets.
+async fn backend_that_speaks_first() -> Backend {
     Backend::start(|mut stream| async move {
         let (mut reader, mut writer) = stream.split();
-        // A client that is reset is a scenario's business.
+        // A scenario may reset the client, which fails the write or the copy.
         if writer.write_all(BANNER.as_bytes()).await.is_ok() {
             let _ = tokio::io::copy(&mut reader, &mut writer).await;
         }
@@ -47,7 +47,8 @@ fn reason_is(line: &Value, reason: &str) -> bool {
     line["close_reason"] == reason
 }
 
-/// Waits for so many sessions that ended for their client's going; all that there are.
+/// Waits for the lines of `count` sessions whose client left while they had no backend. There must not be
+/// more.
 async fn left(count: usize, lines: impl Fn() -> Vec<Value>) -> Vec<Value> {
     let left =
         || -> Vec<Value> { lines().into_iter().filter(|line| reason_is(line, "connect_left")).collect() };
@@ -66,10 +67,10 @@ fn program(backend: &Backend, more: &str) -> Program {
     ))
 }
 
-/// Begins the sessions of `clients` in one moment: they are all in the listener's queue by then.
+/// Stops the program while `clients` connect, so that it finds all of them in its accept queue at once.
 async fn all_at_once(program: &Program, clients: impl Future<Output = ()>) {
     program.signal(Signal::STOP);
-    eventually("it stands still", || async { program.is_stopped() }).await;
+    eventually("the program is stopped", || async { program.is_stopped() }).await;
     clients.await;
     program.signal(Signal::CONT);
 }
@@ -83,7 +84,7 @@ async fn clients_that_are_reset_while_their_backend_does_not_answer_try_no_other
     let mut clients = Vec::new();
     for number in 0..CLIENTS {
         let mut client = connected(proxy.address()).await;
-        // What it has sent is of no use to a backend that would only learn that it is gone.
+        // Bytes that a client has sent must not keep its session alive.
         if number % 2 == 0 {
             client.write_all(b"request").await.expect("room");
         }
@@ -166,7 +167,7 @@ async fn a_client_that_is_reset_while_its_session_waits_for_a_descriptor_ends_it
     assert_eq!(echo(address, b"ping").await.expect("an answer"), b"ping");
     let finished = |line: &Value| reason_is(line, "finished");
     eventually("that session is over", || async { program.lines().iter().any(finished) }).await;
-    // Enough to accept a client, not enough to reach a backend for it.
+    // Enough to accept a client, not enough to connect to a backend for it.
     program.leave_descriptors(1);
     let open = program.descriptors().len();
     let client = connected(address).await;
@@ -201,11 +202,11 @@ async fn clients_that_were_reset_before_they_are_accepted_cost_no_pick_and_no_ba
     assert_eq!(echo(address, b"ping").await.expect("an answer"), b"ping");
 }
 
-/// Also where the backend speaks first, and a client waits for that, or has ended its half by `shutdown` without a byte.
+/// The backend speaks first. Some clients only wait for its banner, and some end their half without a byte.
 #[tokio::test]
-async fn in_a_flood_of_resets_all_other_clients_are_served_and_they_alone() {
+async fn in_a_flood_of_resets_all_other_clients_are_served_and_only_they_reach_the_backend() {
     const EACH: usize = 20;
-    let backend = speaks_first().await;
+    let backend = backend_that_speaks_first().await;
     let program = program(&backend, "");
     let address = program.address().await;
     let mut answers = JoinSet::new();
@@ -239,10 +240,10 @@ async fn in_a_flood_of_resets_all_other_clients_are_served_and_they_alone() {
     assert_eq!(backend.accepted(), 3 * EACH as u64);
 }
 
-/// It waits for the second backend, as it cannot know that the client wants no more.
+/// The session goes on to the second backend: an ended half does not mean that the client has left.
 #[tokio::test]
 async fn a_client_that_only_ended_its_half_is_served_by_the_next_backend_that_answers() {
-    let ((_guard, silent), other) = (silent_address().await, speaks_first().await);
+    let ((_guard, silent), other) = (silent_address().await, backend_that_speaks_first().await);
     let pool = format!(
         "backends: {{\"{silent}\": {FIRST}, \"{}\": 1}}, connect: {{timeout: 300ms, deadline: 20s}}, \
          outlier: off",
@@ -254,5 +255,5 @@ async fn a_client_that_only_ended_its_half_is_served_by_the_next_backend_that_an
         assert_eq!(String::from_utf8(answer).expect("text"), format!("{BANNER}{request}"));
     }
     let served = || proxy.access_lines().into_iter().filter(|line| line["retries"] == 1).count();
-    eventually("both had been tried elsewhere", || async { served() == 2 }).await;
+    eventually("both sessions tried the silent backend first", || async { served() == 2 }).await;
 }

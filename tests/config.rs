@@ -1,7 +1,7 @@
-//! What is taken as a config, what is refused, and the exact words of each refusal.
+//! Which configs are accepted, which are refused, and the exact words of each refusal.
 //!
-//! `tests/configs/valid/*.yaml` must load. Each `tests/configs/invalid/NAME.yaml` must be refused with the lines of
-//! `NAME.expected`; to accept new words on purpose, run with `STATERA_ACCEPT=1` and read the diff.
+//! `tests/configs/valid/*.yaml` must load. Each `tests/configs/invalid/NAME.yaml` must be refused with the
+//! lines of `NAME.expected`; to accept new words, run with `STATERA_ACCEPT=1` and read the diff.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -24,7 +24,7 @@ fn yaml_files(folder: &Path) -> Vec<PathBuf> {
     files
 }
 
-/// The only variables that the configs of the tests see.
+/// The environment variables that the configs of the tests can use.
 fn environment(name: &str) -> Option<String> {
     let value = match name {
         "HOST" => "10.0.0.1",
@@ -43,7 +43,7 @@ fn load(text: &str) -> Result<Config, LoadError> {
 }
 
 fn refusal(text: &str) -> String {
-    load(text).expect_err("this config was taken").to_string()
+    load(text).expect_err("this config was accepted").to_string()
 }
 
 #[test]
@@ -92,7 +92,7 @@ fn the_shipped_example_loads() {
 }
 
 #[test]
-fn what_is_left_out_takes_the_defaults_of_the_contract() {
+fn keys_that_are_left_out_have_the_defaults_of_the_contract() {
     let config = load(&fs::read_to_string(folder("valid/minimal.yaml")).unwrap()).unwrap();
     let pool = &config.pools[0];
     assert!(config.redis.is_none() && config.admin.is_none() && config.state_dir.is_none());
@@ -155,8 +155,8 @@ fn a_file_that_cannot_be_read_is_named_with_its_cure() {
 
 #[test]
 fn two_hundred_thousand_brackets_are_refused_before_they_are_parsed() {
-    // The message is the guard's. The parser, which looks at every open bracket again for each token, has another one, and
-    // takes 5.7 s to come to it.
+    // This message comes from the check before the parser. The parser looks at every open bracket again for
+    // each token: it would take 5.7 s, and give another message.
     for bracket in ["[", "{", "[\n", "{a: "] {
         let message = refusal(&format!("pools:\n{}", bracket.repeat(200_000)));
         assert!(message.ends_with("more than 300 brackets are open: close them"), "{message}");
@@ -165,7 +165,7 @@ fn two_hundred_thousand_brackets_are_refused_before_they_are_parsed() {
 }
 
 #[test]
-fn nesting_and_aliases_that_would_eat_the_machine_are_refused() {
+fn nesting_and_aliases_that_would_use_up_the_memory_are_refused() {
     let deep = refusal(&"- ".repeat(100_000));
     assert!(deep.starts_with("not valid YAML: "), "{deep}");
     // 5,000 aliases of a list with 5,000 items: 25 million values in 35 kB.
@@ -192,7 +192,7 @@ fn a_thousand_problems_are_counted_and_fifty_are_listed() {
     assert!(message.ends_with("\nand 1950 more: correct these first"), "{message}");
 }
 
-/// Each line that a message names costs one more parse of the file: 18 s for all that this message could name.
+/// Each line number in a message takes one more parse of the file: 18 s if this message had all of them.
 #[test]
 fn the_largest_file_is_parsed_again_for_twenty_lines_at_the_most() {
     let message = refusal(&"a:\n".repeat(1024 * 1024 / 3));
@@ -274,7 +274,7 @@ proptest! {
         let _ = load(&pieces.concat()).map_err(|error| error.to_string());
     }
 
-    /// Every cut and every changed byte of a good config, so that the deep readers are reached.
+    /// Cuts and insertions in a good config, which reach the code behind the parser.
     #[test]
     fn no_damage_to_a_valid_config_makes_the_reader_panic(
         at in 0..2_000usize, cut in 0..20usize, piece in prop::sample::select(PIECES)
@@ -291,13 +291,13 @@ proptest! {
     }
 }
 
-/// As `statera check` prints them.
+/// The warnings as `statera check` prints them.
 fn warnings(config: &Config) -> String {
     config.warnings.first.iter().map(|warning| format!("{warning}\n")).collect()
 }
 
 #[test]
-fn what_is_valid_and_cannot_be_meant_is_warned_of_in_the_expected_words() {
+fn valid_settings_that_are_most_likely_mistakes_are_warned_of_in_the_expected_words() {
     let mut differences = String::new();
     for path in yaml_files(&folder("warned")) {
         let found = warnings(&load(&fs::read_to_string(&path).unwrap()).unwrap());
@@ -314,7 +314,7 @@ fn what_is_valid_and_cannot_be_meant_is_warned_of_in_the_expected_words() {
     assert!(differences.is_empty(), "{differences}");
 }
 
-/// A false alarm teaches people to read over all of them.
+/// Warnings without a reason would teach users to ignore all of them.
 #[test]
 fn the_shipped_example_and_the_examples_of_the_docs_give_no_warning() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -351,7 +351,8 @@ fn many_warnings_are_counted_and_the_first_are_listed() {
     let pools: String =
         (0..200).map(|n| format!("  unused{n}: {{backends: {{'10.0.0.1:80': 1}}}}\n")).collect();
     let config = load(&format!(
-        "listeners: {{a: {{bind: '127.0.0.1:0', pool: a}}}}\npools:\n  a: {{backends: {{'10.0.0.1:80': 1}}}}\n{pools}"
+        "listeners: {{a: {{bind: '127.0.0.1:0', pool: a}}}}\n\
+         pools:\n  a: {{backends: {{'10.0.0.1:80': 1}}}}\n{pools}"
     ))
     .unwrap();
     assert_eq!((config.warnings.first.len(), config.warnings.more), (50, 150));

@@ -1,4 +1,4 @@
-//! `drain.timeout`: what becomes of the sessions of a backend that is on its way out.
+//! `drain.timeout`: the sessions of draining backends are closed after it.
 
 use std::array::from_fn;
 use std::time::Duration;
@@ -13,7 +13,8 @@ use crate::support::{Backend, Proxy, Redis, backend_series, eventually, soon};
 
 const TIMEOUT: Duration = Duration::from_secs(2);
 
-/// One worker, so that the log is in the order of the closes; a short half-close, so that the clock for silence is fine.
+/// A proxy with one worker, so that the session lines are in the order of the closes, and with a short
+/// half-close timeout, so that its clock for silent sessions has small steps.
 fn proxy(redis: &Redis) -> Proxy {
     Proxy::start(&format!(
         "workers: 1\nredis: {{url: \"{}\"}}\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
@@ -25,17 +26,17 @@ fn proxy(redis: &Redis) -> Proxy {
 async fn echoed(stream: &mut TcpStream) {
     let mut byte = [0];
     stream.write_all(b"x").await.expect("room");
-    soon("the echo", stream.read_exact(&mut byte)).await.expect("the session lives");
+    soon("the echo", stream.read_exact(&mut byte)).await.expect("the session is open");
 }
 
-/// A session that has moved a byte both ways.
+/// Opens a session and moves a byte in both directions.
 async fn session(proxy: &Proxy) -> TcpStream {
     let mut stream = TcpStream::connect(proxy.address()).await.expect("it listens");
     echoed(&mut stream).await;
     stream
 }
 
-/// What the client of a session that is cut sees, and when.
+/// Waits for the end of a session. Returns what its client read, and when.
 async fn end(stream: &mut TcpStream) -> (std::io::Result<usize>, Instant) {
     let mut bytes = [0; 16];
     let ended = soon("the session ends", stream.read(&mut bytes)).await;
@@ -46,7 +47,7 @@ async fn drained_lines(proxy: &Proxy, count: usize) -> Vec<Value> {
     proxy.lines_closed_by("drained", count).await
 }
 
-/// Sets the weights, removes who has none, and waits until the proxy has heard of it.
+/// Sets the weights, removes the backends without one, and waits until the proxy has the change.
 async fn set(redis: &Redis, proxy: &Proxy, weights: &[(&Backend, Option<f64>)]) {
     for (backend, weight) in weights {
         match weight {
@@ -65,7 +66,8 @@ async fn set(redis: &Redis, proxy: &Proxy, weights: &[(&Backend, Option<f64>)]) 
 }
 
 #[tokio::test]
-async fn sessions_of_a_removed_and_of_a_weightless_backend_are_closed_after_the_timeout_and_not_before() {
+async fn sessions_of_a_removed_backend_and_of_one_at_weight_zero_are_closed_after_the_timeout_and_not_before()
+{
     let redis = Redis::start().await;
     let [removed, weightless, stays] = [Backend::echo().await, Backend::echo().await, Backend::echo().await];
     let proxy = proxy(&redis);
@@ -90,7 +92,7 @@ async fn sessions_of_a_removed_and_of_a_weightless_backend_are_closed_after_the_
     echoed(&mut of_stays).await;
 }
 
-/// Puts a backend into a state, or makes it ready, and waits until the proxy has heard of it.
+/// Puts a backend into a state, or makes it ready, and waits until the proxy has the change.
 async fn put(redis: &Redis, proxy: &Proxy, backend: &Backend, state: &str) {
     let change = match state {
         "ready" => format!("HDEL {{servers}}:states {}", backend.address),
@@ -110,7 +112,7 @@ async fn sessions_in_drain_or_maint_are_closed_after_the_timeout_unless_their_ba
     let [drained, in_maint, back] = &backends;
     let proxy = proxy(&redis);
     set(&redis, &proxy, &[(drained, Some(1.0)), (in_maint, Some(1.0)), (back, Some(1.0))]).await;
-    // One at each, whoever comes first.
+    // Opens sessions until each backend has one.
     let mut sessions: [_; 3] = from_fn(|_| None);
     while let Some(missing) = sessions.iter().position(Option::is_none) {
         let before = backends[missing].accepted();
@@ -130,14 +132,14 @@ async fn sessions_in_drain_or_maint_are_closed_after_the_timeout_unless_their_ba
         assert_eq!(ended.expect("a clean end"), 0);
         assert!(at - left >= TIMEOUT, "{:?}", at - left);
     }
-    // As long again as the time in which a session is closed.
+    // Longer than a session needs to be closed after its timeout.
     sleep(Duration::from_secs(2)).await;
     echoed(&mut of_back).await;
     assert_eq!(drained_lines(&proxy, 2).await.len(), 2);
 }
 
 #[tokio::test]
-async fn a_weight_that_returns_stops_the_clock() {
+async fn sessions_of_a_backend_that_gets_weight_again_stay_open() {
     let redis = Redis::start().await;
     let (backend, other) = (Backend::echo().await, Backend::echo().await);
     let proxy = proxy(&redis);
@@ -149,7 +151,7 @@ async fn a_weight_that_returns_stops_the_clock() {
         sleep(TIMEOUT * 2 / 3).await;
         set(&redis, &proxy, &[(&backend, Some(back))]).await;
     }
-    // More than the timeout, and the time in which a session is closed then.
+    // Longer than the timeout and the time in which a session is closed after it.
     sleep(TIMEOUT + Duration::from_secs(2)).await;
     echoed(&mut session).await;
     set(&redis, &proxy, &[(&backend, None)]).await;
@@ -158,7 +160,8 @@ async fn a_weight_that_returns_stops_the_clock() {
     assert_eq!(drained_lines(&proxy, 1).await.len(), 1);
 }
 
-/// The busy ones are cut last, by a reset, since nobody knows what they still owe each other.
+/// Busy sessions are cut last, and by a reset: they are not complete, and a clean end would say that they
+/// are.
 #[tokio::test]
 async fn silent_sessions_are_closed_first_and_not_all_at_once() {
     const SILENT: usize = 60;
