@@ -1,4 +1,5 @@
-//! A session finds a backend that works, within its bounds: timeouts, attempts, the deadline, and whose fault it was.
+//! A session finds a backend that works, within its timeouts, attempts and deadline, and only a backend's
+//! own failures count against it.
 
 use std::io::ErrorKind;
 use std::net::SocketAddr;
@@ -12,7 +13,7 @@ use crate::support::{
     Backend, Proxy, backends, dead_address, echo, eventually, greeting, in_own_network, silent_address, soon,
 };
 
-/// The session lines, once there are `count`.
+/// Waits until there are `count` session lines, and returns them.
 async fn lines(proxy: &Proxy, count: usize) -> Vec<serde_json::Value> {
     eventually("all sessions are logged", || async { proxy.access_lines().len() >= count }).await;
     let lines = proxy.access_lines();
@@ -58,7 +59,7 @@ async fn sessions_pass_over_a_backend_that_does_not_answer() {
 }
 
 #[tokio::test]
-async fn clients_are_told_at_once_when_every_backend_refuses() {
+async fn clients_are_reset_at_once_when_every_backend_refuses() {
     let dead = [dead_address(), dead_address()];
     let proxy = Proxy::web("", &backends(&dead.each_ref().map(|(_, address)| *address)));
     let error = greeting(proxy.address()).await.expect_err("there is no backend");
@@ -82,8 +83,8 @@ async fn no_session_waits_longer_than_the_deadline() {
     assert_eq!(error.kind(), ErrorKind::ConnectionReset);
     let line = &lines(&proxy, 1).await[0];
     assert_eq!((&line["close_reason"], &line["term"]), (&"connect_timeout".into(), &"sC".into()));
-    // The first attempt has its 500 ms, the second what is left of 700 ms (on a slow machine nothing), and there is no
-    // third.
+    // The first attempt has 500 ms, the second the rest of the 700 ms (which may be none on a slow machine),
+    // and there is no third.
     let taken = line["connect_ms"].as_f64().expect("a number");
     assert!(taken >= 700.0, "{taken}");
     assert!(line["retries"].as_u64().expect("a number") <= 1, "{line}");
@@ -111,7 +112,7 @@ async fn no_more_backends_are_tried_than_attempts_allow_and_none_twice() {
 #[tokio::test]
 async fn a_missing_unix_socket_is_passed_over() {
     let (folder, alive) = (tempfile::TempDir::new().expect("a folder"), Backend::named("alive").await);
-    let path = folder.path().join("nobody.sock");
+    let path = folder.path().join("missing.sock");
     let pool = format!("backends: {{\"unix:{}\": 1, \"{}\": 1}}", path.display(), alive.address);
     let proxy = Proxy::web("", &pool);
     for _ in 0..20 {
@@ -120,9 +121,9 @@ async fn a_missing_unix_socket_is_passed_over() {
     assert_eq!(lines(&proxy, 20).await.len(), 20);
 }
 
-/// A client whose port the kernel does not choose: in these scenarios the ports of its choice are few.
+/// Connects a client from a given port: in these scenarios the kernel has few ports to choose from.
 ///
-/// `None`: it was reset before it knew that it was connected.
+/// Returns `None` if the client was reset before its handshake was over.
 async fn client(port: u16, proxy: SocketAddr) -> Option<TcpStream> {
     let socket = TcpSocket::new_v4().expect("a descriptor");
     socket.bind(SocketAddr::from(([127, 0, 0, 1], port))).expect("a free port");
@@ -131,13 +132,13 @@ async fn client(port: u16, proxy: SocketAddr) -> Option<TcpStream> {
         Err(error) if error.kind() == ErrorKind::ConnectionReset => return None,
         Err(error) => panic!("{error}"),
     };
-    // No port stays behind in TIME-WAIT.
+    // A close by reset leaves no port in TIME-WAIT.
     socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).expect("tcp");
     Some(stream)
 }
 
-/// In front of a port of the kernel's own choice where nothing listens, a proxy may be connected to itself: client
-/// and server of one and the same connection, which echoes whatever it is sent.
+/// The kernel can connect a socket to itself when it chooses the destination as the local port. Then a proxy
+/// is client and server of one connection, which sends back every byte.
 #[tokio::test]
 async fn a_proxy_never_takes_itself_for_a_backend() {
     let name = "failover::a_proxy_never_takes_itself_for_a_backend";
@@ -150,7 +151,7 @@ async fn a_proxy_never_takes_itself_for_a_backend() {
     );
     for port in 20_000..20_400 {
         let Some(mut client) = client(port, proxy.address()).await else { continue };
-        // The write may already find the connection reset; the read is then not told again.
+        // If the write already finds the connection reset, the read does not report the reset again.
         let sent = client.write_all(b"who is there?").await;
         let mut answer = Vec::new();
         let end = soon("the end", client.read_to_end(&mut answer)).await;
@@ -161,8 +162,8 @@ async fn a_proxy_never_takes_itself_for_a_backend() {
 }
 
 #[tokio::test]
-async fn want_of_local_ports_is_not_held_against_the_backend() {
-    let name = "failover::want_of_local_ports_is_not_held_against_the_backend";
+async fn a_lack_of_local_ports_does_not_count_against_the_backend() {
+    let name = "failover::a_lack_of_local_ports_does_not_count_against_the_backend";
     if !in_own_network(name, "echo '40000 40003' > /proc/sys/net/ipv4/ip_local_port_range") {
         return;
     }
@@ -195,21 +196,21 @@ async fn want_of_local_ports_is_not_held_against_the_backend() {
     assert_eq!(proxy.backend_metric("connect_failures_total", address), 0.0);
     assert_eq!(proxy.backend_metric("retries_total", address), 0.0);
 
-    // Those who have a port do not notice, and a port that is given back is used again.
+    // Sessions that have a port go on, and a port that becomes free is used again.
     for stream in &mut held {
         assert!(echoes(stream).await);
     }
     held.pop();
     let begun = Instant::now();
     for port in 20_010..20_060 {
-        assert!(begun.elapsed() < Duration::from_secs(20), "the port never comes back");
+        assert!(begun.elapsed() < Duration::from_secs(20), "the free port is not used again");
         let Some(mut stream) = client(port, proxy.address()).await else { continue };
         if echoes(&mut stream).await {
             assert_eq!(backend.accepted(), 5);
             return;
         }
     }
-    panic!("the port never comes back");
+    panic!("the free port is not used again");
 }
 
 #[tokio::test]
@@ -238,7 +239,8 @@ async fn no_session_fails_while_a_backend_restarts() {
     assert!(lines.iter().any(|line| line["retries"] == 1));
 }
 
-/// Retries must not follow the spread: each failure would take the same next point, and one backend all of them.
+/// Retries are picked at random. In the order of the round robin each failure would be followed by the same
+/// backend.
 #[tokio::test]
 async fn an_even_spread_stays_even_where_one_backend_refuses() {
     const SESSIONS: u64 = 1_200;
@@ -247,9 +249,10 @@ async fn an_even_spread_stays_even_where_one_backend_refuses() {
     let addresses: Vec<_> = living.iter().map(|backend| backend.address).chain([dead]).collect();
     let proxy = Proxy::web("", &format!("balance: weighted_round_robin, {}", backends(&addresses)));
     for _ in 0..SESSIONS {
-        greeting(proxy.address()).await.expect("another backend takes it");
+        greeting(proxy.address()).await.expect("another backend serves it");
     }
-    // A quarter exactly, and a third of the dead one's quarter at random: 300 + 100, give or take six sigma of 8.2.
+    // Exactly a quarter, and at random a third of the quarter of the dead one: 300 + 100, give or take six
+    // sigma of 8.2.
     for backend in &living {
         assert!(backend.accepted().abs_diff(400) <= 55, "{:?}", living.each_ref().map(Backend::accepted));
     }
@@ -268,7 +271,7 @@ async fn a_name_with_several_addresses_serves_while_one_of_them_answers() {
 }
 
 #[tokio::test]
-async fn a_unix_backend_whose_queue_is_full_is_waited_for() {
+async fn sessions_wait_for_a_unix_backend_whose_accept_queue_is_full() {
     let folder = tempfile::TempDir::new().expect("a folder");
     let path = folder.path().join("app.sock");
     let socket =
@@ -283,8 +286,8 @@ async fn a_unix_backend_whose_queue_is_full_is_waited_for() {
     );
     let address = proxy.address();
     let clients: Vec<_> = (0..30).map(|_| tokio::spawn(greeting(address))).collect();
-    // The queue is full before the first is accepted.
-    eventually("all clients are here", || async {
+    // The accept queue is full before the backend accepts the first client.
+    eventually("all clients are connected", || async {
         proxy.metric("statera_listener_connections_active{listener=\"web\"}") == Some(30.0)
     })
     .await;
@@ -299,10 +302,11 @@ async fn a_unix_backend_whose_queue_is_full_is_waited_for() {
     serving.abort();
 }
 
-/// Every destination has local ports of its own: where they are used up towards one backend, another is reached.
+/// The local ports are counted for each destination: when all are in use towards one backend, another can be
+/// reached.
 #[tokio::test]
-async fn want_of_local_ports_towards_one_backend_sends_sessions_to_another() {
-    let name = "failover::want_of_local_ports_towards_one_backend_sends_sessions_to_another";
+async fn a_lack_of_local_ports_towards_one_backend_sends_sessions_to_another() {
+    let name = "failover::a_lack_of_local_ports_towards_one_backend_sends_sessions_to_another";
     if !in_own_network(name, "echo '40000 40003' > /proc/sys/net/ipv4/ip_local_port_range") {
         return;
     }

@@ -1,6 +1,6 @@
-//! Redis breaks in every way that is known; traffic never notices.
+//! Redis fails in every known manner, and no session fails.
 //!
-//! Each scenario sends sessions through the whole fault, not one of which may fail, and sees the new weights afterwards.
+//! In each scenario sessions run during the whole fault, and afterwards the proxy gets the new weights.
 
 use std::time::Duration;
 
@@ -13,14 +13,17 @@ use crate::support::{
 
 const HEARTBEAT: Duration = Duration::from_millis(200);
 const RESPONSE: Duration = Duration::from_secs(1);
-/// For a busy machine: still far below what a missing deadline would cost.
+/// The delay that a busy machine may add. Without a deadline the wait would be far longer.
 const SLACK: Duration = Duration::from_secs(5);
-const HASTY: &str = "heartbeat_interval: 200ms, response_timeout: 1s, connect_timeout: 1s, max_stale: 800ms, poll_interval: 300ms, resync_interval: 1s";
-/// With deadlines that even a very busy machine keeps, where a reconnect would spoil what is shown.
-const PATIENT: &str = "heartbeat_interval: 200ms, response_timeout: 20s, connect_timeout: 20s, max_stale: 1m, resync_interval: 1s";
+const HASTY: &str = "heartbeat_interval: 200ms, response_timeout: 1s, connect_timeout: 1s, \
+    max_stale: 800ms, poll_interval: 300ms, resync_interval: 1s";
+/// Timeouts that even a very busy machine keeps, for scenarios in which no reconnect may happen.
+const PATIENT: &str = "heartbeat_interval: 200ms, response_timeout: 20s, connect_timeout: 20s, \
+    max_stale: 1m, resync_interval: 1s";
 
-/// A proxy that follows Redis through a link, two backends of which Redis knows the first, and traffic.
-struct Scene {
+/// A proxy that reads Redis through a link, traffic through it, and two backends. Redis has the old backend;
+/// the new one comes after the fault.
+struct Fixture {
     redis: Redis,
     link: Link,
     proxy: Proxy,
@@ -29,7 +32,7 @@ struct Scene {
     old: Backend,
 }
 
-impl Scene {
+impl Fixture {
     async fn start() -> Self {
         Self::with(HASTY, "").await
     }
@@ -55,8 +58,9 @@ impl Scene {
         self.proxy.metric("statera_redis_reconnects_total").expect("it is counted")
     }
 
-    /// The metric says in time that Redis is away, and then picks come from the last snapshot.
-    async fn notices(&self) {
+    /// Checks that the metric reports Redis as away within the deadlines. Then picks come from the last
+    /// snapshot.
+    async fn notices_the_fault(&self) {
         let broken = Instant::now();
         eventually("the metric says that redis is away", || async { !self.is_connected() }).await;
         let took = broken.elapsed();
@@ -68,7 +72,7 @@ impl Scene {
         .await;
     }
 
-    /// The new weights arrive. Ends the traffic: no session has failed.
+    /// Checks that the new weights arrive, and ends the traffic: no session may have failed.
     async fn recovers(self) -> Outcome {
         let fresh = self.proxy.picks("snapshot");
         eventually("the new weights arrive", || async {
@@ -80,7 +84,8 @@ impl Scene {
             self.proxy.picks("snapshot") > fresh + 20.0
         })
         .await;
-        // Sessions that were picked before the change may still be on their way; these were not.
+        // Sessions that picked before the change may still connect to the old backend. They are over after
+        // 20 more.
         self.traffic.more(20).await;
         let old = self.old.accepted();
         self.traffic.more(50).await;
@@ -94,88 +99,88 @@ impl Scene {
 
 #[tokio::test]
 async fn traffic_goes_on_while_redis_is_killed_and_comes_back_empty() {
-    let mut scene = Scene::start().await;
-    scene.redis.kill();
-    scene.notices().await;
-    scene.redis.launch().await;
-    eventually("redis is connected", || async { scene.is_connected() }).await;
-    // It is empty now, which by default changes nothing.
-    scene.traffic.more(50).await;
-    assert_eq!(scene.proxy.weights(), [(scene.old.address.to_string(), 1.0)]);
-    scene.redis.run("CONFIG SET notify-keyspace-events KA").await;
-    scene.redis.set_weights([(&scene.new, 1.0)]).await;
-    scene.recovers().await;
+    let mut fixture = Fixture::start().await;
+    fixture.redis.kill();
+    fixture.notices_the_fault().await;
+    fixture.redis.launch().await;
+    eventually("redis is connected", || async { fixture.is_connected() }).await;
+    // Redis is empty now. By default the proxy keeps the last table.
+    fixture.traffic.more(50).await;
+    assert_eq!(fixture.proxy.weights(), [(fixture.old.address.to_string(), 1.0)]);
+    fixture.redis.run("CONFIG SET notify-keyspace-events KA").await;
+    fixture.redis.set_weights([(&fixture.new, 1.0)]).await;
+    fixture.recovers().await;
 }
 
 #[tokio::test]
-async fn traffic_goes_on_while_redis_is_frozen_and_nobody_waits_for_it() {
-    // A session that asks a frozen Redis would take two seconds.
-    let scene = Scene::with(HASTY, "lua_pick: {timeout: 2s, max_in_flight: 2}").await;
-    scene.redis.freeze();
-    scene.notices().await;
-    let lines = scene.proxy.access_lines();
-    scene.redis.thaw();
-    scene.redis.set_weights([(&scene.new, 1.0)]).await;
-    let outcome = scene.recovers().await;
+async fn traffic_goes_on_while_redis_is_frozen_and_few_sessions_wait_for_it() {
+    // A session that asks the frozen Redis for a pick takes two seconds.
+    let fixture = Fixture::with(HASTY, "lua_pick: {timeout: 2s, max_in_flight: 2}").await;
+    fixture.redis.freeze();
+    fixture.notices_the_fault().await;
+    let lines = fixture.proxy.access_lines();
+    fixture.redis.thaw();
+    fixture.redis.set_weights([(&fixture.new, 1.0)]).await;
+    let outcome = fixture.recovers().await;
     assert!(outcome.median() < Duration::from_secs(1), "the median session took {:?}", outcome.median());
-    // At most max_in_flight at once, and only before the freeze was noticed.
+    // At most max_in_flight sessions wait at once, and only before the freeze is noticed.
     let waited = lines.iter().filter(|line| line["queue_ms"].as_f64().is_some_and(|ms| ms > 1_000.0)).count();
     assert!(lines.len() > 100 && waited <= 4, "{waited} of {} waited for their pick", lines.len());
 }
 
 #[tokio::test]
-async fn traffic_goes_on_while_redis_is_cut_off_and_what_was_written_meanwhile_is_caught_up_with() {
-    let scene = Scene::start().await;
-    scene.link.pass(Passing::Nothing);
-    scene.redis.set_weights([(&scene.new, 1.0)]).await;
-    scene.notices().await;
-    assert_eq!(scene.proxy.weights(), [(scene.old.address.to_string(), 1.0)]);
-    scene.link.pass(Passing::All);
-    scene.recovers().await;
+async fn traffic_goes_on_while_redis_is_cut_off_and_the_weights_written_meanwhile_arrive_afterwards() {
+    let fixture = Fixture::start().await;
+    fixture.link.pass(Passing::Nothing);
+    fixture.redis.set_weights([(&fixture.new, 1.0)]).await;
+    fixture.notices_the_fault().await;
+    assert_eq!(fixture.proxy.weights(), [(fixture.old.address.to_string(), 1.0)]);
+    fixture.link.pass(Passing::All);
+    fixture.recovers().await;
 }
 
 #[tokio::test]
 async fn traffic_goes_on_while_every_connection_to_redis_is_reset() {
-    let scene = Scene::start().await;
-    scene.link.pass(Passing::Resets);
-    scene.redis.set_weights([(&scene.new, 1.0)]).await;
-    scene.notices().await;
-    scene.link.pass(Passing::All);
-    scene.recovers().await;
+    let fixture = Fixture::start().await;
+    fixture.link.pass(Passing::Resets);
+    fixture.redis.set_weights([(&fixture.new, 1.0)]).await;
+    fixture.notices_the_fault().await;
+    fixture.link.pass(Passing::All);
+    fixture.recovers().await;
 }
 
 #[tokio::test]
 async fn traffic_goes_on_while_clients_are_killed_and_a_change_in_that_moment_is_not_lost() {
-    let scene = Scene::start().await;
-    let mut connection = scene.redis.connection().await;
+    let fixture = Fixture::start().await;
+    let mut connection = fixture.redis.connection().await;
     for round in 1..=3 {
-        let reconnects = scene.reconnects();
+        let reconnects = fixture.reconnects();
         let mut both = redis::pipe();
         both.cmd("CLIENT").arg("KILL").arg("TYPE").arg("pubsub");
         both.cmd("CLIENT").arg("KILL").arg("TYPE").arg("normal").arg("SKIPME").arg("yes");
-        both.cmd("ZADD").arg("servers").arg(10 * round).arg(scene.old.address.to_string());
+        both.cmd("ZADD").arg("servers").arg(10 * round).arg(fixture.old.address.to_string());
         both.query_async::<()>(&mut connection).await.expect("killed");
         eventually("the change arrives", || async {
-            scene.proxy.weights() == [(scene.old.address.to_string(), f64::from(10 * round))]
+            fixture.proxy.weights() == [(fixture.old.address.to_string(), f64::from(10 * round))]
         })
         .await;
         eventually("it has connected again", || async {
-            scene.is_connected() && scene.reconnects() > reconnects
+            fixture.is_connected() && fixture.reconnects() > reconnects
         })
         .await;
     }
-    scene.redis.set_weights([(&scene.new, 1.0)]).await;
-    scene.recovers().await;
+    fixture.redis.set_weights([(&fixture.new, 1.0)]).await;
+    fixture.recovers().await;
 }
 
 #[tokio::test]
-async fn a_flush_that_tells_nobody_is_noticed_at_the_next_full_read() {
-    let Scene { redis, link: _link, proxy, traffic, new, old: _old } =
-        Scene::with(&format!("{PATIENT}, on_empty: refuse"), "").await;
-    // Without sessions from here on, because an emptied table refuses them.
+async fn a_flush_without_a_notification_is_noticed_at_the_next_full_read() {
+    let Fixture { redis, link: _link, proxy, traffic, new, old: _old } =
+        Fixture::with(&format!("{PATIENT}, on_empty: refuse"), "").await;
+    // The traffic ends here, because an empty table refuses sessions.
     traffic.stop().await;
     redis.run("FLUSHALL").await;
-    eventually("the emptiness arrives", || async { proxy.weights().is_empty() }).await;
+    eventually("the empty table arrives", || async { proxy.weights().is_empty() }).await;
     assert_eq!(proxy.metric("statera_redis_reconnects_total"), Some(0.0));
     redis.set_weights([(&new, 1.0)]).await;
     eventually("it serves again", || async {
@@ -186,34 +191,39 @@ async fn a_flush_that_tells_nobody_is_noticed_at_the_next_full_read() {
 
 #[tokio::test]
 async fn traffic_goes_on_when_redis_is_flushed() {
-    let scene = Scene::start().await;
-    let reads = || scene.proxy.metric("statera_redis_resyncs_total").expect("it is counted");
-    scene.redis.run("FLUSHALL").await;
+    let fixture = Fixture::start().await;
+    let reads = || fixture.proxy.metric("statera_redis_resyncs_total").expect("it is counted");
+    fixture.redis.run("FLUSHALL").await;
     let before = reads();
-    eventually("the emptiness is read", || async { reads() >= before + 2.0 }).await;
-    scene.traffic.more(50).await;
-    assert_eq!(scene.proxy.weights(), [(scene.old.address.to_string(), 1.0)]);
-    scene.redis.set_weights([(&scene.new, 1.0)]).await;
-    scene.recovers().await;
+    eventually("the empty table is read", || async { reads() >= before + 2.0 }).await;
+    fixture.traffic.more(50).await;
+    assert_eq!(fixture.proxy.weights(), [(fixture.old.address.to_string(), 1.0)]);
+    fixture.redis.set_weights([(&fixture.new, 1.0)]).await;
+    fixture.recovers().await;
 }
 
 #[tokio::test]
-async fn a_redis_that_is_slow_to_answer_is_followed_and_waited_for_by_nobody() {
-    let scene = Scene::with(PATIENT, "lua_pick: {timeout: 2500ms}").await;
-    scene.link.pass(Passing::Late(Duration::from_millis(500)));
-    scene.traffic.more(200).await;
-    scene.redis.set_weights([(&scene.new, 1.0)]).await;
-    let wanted = [(scene.new.address.to_string(), 1.0)];
-    eventually("the new weights arrive", || async { scene.proxy.weights() == wanted }).await;
-    assert_eq!(scene.reconnects(), 0.0, "slow is not away");
-    assert_eq!((scene.proxy.picks("lua"), scene.proxy.picks("stale")), (0.0, 0.0), "only the snapshot picks");
-    scene.recovers().await;
+async fn a_redis_that_is_slow_to_answer_is_followed_and_no_session_waits_for_it() {
+    let fixture = Fixture::with(PATIENT, "lua_pick: {timeout: 2500ms}").await;
+    fixture.link.pass(Passing::Late(Duration::from_millis(500)));
+    fixture.traffic.more(200).await;
+    fixture.redis.set_weights([(&fixture.new, 1.0)]).await;
+    let wanted = [(fixture.new.address.to_string(), 1.0)];
+    eventually("the new weights arrive", || async { fixture.proxy.weights() == wanted }).await;
+    assert_eq!(fixture.reconnects(), 0.0, "slow is not away");
+    assert_eq!(
+        (fixture.proxy.picks("lua"), fixture.proxy.picks("stale")),
+        (0.0, 0.0),
+        "only the snapshot picks"
+    );
+    fixture.recovers().await;
 }
 
 #[tokio::test]
-async fn a_redis_that_loads_its_data_is_waited_for_on_one_connection() {
+async fn while_redis_loads_its_data_the_proxy_waits_on_one_connection() {
     let (old, new) = (Backend::named("old").await, Backend::named("new").await);
-    // Two seconds for the keys below; the server answers LOADING between them, or, before Redis 7, nothing at all.
+    // Loading the keys below takes two seconds. Meanwhile the server answers LOADING, or, before Redis 7,
+    // nothing.
     let mut arguments = vec!["--notify-keyspace-events", "KA", "--key-load-delay", "400"];
     if !Redis::is_before_7() {
         arguments.extend(["--loading-process-events-interval-bytes", "1024"]);
@@ -239,7 +249,7 @@ async fn a_redis_that_loads_its_data_is_waited_for_on_one_connection() {
     traffic.more(50).await;
     redis.kill();
     redis.launch().await;
-    eventually("what was saved arrives", || async { proxy.weights() == [(new.address.to_string(), 1.0)] })
+    eventually("the saved table arrives", || async { proxy.weights() == [(new.address.to_string(), 1.0)] })
         .await;
     let reconnects = proxy.metric("statera_redis_reconnects_total").expect("it is counted");
     assert!((1.0..=5.0).contains(&reconnects), "{reconnects} connections for one restart");
@@ -247,27 +257,29 @@ async fn a_redis_that_loads_its_data_is_waited_for_on_one_connection() {
 }
 
 #[tokio::test]
-async fn a_web_server_in_redis_place_is_told_with_a_cure_while_the_configured_backends_serve() {
+async fn a_web_server_at_the_address_of_redis_is_logged_with_a_cure_while_the_configured_backends_serve() {
     let configured = Backend::named("configured").await;
     let web = Backend::start(|mut stream| async move {
         let mut request = [0; 1024];
         let _ = stream.read(&mut request).await;
         let page = "<html><body>400 Bad Request</body></html>";
         let answer = format!(
-            "HTTP/1.1 400 Bad Request\r\nServer: nginx\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{page}",
+            "HTTP/1.1 400 Bad Request\r\nServer: nginx\r\nContent-Length: {}\r\n\
+             Connection: close\r\n\r\n{page}",
             page.len()
         );
         let _ = stream.write_all(answer.as_bytes()).await;
     })
     .await;
     let program = Program::run(&format!(
-        "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\npools: {{web: {{backends: {{\"{}\": 1}}}}}}\n\
+        "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
+         pools: {{web: {{backends: {{\"{}\": 1}}}}}}\n\
          redis: {{url: \"redis://{}/0\"}}\n",
         configured.address, web.address
     ));
     let address = program.address().await;
     assert_eq!(greeting(address).await.expect("an answer"), "configured");
-    let told = || {
+    let logged = || {
         program
             .log()
             .lines()
@@ -275,12 +287,12 @@ async fn a_web_server_in_redis_place_is_told_with_a_cure_while_the_configured_ba
             .map(str::to_owned)
             .collect()
     };
-    eventually("it is told and tried again", || async {
-        let lines: Vec<String> = told();
+    eventually("it is logged and tried again", || async {
+        let lines: Vec<String> = logged();
         !lines.is_empty() && web.accepted() >= 6
     })
     .await;
-    let lines: Vec<String> = told();
+    let lines: Vec<String> = logged();
     assert!(
         lines[0].contains("what answers there does not speak redis's protocol: check its address"),
         "{}",

@@ -1,4 +1,5 @@
-//! Who has applied which weights: every proxy reports it under a lease, and `--wait` waits for all that are alive.
+//! The reports of proxies: each proxy reports under a lease which weights it has applied, and `--wait` waits
+//! for all live proxies.
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -11,16 +12,17 @@ const B: &str = "10.0.0.2:80";
 /// How many proxies have the table, and how many have not.
 async fn fleet(desk: &Desk) -> (usize, usize) {
     let get = desk.json("get web").await;
-    let count = |who: &str| get["applied"][who].as_array().map_or(0, Vec::len);
+    let count = |part: &str| get["applied"][part].as_array().map_or(0, Vec::len);
     (count("have"), count("have_not"))
 }
 
+/// Waits until so many proxies have the table, and so many have not.
 async fn fleet_becomes(desk: &Desk, why: &str, wanted: (usize, usize)) {
     eventually(why, || async { fleet(desk).await == wanted }).await;
 }
 
 #[tokio::test]
-async fn wait_returns_when_all_live_proxies_have_it_and_names_one_that_has_not() {
+async fn wait_returns_when_all_live_proxies_have_the_table_and_names_one_that_has_not() {
     let desk = Desk::start().await;
     desk.redis.run(&format!("ZADD servers 1 {A}")).await;
     let (first, second) = (Program::run(&desk.yaml("")), Program::run(&desk.yaml("")));
@@ -30,7 +32,7 @@ async fn wait_returns_when_all_live_proxies_have_it_and_names_one_that_has_not()
     assert!(set.said.ends_with("applied by 2 proxies\n"), "{set:?}");
 
     second.signal(Signal::STOP);
-    eventually("it stands still", || async { second.is_stopped() }).await;
+    eventually("the program is stopped", || async { second.is_stopped() }).await;
     let set = desk.weights(&format!("set web {A}=3 --wait=2s")).await;
     assert_eq!(set.code, Some(3), "{set:?}");
     assert!(
@@ -52,25 +54,25 @@ async fn wait_returns_when_all_live_proxies_have_it_and_names_one_that_has_not()
 }
 
 #[tokio::test]
-async fn a_proxy_that_ended_is_not_waited_for() {
+async fn wait_does_not_wait_for_a_proxy_that_ended() {
     let desk = Desk::start().await;
     desk.redis.run(&format!("ZADD servers 1 {A}")).await;
     let (_stays, mut goes) = (Program::run(&desk.yaml("")), Program::run(&desk.yaml("")));
     fleet_becomes(&desk, "both report", (2, 0)).await;
     goes.signal(Signal::TERM);
     assert_eq!(goes.wait().code(), Some(0));
-    assert_eq!(fleet(&desk).await, (1, 0), "it took its report back");
+    assert_eq!(fleet(&desk).await, (1, 0), "it removed its report");
 
-    // What a killed one leaves behind: a lease that ends, by the server's clock.
+    // A killed proxy leaves a report whose lease ends by the clock of the server.
     desk.redis.run_words(&["HSET", "{servers}:applied", "edge/1/dead", "1000 0123"]).await;
     let set = desk.weights(&format!("set web {A}=2 --wait=15s")).await;
     assert!(set.code == Some(0) && set.said.ends_with("applied by 1 proxy\n"), "{set:?}");
     desk.redis.run_words(&["HSET", "{servers}:applied", "edge/1/late", "99999999999999 0123"]).await;
     let set = desk.weights(&format!("set web {A}=3 --wait=1s")).await;
     assert!(set.code == Some(3) && set.errors.ends_with(": edge/1/late\n"), "{set:?}");
-    // Another one that starts cleans up, and leaves alone whose lease has not ended.
+    // A proxy that starts removes reports whose lease has ended, and no others.
     let _comes = Program::run(&desk.yaml(""));
-    eventually("the dead one's report is gone", || async {
+    eventually("the report of the dead proxy is removed", || async {
         desk.redis.run("HEXISTS {servers}:applied edge/1/dead").await == redis::Value::Int(0)
     })
     .await;
@@ -79,22 +81,23 @@ async fn a_proxy_that_ended_is_not_waited_for() {
     assert!(matches!(lease, redis::Value::Int(1..=15_000)), "the key ends with its last lease: {lease:?}");
 }
 
-/// Two proxies that report, the second of which stands still then.
-async fn one_that_reports_and_one_that_stands_still(desk: &Desk) -> [Program; 2] {
+/// Starts two proxies, waits until both report, and stops the second.
+async fn a_running_and_a_stopped_proxy(desk: &Desk) -> [Program; 2] {
     desk.redis.run(&format!("ZADD servers 1 {A}")).await;
     let programs = [Program::run(&desk.yaml("")), Program::run(&desk.yaml(""))];
     fleet_becomes(desk, "both report", (2, 0)).await;
     programs[1].signal(Signal::STOP);
-    eventually("it stands still", || async { programs[1].is_stopped() }).await;
+    eventually("the program is stopped", || async { programs[1].is_stopped() }).await;
     programs
 }
 
-/// It applied by the one that reports, and whether that is all cannot be known; once the other goes on, both have it.
-async fn waits_for_the_one_that_stands_still(desk: &Desk, second: &Program) {
+/// Checks that `--wait` does not take the report of the running proxy for the whole fleet. Once the stopped
+/// one runs again, both have the table.
+async fn waits_for_the_stopped_proxy(desk: &Desk, second: &Program) {
     let set = desk.weights(&format!("set web {A}=2 --wait=2s")).await;
     assert_eq!(set.code, Some(3), "{set:?}");
-    let why = "and 1 proxy has applied it, but Redis was away or has lost reports, or a proxy has just come back: \
-               it takes another ";
+    let why = "and 1 proxy has applied it, but Redis was away or has lost reports, or a proxy has just come \
+               back: it takes another ";
     assert!(set.errors.contains(why), "{set:?}");
     let get = desk.weights("get web").await;
     assert!(get.said.contains("applied by 1 proxy; more may be running: Redis was away"), "{get:?}");
@@ -104,27 +107,27 @@ async fn waits_for_the_one_that_stands_still(desk: &Desk, second: &Program) {
 }
 
 #[tokio::test]
-async fn after_redis_has_lost_all_wait_does_not_believe_the_first_that_are_back() {
+async fn after_redis_has_lost_all_data_wait_does_not_take_the_first_reports_for_all() {
     let mut desk = Desk::start().await;
-    let [_first, second] = one_that_reports_and_one_that_stands_still(&desk).await;
+    let [_first, second] = a_running_and_a_stopped_proxy(&desk).await;
     desk.redis.kill();
     desk.redis.launch().await;
-    waits_for_the_one_that_stands_still(&desk, &second).await;
+    waits_for_the_stopped_proxy(&desk, &second).await;
 }
 
 #[tokio::test]
-async fn after_the_reports_alone_are_lost_wait_does_not_believe_the_first_that_are_renewed() {
+async fn after_only_the_reports_are_lost_wait_does_not_take_the_first_renewed_ones_for_all() {
     let desk = Desk::start().await;
-    let [_first, second] = one_that_reports_and_one_that_stands_still(&desk).await;
+    let [_first, second] = a_running_and_a_stopped_proxy(&desk).await;
     desk.redis.run("DEL {servers}:applied").await;
-    waits_for_the_one_that_stands_still(&desk, &second).await;
+    waits_for_the_stopped_proxy(&desk, &second).await;
 }
 
 #[tokio::test]
-async fn after_proxies_have_come_back_to_old_reports_wait_does_not_believe_these() {
+async fn after_old_reports_are_restored_wait_does_not_take_them_for_all() {
     let desk = Desk::start().await;
-    let [_first, second] = one_that_reports_and_one_that_stands_still(&desk).await;
-    // As from a dump of a while ago.
+    let [_first, second] = a_running_and_a_stopped_proxy(&desk).await;
+    // Makes the reports look as if they were restored from an older dump.
     desk.redis.run(&format!("HDEL {{servers}}:applied {}", name_of(&desk, &second).await)).await;
     desk.redis.run("HSET {servers}:applied since 1000").await;
     desk.redis.run("CLIENT KILL TYPE normal SKIPME yes").await;
@@ -132,9 +135,10 @@ async fn after_proxies_have_come_back_to_old_reports_wait_does_not_believe_these
         desk.redis.run("HGET {servers}:applied since").await != redis::Value::BulkString(b"1000".to_vec())
     })
     .await;
-    waits_for_the_one_that_stands_still(&desk, &second).await;
+    waits_for_the_stopped_proxy(&desk, &second).await;
 }
 
+/// The name under which a program reports.
 async fn name_of(desk: &Desk, program: &Program) -> String {
     let get = desk.json("get web").await;
     let names = get["applied"]["have"].as_array().expect("a list");
@@ -147,7 +151,7 @@ async fn name_of(desk: &Desk, program: &Program) -> String {
 async fn a_report_that_should_have_been_renewed_is_not_taken_for_the_whole_fleet() {
     let desk = Desk::start().await;
     desk.redis.run(&format!("ZADD servers 1 {A}")).await;
-    // Of one that has the table, and was last heard of twelve seconds ago.
+    // The report of a proxy that has the table, and last renewed its report twelve seconds ago.
     let hash = desk.json("get web").await["hash"].as_str().expect("a text").to_owned();
     let redis::Value::Array(time) = desk.redis.run("TIME").await else { panic!("no time") };
     let seconds: u64 = redis::from_redis_value(time[0].clone()).expect("a number");
@@ -162,7 +166,7 @@ async fn a_report_that_should_have_been_renewed_is_not_taken_for_the_whole_fleet
 }
 
 #[tokio::test]
-async fn a_key_of_reports_that_holds_something_else_is_told_by_the_proxy_with_its_cure() {
+async fn a_proxy_logs_with_a_cure_that_the_key_of_reports_is_no_hash() {
     let desk = Desk::start().await;
     desk.redis.run("SET {servers}:applied x").await;
     let program = Program::run(&desk.yaml(""));
@@ -175,7 +179,7 @@ async fn a_key_of_reports_that_holds_something_else_is_told_by_the_proxy_with_it
 }
 
 #[tokio::test]
-async fn where_no_proxy_reports_wait_says_that_nothing_is_known() {
+async fn without_any_report_wait_says_that_no_proxy_reports() {
     let desk = Desk::start().await;
     let set = desk.weights(&format!("set web {A}=1 --wait=100ms")).await;
     assert_eq!(set.code, Some(3));
@@ -184,10 +188,13 @@ async fn where_no_proxy_reports_wait_says_that_nothing_is_known() {
 }
 
 #[tokio::test]
-async fn a_user_who_may_not_see_the_proxies_learns_the_right_and_that_the_change_is_made() {
+async fn a_user_without_the_right_to_read_reports_learns_which_right_and_that_the_change_is_made() {
     let desk = Desk::start().await;
     desk.redis
-        .run("ACL SETUSER bob on >geheim ~servers ~{servers}:* +hello +select +eval +@sortedset +@stream +get +set")
+        .run(
+            "ACL SETUSER bob on >geheim ~servers ~{servers}:* +hello +select +eval +@sortedset +@stream \
+             +get +set",
+        )
         .await;
     desk.write_config("username: bob, password: geheim,");
     let set = desk.weights(&format!("set web {A}=1 --wait --json")).await;
@@ -199,7 +206,7 @@ async fn a_user_who_may_not_see_the_proxies_learns_the_right_and_that_the_change
 }
 
 #[tokio::test]
-async fn a_proxy_that_may_not_write_says_so_once_and_follows_all_the_same() {
+async fn a_proxy_that_may_not_write_reports_logs_that_once_and_follows_the_weights_all_the_same() {
     let desk = Desk::start().await;
     desk.redis.run(&format!("ZADD servers 1 {A}")).await;
     desk.redis
@@ -217,7 +224,7 @@ async fn a_proxy_that_may_not_write_says_so_once_and_follows_all_the_same() {
     );
     let entry = program.address().await;
     desk.redis.run(&format!("ZADD servers 0 {A} 1 {}", backend.address)).await;
-    eventually("it follows", || async {
+    eventually("the new table arrives", || async {
         crate::support::greeting(entry).await.is_ok_and(|greeting| greeting == "found")
     })
     .await;
@@ -226,9 +233,9 @@ async fn a_proxy_that_may_not_write_says_so_once_and_follows_all_the_same() {
 }
 
 #[tokio::test]
-async fn the_history_and_the_proxies_name_one_table_by_one_hash() {
+async fn the_history_and_the_proxies_use_the_same_hash_for_a_table() {
     let desk = Desk::start().await;
-    // Ties, fractions, zeros, and what proxies leave out.
+    // Equal weights, fractions, zeros, and members that proxies leave out.
     desk.redis.run(&format!("ZADD servers 0.1 {A} 0.1 {B} -0 a:1 -5 b:1 inf c:1 1 no-port 1e300 d:1")).await;
     let _program = Program::run(&desk.yaml(""));
     fleet_becomes(&desk, "it reports", (1, 0)).await;

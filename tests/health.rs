@@ -1,4 +1,4 @@
-//! Health checks against backends that behave badly, the fail-open and the slow start.
+//! Health checks of backends that behave badly, fail-open and slow start.
 
 use std::net::SocketAddr;
 
@@ -9,8 +9,8 @@ use crate::support::{
     Backend, Program, Proxy, Redis, backend_series, backends, dead_address, eventually, greeting,
 };
 
-/// Says `greeting` and then what `then` does.
-async fn saying<F>(
+/// A backend that sends `greeting` and then runs `then`.
+async fn greets_and<F>(
     greeting: &'static str,
     then: impl Fn(TcpStream) -> F + Copy + Send + Sync + 'static,
 ) -> Backend
@@ -18,14 +18,14 @@ where
     F: Future<Output = ()> + Send + 'static,
 {
     Backend::start(move |mut stream| async move {
-        // The other side may have gone away.
+        // The client may have left.
         let _ = stream.write_all(greeting.as_bytes()).await;
         then(stream).await;
     })
     .await
 }
 
-/// Until the other side ends.
+/// Reads until the client ends.
 async fn wait_for_end(mut stream: TcpStream) {
     let mut end = [0; 64];
     while stream.read(&mut end).await.is_ok_and(|bytes| bytes > 0) {}
@@ -36,28 +36,28 @@ async fn megabytes(mut stream: TcpStream) {
 }
 
 async fn reset(stream: TcpStream) {
-    // Its handshake may be all that the other side wanted.
+    // The client may have closed already after the handshake.
     let _ = stream.set_zero_linger();
 }
 
 async fn nothing(_: TcpStream) {}
 
 #[tokio::test]
-async fn backends_that_behave_badly_are_told_apart_once_each_and_get_no_sessions() {
-    let good = saying("220 ready\r\n", nothing).await;
+async fn backends_that_behave_badly_are_logged_once_each_with_the_reason_and_get_no_sessions() {
+    let good = greets_and("220 ready\r\n", nothing).await;
     let bad = [
-        (saying("", wait_for_end).await, "no answer within 2s, expected \\\"220 \\\""),
+        (greets_and("", wait_for_end).await, "no answer within 2s, expected \\\"220 \\\""),
         (
-            saying("500 no\r\n", wait_for_end).await,
+            greets_and("500 no\r\n", wait_for_end).await,
             "no answer within 2s, expected \\\"220 \\\", got \\\"500 no\\\\r\\\\n\\\"",
         ),
         (
-            saying("", megabytes).await,
+            greets_and("", megabytes).await,
             "not among the first 65536 bytes of the answer: \\\"220 \\\", got \\\"xxxx",
         ),
-        (saying("", reset).await, "connection reset by peer)"),
+        (greets_and("", reset).await, "connection reset by peer)"),
         (
-            saying("22", nothing).await,
+            greets_and("22", nothing).await,
             "the connection was closed before the answer, expected \\\"220 \\\", got \\\"22\\\"",
         ),
     ];
@@ -77,13 +77,13 @@ async fn backends_that_behave_badly_are_told_apart_once_each_and_get_no_sessions
         };
         log.lines().filter(of_it).map(str::to_owned).collect()
     };
-    eventually("all are told", || async {
+    eventually("all are logged", || async {
         let log = program.log();
         addresses[..6].iter().all(|backend| !lines_of(&log, *backend).is_empty())
     })
     .await;
     let asked = bad[0].0.accepted();
-    eventually("they are asked again", || async { bad[0].0.accepted() >= asked + 2 }).await;
+    eventually("they are checked again", || async { bad[0].0.accepted() >= asked + 2 }).await;
     for _ in 0..50 {
         assert_eq!(greeting(address).await.expect("an answer"), "220 ready\r\n");
     }
@@ -100,7 +100,7 @@ async fn backends_that_behave_badly_are_told_apart_once_each_and_get_no_sessions
 }
 
 #[tokio::test]
-async fn a_backend_at_weight_zero_is_checked_and_has_no_sessions_when_it_gets_weight() {
+async fn a_dead_backend_is_found_at_weight_zero_and_gets_no_sessions_when_it_gets_weight() {
     let (redis, alive, (_guard, dead)) =
         (Redis::start().await, Backend::named("alive").await, dead_address());
     redis.run(&format!("ZADD servers 1 {} 0 {dead}", alive.address)).await;
@@ -121,7 +121,7 @@ async fn a_backend_at_weight_zero_is_checked_and_has_no_sessions_when_it_gets_we
 }
 
 #[tokio::test]
-async fn another_port_may_speak_for_the_backend() {
+async fn a_backend_can_be_checked_at_another_port() {
     let (backend, other) = (Backend::named("served").await, Backend::named("fine").await);
     let pool = |port: u16| {
         format!(
@@ -130,7 +130,7 @@ async fn another_port_may_speak_for_the_backend() {
         )
     };
     let proxy = Proxy::web("", &pool(other.address.port()));
-    eventually("it is checked there", || async { other.accepted() >= 3 }).await;
+    eventually("the other port is checked", || async { other.accepted() >= 3 }).await;
     assert_eq!((proxy.backend_metric("up", backend.address), backend.accepted()), (1.0, 0));
     let (_guard, dead) = dead_address();
     let proxy = Proxy::web("", &pool(dead.port()));
@@ -138,34 +138,35 @@ async fn another_port_may_speak_for_the_backend() {
 }
 
 #[tokio::test]
-async fn when_none_is_healthy_health_is_ignored_and_said_once_on_entry_and_on_exit() {
+async fn without_a_healthy_backend_health_is_ignored_which_is_logged_once_on_entry_and_once_on_exit() {
     let (first, second) = (Backend::named("first").await, Backend::named("second").await);
     let dead = dead_address();
-    // Both answer sessions, and their checks fail.
+    // Both backends serve sessions, but their checks fail.
     let program = Program::run(&format!(
         "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\npools: {{web: {{{}, \
-         health_check: {{interval: 50ms, port: {}}}}}}}\nlog: {{access: false}}\nadmin: {{bind: \"127.0.0.1:0\"}}\n",
+         health_check: {{interval: 50ms, port: {}}}}}}}\nlog: {{access: false}}\n\
+         admin: {{bind: \"127.0.0.1:0\"}}\n",
         backends(&[first.address, second.address]),
         dead.1.port()
     ));
     let address = program.address().await;
-    let said = |text: &str| program.log().matches(text).count();
-    eventually("it fails open", || async { said("health is ignored (fail-open)") == 1 }).await;
+    let logged = |text: &str| program.log().matches(text).count();
+    eventually("it fails open", || async { logged("health is ignored (fail-open)") == 1 }).await;
     for _ in 0..10 {
         greeting(address).await.expect("an answer");
     }
-    // Somebody answers for them now.
+    // Now a server at the checked port makes their checks pass.
     let (socket, answering) = dead;
     drop(socket);
     let _answers = Backend::start_at(answering, nothing).await;
-    eventually("health counts again", || async { said("health counts again") == 1 }).await;
-    // One that is healthy is enough for that; the other passes at a time of its own.
-    eventually("both pass", || async { said("backend healthy again after ") == 2 }).await;
-    assert_eq!((said("health is ignored (fail-open)"), said("health counts again")), (1, 1));
+    eventually("health counts again", || async { logged("health counts again") == 1 }).await;
+    // One healthy backend is enough for that. The other one passes at another moment.
+    eventually("both pass", || async { logged("backend healthy again after ") == 2 }).await;
+    assert_eq!((logged("health is ignored (fail-open)"), logged("health counts again")), (1, 1));
 }
 
 #[tokio::test]
-async fn below_its_percentage_of_healthy_weight_the_pool_fails_open_and_the_gauge_says_so() {
+async fn below_its_percentage_of_healthy_weight_the_pool_fails_open_and_the_gauge_shows_it() {
     let (redis, alive, (_guard, dead)) =
         (Redis::start().await, Backend::named("alive").await, dead_address());
     redis.run(&format!("ZADD servers 1 {} 1 {dead}", alive.address)).await;
@@ -174,7 +175,7 @@ async fn below_its_percentage_of_healthy_weight_the_pool_fails_open_and_the_gaug
         "weights_key: servers, outlier: off, fail_open_percent: 30, health_check: {interval: 50ms}",
     );
     let fails_open = || proxy.metric("statera_pool_fail_open{pool=\"web\"}");
-    eventually("the dead one is found", || async {
+    eventually("the dead backend is found", || async {
         proxy.weights().len() == 2 && proxy.backend_metric("effective_weight", dead) == 0.0
     })
     .await;
@@ -186,15 +187,18 @@ async fn below_its_percentage_of_healthy_weight_the_pool_fails_open_and_the_gaug
     eventually("a third is enough", || async { fails_open() == Some(0.0) }).await;
 }
 
-/// A pool on the brink: each change of a weight takes it over, and the log is for people.
+/// Each change of a weight takes this pool into fail-open or out of it. The log must not have a line for
+/// each.
 #[tokio::test]
-async fn a_pool_that_flips_writes_few_lines_and_its_gauge_follows() {
+async fn a_pool_that_fails_open_again_and_again_logs_few_lines_and_its_gauge_follows() {
     let (redis, alive, (_guard, dead)) =
         (Redis::start().await, Backend::named("alive").await, dead_address());
     redis.run(&format!("ZADD servers 1 {} 1 {dead}", alive.address)).await;
     let program = Program::run(&format!(
-        "workers: 1\nadmin: {{bind: \"127.0.0.1:0\"}}\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
-         pools:\n  web: {{weights_key: servers, outlier: off, fail_open_percent: 30, health_check: {{interval: 50ms}}}}\n\
+        "workers: 1\nadmin: {{bind: \"127.0.0.1:0\"}}\n\
+         listeners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
+         pools:\n  web: {{weights_key: servers, outlier: off, fail_open_percent: 30, \
+         health_check: {{interval: 50ms}}}}\n\
          redis: {{url: \"{}\"}}\n",
         redis.url()
     ));
@@ -213,7 +217,7 @@ async fn a_pool_that_flips_writes_few_lines_and_its_gauge_follows() {
 }
 
 #[tokio::test]
-async fn a_backend_that_joins_gets_its_share_little_by_little_and_the_first_table_at_once() {
+async fn a_backend_that_joins_gets_its_share_step_by_step_and_the_first_table_applies_at_once() {
     let redis = Redis::start().await;
     let (old, new) = (Backend::named("old").await, Backend::named("new").await);
     redis.set_weights([(&old, 100.0)]).await;
@@ -229,7 +233,7 @@ async fn a_backend_that_joins_gets_its_share_little_by_little_and_the_first_tabl
     let before = version();
     redis.run(&format!("ZADD servers 100 {}", new.address)).await;
     let mut seen = Vec::new();
-    eventually("it has its whole weight", || {
+    eventually("the backend has its full weight", || {
         let weight = effective(&new);
         seen.push(weight);
         async move { weight == 100.0 }
@@ -243,10 +247,11 @@ async fn a_backend_that_joins_gets_its_share_little_by_little_and_the_first_tabl
     let steps = version();
     assert!(steps - before < 30.0, "{}", steps - before);
     redis.run(&format!("ZADD servers 50 {}", new.address)).await;
-    eventually("a weight changes at once", || async { effective(&new) == 50.0 }).await;
+    eventually("a changed weight applies at once", || async { effective(&new) == 50.0 }).await;
 }
 
-/// Sessions that one after the other got `greeting`, one in a row to each backend: how many each has got.
+/// Runs sessions one after the other, all of which must be served by a good backend. Returns how many each
+/// has served.
 async fn sessions_of_each(proxy: &Proxy, good: &[Backend], sessions: u64) -> Vec<u64> {
     let before: Vec<u64> = good.iter().map(Backend::accepted).collect();
     for _ in 0..sessions {
@@ -255,7 +260,7 @@ async fn sessions_of_each(proxy: &Proxy, good: &[Backend], sessions: u64) -> Vec
     good.iter().zip(before).map(|(backend, before)| backend.accepted() - before).collect()
 }
 
-/// `ZADD`s one member after the other, each when the one before has arrived.
+/// Adds one member after the other, each when the proxy has the one before.
 async fn write_one_by_one(redis: &Redis, proxy: &Proxy, addresses: &[SocketAddr]) {
     for (n, address) in addresses.iter().enumerate() {
         redis.run(&format!("ZADD servers 100 {address}")).await;
@@ -268,10 +273,10 @@ async fn a_table_that_is_deleted_and_written_one_by_one_keeps_its_health_and_its
     let redis = Redis::start().await;
     let mut good = Vec::new();
     for _ in 0..7 {
-        good.push(saying("good", nothing).await);
+        good.push(greets_and("good", nothing).await);
     }
-    // Takes connections and says nothing.
-    let hanging = saying("", wait_for_end).await;
+    // Accepts connections and sends nothing.
+    let hanging = greets_and("", wait_for_end).await;
     let mut addresses: Vec<SocketAddr> = good.iter().map(|backend| backend.address).collect();
     addresses.insert(3, hanging.address);
     let checks = "health_check: {interval: 60s, timeout: 200ms, expect: good}, slow_start: 60s";
@@ -283,20 +288,20 @@ async fn a_table_that_is_deleted_and_written_one_by_one_keeps_its_health_and_its
         &format!("weights_key: servers, balance: weighted_round_robin, outlier: off, {checks}"),
     );
     let up = |backend: &Backend| proxy.metric(&backend_series("up", backend.address));
-    eventually("the checks find it out", || async { up(&hanging) == Some(0.0) }).await;
+    eventually("its checks fail", || async { up(&hanging) == Some(0.0) }).await;
     let checked = |backend: &Backend| backend.accepted();
     let sessions_before = checked(&hanging);
 
-    // Deleted for a while, too: an empty table that is refused means that all members have left.
+    // The table is also empty for a while, which means that all members have left.
     for _ in 0..2 {
         redis.run("DEL servers").await;
         write_one_by_one(&redis, &proxy, &addresses).await;
-        assert_eq!(up(&hanging), Some(0.0), "what was found out is remembered");
+        assert_eq!(up(&hanging), Some(0.0), "its health is remembered");
         let each = sessions_of_each(&proxy, &good, 70).await;
-        // The sequence strays 3.42 sessions from the shares at most, wherever it begins.
+        // A count deviates from the exact share by 3.42 sessions at most, wherever the sequence begins.
         assert!(each.iter().all(|sessions| (7..=13).contains(sessions)), "{each:?}");
     }
-    assert_eq!(checked(&hanging), sessions_before, "no session and no check went there");
+    assert_eq!(checked(&hanging), sessions_before, "the hanging backend got no session and no check");
 }
 
 #[tokio::test]
@@ -305,7 +310,7 @@ async fn a_first_table_that_is_written_one_by_one_has_even_shares() {
         let redis = Redis::start().await;
         let mut good = Vec::new();
         for _ in 0..4 {
-            good.push(saying("good", nothing).await);
+            good.push(greets_and("good", nothing).await);
         }
         let addresses: Vec<SocketAddr> = good.iter().map(|backend| backend.address).collect();
         let proxy = Proxy::web(
@@ -316,7 +321,7 @@ async fn a_first_table_that_is_written_one_by_one_has_even_shares() {
             let is_kept = proxy.metric("statera_pool_table_kept{pool=\"web\"}") == Some(1.0);
             is_kept || proxy.metric("statera_snapshot_age_seconds{pool=\"web\"}").is_some()
         };
-        eventually("redis has said that it holds nothing", || async { first_answer() }).await;
+        eventually("redis has answered that the table is empty", || async { first_answer() }).await;
         write_one_by_one(&redis, &proxy, &addresses).await;
         let each = sessions_of_each(&proxy, &good, 40).await;
         assert!(each.iter().all(|sessions| (7..=13).contains(sessions)), "{on_empty}: {each:?}");
@@ -325,7 +330,7 @@ async fn a_first_table_that_is_written_one_by_one_has_even_shares() {
 
 #[tokio::test]
 async fn a_backend_that_resets_its_sessions_is_ejected() {
-    let (good, bad) = (Backend::named("good").await, saying("", reset).await);
+    let (good, bad) = (Backend::named("good").await, greets_and("", reset).await);
     let pool = format!(
         "{}, balance: weighted_round_robin, outlier: {{consecutive_failures: 3, ejection: 1h}}",
         backends(&[good.address, bad.address])

@@ -1,4 +1,4 @@
-//! Accepting: on every kind of address, by all workers, and without harm where the descriptors run out.
+//! Listeners accept on every kind of address, by all workers, and also after descriptors were exhausted.
 
 use std::process::Command;
 use std::time::Duration;
@@ -49,16 +49,17 @@ async fn both_workers_get_sessions_of_every_listener() {
         let of_workers: Vec<_> =
             listener.expect("it is observed").counters.iter().map(|c| c.connections.get()).collect();
         assert_eq!((of_workers.len(), of_workers.iter().sum()), (2, 100));
-        // A fair coin gives one side less than 20 of 100 once in a billion runs.
+        // With an even chance a worker gets fewer than 20 of 100 once in a billion runs.
         assert!(of_workers.iter().all(|count| *count >= 20), "{name}: {of_workers:?}");
     }
 }
 
-/// The kernel's hash alone puts both of two on one worker every other time, and six or more of eight in 29 runs of 100.
+/// By the kernel's hash alone two sessions would be on one worker in every second run, and six or more of
+/// eight in 29 runs of 100.
 #[tokio::test]
 async fn few_long_sessions_are_shared_evenly() {
     let backend = Backend::echo().await;
-    // Half as many again as the least loaded one, at most.
+    // A worker may have half as many sessions more than the least loaded one.
     for (workers, few, at_most) in [(2, 2, 1), (2, 8, 5), (4, 4, 1), (4, 8, 2), (8, 8, 1)] {
         for _ in 0..10 {
             let proxy = Proxy::start(&format!(
@@ -89,7 +90,7 @@ async fn tcp_congestion_is_used_towards_clients_and_towards_backends() {
     assert_ne!(
         system.trim(),
         "reno",
-        "every kernel has reno; this scenario needs another one as the system's"
+        "every kernel has reno; this scenario needs a system that uses another one"
     );
     for (listener, pool, expected) in [("reno", "system", (true, false)), ("system", "reno", (false, true))] {
         let key = |name| if name == "system" { String::new() } else { format!(", tcp_congestion: {name}") };
@@ -103,13 +104,13 @@ async fn tcp_congestion_is_used_towards_clients_and_towards_backends() {
         let mut client = Peer::connect(proxy.address()).await;
         client.say(b"ping").await;
         client.hears(b"ping").await;
-        // The proxy's two sockets: from its own port, and to the backend's.
+        // The two sockets of the proxy: from its listener's port, and to the backend's port.
         let uses_reno = async |filter: String| {
             let mut ss = Command::new(require("ss", "iproute2"));
             ss.args(["-tinHO", "state", "established", &filter]);
-            let said = String::from_utf8(output(ss).await.stdout).expect("text");
-            assert_eq!(said.lines().count(), 1, "{filter}: {said}");
-            said.contains(" reno ")
+            let sockets = String::from_utf8(output(ss).await.stdout).expect("text");
+            assert_eq!(sockets.lines().count(), 1, "{filter}: {sockets}");
+            sockets.contains(" reno ")
         };
         let towards_client = uses_reno(format!("sport = :{}", proxy.address().port())).await;
         let towards_backend = uses_reno(format!("dport = :{}", backend.address.port())).await;
@@ -128,7 +129,7 @@ async fn echoing_program(backend: &Backend, deadline: &str) -> Program {
 }
 
 #[tokio::test]
-async fn without_descriptors_clients_wait_and_no_core_is_burnt() {
+async fn without_descriptors_clients_wait_and_the_workers_use_little_cpu() {
     const HELD: usize = 30;
     const WAITING: usize = 20;
     let backend = Backend::echo().await;
@@ -152,13 +153,13 @@ async fn without_descriptors_clients_wait_and_no_core_is_burnt() {
         let lines = program.lines();
         lines.iter().filter(|l| l["message"].as_str().is_some_and(|m| m.starts_with("cannot accept"))).count()
     };
-    eventually("it says that it cannot accept", || async { warnings() > 0 }).await;
+    eventually("the program logs that it cannot accept", || async { warnings() > 0 }).await;
 
     let before = program.cpu_time();
     sleep(Duration::from_secs(2)).await;
     let used = program.cpu_time() - before;
     assert!(used < Duration::from_millis(500), "{used:?} of CPU time in 2 s of waiting");
-    // Those who have descriptors do not notice.
+    // Sessions that have descriptors go on.
     for client in &mut held {
         client.say(b"pong").await;
         client.hears(b"pong").await;
@@ -168,32 +169,35 @@ async fn without_descriptors_clients_wait_and_no_core_is_burnt() {
         assert!(early.is_err(), "{early:?} while there is no descriptor");
     }
     drop(held);
-    // One that is accepted on the last descriptor waits for another to become free: none is turned away.
+    // A client accepted on the last descriptor waits until another one is free: no client is refused.
     for client in &mut waiting {
         client.hears(b"ping").await;
     }
     drop(waiting);
     program.says("accepting again").await;
-    // One for each worker that found clients waiting.
+    // One line for each worker that found clients waiting.
     assert!((1..=2).contains(&warnings()), "{}", program.log());
-    eventually("all is well again", || async { echo(address, b"ping").await.is_ok_and(|a| a == b"ping") })
-        .await;
+    eventually("new sessions are served", || async {
+        echo(address, b"ping").await.is_ok_and(|a| a == b"ping")
+    })
+    .await;
 }
 
 #[tokio::test]
-async fn an_outage_of_descriptors_that_comes_and_goes_is_one_line_and_not_a_flood() {
+async fn a_lack_of_descriptors_that_comes_and_goes_does_not_flood_the_log() {
     let backend = Backend::echo().await;
     let program = echoing_program(&backend, "100ms").await;
     let address = program.address().await;
     assert_eq!(echo(address, b"ping").await.expect("an answer"), b"ping");
     let is_session = |line: &serde_json::Value| line["close_reason"].is_string();
-    eventually("that session is over", || async { program.lines().iter().any(is_session) }).await;
-    // Enough to accept a client, not enough to reach a backend for it.
+    eventually("the first session is over", || async { program.lines().iter().any(is_session) }).await;
+    // Enough to accept a client, not enough to connect to a backend for it.
     program.leave_descriptors(1);
     for _ in 0..10 {
-        // Stopped meanwhile, it finds them all at once, and the first takes the last descriptor.
+        // The stopped program finds all clients at once when it goes on, and the first takes the last
+        // descriptor.
         program.signal(Signal::STOP);
-        eventually("it stands still", || async { program.is_stopped() }).await;
+        eventually("the program is stopped", || async { program.is_stopped() }).await;
         let mut clients = Vec::new();
         for _ in 0..5 {
             clients.push(Peer::connect(address).await);
@@ -208,7 +212,7 @@ async fn an_outage_of_descriptors_that_comes_and_goes_is_one_line_and_not_a_floo
     let is = |line: &serde_json::Value, begin| line["message"].as_str().is_some_and(|m| m.starts_with(begin));
     let cannot_accept = lines.iter().filter(|line| is(line, "cannot accept")).count();
     let cannot_connect = lines.iter().filter(|line| is(line, "nothing left on this machine")).count();
-    // Each worker may say each of the two once in ten seconds, and that it is over.
+    // Each worker may log each of the two once in ten seconds, and once that it accepts again.
     assert!(cannot_connect >= 1, "{}", program.log());
     assert!(cannot_accept <= 6 && cannot_connect <= 6, "{}", program.log());
     assert!(lines.iter().filter(|line| is(line, "accepting again")).count() <= 6, "{}", program.log());

@@ -1,4 +1,5 @@
-//! The Lua pick: the same distribution as the snapshot's, never a herd, and nobody waits for a Redis that does not answer.
+//! The Lua pick: it has the distribution of the snapshot, few sessions ask at once, and few wait for a Redis
+//! that does not answer.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -15,7 +16,7 @@ use crate::support::{
 };
 
 const SCRIPT: &str = include_str!("../src/redis/pick/pick.lua");
-/// As `src/redis/pick/lua_pick.rs` calls it.
+/// The arguments that `src/redis/pick/lua_pick.rs` passes to the script.
 const LARGEST_WHOLE: usize = 500;
 const HEAVIEST: usize = 100;
 const STATES: &str = "{t}:states";
@@ -23,7 +24,7 @@ const PICKS: usize = 10_000;
 
 type Members = Vec<(Vec<u8>, String)>;
 
-/// The script on a server of its own, called as Statera calls it.
+/// The script on its own server, called as Statera calls it.
 struct Script {
     _redis: Redis,
     connection: MultiplexedConnection,
@@ -55,7 +56,7 @@ impl Script {
         write.query_async::<()>(&mut self.connection).await.expect("written");
     }
 
-    /// Counts of members; the empty name counts the answers "nothing".
+    /// Runs picks and counts the members; the empty name counts answers without a member.
     async fn picks(&mut self, count: usize, tried: &[&str]) -> BTreeMap<String, u64> {
         let mut counts = BTreeMap::new();
         for _ in 0..count / 500 {
@@ -87,6 +88,7 @@ impl Script {
         counts
     }
 
+    /// Counts the members that 10,000 picks of a snapshot of this table give.
     fn snapshot_picks(&mut self, members: &Members, tried: &[&str]) -> BTreeMap<String, u64> {
         let decoded = members.iter().filter_map(|(member, score)| {
             let id: BackendId = std::str::from_utf8(member).ok()?.parse().ok()?;
@@ -109,7 +111,8 @@ impl Script {
         counts
     }
 
-    /// 10,000 picks of each, of one table, pass one chi-square test.
+    /// Checks by a chi-square test that 10,000 picks of the script and of the snapshot have one
+    /// distribution.
     async fn agrees_with_the_snapshot(&mut self, what: &str, members: &Members, tried: &[&str]) {
         self.write(members).await;
         let lua = self.picks(PICKS, tried).await;
@@ -120,8 +123,8 @@ impl Script {
     }
 }
 
-/// Pearson's test of homogeneity, at one in a million by the approximation of Wilson and Hilferty. Rare names are put
-/// into one cell.
+/// Pearson's test of homogeneity, with one false alarm in a million by the approximation of Wilson and
+/// Hilferty. Rare names share one cell. Returns the difference if the test finds one.
 fn differ(a: &BTreeMap<String, u64>, b: &BTreeMap<String, u64>) -> Option<String> {
     let mut cells: BTreeMap<&str, (f64, f64)> = BTreeMap::new();
     for name in a.keys().chain(b.keys()) {
@@ -135,7 +138,7 @@ fn differ(a: &BTreeMap<String, u64>, b: &BTreeMap<String, u64>) -> Option<String
     if rare.0 + rare.1 > 0.0 {
         cells.insert("\0rare", rare);
     }
-    // Both rows have the same sum, so each half is expected of every cell.
+    // Both rows have the same sum, so half of each cell is expected in either.
     let statistic: f64 = cells.values().map(|(x, y)| (x - y).powi(2) / (x + y)).sum();
     let freedom = (cells.len() - 1).max(1) as f64;
     let spread = 2.0 / (9.0 * freedom);
@@ -143,6 +146,7 @@ fn differ(a: &BTreeMap<String, u64>, b: &BTreeMap<String, u64>) -> Option<String
     (statistic > limit).then(|| format!("chi-square {statistic} > {limit} at {freedom} degrees of freedom"))
 }
 
+/// A table of generated addresses with these weights.
 fn members<'a>(weights: impl IntoIterator<Item = &'a str>) -> Members {
     let name = |i: usize| format!("10.0.{}.{}:80", i / 250, i % 250).into_bytes();
     weights.into_iter().enumerate().map(|(i, weight)| (name(i), weight.to_owned())).collect()
@@ -221,7 +225,7 @@ async fn lua_picks_what_the_snapshot_would_pick_from_large_tables_that_are_not_r
 }
 
 #[tokio::test]
-async fn lua_leaves_out_what_was_tried_and_keeps_the_proportions_of_the_rest() {
+async fn lua_leaves_out_backends_that_were_tried_and_keeps_the_proportions_of_the_rest() {
     let mut script = Script::start().await;
     let small = members(["8", "4", "2", "1"]);
     script.agrees_with_the_snapshot("the heaviest was tried", &small, &["10.0.0.0:80"]).await;
@@ -237,19 +241,19 @@ async fn lua_leaves_out_what_was_tried_and_keeps_the_proportions_of_the_rest() {
 }
 
 #[tokio::test]
-async fn lua_leaves_out_who_is_in_drain_or_maint_and_keeps_the_proportions_of_the_rest() {
+async fn lua_leaves_out_backends_in_drain_or_maint_and_keeps_the_proportions_of_the_rest() {
     let mut script = Script::start().await;
     let huge = "x".repeat(5_000_000);
     let mut states = redis::cmd("HSET");
     states.arg(STATES).arg(&["10.0.0.0:80", "drain", "10.0.0.2:80", "maint", "10.0.0.3:80", "READY"]);
-    states.arg("10.0.0.4:80").arg(&huge).arg("nobody").arg("drain");
+    states.arg("10.0.0.4:80").arg(&huge).arg("unknown").arg("drain");
     states.query_async::<()>(&mut script.connection).await.expect("written");
     let out = ["10.0.0.0:80", "10.0.0.2:80"];
     let large = std::iter::once("600").chain(std::iter::repeat_n("1", 600));
     for (what, table) in [
         ("a small table", members(["8", "4", "2", "1", "3"])),
         ("a large table, of which the heaviest is in drain", members(large.collect::<Vec<_>>())),
-        ("nobody is ready", members(["8", "0", "2"])),
+        ("no backend is ready", members(["8", "0", "2"])),
     ] {
         script.write(&table).await;
         let lua = script.picks(PICKS, &[]).await;
@@ -258,7 +262,7 @@ async fn lua_leaves_out_who_is_in_drain_or_maint_and_keeps_the_proportions_of_th
             panic!("{what}: {difference}\nlua {lua:?}\nsnapshot {snapshot:?}");
         }
     }
-    // What is no hash says nothing.
+    // A key of states that is no hash is ignored.
     let table = members(["8", "4", "2"]);
     script.write(&table).await;
     redis::cmd("SET")
@@ -270,11 +274,14 @@ async fn lua_leaves_out_who_is_in_drain_or_maint_and_keeps_the_proportions_of_th
     assert!(script.picks(500, &[]).await.contains_key("10.0.0.0:80"));
 }
 
-/// A beat often enough that scenarios are short; picks have all the time they need on a busy machine.
-const HASTY: &str = "heartbeat_interval: 100ms, max_stale: 300ms, poll_interval: 100ms, response_timeout: 300ms, connect_timeout: 300ms, \
+/// Heartbeats so often that scenarios are short. `lua_pick.timeout` gives picks enough time on a busy
+/// machine.
+const HASTY: &str = "heartbeat_interval: 100ms, max_stale: 300ms, poll_interval: 100ms, \
+    response_timeout: 300ms, connect_timeout: 300ms, \
                      resync_interval: 1s";
 
-/// A proxy whose watching connection goes silent, so that its snapshot is stale, while Redis can still be asked to pick.
+/// A proxy whose watching connection gets no bytes, so that its snapshot is stale while Redis still answers
+/// picks.
 async fn stale_proxy(redis: &Redis, link: &Link, top: &str, more: &str) -> Proxy {
     stale_proxy_of("weights_key: servers", redis, link, top, more).await
 }
@@ -311,7 +318,7 @@ async fn while_the_snapshot_is_stale_redis_picks_by_weights_that_the_snapshot_ne
         assert_eq!((&line["source"], &line["weight"]), (&"lua".into(), &2.5.into()), "{line}");
     }
 
-    // Who is in drain since then is not picked.
+    // A backend that is in drain since then is not picked.
     redis.run(&format!("ZADD servers 1000 {}", old.address)).await;
     redis.run(&format!("HSET {{servers}}:states {} drain", old.address)).await;
     for _ in 0..20 {
@@ -337,7 +344,7 @@ async fn while_the_snapshot_is_stale_redis_picks_by_weights_that_the_snapshot_ne
 }
 
 #[tokio::test]
-async fn redis_does_not_pick_whom_health_speaks_against() {
+async fn redis_does_not_pick_a_backend_that_is_unhealthy() {
     let (redis, alive) = (Redis::start().await, Backend::named("alive").await);
     let (_guard, dead) = dead_address();
     redis.run(&format!("ZADD servers 1 {} 1000 {dead}", alive.address)).await;
@@ -356,14 +363,15 @@ async fn redis_does_not_pick_whom_health_speaks_against() {
 }
 
 #[tokio::test]
-async fn redis_picks_for_a_user_who_may_not_write() {
+async fn redis_picks_for_a_user_that_may_not_write() {
     let backend = Backend::named("backend").await;
     let redis = Redis::start().await;
     redis.set_weights([(&backend, 1.0)]).await;
     redis
         .grant(
             "on >secret resetkeys %R~servers* resetchannels &__keyspace@0__:servers* nocommands +hello \
-             +auth +ping +select +client|setname +client|id +subscribe +unsubscribe +zrange +zcard +eval_ro +evalsha_ro \
+             +auth +ping +select +client|setname +client|id +subscribe +unsubscribe +zrange +zcard +eval_ro \
+             +evalsha_ro \
              +script|load +config|get",
         )
         .await;
@@ -378,13 +386,14 @@ async fn redis_picks_for_a_user_who_may_not_write() {
     };
     assert!(stats.contains(used) && !stats.contains(other), "{stats}");
 
-    // It may not read who is in drain either, and picks by the weights; with the rights of docs/questions/redis-rights.md it goes by both.
+    // This user may not read the states either, so picks go by the weights alone. With the rights of
+    // docs/questions/redis-rights.md they go by both.
     let drained = Backend::named("drained").await;
     redis.run(&format!("HSET {{servers}}:states {} drain", drained.address)).await;
     redis.run(&format!("ZADD servers 1000000 {}", drained.address)).await;
     assert_eq!(greeting(proxy.address()).await.expect("an answer"), "drained");
     redis.grant(LEAST_RIGHTS).await;
-    eventually("it is left out", || async {
+    eventually("the drained backend is left out", || async {
         greeting(proxy.address()).await.is_ok_and(|name| name == "backend")
     })
     .await;
@@ -394,23 +403,25 @@ async fn redis_picks_for_a_user_who_may_not_write() {
     assert_eq!(proxy.weights(), [(backend.address.to_string(), 1.0)], "the snapshot cannot know");
 }
 
-/// Who may not read the first pool's key, and knows only the older command.
+/// The user may not read the key of the first pool, and may only use the older EVALSHA.
 #[tokio::test]
 async fn a_pool_that_this_user_may_not_read_does_not_keep_redis_from_picking_for_another() {
     let backend = Backend::named("backend").await;
     let redis = Redis::start().await;
     redis.run(&format!("ZADD others 1 {}", backend.address)).await;
-    // Nothing can be watched, so Redis has to pick.
+    // The user may not watch any key, so Redis has to pick.
     redis
         .grant(
-            "on >secret resetkeys ~others resetchannels nocommands +hello +auth +ping +select +client|setname +client|id \
+            "on >secret resetkeys ~others resetchannels nocommands +hello +auth +ping +select \
+             +client|setname +client|id \
              +evalsha +script|load +zcard +zrange +zrevrange",
         )
         .await;
     let proxy = Proxy::start(&format!(
         "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: other}}}}\n\
          pools: {{web: {{weights_key: servers}}, other: {{weights_key: others}}}}\n\
-         redis: {{url: \"{}\", username: statera, password: secret, watch: notifications, {HASTY}}}\nlua_pick: {{timeout: 2500ms}}\n",
+         redis: {{url: \"{}\", username: statera, password: secret, watch: notifications, {HASTY}}}\n\
+         lua_pick: {{timeout: 2500ms}}\n",
         redis.url()
     ));
     eventually("redis picks", || async {
@@ -436,7 +447,7 @@ async fn when_every_backend_of_a_fresh_snapshot_was_tried_redis_is_asked_for_ano
         "weights_key: servers",
     );
     eventually("the table arrives", || async { proxy.weights().len() == 1 }).await;
-    // The snapshot is trusted for an hour, and knows only the dead one.
+    // The snapshot stays fresh for an hour, and has only the dead backend.
     link.pass(Passing::AllButTheWatch);
     redis.run(&format!("ZADD servers 1 {}", good.address)).await;
     for _ in 0..10 {
@@ -449,7 +460,7 @@ async fn when_every_backend_of_a_fresh_snapshot_was_tried_redis_is_asked_for_ano
     assert_eq!((proxy.picks("snapshot"), proxy.picks("lua")), (10.0, 10.0));
 }
 
-/// The lines of all sessions so far, none of which is open.
+/// Waits until all sessions so far are logged, and returns their lines. No session may be open.
 async fn all_lines(proxy: &Proxy) -> Vec<serde_json::Value> {
     let sessions =
         proxy.metric("statera_listener_connections_total{listener=\"web\"}").expect("it is counted");
@@ -457,7 +468,8 @@ async fn all_lines(proxy: &Proxy) -> Vec<serde_json::Value> {
     proxy.access_lines()
 }
 
-/// Opens so many sessions at once; all are served. Returns how long each waited for its pick.
+/// Opens `sessions` sessions at once, which must all be served. Returns how long each waited for its pick,
+/// in milliseconds.
 async fn queue_times(proxy: &Proxy, address: SocketAddr, sessions: usize) -> Vec<f64> {
     let before = all_lines(proxy).await.len();
     let mut clients = tokio::task::JoinSet::new();
@@ -471,15 +483,17 @@ async fn queue_times(proxy: &Proxy, address: SocketAddr, sessions: usize) -> Vec
 }
 
 #[tokio::test]
-async fn of_a_herd_at_a_frozen_redis_only_max_in_flight_wait_and_after_that_nobody() {
+async fn at_a_frozen_redis_at_most_max_in_flight_sessions_wait_and_later_ones_do_not() {
     const WAIT_MS: f64 = 900.0;
     let backend = Backend::named("backend").await;
     let redis = Redis::start().await;
     redis.set_weights([(&backend, 1.0)]).await;
     let link = Link::to(redis.port);
-    // The beats are rare, so that it is the picks that find out.
-    let slow_beats = "heartbeat_interval: 3s, max_stale: 3100ms, response_timeout: 10s, resync_interval: 1h";
-    let proxy = stale_proxy(&redis, &link, "lua_pick: {timeout: 900ms, max_in_flight: 4}", slow_beats).await;
+    // Heartbeats are rare, so that the picks notice the freeze first.
+    let rare_heartbeats =
+        "heartbeat_interval: 3s, max_stale: 3100ms, response_timeout: 10s, resync_interval: 1h";
+    let proxy =
+        stale_proxy(&redis, &link, "lua_pick: {timeout: 900ms, max_in_flight: 4}", rare_heartbeats).await;
     redis.freeze();
     let waited = queue_times(&proxy, proxy.address(), 60).await;
     let long = waited.iter().filter(|ms| **ms >= WAIT_MS / 2.0).count();
@@ -487,7 +501,10 @@ async fn of_a_herd_at_a_frozen_redis_only_max_in_flight_wait_and_after_that_nobo
     assert!(waited.iter().all(|ms| *ms < WAIT_MS * 4.0), "{waited:?}");
     for _ in 0..3 {
         let waited = queue_times(&proxy, proxy.address(), 60).await;
-        assert!(waited.iter().all(|ms| *ms < WAIT_MS / 2.0), "the door was open: {waited:?}");
+        assert!(
+            waited.iter().all(|ms| *ms < WAIT_MS / 2.0),
+            "a session waited although picks had failed: {waited:?}"
+        );
     }
     redis.thaw();
     let asked = proxy.picks("lua");
@@ -499,7 +516,7 @@ async fn of_a_herd_at_a_frozen_redis_only_max_in_flight_wait_and_after_that_nobo
 }
 
 #[tokio::test]
-async fn members_that_redis_cannot_tell_from_backends_are_asked_about_again() {
+async fn redis_is_asked_again_when_the_picked_member_is_no_valid_address() {
     let backend = Backend::named("backend").await;
     let redis = Redis::start().await;
     redis.set_weights([(&backend, 1.0)]).await;

@@ -1,7 +1,7 @@
-//! Backends that are DNS names: followed when they move, left out while nobody knows them.
+//! Backends that are DNS names: sessions follow a name that moves, and skip one that does not resolve.
 //!
-//! The program sees a hosts file of its own, which the scenario edits: nothing else of the machine changes, and no name
-//! server is asked.
+//! The program sees its own hosts file, which the scenario edits. Nothing else on the machine changes, and
+//! no name server is opened.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -16,7 +16,7 @@ use crate::support::{
     Backend, Program, Proxy, Redis, Traffic, eventually, greeting, require, silent_address, silent_at,
 };
 
-/// What the program takes for /etc/hosts.
+/// The file that the program sees as /etc/hosts.
 struct Hosts {
     folder: TempDir,
 }
@@ -25,7 +25,7 @@ impl Hosts {
     fn new(text: &str) -> Self {
         let hosts = Self { folder: TempDir::new().expect("a folder") };
         hosts.write(text);
-        // Only the file is asked.
+        // The resolver reads only the file.
         std::fs::write(hosts.folder.path().join("nsswitch.conf"), "hosts: files\n").expect("a file");
         hosts
     }
@@ -34,16 +34,18 @@ impl Hosts {
         self.folder.path().join("hosts")
     }
 
-    /// In place, since the mount shows the file and not its name. Lines are short: no reader sees half of one.
+    /// Writes into the same file, since the mount is of the file and not of its name. The text is short, so
+    /// that no reader sees half of it.
     fn write(&self, text: &str) {
         std::fs::write(self.file(), text).expect("a file");
     }
 
-    /// Runs the program where this is /etc/hosts.
+    /// Runs the program in a mount namespace with this file as /etc/hosts.
     fn run(&self, yaml: &str) -> Program {
         require("unshare", "util-linux");
         require("mount", "mount");
-        let script = "mount --bind \"$1/hosts\" /etc/hosts && mount --bind \"$1/nsswitch.conf\" /etc/nsswitch.conf \
+        let script = "mount --bind \"$1/hosts\" /etc/hosts \
+            && mount --bind \"$1/nsswitch.conf\" /etc/nsswitch.conf \
                       && shift && exec \"$@\"";
         let mut launcher = Command::new("unshare");
         launcher.args(["--user", "--map-root-user", "--mount", "sh", "-c", script, "sh"]);
@@ -52,7 +54,7 @@ impl Hosts {
     }
 }
 
-/// Two backends on one port of two addresses: a name can move from one to the other.
+/// Two backends on the same port of two addresses, so that a name can move from one to the other.
 async fn on_one_port(first: &'static str, second: &'static str) -> (Backend, Backend) {
     for _ in 0..100 {
         let first = Backend::named(first).await;
@@ -74,7 +76,7 @@ async fn new_sessions_follow_a_name_that_moves() {
         old.address.port()
     ));
     let address = program.address().await;
-    // The first session already: accepting waits for the first answer.
+    // Also the first session: the listener waits for the first answer of the resolver.
     for _ in 0..5 {
         assert_eq!(greeting(address).await.expect("an answer"), "old");
     }
@@ -89,7 +91,7 @@ async fn new_sessions_follow_a_name_that_moves() {
         assert_eq!(greeting(address).await.expect("an answer"), "new");
     }
 
-    // A name that nobody knows any more keeps what it had.
+    // A name that resolves no longer keeps its last addresses.
     hosts.write("127.0.0.1 localhost\n");
     program.says("the backend's name does not resolve").await;
     for _ in 0..5 {
@@ -99,7 +101,7 @@ async fn new_sessions_follow_a_name_that_moves() {
 }
 
 #[tokio::test]
-async fn a_name_with_two_addresses_gives_each_in_turn() {
+async fn a_name_with_two_addresses_uses_both_alternately() {
     let (first, second) = on_one_port("first", "second").await;
     let hosts = Hosts::new("127.0.0.1 db.test\n127.0.0.2 db.test\n");
     let program = hosts.run(&format!(
@@ -115,7 +117,7 @@ async fn a_name_with_two_addresses_gives_each_in_turn() {
 }
 
 #[tokio::test]
-async fn a_name_that_does_not_resolve_is_named_once_and_costs_no_session() {
+async fn a_name_that_does_not_resolve_is_logged_once_and_fails_no_session() {
     let (here, joins) = on_one_port("here", "joins").await;
     let hosts = Hosts::new("127.0.0.1 localhost\n");
     let name = format!("late.test:{}", here.address.port());
@@ -148,7 +150,7 @@ async fn a_name_that_does_not_resolve_is_named_once_and_costs_no_session() {
 }
 
 #[tokio::test]
-async fn checks_follow_a_name_and_leave_one_alone_that_nobody_knows() {
+async fn checks_follow_a_name_and_skip_it_while_it_does_not_resolve() {
     let ((old, new), fixed) = (on_one_port("old", "new").await, Backend::named("fixed").await);
     let hosts = Hosts::new("127.0.0.1 localhost\n");
     let name = format!("db.test:{}", old.address.port());
@@ -157,7 +159,7 @@ async fn checks_follow_a_name_and_leave_one_alone_that_nobody_knows() {
          pools: {{web: {{backends: {{\"{}\": 1, \"{name}\": 1}}, health_check: {{interval: 50ms}}}}}}",
         fixed.address
     ));
-    eventually("who is known is asked", || async { fixed.accepted() >= 5 }).await;
+    eventually("the backend with an address is checked", || async { fixed.accepted() >= 5 }).await;
     let count = async |result: &str| {
         let labels = format!("pool=\"web\",backend=\"{name}\",result=\"{result}\"");
         program.metric("statera_backend_health_checks_total", &labels).await
@@ -165,13 +167,13 @@ async fn checks_follow_a_name_and_leave_one_alone_that_nobody_knows() {
     assert_eq!((count("passed").await, count("failed").await), (0.0, 0.0));
 
     hosts.write("127.0.0.1 db.test\n");
-    eventually("it is asked once it is known", || async { old.accepted() >= 3 }).await;
+    eventually("the name is checked once it resolves", || async { old.accepted() >= 3 }).await;
     hosts.write("127.0.0.2 db.test\n");
-    eventually("it is asked where it is now", || async { new.accepted() >= 3 }).await;
-    let (before, asked) = (old.accepted(), new.accepted());
-    eventually("and there alone", || async { new.accepted() >= asked + 3 }).await;
+    eventually("the new address is checked", || async { new.accepted() >= 3 }).await;
+    let (before, opened) = (old.accepted(), new.accepted());
+    eventually("only the new address is checked", || async { new.accepted() >= opened + 3 }).await;
     assert_eq!(old.accepted(), before);
-    // Nobody listens there.
+    // Nothing listens at that address.
     hosts.write("127.0.0.3 db.test\n");
     program.says("backend unhealthy after ").await;
     assert!(count("passed").await >= 6.0);
@@ -180,7 +182,7 @@ async fn checks_follow_a_name_and_leave_one_alone_that_nobody_knows() {
 }
 
 #[tokio::test]
-async fn configured_names_serve_from_the_first_session_on_though_redis_hangs() {
+async fn configured_names_serve_from_the_first_session_on_although_redis_hangs() {
     let backend = Backend::named("configured").await;
     let (_silent, redis) = silent_address().await;
     let port = backend.address.port();
@@ -192,7 +194,7 @@ async fn configured_names_serve_from_the_first_session_on_though_redis_hangs() {
 }
 
 #[tokio::test]
-async fn no_session_is_lost_when_a_backend_is_swapped_for_a_name_at_once() {
+async fn no_session_fails_when_a_backend_is_replaced_by_a_name_in_one_change() {
     let backend = Backend::named("backend").await;
     let redis = Redis::start().await;
     redis.set_weights([(&backend, 1.0)]).await;
@@ -213,22 +215,22 @@ async fn no_session_is_lost_when_a_backend_is_swapped_for_a_name_at_once() {
 }
 
 #[tokio::test]
-async fn while_only_unknown_names_are_written_the_backends_before_serve() {
+async fn while_a_new_table_has_only_unresolved_names_the_backends_before_serve() {
     let old = Backend::named("old").await;
     let redis = Redis::start().await;
     redis.set_weights([(&old, 1.0)]).await;
     let proxy = Proxy::web(&format!("redis: {{url: \"{}\"}}", redis.url()), "weights_key: servers");
     eventually("the table arrives", || async { proxy.weights().len() == 1 }).await;
     let swap = "redis.call('DEL', KEYS[1]) redis.call('ZADD', KEYS[1], ARGV[2], ARGV[1])";
-    redis.run_words(&["EVAL", swap, "1", "servers", "nobody.invalid:80", "1"]).await;
-    eventually("the name arrives", || async { proxy.weights() == [("nobody.invalid:80".to_owned(), 1.0)] })
+    redis.run_words(&["EVAL", swap, "1", "servers", "unknown.invalid:80", "1"]).await;
+    eventually("the name arrives", || async { proxy.weights() == [("unknown.invalid:80".to_owned(), 1.0)] })
         .await;
     for _ in 0..20 {
         assert_eq!(greeting(proxy.address()).await.expect("an answer"), "old");
     }
-    // A written zero still refuses.
-    redis.run_words(&["EVAL", swap, "1", "servers", "nobody.invalid:80", "0"]).await;
-    eventually("the zero arrives", || async { proxy.weights() == [("nobody.invalid:80".to_owned(), 0.0)] })
+    // A weight of zero in the table still refuses sessions.
+    redis.run_words(&["EVAL", swap, "1", "servers", "unknown.invalid:80", "0"]).await;
+    eventually("the zero arrives", || async { proxy.weights() == [("unknown.invalid:80".to_owned(), 0.0)] })
         .await;
     assert_ne!(greeting(proxy.address()).await.ok().as_deref(), Some("old"));
 }
@@ -238,7 +240,7 @@ fn at(last: u8, port: u16) -> SocketAddr {
 }
 
 #[tokio::test]
-async fn a_name_that_is_pointed_away_from_a_dead_machine_serves_from_the_next_lookup_on() {
+async fn a_name_that_moves_away_from_a_dead_machine_serves_from_the_next_lookup_on() {
     for health in [
         "outlier: {consecutive_failures: 2, ejection: 1h, max_ejected_percent: 100}",
         "health_check: {interval: 60s}",
@@ -253,7 +255,7 @@ async fn a_name_that_is_pointed_away_from_a_dead_machine_serves_from_the_next_lo
         ));
         let (listeners, _) = program.addresses().await;
         let labels = format!("pool=\"web\",backend=\"db.test:{port}\"");
-        eventually("the name is out", || async {
+        eventually("the name is found dead", || async {
             let _ = greeting(listeners[0]).await;
             program.metric("statera_backend_up", &labels).await == 0.0
         })
@@ -277,10 +279,10 @@ async fn a_name_that_is_pointed_away_from_a_dead_machine_serves_from_the_next_lo
 }
 
 #[tokio::test]
-async fn one_dead_address_of_three_costs_sessions_nothing_once_checks_have_found_it() {
+async fn one_dead_address_of_three_delays_no_session_once_it_is_found() {
     let (first, second) = on_one_port("first", "second").await;
     let port = first.address.port();
-    // A machine that is gone: its handshakes are not answered.
+    // A machine that is down: it does not answer handshakes.
     let (_queue, _) = silent_at(at(3, port)).await;
     let hosts = Hosts::new("127.0.0.1 db.test\n127.0.0.2 db.test\n127.0.0.3 db.test\n");
     for health in [
@@ -289,38 +291,43 @@ async fn one_dead_address_of_three_costs_sessions_nothing_once_checks_have_found
     ] {
         let program = hosts.run(&format!(
             "listeners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\nadmin: {{bind: \"127.0.0.1:0\"}}\n\
-             pools: {{web: {{backends: {{\"db.test:{port}\": 1}}, connect: {{timeout: 600ms, deadline: 5s}}, {health}}}}}"
+             pools: {{web: {{backends: {{\"db.test:{port}\": 1}}, connect: {{timeout: 600ms, \
+             deadline: 5s}}, {health}}}}}"
         ));
         let address = program.address().await;
-        let said =
+        let message =
             if health.starts_with("health") { "backend unhealthy after" } else { "backend ejected after" };
-        let is_said =
-            |line: &serde_json::Value| line["message"].as_str().is_some_and(|text| text.starts_with(said));
-        let asked = AtomicU64::new(0);
-        let ask = async || {
-            asked.fetch_add(1, Relaxed);
+        let is_found =
+            |line: &serde_json::Value| line["message"].as_str().is_some_and(|text| text.starts_with(message));
+        let opened = AtomicU64::new(0);
+        let open_session = async || {
+            opened.fetch_add(1, Relaxed);
             greeting(address).await.expect("an answer")
         };
-        let all_logged = || async { sessions(&program).len() as u64 == asked.load(Relaxed) };
+        let all_logged = || async { sessions(&program).len() as u64 == opened.load(Relaxed) };
         eventually("the dead address is found", || async {
-            ask().await;
-            program.lines().iter().any(is_said)
+            open_session().await;
+            program.lines().iter().any(is_found)
         })
         .await;
         let lines = program.lines();
-        let about = lines.iter().find(|line| is_said(line)).expect("it was said");
+        let about = lines.iter().find(|line| is_found(line)).expect("it was logged");
         assert_eq!(about["address"], at(3, port).to_string(), "{health}");
         let before = [first.accepted(), second.accepted()];
         eventually("all sessions are logged", all_logged).await;
         let sessions_before = sessions(&program).len();
         for _ in 0..20 {
-            ask().await;
+            open_session().await;
         }
         if health.starts_with("outlier") {
-            assert_eq!([first.accepted() - before[0], second.accepted() - before[1]], [10, 10], "in turn");
+            assert_eq!(
+                [first.accepted() - before[0], second.accepted() - before[1]],
+                [10, 10],
+                "both alternately"
+            );
         }
         eventually("all sessions are logged", all_logged).await;
-        // The dead address takes its third of the time, 200 ms, of each session that tries it.
+        // A session that tries the dead address gives it a third of the connect timeout: 200 ms.
         let waited = sessions(&program).split_off(sessions_before);
         assert!(waited.iter().all(|ms| *ms < 200.0), "{health}: {waited:?}");
         let up =
@@ -336,7 +343,7 @@ fn sessions(program: &Program) -> Vec<f64> {
 }
 
 #[tokio::test]
-async fn an_address_that_resets_its_sessions_is_left_out_and_comes_back_by_one_session() {
+async fn an_address_that_resets_its_sessions_is_left_out_and_comes_back_after_a_trial_session() {
     let good = Backend::named("good").await;
     let port = good.address.port();
     let is_back = Arc::new(AtomicBool::new(false));
@@ -347,7 +354,7 @@ async fn an_address_that_resets_its_sessions_is_left_out_and_comes_back_by_one_s
             if is_back {
                 let _ = stream.write_all(b"back").await;
             } else {
-                // Its handshake may be all that the other side wanted.
+                // The client may have closed already after the handshake.
                 let _ = stream.set_zero_linger();
             }
         }
@@ -356,7 +363,8 @@ async fn an_address_that_resets_its_sessions_is_left_out_and_comes_back_by_one_s
     let hosts = Hosts::new("127.0.0.1 db.test\n127.0.0.2 db.test\n");
     let program = hosts.run(&format!(
         "listeners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
-         pools: {{web: {{backends: {{\"db.test:{port}\": 1}}, outlier: {{consecutive_failures: 3, ejection: 1s}}}}}}"
+         pools: {{web: {{backends: {{\"db.test:{port}\": 1}}, outlier: {{consecutive_failures: 3, \
+         ejection: 1s}}}}}}"
     ));
     let address = program.address().await;
     let answers = async || greeting(address).await.is_ok_and(|text| !text.is_empty());
@@ -365,7 +373,7 @@ async fn an_address_that_resets_its_sessions_is_left_out_and_comes_back_by_one_s
         !program.messages("backend ejected after").is_empty()
     })
     .await;
-    // The sessions that probe it may be reset.
+    // The trial sessions may be reset.
     let mut reset = 0;
     let before = bad.accepted();
     while bad.accepted() < before + 2 {
@@ -374,7 +382,7 @@ async fn an_address_that_resets_its_sessions_is_left_out_and_comes_back_by_one_s
     assert!(reset <= bad.accepted() - before, "{reset} sessions were reset");
     is_back.store(true, Relaxed);
     eventually("it is back", || async { greeting(address).await.is_ok_and(|text| text == "back") }).await;
-    eventually("it is said", || async {
+    eventually("its return is logged", || async {
         answers().await;
         !program.messages("backend is back: a trial session succeeded").is_empty()
     })
