@@ -1,7 +1,8 @@
-//! Bytes between a client and a backend: both ways, half-closed both ways, cut, slow, silent, one and very many.
+//! The bytes between a client and a backend: in both directions, after a half-close of either side, in
+//! sessions that are cut, slow or silent, one byte and very many.
 //!
-//! Each scenario is written once and played with a TCP backend, with one behind a unix socket, and in a session whose two
-//! directions splice when it begins.
+//! Each scenario runs with a TCP backend, with a backend at a unix socket, and in a session whose two
+//! directions already splice.
 
 use std::time::Duration;
 
@@ -10,7 +11,7 @@ use tokio::time::{Instant, interval};
 
 use crate::support::{Kind, Pair, Pattern, Peer, Program, Proxy, eventually, require, seed, soon};
 
-/// Each of these functions becomes a test `tcp::…`, a test `unix::…` and a test `spliced::…`.
+/// Makes of each function a test `tcp::…`, a test `unix::…` and a test `spliced::…`.
 macro_rules! with_each_kind_of_backend {
     ($($name:ident)*) => {
         mod tcp {
@@ -28,8 +29,8 @@ macro_rules! with_each_kind_of_backend {
 with_each_kind_of_backend! {
     a_late_and_long_answer_arrives_after_the_client_has_half_closed
     a_client_goes_on_sending_after_the_backend_has_half_closed
-    a_reset_by_the_client_reaches_the_backend_as_one
-    a_reset_by_the_backend_reaches_the_client_as_one
+    a_reset_by_the_client_reaches_the_backend_as_a_reset
+    a_reset_by_the_backend_reaches_the_client_as_a_reset
     an_answer_that_was_sent_before_the_backend_broke_off_still_arrives
     a_client_that_sends_too_much_still_reads_why_it_was_refused
     a_reset_of_a_half_closed_session_is_no_clean_end
@@ -52,8 +53,8 @@ with_each_kind_of_backend! {
 
 const MEGABYTE: u64 = 1024 * 1024;
 
-/// What the kernel may hold of one direction in its four buffers: far more than a default system grants, far less than
-/// a proxy takes that reads without regard.
+/// The most bytes of one direction that the four kernel buffers may hold: far more than a default system
+/// allows, and far less than a proxy without backpressure would take.
 const IN_FLIGHT_MAX: u64 = 96 * MEGABYTE;
 
 async fn a_late_and_long_answer_arrives_after_the_client_has_half_closed(kind: Kind) {
@@ -65,7 +66,8 @@ async fn a_late_and_long_answer_arrives_after_the_client_has_half_closed(kind: K
     backend.hears(b"question").await;
     backend.hears_the_end().await;
 
-    // The backend has seen the end, so whoever took it for the end of the session has had its chance.
+    // The backend has seen the end of this half. A proxy that took it for the end of the session would have
+    // closed by now.
     let answer = async {
         pattern.send(&mut backend, 8 * MEGABYTE).await;
         backend.end().await;
@@ -97,7 +99,7 @@ async fn a_client_goes_on_sending_after_the_backend_has_half_closed(kind: Kind) 
     assert_eq!(line["bytes_in"], 8 * MEGABYTE);
 }
 
-async fn a_reset_by_the_client_reaches_the_backend_as_one(kind: Kind) {
+async fn a_reset_by_the_client_reaches_the_backend_as_a_reset(kind: Kind) {
     let pair = Pair::new(kind, "").await;
     let (mut client, mut backend) = pair.session().await;
     client.say(b"half a quest").await;
@@ -111,7 +113,7 @@ async fn a_reset_by_the_client_reaches_the_backend_as_one(kind: Kind) {
     assert_eq!(pair.line().await["close_reason"], "client_reset");
 }
 
-async fn a_reset_by_the_backend_reaches_the_client_as_one(kind: Kind) {
+async fn a_reset_by_the_backend_reaches_the_client_as_a_reset(kind: Kind) {
     let pair = Pair::new(kind, "").await;
     let (mut client, mut backend) = pair.session().await;
     backend.say(b"half an ans").await;
@@ -126,18 +128,20 @@ async fn a_reset_by_the_backend_reaches_the_client_as_one(kind: Kind) {
 
 async fn an_answer_that_was_sent_before_the_backend_broke_off_still_arrives(kind: Kind) {
     let pair = Pair::new(kind, "").await;
-    // The last is more than the client's kernel takes unread: some of it waits at the proxy when the reset comes.
+    // The last size is more than the client's kernel takes unread, so that some bytes wait at the proxy when
+    // the reset comes.
     for bytes in [1, 1_000, 150_000] {
         let (mut client, mut backend) = pair.session().await;
         let pattern = Pattern::new(seed());
-        client.say(b"a question that nobody reads to its end").await;
+        client.say(b"a question that is not read to its end").await;
         soon("the question is there", backend.read_u8()).await.expect("connected");
         pattern.send(&mut backend, bytes).await;
         if kind != Kind::Unix {
-            // Else the backend's own kernel would discard what it has not sent yet.
+            // Before that, a reset would make the backend's own kernel discard bytes that it has not sent
+            // yet.
             let filter = format!("sport = :{}", pair.backend_port());
             let sent = || sockets(&filter).lines().all(|line| line.split_whitespace().nth(1) == Some("0"));
-            eventually("all of it has left the backend", || async { sent() }).await;
+            eventually("all bytes have left the backend", || async { sent() }).await;
         }
         // Unread bytes make this close a reset, for either kind.
         drop(backend);
@@ -155,8 +159,8 @@ async fn a_client_that_sends_too_much_still_reads_why_it_was_refused(kind: Kind)
     let pattern = Pattern::new(seed());
     client.say(b"POST").await;
     backend.hears(b"POST").await;
-    // It never reads the rest: the client's bytes fill every buffer on the way.
-    fill(&mut client, &pattern).await;
+    // The backend never reads the rest: the bytes of the client fill every buffer in between.
+    write_until_held_back(&mut client, &pattern).await;
     backend.say(b"413 too large").await;
     drop(backend);
     client.hears(b"413 too large").await;
@@ -180,29 +184,29 @@ async fn a_reset_of_a_half_closed_session_is_no_clean_end(kind: Kind) {
     assert_eq!(pair.line().await["close_reason"], "backend_reset");
 }
 
-/// Writes until nobody takes any more, and returns how much was taken; see [`Peer::stuff`].
-async fn fill(writer: &mut Peer, pattern: &Pattern) -> u64 {
+/// Writes until the writer is held back, and returns how many bytes were taken: see [`Peer::stuff`].
+async fn write_until_held_back(writer: &mut Peer, pattern: &Pattern) -> u64 {
     let sent = writer.stuff(pattern, IN_FLIGHT_MAX).await;
-    assert!(sent < IN_FLIGHT_MAX, "{sent} bytes were taken that nobody reads");
+    assert!(sent < IN_FLIGHT_MAX, "{sent} bytes were taken, and no reader reads them");
     sent
 }
 
 async fn holds_back(mut writer: Peer, mut reader: Peer) -> (Peer, Peer) {
     let pattern = Pattern::new(seed());
-    let sent = fill(&mut writer, &pattern).await;
-    // At first a sip, so that the writer is held back and let go many times in small steps, then all.
+    let sent = write_until_held_back(&mut writer, &pattern).await;
+    // First in small reads, so that the writer is held back and released many times, then all.
     let total = sent + 64 * MEGABYTE;
     let write = async {
-        let mut place = sent;
-        while place < total {
-            let write = writer.write(pattern.from(place, total - place));
-            place += soon("the writer gets on", write).await.expect("connected") as u64;
+        let mut position = sent;
+        while position < total {
+            let write = writer.write(pattern.from(position, total - position));
+            position += soon("the writer makes progress", write).await.expect("connected") as u64;
         }
         writer.end().await;
     };
     let read = async {
-        for place in (0..MEGABYTE).step_by(10_000) {
-            pattern.expect_between(&mut reader, place, place + 10_000).await;
+        for position in (0..MEGABYTE).step_by(10_000) {
+            pattern.expect_between(&mut reader, position, position + 10_000).await;
             tokio::task::yield_now().await;
         }
         pattern.expect_between(&mut reader, MEGABYTE.next_multiple_of(10_000), total).await;
@@ -257,9 +261,9 @@ async fn full_speed(kind: Kind, bytes: u64) {
     assert_eq!((&line["bytes_in"], &line["bytes_out"]), (&bytes.into(), &bytes.into()));
 }
 
-/// Ten gigabytes each way take minutes: with STATERA_LONG=1.
+/// The ten gigabytes in each direction take minutes, so they are sent only with STATERA_LONG=1.
 #[tokio::test]
-async fn one_byte_passes_and_on_demand_ten_gigabytes_each_way() {
+async fn one_byte_passes_and_on_demand_ten_gigabytes_in_each_direction() {
     let bytes = if std::env::var_os("STATERA_LONG").is_some() { 10 * 1024 * MEGABYTE } else { 1 };
     full_speed(Kind::Tcp, bytes).await;
 }
@@ -268,7 +272,7 @@ async fn one_direction_runs_while_the_other_is_blocked(kind: Kind) {
     let pair = Pair::new(kind, "").await;
     let (mut client, mut backend) = pair.session().await;
     let (up, down) = (Pattern::new(seed()), Pattern::new(seed()));
-    let sent = fill(&mut client, &up).await;
+    let sent = write_until_held_back(&mut client, &up).await;
     tokio::join!(down.send(&mut backend, 16 * MEGABYTE), down.expect(&mut client, 16 * MEGABYTE));
     client.end().await;
     up.expect(&mut backend, sent).await;
@@ -310,9 +314,9 @@ async fn reads_one_byte_at_a_time(mut writer: Peer, mut reader: Peer) {
         writer.end().await;
     };
     let read = async {
-        for place in 0..SINGLE_BYTES {
+        for position in 0..SINGLE_BYTES {
             let byte = soon("a byte", reader.read_u8()).await.expect("connected");
-            assert_eq!(byte, pattern.from(place, 1)[0], "at {place}");
+            assert_eq!(byte, pattern.from(position, 1)[0], "at {position}");
             tokio::task::yield_now().await;
         }
         pattern.expect_between(&mut reader, SINGLE_BYTES, 16 * MEGABYTE).await;
@@ -339,23 +343,23 @@ async fn bulk_changes_its_direction_again_and_again(kind: Kind) {
     let (up, down) = (Pattern::new(seed()), Pattern::new(seed()));
     let (mut from_client, mut to_client) = tokio::io::split(client);
     let (mut from_backend, mut to_backend) = tokio::io::split(backend);
-    let (mut up_place, mut down_place) = (0, 0);
-    // Down, up, both at once, a word each, and again; sizes that divide nothing.
+    let (mut up_position, mut down_position) = (0, 0);
+    // Down, up, both at once, a few bytes each, and again. The sizes are no multiple of any buffer.
     for (up_bytes, down_bytes) in [(0, 3_000_001), (2_000_003, 0), (4_000_037, 5_000_011), (3, 7)].repeat(4) {
-        let (up_end, down_end) = (up_place + up_bytes, down_place + down_bytes);
+        let (up_end, down_end) = (up_position + up_bytes, down_position + down_bytes);
         tokio::join!(
-            up.send_between(&mut to_client, up_place, up_end),
-            up.expect_between(&mut from_backend, up_place, up_end),
-            down.send_between(&mut to_backend, down_place, down_end),
-            down.expect_between(&mut from_client, down_place, down_end),
+            up.send_between(&mut to_client, up_position, up_end),
+            up.expect_between(&mut from_backend, up_position, up_end),
+            down.send_between(&mut to_backend, down_position, down_end),
+            down.expect_between(&mut from_client, down_position, down_end),
         );
-        (up_place, down_place) = (up_end, down_end);
+        (up_position, down_position) = (up_end, down_end);
     }
     let ends = tokio::try_join!(to_client.shutdown(), to_backend.shutdown());
     ends.expect("connected");
     let line = pair.line().await;
     assert_eq!(line["close_reason"], "finished");
-    assert_eq!((&line["bytes_in"], &line["bytes_out"]), (&up_place.into(), &down_place.into()));
+    assert_eq!((&line["bytes_in"], &line["bytes_out"]), (&up_position.into(), &down_position.into()));
 }
 
 async fn a_session_without_a_byte_is_a_session(kind: Kind) {
@@ -410,11 +414,11 @@ async fn a_backend_that_stays_silent_after_the_client_has_half_closed_is_cut_off
     client.say(b"question").await;
     client.end().await;
     backend.hears(b"question").await;
-    // The answer is owed: nobody may take this for a complete one.
+    // The answer is missing, so the client must not get a clean end.
     client.hears_a_reset().await;
     let line = pair.line().await;
     assert_eq!((&line["close_reason"], &line["term"]), (&"backend_half_close_timeout".into(), &"sD".into()));
-    // It has heard that the question ended, and a unix socket cannot be reset.
+    // The backend has seen the end of the question, and a unix socket cannot be reset: either end is right.
     let (bytes, _) = backend.rest().await;
     assert!(bytes.is_empty());
 }
@@ -441,7 +445,7 @@ async fn a_half_closed_session_lives_while_bytes_come(kind: Kind) {
     assert_eq!(pair.line().await["close_reason"], "finished");
 }
 
-/// The state of the sockets that `filter` names, as `ss` tells it.
+/// The sockets that match `filter`, as `ss` prints them.
 fn sockets(filter: &str) -> String {
     require("ss", "iproute2");
     let output = std::process::Command::new("ss").args(["-tnoH", "state", "established", filter]).output();
@@ -454,13 +458,13 @@ async fn both_sides_of_a_session_are_probed_by_keepalive() {
     let (_client, _backend) = pair.session().await;
     let (listener, backend) = (pair.proxy.address().port(), pair.backend_port());
     for filter in [format!("sport = :{listener}"), format!("dport = :{backend}")] {
-        // 3333 s are 55 minutes and a half; the other end of each connection has no timer at all.
+        // 3333 s are 55 and a half minutes. The other end of each connection has no timer.
         eventually("the timer runs", || async { sockets(&filter).contains("timer:(keepalive,55min") }).await;
     }
 }
 
 #[tokio::test]
-async fn many_slow_readers_cost_little_memory() {
+async fn many_slow_readers_use_little_memory() {
     const SESSIONS: u64 = 50;
     let backend = crate::support::Backend::start(|mut stream| async move {
         let block = vec![b'x'; 1 << 20];
@@ -468,11 +472,12 @@ async fn many_slow_readers_cost_little_memory() {
     })
     .await;
     let program = Program::run(&format!(
-        "workers: 2\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\npools: {{web: {{backends: {{\"{}\": 1}}}}}}",
+        "workers: 2\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
+         pools: {{web: {{backends: {{\"{}\": 1}}}}}}",
         backend.address
     ));
     let address = program.address().await;
-    // The first session pays for what all share.
+    // The first session allocates what all sessions share.
     let mut first = Peer::connect(address).await;
     soon("a byte", first.read_u8()).await.expect("connected");
     let before = program.resident_kilobytes();
@@ -482,7 +487,7 @@ async fn many_slow_readers_cost_little_memory() {
         soon("a byte", client.read_u8()).await.expect("connected");
         clients.push(client);
     }
-    // Read a little of each in turns, so that each is full, lets go, and is full again.
+    // Reads a little of each session, so that its buffers are full, have room, and are full again.
     let mut buffer = vec![0; 100_000];
     for _ in 0..10 {
         for client in &mut clients {
@@ -490,15 +495,16 @@ async fn many_slow_readers_cost_little_memory() {
         }
     }
     let grown = program.resident_kilobytes().saturating_sub(before);
-    // One direction parks at most 64 KB; the allocator may keep as much again.
+    // A direction holds at most 64 KB, and the allocator may keep as much again.
     assert!(grown < SESSIONS * 160, "{grown} kB for {SESSIONS} sessions");
 }
 
 #[tokio::test]
-async fn one_session_at_full_speed_leaves_time_for_the_others_of_its_worker() {
+async fn one_session_at_full_speed_leaves_time_for_the_other_sessions_of_its_worker() {
     let backend = crate::support::Backend::echo().await;
     let proxy = Proxy::start(&format!(
-        "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\npools: {{web: {{backends: {{\"{}\": 1}}}}}}",
+        "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
+         pools: {{web: {{backends: {{\"{}\": 1}}}}}}",
         backend.address
     ));
     let busy = Peer::connect(proxy.address()).await;

@@ -1,6 +1,7 @@
-//! Bulk goes through pipes: how many there are, what is in them, and what becomes of it.
+//! Bulk goes through pipes: these tests check how many pipes there are, what they hold, and that no byte is
+//! lost.
 //!
-//! That sessions which splice keep all other promises is shown by `relay::spliced`, their ends by `relay_cuts.rs`.
+//! `relay::spliced` tests all other promises for sessions that splice, and `relay_cuts.rs` how they end.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -13,28 +14,31 @@ use crate::support::{Kind, Pair, Pattern, Peer, Program, eventually, pipe_ends, 
 
 const MEGABYTE: u64 = 1024 * 1024;
 
-/// The program in front of a backend that the scenario plays itself, and where its clients connect.
+/// A program with one worker. The scenario is its backend: returns the backend's listener, the program, and
+/// its address.
 async fn program_with_one_worker() -> (TcpListener, Program, SocketAddr) {
     let backend = TcpSocket::new_v4().expect("a descriptor");
-    // Hardly anything waits in the backend's kernel, so that stalled flows need little memory.
+    // A small receive buffer, so that stalled flows need little memory.
     backend.set_recv_buffer_size(65_536).expect("tcp");
     backend.bind("127.0.0.1:0".parse().expect("an address")).expect("a free port");
     let backend = backend.listen(64).expect("it listens");
     let address = backend.local_addr().expect("bound");
     let program = Program::run(&format!(
-        "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\npools: {{web: {{backends: {{\"{address}\": 1}}}}}}"
+        "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
+         pools: {{web: {{backends: {{\"{address}\": 1}}}}}}"
     ));
     let entry = program.address().await;
     (backend, program, entry)
 }
 
-/// A new session of that program.
+/// Opens a session. Returns its client and its backend.
 async fn session(backend: &TcpListener, entry: SocketAddr) -> (Peer, Peer) {
     let client = Peer::connect(entry).await;
-    let (stream, _) = soon("the backend gets it", backend.accept()).await.expect("a connection");
+    let (stream, _) = soon("the backend gets the session", backend.accept()).await.expect("a connection");
     (client, Peer::Tcp(stream))
 }
 
+/// Checks that `bytes` bytes pass from the writer to the reader.
 async fn passes(pattern: &Pattern, writer: &mut Peer, reader: &mut Peer, bytes: u64) {
     tokio::join!(pattern.send(writer, bytes), pattern.expect(reader, bytes));
 }
@@ -63,24 +67,24 @@ async fn more_bulk_flows_than_pipes_lose_nothing() {
 }
 
 #[tokio::test]
-async fn a_flow_that_changes_between_bulk_and_talk_and_back_loses_nothing() {
+async fn a_flow_that_changes_between_bulk_and_small_messages_loses_nothing() {
     let pair = Pair::new(Kind::Tcp, "").await;
     let (mut client, mut backend) = pair.session().await;
     let pattern = Pattern::new(seed());
-    let mut place = 0;
+    let mut position = 0;
     for round in 0..20 {
         let bulk = if round % 2 == 0 { 3 * MEGABYTE } else { 100_000 };
-        let end = place + bulk;
+        let end = position + bulk;
         let send = async {
-            let mut sent = place;
+            let mut sent = position;
             while sent < end {
-                sent += soon("it gets on", client.write(pattern.from(sent, end - sent)))
+                sent += soon("the writer makes progress", client.write(pattern.from(sent, end - sent)))
                     .await
                     .expect("connected") as u64;
             }
         };
-        tokio::join!(send, pattern.expect_between(&mut backend, place, end));
-        place = end;
+        tokio::join!(send, pattern.expect_between(&mut backend, position, end));
+        position = end;
         for _ in 0..20 {
             client.say(b"ping").await;
             backend.hears(b"ping").await;
@@ -91,13 +95,14 @@ async fn a_flow_that_changes_between_bulk_and_talk_and_back_loses_nothing() {
 }
 
 #[tokio::test]
-async fn sessions_that_die_with_full_pipes_give_them_up() {
+async fn sessions_that_are_reset_with_full_pipes_release_them() {
     let (backend, program, entry) = program_with_one_worker().await;
     let (without, pattern) = (pipe_ends(program.pid()), Pattern::new(seed()));
     // More sessions than there are pipes, each reset while its pipe holds what its backend does not read.
     for _ in 0..40 {
         let mut client = Peer::connect(entry).await;
-        let (mut stream, _) = soon("the backend gets it", backend.accept()).await.expect("a connection");
+        let (mut stream, _) =
+            soon("the backend gets the session", backend.accept()).await.expect("a connection");
         client.stuff_a_pipe(&mut stream, &pattern, program.pid()).await;
         drop(stream);
         client.reset();
@@ -106,10 +111,10 @@ async fn sessions_that_die_with_full_pipes_give_them_up() {
         program.lines().iter().filter(|line| line["close_reason"].is_string()).count() == 40
     })
     .await;
-    // What is left are the worker's empty ones, ready for the next.
+    // The pipes that are left are the empty ones that the worker keeps for the next flow.
     assert!(pipe_ends(program.pid()) <= without + 4, "{} pipe ends are left", pipe_ends(program.pid()));
     let mut client = Peer::connect(entry).await;
-    let (mut stream, _) = soon("the backend gets it", backend.accept()).await.expect("a connection");
+    let (mut stream, _) = soon("the backend gets the session", backend.accept()).await.expect("a connection");
     let send = async {
         pattern.send(&mut client, 16 * MEGABYTE).await;
         client.end().await;
@@ -119,18 +124,19 @@ async fn sessions_that_die_with_full_pipes_give_them_up() {
 }
 
 #[tokio::test]
-async fn an_idle_session_that_moved_bulk_holds_no_pipe_for_itself() {
+async fn an_idle_session_that_moved_bulk_holds_no_pipe() {
     let (backend, program, entry) = program_with_one_worker().await;
     let without = pipe_ends(program.pid());
     let pattern = Pattern::new(seed());
     let mut idle = Vec::new();
     for _ in 0..50 {
         let mut client = Peer::connect(entry).await;
-        let (mut stream, _) = soon("the backend gets it", backend.accept()).await.expect("a connection");
+        let (mut stream, _) =
+            soon("the backend gets the session", backend.accept()).await.expect("a connection");
         tokio::join!(pattern.send(&mut client, 4 * MEGABYTE), pattern.expect(&mut stream, 4 * MEGABYTE));
         idle.push((client, stream));
     }
-    // One after the other they used the same pipe.
+    // The sessions used the same pipe one after the other.
     assert!(
         pipe_ends(program.pid()) <= without + 4,
         "{} pipe ends for 50 idle sessions",
@@ -146,7 +152,7 @@ async fn a_full_pipe_holds_what_it_can_and_gives_all_of_it_back_in_order() {
     client.say(pattern.from(0, 1)).await;
     pattern.expect(&mut stream, 1).await;
     let before = program.resident_kilobytes();
-    // From the place after the byte on.
+    // The pattern goes on after its first byte.
     let (read, sent) = client.stall_in_a_pipe(&mut stream, &pattern, 1, program.pid()).await;
     let held = piped_bytes(program.pid());
     assert!(held.len() == 1 && held[0] <= MEGABYTE, "{held:?} bytes wait in pipes");
@@ -163,15 +169,16 @@ async fn a_full_pipe_holds_what_it_can_and_gives_all_of_it_back_in_order() {
     assert!(piped_bytes(program.pid()).is_empty());
 }
 
-/// Bulk that comes when every pipe holds another flow's bytes is copied, and those flows lose nothing either.
+/// Bulk that comes when every pipe holds bytes of another flow is copied. Those flows lose nothing either.
 #[tokio::test]
-async fn an_empty_pool_of_pipes_makes_bulk_be_copied_until_there_is_one_again() {
+async fn without_a_free_pipe_bulk_is_copied_until_there_is_one() {
     const PIPES: usize = 32;
     let (backend, program, entry) = program_with_one_worker().await;
     let without = pipe_ends(program.pid());
     let pattern = Arc::new(Pattern::new(seed()));
     let mut stalled = Vec::new();
-    // A flow whose sender happens to be slow just before it stalls is no bulk and holds no pipe: so in rounds.
+    // In rounds, since a flow whose sender happens to be slow just before it stalls is not bulk and holds no
+    // pipe.
     for _ in 0..5 {
         let mut stalling = tokio::task::JoinSet::new();
         for _ in 0..PIPES / 2 + 8 {
@@ -193,7 +200,7 @@ async fn an_empty_pool_of_pipes_makes_bulk_be_copied_until_there_is_one_again() 
         let (mut client, mut stream) = session(&backend, entry).await;
         passes(&pattern, &mut client, &mut stream, 4 * MEGABYTE).await;
         assert_eq!(piped_bytes(program.pid()).len(), PIPES);
-        assert_eq!(pipe_ends(program.pid()) - without, 2 * PIPES, "it has more pipes than it may");
+        assert_eq!(pipe_ends(program.pid()) - without, 2 * PIPES, "it has more pipes than its limit");
     }
     for (client, stream, sent) in &mut stalled {
         client.end().await;
@@ -202,7 +209,7 @@ async fn an_empty_pool_of_pipes_makes_bulk_be_copied_until_there_is_one_again() 
     }
     assert!(piped_bytes(program.pid()).is_empty());
     let (mut client, mut stream) = session(&backend, entry).await;
-    // Ends only when it is spliced.
+    // This returns only when the flow is spliced.
     client.stall_in_a_pipe(&mut stream, &pattern, 0, program.pid()).await;
 }
 
@@ -212,7 +219,7 @@ async fn without_a_descriptor_for_a_pipe_bulk_is_copied_until_there_is_one() {
     let (mut client, mut stream) = session(&backend, entry).await;
     let (without, pattern) = (pipe_ends(program.pid()), Pattern::new(seed()));
     let pid = Pid::from_raw(program.pid().try_into().expect("a pid"));
-    // What is open stays open, and nothing more can be opened.
+    // Open descriptors stay open, and no more can be opened.
     let usual = getrlimit(Resource::Nofile);
     prlimit(pid, Resource::Nofile, Rlimit { current: Some(3), ..usual }).expect("it runs");
     passes(&pattern, &mut client, &mut stream, 16 * MEGABYTE).await;

@@ -1,4 +1,4 @@
-//! Sessions that end, or are told to hurry, while their bytes wait in a pipe.
+//! Sessions that end, or that shutdown ends, while their bytes wait in a pipe.
 
 use std::io::ErrorKind;
 
@@ -10,31 +10,33 @@ use crate::support::{Kind, Pair, Pattern, Peer, Program, eventually, piped_bytes
 
 const MEGABYTE: u64 = 1024 * 1024;
 
-/// More than the kernel takes of one direction.
+/// More bytes than the kernel buffers of one direction take.
 const TOO_MUCH: u64 = 96 * MEGABYTE;
 
-/// See [`Peer::stall_in_a_pipe`]: one of the proxy in this process.
+/// [`Peer::stall_in_a_pipe`] for the proxy in this process.
 async fn stalls(writer: &mut Peer, reader: &mut Peer, pattern: &Pattern) -> (u64, u64) {
     writer.stall_in_a_pipe(reader, pattern, 0, std::process::id()).await
 }
 
-/// The pipe with its bytes is closed, or empty in the pool.
+/// Waits until the pipe with the bytes is closed, or is empty and free again.
 async fn no_pipe_holds_bytes() {
     eventually("no pipe holds bytes", || async { piped_bytes(std::process::id()).is_empty() }).await;
 }
 
-/// What comes is the pattern from `place` on, then a reset. Returns how far it came.
-async fn hears_a_part(peer: &mut Peer, pattern: &Pattern, mut place: u64) -> u64 {
+/// Checks that the bytes of the pattern from `position` on come, and then a reset. Returns the position of
+/// the last byte.
+async fn hears_a_part(peer: &mut Peer, pattern: &Pattern, mut position: u64) -> u64 {
     let (bytes, end) = peer.rest().await;
     assert_eq!(end.expect_err("no clean end").kind(), ErrorKind::ConnectionReset);
     for chunk in bytes.chunks(65_536) {
-        assert!(chunk == pattern.from(place, chunk.len() as u64), "wrong bytes at {place}");
-        place += chunk.len() as u64;
+        assert!(chunk == pattern.from(position, chunk.len() as u64), "wrong bytes at {position}");
+        position += chunk.len() as u64;
     }
-    place
+    position
 }
 
-/// The reset of a client that nobody reads, because its bytes wait for a backend that does not take them.
+/// The proxy does not read from this client, because its bytes wait for a backend that takes none. It must
+/// notice the reset nevertheless.
 #[tokio::test]
 async fn a_stalled_session_notices_that_its_source_is_gone() {
     for kind in [Kind::Tcp, Kind::Unix] {
@@ -103,7 +105,8 @@ async fn an_end_passes_while_the_other_direction_is_stuck_in_a_pipe() {
     assert_eq!((&line["close_reason"], &line["bytes_in"]), (&"finished".into(), &sent.into()));
 }
 
-/// No side may take a session for complete that shutdown cut while its bytes were in a pipe.
+/// Shutdown cuts this session while its bytes are in a pipe. Neither side may get a clean end, since it is
+/// not complete.
 #[tokio::test]
 async fn shutdown_resets_both_sides_of_a_session_whose_bytes_are_in_a_pipe() {
     let (mut program, mut client, mut backend) = program_with_a_session("shutdown: {timeout: 300ms}").await;
@@ -132,6 +135,7 @@ async fn a_session_whose_bytes_are_in_a_pipe_may_finish_during_shutdown() {
     assert!(program.wait().success());
 }
 
+/// A program with an open session: returns its client and its backend too.
 async fn program_with_a_session(top: &str) -> (Program, Peer, Peer) {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let address = listener.local_addr().expect("bound");
@@ -140,15 +144,16 @@ async fn program_with_a_session(top: &str) -> (Program, Peer, Peer) {
          pools: {{web: {{backends: {{\"{address}\": 1}}}}}}\n{top}\n"
     ));
     let client = Peer::connect(program.address().await).await;
-    let (backend, _) = soon("the backend gets it", listener.accept()).await.expect("a connection");
+    let (backend, _) = soon("the backend gets the session", listener.accept()).await.expect("a connection");
     (program, client, Peer::Tcp(backend))
 }
 
-/// A byte that is sent as urgent (`MSG_OOB`) stands beside the stream, not in it: like in HAProxy, nobody passes it on. But
-/// no byte of the stream is lost for it, and none waits for something to come behind it: a splice gets no further than to it,
-/// and says there what it says where there is nothing; a read stops at it too, and is taken for the last one.
+/// A byte sent as urgent (`MSG_OOB`) is not in the stream, and the proxy does not pass it on, as HAProxy
+/// does not. No byte of the stream may be lost for it or wait until more bytes come. A splice stops before
+/// the urgent byte and returns EAGAIN there, as it does without bytes. A read stops there too, and its short
+/// count looks as if there were no more bytes.
 #[tokio::test]
-async fn no_byte_on_either_side_of_an_urgent_one_is_lost_or_waits() {
+async fn no_byte_before_or_after_an_urgent_one_is_lost_or_waits() {
     for kind in [Kind::Tcp, Kind::Unix, Kind::Spliced] {
         let pair = Pair::new(kind, "").await;
         for bytes in [1, 300, 20_000, 3 * MEGABYTE] {
@@ -156,7 +161,7 @@ async fn no_byte_on_either_side_of_an_urgent_one_is_lost_or_waits() {
             let pattern = Pattern::new(seed());
             let send = async {
                 pattern.send_between(&mut client, 0, bytes).await;
-                urgent(&client);
+                send_urgent(&client);
                 pattern.send_between(&mut client, bytes, 2 * bytes).await;
             };
             tokio::join!(send, pattern.expect(&mut backend, 2 * bytes));
@@ -168,10 +173,10 @@ async fn no_byte_on_either_side_of_an_urgent_one_is_lost_or_waits() {
     }
 }
 
-/// The urgent byte is the last thing before the end: it must not stay unread, or closing would reset the client instead of
-/// ending cleanly.
+/// An urgent byte just before the end must not stay unread: with it the close would reset the client instead
+/// of ending cleanly.
 #[tokio::test]
-async fn an_urgent_byte_before_the_end_makes_no_reset_of_it() {
+async fn an_urgent_byte_before_the_end_does_not_turn_it_into_a_reset() {
     for kind in [Kind::Tcp, Kind::Unix, Kind::Spliced] {
         let pair = Pair::new(kind, "").await;
         for bytes in [1, 300, 40_000, 3 * MEGABYTE] {
@@ -179,7 +184,7 @@ async fn an_urgent_byte_before_the_end_makes_no_reset_of_it() {
             let pattern = Pattern::new(seed());
             let send = async {
                 pattern.send_between(&mut client, 0, bytes).await;
-                urgent(&client);
+                send_urgent(&client);
             };
             tokio::join!(send, pattern.expect(&mut backend, bytes));
             client.end().await;
@@ -191,7 +196,8 @@ async fn an_urgent_byte_before_the_end_makes_no_reset_of_it() {
     }
 }
 
-fn urgent(peer: &Peer) {
+/// Sends an urgent byte.
+fn send_urgent(peer: &Peer) {
     let Peer::Tcp(stream) = peer else { panic!("a unix socket knows no urgent byte here") };
     assert_eq!(SockRef::from(stream).send_out_of_band(b"!").expect("connected"), 1);
 }

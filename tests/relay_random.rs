@@ -1,7 +1,8 @@
-//! Sessions that do whatever a seed says: both sides write and read in pieces of any size, rest, change the direction,
-//! half-close or reset, many at a time. No byte is lost, doubled or out of order, and each end is what it should be.
+//! Random sessions: both sides write and read in pieces of any size, pause, change the direction, half-close
+//! or reset, many sessions at a time. No byte may be lost, doubled or out of order, and each side must see
+//! the right end.
 //!
-//! STATERA_SEED replays what was done, though not when; STATERA_LONG=1 goes on for ten minutes.
+//! STATERA_SEED replays the same operations, but not their timing. STATERA_LONG=1 runs for ten minutes.
 
 use std::time::Duration;
 
@@ -11,10 +12,10 @@ use tokio::time::{Instant, sleep};
 
 use crate::support::{Kind, Pair, Pattern, Peer, seed, soon};
 
-/// Sessions that one proxy has at once: they share its workers' buffers and pipes.
+/// How many sessions run at once. They share the buffers and pipes of the workers.
 const AT_ONCE: u64 = 8;
 
-/// One side of a session: how far it has got.
+/// One side of a session, with the number of bytes it has sent and read.
 struct Side {
     reader: ReadHalf<Peer>,
     writer: WriteHalf<Peer>,
@@ -25,7 +26,7 @@ struct Side {
     random: Rng,
 }
 
-/// What goes on before both sides wait for each other.
+/// The bytes that pass before both sides wait for each other.
 #[derive(Clone, Copy, Debug)]
 struct Phase {
     to_backend_bytes: u64,
@@ -50,7 +51,7 @@ impl Side {
         Self { reader, writer, sends, hears, sent_bytes: 0, heard_bytes: 0, random }
     }
 
-    /// Sends and hears so many bytes more, at the same time.
+    /// Sends and reads so many more bytes at the same time.
     async fn plays(&mut self, send_bytes: u64, hear_bytes: u64) {
         let (mut write_random, mut read_random) = (self.random.fork(), self.random.fork());
         let write = async {
@@ -58,8 +59,8 @@ impl Side {
             while self.sent_bytes < end {
                 let piece = piece_bytes(&mut write_random).min(end - self.sent_bytes);
                 let write = self.writer.write(self.sends.from(self.sent_bytes, piece));
-                self.sent_bytes += soon("a writer gets on", write).await.expect("connected") as u64;
-                rests(&mut write_random).await;
+                self.sent_bytes += soon("the writer makes progress", write).await.expect("connected") as u64;
+                maybe_pauses(&mut write_random).await;
             }
         };
         let read = async {
@@ -69,11 +70,14 @@ impl Side {
                 let piece = piece_bytes(&mut read_random).min(end - self.heard_bytes) as usize;
                 let read = self.reader.read(&mut buffer[..piece]);
                 let count = soon("bytes arrive", read).await.expect("connected");
-                let place = self.heard_bytes;
-                assert!(count > 0, "it ended after {place} of {end} bytes");
-                assert!(is_pattern(&self.hears, place, &buffer[..count]), "wrong bytes at {place} +{count}");
+                let position = self.heard_bytes;
+                assert!(count > 0, "the stream ended after {position} of {end} bytes");
+                assert!(
+                    is_pattern(&self.hears, position, &buffer[..count]),
+                    "wrong bytes at {position} +{count}"
+                );
                 self.heard_bytes += count as u64;
-                rests(&mut read_random).await;
+                maybe_pauses(&mut read_random).await;
             }
         };
         tokio::join!(write, read);
@@ -88,7 +92,8 @@ impl Side {
         assert_eq!(read.expect("a clean end"), 0, "more came than was sent");
     }
 
-    /// What still comes is what was sent, up to an end that says that something is missing.
+    /// Reads the bytes that still come, which must be those that were sent. Then the connection must end by
+    /// an error.
     async fn hears_that_it_was_cut(&mut self) {
         let mut buffer = vec![0; 65_536];
         loop {
@@ -108,7 +113,7 @@ impl Side {
     }
 }
 
-/// Often one byte, sometimes far more than fits anywhere.
+/// A random size of a write or a read: sometimes one byte, sometimes more than any buffer holds.
 fn piece_bytes(random: &mut Rng) -> u64 {
     match random.u8(..10) {
         0 => 1,
@@ -118,8 +123,8 @@ fn piece_bytes(random: &mut Rng) -> u64 {
     }
 }
 
-/// Mostly not at all.
-async fn rests(random: &mut Rng) {
+/// Pauses at random, in most cases not at all.
+async fn maybe_pauses(random: &mut Rng) {
     match random.u8(..40) {
         0 => sleep(Duration::from_micros(random.u64(..3_000))).await,
         1..8 => tokio::task::yield_now().await,
@@ -127,10 +132,10 @@ async fn rests(random: &mut Rng) {
     }
 }
 
-fn is_pattern(pattern: &Pattern, place: u64, bytes: &[u8]) -> bool {
+fn is_pattern(pattern: &Pattern, position: u64, bytes: &[u8]) -> bool {
     let mut compared = 0;
     while compared < bytes.len() {
-        let expected = pattern.from(place + compared as u64, (bytes.len() - compared) as u64);
+        let expected = pattern.from(position + compared as u64, (bytes.len() - compared) as u64);
         if bytes[compared..compared + expected.len()] != *expected {
             return false;
         }
@@ -139,11 +144,11 @@ fn is_pattern(pattern: &Pattern, place: u64, bytes: &[u8]) -> bool {
     true
 }
 
-/// One session, from its first byte to its end.
+/// Runs one random session to its end.
 async fn session(kind: Kind, client: Peer, backend: Peer, seed: u64) {
     let mut random = Rng::with_seed(seed);
     if kind == Kind::Tcp && random.bool() {
-        // Less is under way, so that the proxy is refused more often and in odd places.
+        // Small buffers: the proxy cannot write more often, and after odd numbers of bytes.
         client.shrink_buffers();
         backend.shrink_buffers();
     }
@@ -167,7 +172,7 @@ async fn session(kind: Kind, client: Peer, backend: Peer, seed: u64) {
             client.hears_the_end().await;
         }
         2..4 => {
-            // The end is right behind the bytes.
+            // The end comes directly after the bytes.
             let answer = async {
                 backend.plays(last, 0).await;
                 backend.ends().await;
@@ -178,12 +183,12 @@ async fn session(kind: Kind, client: Peer, backend: Peer, seed: u64) {
             client.ends().await;
             backend.hears_the_end().await;
         }
-        // Both at once.
+        // Both sides end at once.
         4 => {
             tokio::try_join!(client.writer.shutdown(), backend.writer.shutdown()).expect("connected");
             tokio::join!(client.hears_the_end(), backend.hears_the_end());
         }
-        // The client goes away in the middle of its bytes. A unix socket knows no reset.
+        // The client resets in the middle of its bytes. A unix socket cannot be reset.
         _ if kind == Kind::Unix => {}
         _ => {
             let read = random.u64(..=last);
@@ -194,8 +199,8 @@ async fn session(kind: Kind, client: Peer, backend: Peer, seed: u64) {
     }
 }
 
-/// Sessions of that kind for so long, each with a seed of its own.
-async fn sessions_that_do_anything(kind: Kind) {
+/// Runs random sessions with that kind of backend for some time, each with its own seed.
+async fn random_sessions(kind: Kind) {
     let long = std::env::var_os("STATERA_LONG").is_some();
     let deadline = Instant::now() + Duration::from_secs(if long { 200 } else { 2 });
     let pair = Pair::new(kind, "").await;
@@ -207,22 +212,22 @@ async fn sessions_that_do_anything(kind: Kind) {
             sessions.spawn(session(kind, client, backend, seeds.u64(..)));
         }
         while let Some(ended) = sessions.join_next().await {
-            ended.expect("no session goes wrong");
+            ended.expect("each session behaves as it should");
         }
     }
 }
 
 #[tokio::test]
-async fn sessions_that_begin_by_copying_do_anything_and_lose_nothing() {
-    sessions_that_do_anything(Kind::Tcp).await;
+async fn random_sessions_that_begin_by_copying_lose_nothing() {
+    random_sessions(Kind::Tcp).await;
 }
 
 #[tokio::test]
-async fn sessions_that_begin_by_splicing_do_anything_and_lose_nothing() {
-    sessions_that_do_anything(Kind::Spliced).await;
+async fn random_sessions_that_begin_by_splicing_lose_nothing() {
+    random_sessions(Kind::Spliced).await;
 }
 
 #[tokio::test]
-async fn sessions_with_a_unix_socket_do_anything_and_lose_nothing() {
-    sessions_that_do_anything(Kind::Unix).await;
+async fn random_sessions_with_a_unix_socket_lose_nothing() {
+    random_sessions(Kind::Unix).await;
 }

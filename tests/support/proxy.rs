@@ -38,7 +38,8 @@ impl Proxy {
     /// balance: weighted_round_robin`.
     pub fn web(top: &str, pool: &str) -> Self {
         Self::start(&format!(
-            "workers: 2\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\npools: {{web: {{{pool}}}}}\n{top}\n"
+            "workers: 2\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
+             pools: {{web: {{{pool}}}}}\n{top}\n"
         ))
     }
 

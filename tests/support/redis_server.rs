@@ -11,11 +11,11 @@ use tempfile::TempDir;
 use super::cluster::port_with_bus;
 use super::{Backend, PATIENCE, eventually, free_port, require};
 
-/// The rights that the example config grants its ACL user, with a password: for [`Redis::grant`].
-pub const LEAST_RIGHTS: &str = "on >secret resetkeys %R~servers* %R~{servers}:states resetchannels &__keyspace@0__:servers* \
-                                &__keyspace@0__:{servers}:states nocommands +hello +auth \
-                                +ping +select +client|setname +client|id +client|tracking +subscribe +unsubscribe +zrange \
-                                +zcard +hlen +hgetall +hget +hstrlen +eval_ro +evalsha_ro +script|load +config|get";
+/// The rights of docs/questions/redis-rights.md with a password: for [`Redis::grant`].
+pub const LEAST_RIGHTS: &str = "on >secret resetkeys %R~servers* %R~{servers}:states resetchannels \
+    &__keyspace@0__:servers* &__keyspace@0__:{servers}:states nocommands +hello +auth +ping +select \
+    +client|setname +client|id +client|tracking +subscribe +unsubscribe +zrange +zcard +hlen +hgetall \
+    +hget +hstrlen +eval_ro +evalsha_ro +script|load +config|get";
 
 /// A running redis-server. Dropping it kills it by its own pid.
 pub struct Redis {

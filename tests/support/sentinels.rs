@@ -234,7 +234,8 @@ impl Node {
         }
         let text = format!(
             "port {port}\nbind 127.0.0.1\ndir {}\nsentinel monitor {MASTER} 127.0.0.1 {primary_port} 2\n\
-             sentinel down-after-milliseconds {MASTER} 300\nsentinel failover-timeout {MASTER} 2000\n{more}\n",
+             sentinel down-after-milliseconds {MASTER} 300\n\
+             sentinel failover-timeout {MASTER} 2000\n{more}\n",
             folder.path().display()
         );
         std::fs::write(&config, text).expect("a file");

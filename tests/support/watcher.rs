@@ -159,7 +159,8 @@ impl Restarted {
         let program = Program::run_by(
             Command::new(Program::path()),
             &format!(
-                "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\npools: {{web: {{weights_key: servers}}}}\n\
+                "workers: 1\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
+                 pools: {{web: {{weights_key: servers}}}}\n\
                  admin: {{bind: \"127.0.0.1:0\"}}\nshutdown: {{timeout: 1s}}\nstate_dir: {}\nredis: {{{}}}\n",
                 state.display(),
                 self.redis
