@@ -7,7 +7,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 use crate::support::{
-    Backend, Desk, Program, Proxy, backends, dead_address, eventually, greeting, silent_address, text,
+    Backend, Operator, Program, Proxy, backends, dead_address, eventually, greeting, silent_address, text,
 };
 
 /// The script of a backend that reads a byte and resets the connection.
@@ -167,20 +167,20 @@ async fn a_session_that_was_reset_has_an_error_in_its_line_and_one_that_ended_we
 }
 
 /// The line of `weights get` for this member.
-async fn line_of(desk: &Desk, member: impl ToString) -> String {
-    let said = desk.done("get web").await.said;
+async fn line_of(operator: &Operator, member: impl ToString) -> String {
+    let said = operator.done("get web").await.stdout;
     let begin = format!("{} ", member.to_string());
     said.lines().find(|line| line.starts_with(&begin)).map(str::to_owned).unwrap_or(said)
 }
 
-async fn line_becomes(desk: &Desk, member: impl ToString, end: &str) {
+async fn line_becomes(operator: &Operator, member: impl ToString, end: &str) {
     let member = member.to_string();
-    eventually(end, || async { line_of(desk, &member).await.ends_with(end) }).await;
+    eventually(end, || async { line_of(operator, &member).await.ends_with(end) }).await;
 }
 
 #[tokio::test]
 async fn weights_get_says_from_how_many_proxies_a_backend_gets_no_sessions_and_why() {
-    let desk = Desk::start().await;
+    let operator = Operator::start().await;
     let (good, resets) = (Backend::echo().await, Backend::start(reset_after_a_byte).await);
     let (_guard, dead) = dead_address();
     let [of_good, of_resets, of_dead] =
@@ -199,16 +199,17 @@ async fn weights_get_says_from_how_many_proxies_a_backend_gets_no_sessions_and_w
         "0",
         "10.0.0.1:80",
     ];
-    desk.redis.run_words(&words).await;
+    operator.redis.run_words(&words).await;
     // The checks of a backend that resets its sessions pass: they only connect.
     let pool = "outlier: {consecutive_failures: 3, ejection: 1h, max_ejected_percent: 90}";
-    let checked =
-        desk.yaml("").replace("backends:", &format!("{pool}, health_check: {{interval: 100ms}}, backends:"));
-    let unchecked = desk.yaml("").replace("backends:", &format!("{pool}, backends:"));
+    let checked = operator
+        .yaml("")
+        .replace("backends:", &format!("{pool}, health_check: {{interval: 100ms}}, backends:"));
+    let unchecked = operator.yaml("").replace("backends:", &format!("{pool}, backends:"));
     let programs = [Program::run(&checked), Program::run(&unchecked)];
-    line_becomes(&desk, dead, "no sessions from 1 of 2 proxies: unhealthy (connection refused)").await;
-    line_becomes(&desk, "nowhere.invalid:80", "no sessions from 2 of 2 proxies: name not resolved").await;
-    let line = line_of(&desk, "10.0.0.1:80").await;
+    line_becomes(&operator, dead, "no sessions from 1 of 2 proxies: unhealthy (connection refused)").await;
+    line_becomes(&operator, "nowhere.invalid:80", "no sessions from 2 of 2 proxies: name not resolved").await;
+    let line = line_of(&operator, "10.0.0.1:80").await;
     assert!(
         line.contains(" 0  ") && !line.contains("no sessions"),
         "a weight of 0 needs no further reason: {line}"
@@ -224,15 +225,15 @@ async fn weights_get_says_from_how_many_proxies_a_backend_gets_no_sessions_and_w
         for address in addresses {
             any_session(address).await;
         }
-        line_of(&desk, &of_resets).await.ends_with(ejected)
+        line_of(&operator, &of_resets).await.ends_with(ejected)
     })
     .await;
-    assert!(line_of(&desk, &of_good).await.ends_with('%'), "it gets sessions");
+    assert!(line_of(&operator, &of_good).await.ends_with('%'), "it gets sessions");
 
     // The admin state is shown once, beside the other reason.
-    desk.done(&format!("drain web {of_resets}")).await;
-    line_becomes(&desk, &of_resets, &format!("0.0 %  drain  {ejected}")).await;
-    let get = desk.json("get web").await;
+    operator.done(&format!("drain web {of_resets}")).await;
+    line_becomes(&operator, &of_resets, &format!("0.0 %  drain  {ejected}")).await;
+    let get = operator.json("get web").await;
     let member = |name: &str| -> Value {
         let members = get["members"].as_array().expect("a list");
         members.iter().find(|member| member["member"] == name).expect("a member").clone()
@@ -246,9 +247,9 @@ async fn weights_get_says_from_how_many_proxies_a_backend_gets_no_sessions_and_w
     // The report of an older proxy does not say which backends get no sessions.
     let hash = get["hash"].as_str().expect("a text");
     let lease = format!("99999999999999 {hash}");
-    desk.redis.run_words(&["HSET", "{servers}:applied", "old/1/0000", &lease]).await;
-    line_becomes(&desk, "nowhere.invalid:80", "no sessions from 2 of 2 proxies: name not resolved").await;
-    let said = desk.done("get web").await.said;
+    operator.redis.run_words(&["HSET", "{servers}:applied", "old/1/0000", &lease]).await;
+    line_becomes(&operator, "nowhere.invalid:80", "no sessions from 2 of 2 proxies: name not resolved").await;
+    let said = operator.done("get web").await.stdout;
     assert!(
         said.contains("1 proxy of an older version: these do not report which members get no sessions"),
         "{said}"
@@ -257,14 +258,14 @@ async fn weights_get_says_from_how_many_proxies_a_backend_gets_no_sessions_and_w
 
 #[tokio::test]
 async fn weights_get_says_when_a_proxy_ignores_health() {
-    let desk = Desk::start().await;
+    let operator = Operator::start().await;
     let (_guard, dead) = dead_address();
-    desk.redis.run(&format!("ZADD servers 1 {dead}")).await;
+    operator.redis.run(&format!("ZADD servers 1 {dead}")).await;
     let _program =
-        Program::run(&desk.yaml("").replace("backends:", "health_check: {interval: 100ms}, backends:"));
+        Program::run(&operator.yaml("").replace("backends:", "health_check: {interval: 100ms}, backends:"));
     eventually("it fails open", || async {
-        desk.done("get web").await.said.contains("health is ignored by 1 of 1 proxy (fail-open)")
+        operator.done("get web").await.stdout.contains("health is ignored by 1 of 1 proxy (fail-open)")
     })
     .await;
-    assert!(line_of(&desk, dead).await.ends_with('%'), "it gets sessions although it is unhealthy");
+    assert!(line_of(&operator, dead).await.ends_with('%'), "it gets sessions although it is unhealthy");
 }

@@ -44,24 +44,24 @@ async fn check_says_what_a_valid_config_would_run() {
     let folder = folder();
     let path = config(&folder, VALID);
     for arguments in [["check", "-c", &path], ["check", "--config", &path]] {
-        let (code, said, errors) = statera(&arguments).await;
-        assert_eq!((code, errors.as_str()), (Some(0), ""));
-        assert!(said.starts_with(&format!("{path}: valid: 1 listeners, 1 pools")), "{said}");
+        let (code, stdout, stderr) = statera(&arguments).await;
+        assert_eq!((code, stderr.as_str()), (Some(0), ""));
+        assert!(stdout.starts_with(&format!("{path}: valid: 1 listeners, 1 pools")), "{stdout}");
     }
     let redis = config(&folder, &format!("{VALID}redis: {{url: \"redis://:geheim@10.0.0.9/0\"}}\n"));
-    let (code, said, _) = statera(&["check", "-c", &redis]).await;
+    let (code, stdout, _) = statera(&["check", "-c", &redis]).await;
     assert_eq!(code, Some(0));
-    assert!(said.contains("10.0.0.9:6379") && !said.contains("geheim"), "{said}");
+    assert!(stdout.contains("10.0.0.9:6379") && !stdout.contains("geheim"), "{stdout}");
 
     let mut here = Command::new(Program::path());
-    let (code, _, errors) = texts(
+    let (code, _, stderr) = texts(
         output({
             here.arg("check").current_dir(folder.path());
             here
         })
         .await,
     );
-    assert_eq!((code, errors.as_str()), (Some(0), ""), "config.yaml here needs no -c");
+    assert_eq!((code, stderr.as_str()), (Some(0), ""), "config.yaml here needs no -c");
 }
 
 #[tokio::test]
@@ -70,10 +70,10 @@ async fn without_any_config_the_files_that_were_looked_for_are_named() {
     for arguments in [&["check"][..], &["run"], &["weights", "get", "web"]] {
         let mut command = Command::new(Program::path());
         command.args(arguments).current_dir(folder.path());
-        let (code, _, errors) = texts(output(command).await);
+        let (code, _, stderr) = texts(output(command).await);
         let expected = "there is neither config.yaml nor /etc/statera/config.yaml: name a config by -c FILE";
-        assert_eq!(code, Some(2), "{errors}");
-        assert!(errors.contains(expected), "{errors}");
+        assert_eq!(code, Some(2), "{stderr}");
+        assert!(stderr.contains(expected), "{stderr}");
     }
 }
 
@@ -82,8 +82,8 @@ async fn an_invalid_config_is_refused_with_every_problem_and_code_2() {
     let folder = folder();
     let path = config(&folder, INVALID);
     for command in ["check", "run"] {
-        let (code, said, errors) = statera(&[command, "-c", &path]).await;
-        assert_eq!((code, said.as_str()), (Some(2), ""), "{command}");
+        let (code, stdout, stderr) = statera(&[command, "-c", &path]).await;
+        assert_eq!((code, stdout.as_str()), (Some(2), ""), "{command}");
         for problem in [
             "listeners.web.bind",
             "listeners.web.pool",
@@ -91,9 +91,9 @@ async fn an_invalid_config_is_refused_with_every_problem_and_code_2() {
             "pools.web.idle_timeout",
             "workerz",
         ] {
-            assert!(errors.contains(problem), "{command}: {problem} is not named: {errors}");
+            assert!(stderr.contains(problem), "{command}: {problem} is not named: {stderr}");
         }
-        assert!(errors.starts_with(&path) && errors.contains("(line "), "{errors}");
+        assert!(stderr.starts_with(&path) && stderr.contains("(line "), "{stderr}");
     }
 }
 
@@ -106,9 +106,9 @@ async fn a_config_that_is_no_file_is_refused_with_its_cure_and_code_2() {
             (there, "it is a directory: name the file in it"),
             (missing.to_str().expect("a text"), "there is no such file: name the config with -c FILE"),
         ] {
-            let (code, said, errors) = statera(&[command, "-c", path]).await;
-            assert_eq!((code, said.as_str()), (Some(2), ""), "{command} {path}");
-            assert!(errors.contains(path) && errors.contains(cure), "{errors}");
+            let (code, stdout, stderr) = statera(&[command, "-c", path]).await;
+            assert_eq!((code, stdout.as_str()), (Some(2), ""), "{command} {path}");
+            assert!(stderr.contains(path) && stderr.contains(cure), "{stderr}");
         }
     }
 }
@@ -120,10 +120,10 @@ async fn version_and_help_are_answers_and_what_is_unknown_is_code_2() {
         assert_eq!(statera(&[argument]).await, (Some(0), version.clone(), String::new()));
     }
     for arguments in [&["--help"][..], &["help"], &["-h"]] {
-        let (code, said, errors) = statera(arguments).await;
-        assert_eq!((code, errors.as_str()), (Some(0), ""), "{arguments:?}");
+        let (code, stdout, stderr) = statera(arguments).await;
+        assert_eq!((code, stderr.as_str()), (Some(0), ""), "{arguments:?}");
         for command in ["run", "check", "demo", "weights", "version"] {
-            assert!(said.contains(&format!("\n  {command} ")), "{command}: {said}");
+            assert!(stdout.contains(&format!("\n  {command} ")), "{command}: {stdout}");
         }
     }
     for arguments in [
@@ -134,9 +134,9 @@ async fn version_and_help_are_answers_and_what_is_unknown_is_code_2() {
         &["version", "x"],
         &["demo", "--seconds", "x"],
     ] {
-        let (code, said, errors) = statera(arguments).await;
-        assert_eq!((code, said.as_str()), (Some(2), ""), "{arguments:?}");
-        assert!(!errors.is_empty(), "{arguments:?}");
+        let (code, stdout, stderr) = statera(arguments).await;
+        assert_eq!((code, stdout.as_str()), (Some(2), ""), "{arguments:?}");
+        assert!(!stderr.is_empty(), "{arguments:?}");
     }
 }
 
@@ -151,8 +151,8 @@ async fn a_closed_standard_output_is_a_failure_without_a_panic() {
         command.args(arguments.split(' ')).stderr(Stdio::piped()).stdout(writer);
         let child = tokio::process::Command::from(command).kill_on_drop(true).spawn().expect("it starts");
         let ended = soon("it ends", child.wait_with_output()).await.expect("it is ours");
-        let (code, _, errors) = texts(ended);
-        assert!(!errors.contains("panicked"), "{arguments}: {errors}");
+        let (code, _, stderr) = texts(ended);
+        assert!(!stderr.contains("panicked"), "{arguments}: {stderr}");
         assert!(code == Some(1) || arguments == "--help" && code == Some(0), "{arguments}: {code:?}");
     }
 }
@@ -165,10 +165,10 @@ async fn a_congestion_control_that_the_kernel_lacks_is_refused_with_those_it_has
         (VALID.replace("backends:", "tcp_congestion: bogus, backends:"), "pools.web"),
     ] {
         let config = config(&folder, &yaml);
-        let (code, said, errors) = statera(&["run", "-c", &config]).await;
-        assert_eq!((code, said.as_str()), (Some(1), ""), "{yaml}: {errors}");
-        assert!(errors.starts_with(&format!("statera: {path}.tcp_congestion: bogus: ")), "{errors}");
-        assert!(errors.contains("this kernel has ") && errors.contains("reno"), "{errors}");
+        let (code, stdout, stderr) = statera(&["run", "-c", &config]).await;
+        assert_eq!((code, stdout.as_str()), (Some(1), ""), "{yaml}: {stderr}");
+        assert!(stderr.starts_with(&format!("statera: {path}.tcp_congestion: bogus: ")), "{stderr}");
+        assert!(stderr.contains("this kernel has ") && stderr.contains("reno"), "{stderr}");
     }
 }
 
@@ -185,16 +185,16 @@ async fn a_port_in_use_is_refused_with_listener_address_and_cure() {
     let folder = folder();
     for address in [taken.1, listeners[0], admin] {
         let listener = config(&folder, &VALID.replace("127.0.0.1:0", &address.to_string()));
-        let (code, said, errors) = statera(&["run", "-c", &listener]).await;
-        assert_eq!((code, said.as_str()), (Some(1), ""), "{errors}");
-        assert!(errors.starts_with(&format!("statera: listeners.web.bind: {address}: ")), "{errors}");
-        assert!(errors.contains("another program listens there") && errors.contains("stop it"), "{errors}");
+        let (code, stdout, stderr) = statera(&["run", "-c", &listener]).await;
+        assert_eq!((code, stdout.as_str()), (Some(1), ""), "{stderr}");
+        assert!(stderr.starts_with(&format!("statera: listeners.web.bind: {address}: ")), "{stderr}");
+        assert!(stderr.contains("another program listens there") && stderr.contains("stop it"), "{stderr}");
 
         let admin = config(&folder, &format!("{VALID}admin: {{bind: \"{address}\"}}\n"));
-        let (code, _, errors) = statera(&["run", "-c", &admin]).await;
+        let (code, _, stderr) = statera(&["run", "-c", &admin]).await;
         assert_eq!(code, Some(1));
-        assert!(errors.starts_with(&format!("statera: admin.bind: {address}: ")), "{errors}");
-        assert!(errors.contains("another program listens there") && errors.contains("stop it"), "{errors}");
+        assert!(stderr.starts_with(&format!("statera: admin.bind: {address}: ")), "{stderr}");
+        assert!(stderr.contains("another program listens there") && stderr.contains("stop it"), "{stderr}");
     }
     assert_eq!(echo(listeners[0], b"ping").await.expect("the first goes on"), b"ping");
 }
@@ -217,10 +217,10 @@ async fn a_port_that_this_user_may_not_bind_is_refused_with_its_cure() {
         command.args(["--user", "--map-current-user", "--net", "--"]);
     }
     command.arg(program).args(["run", "-c", &path]);
-    let (code, said, errors) = texts(output(command).await);
-    assert_eq!((code, said.as_str()), (Some(1), ""), "{errors}");
-    assert!(errors.starts_with("statera: listeners.web.bind: 0.0.0.0:80: "), "{errors}");
-    assert!(errors.contains("CAP_NET_BIND_SERVICE") && errors.contains("bind to a higher port"), "{errors}");
+    let (code, stdout, stderr) = texts(output(command).await);
+    assert_eq!((code, stdout.as_str()), (Some(1), ""), "{stderr}");
+    assert!(stderr.starts_with("statera: listeners.web.bind: 0.0.0.0:80: "), "{stderr}");
+    assert!(stderr.contains("CAP_NET_BIND_SERVICE") && stderr.contains("bind to a higher port"), "{stderr}");
 }
 
 #[tokio::test]
@@ -495,12 +495,12 @@ async fn warnings_are_printed_by_check_and_logged_at_the_start_and_refuse_nothin
     let folder = folder();
     let path =
         config(&folder, &VALID.replace("pools: {", "pools: {spare: {backends: {\"127.0.0.1:9\": 1}}, "));
-    let (code, said, errors) = statera(&["check", "-c", &path]).await;
-    assert_eq!(code, Some(0), "{errors}");
-    assert!(said.contains("valid: 1 listeners, 2 pools"), "{said}");
+    let (code, stdout, stderr) = statera(&["check", "-c", &path]).await;
+    assert_eq!(code, Some(0), "{stderr}");
+    assert!(stdout.contains("valid: 1 listeners, 2 pools"), "{stdout}");
     let warning =
         "pools.spare: no listener uses it: name it as the pool of a listener, or remove it (line 2)";
-    assert_eq!(errors, format!("warning: {warning}\n"));
+    assert_eq!(stderr, format!("warning: {warning}\n"));
 
     let program = Program::run(&fs::read_to_string(&path).expect("a file"));
     eventually("it accepts", || async { program.log().contains("\"listener accepting connections\"") }).await;

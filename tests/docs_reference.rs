@@ -14,7 +14,7 @@ use statera::config::{Config, Warnings};
 use tempfile::TempDir;
 use tokio::net::TcpSocket;
 
-use crate::support::{Backend, Desk, Program, Redis, dead_address, echo, eventually, output};
+use crate::support::{Backend, Operator, Program, Redis, dead_address, echo, eventually, output};
 
 /// One row of a table: the cells without the backticks around them.
 #[derive(Clone, Debug)]
@@ -240,7 +240,7 @@ fn values(metrics: &str, name: &str, label: &str) -> BTreeSet<String> {
 
 /// A proxy with everything that has a metric, and lines of sessions that ended well and badly.
 struct Busy {
-    desk: Desk,
+    operator: Operator,
     program: Program,
     _backends: [Backend; 2],
     _dead: (TcpSocket, SocketAddr),
@@ -256,8 +256,8 @@ impl Busy {
             .run(&format!("ZADD servers 1 {} 1 {} 1 {}", backends[0].address, backends[1].address, dead.1))
             .await;
         let folder = TempDir::new().expect("a folder");
-        let desk = Desk::with(redis, "servers");
-        let yaml = desk.yaml("").replace(
+        let operator = Operator::with(redis, "servers");
+        let yaml = operator.yaml("").replace(
             "backends: {\"127.0.0.1:9\": 1}",
             // All are checked at a port that answers, so that the dead one gets sessions.
             &format!(
@@ -270,10 +270,10 @@ impl Busy {
             "{yaml}state_dir: {}\nadmin: {{bind: \"127.0.0.1:0\"}}\n",
             folder.path().join("state").display()
         ));
-        desk.done(&format!("drain web {}", backends[1].address)).await;
+        operator.done(&format!("drain web {}", backends[1].address)).await;
         let address = program.addresses().await.0[0];
         eventually("weights have come by a notification", || async {
-            desk.done(&format!("set web {}={}", backends[0].address, fastrand::u32(1..100))).await;
+            operator.done(&format!("set web {}={}", backends[0].address, fastrand::u32(1..100))).await;
             program.metric("statera_weight_propagation_seconds_count", "").await > 0.0
         })
         .await;
@@ -286,7 +286,7 @@ impl Busy {
             program.metric("statera_backend_health_checks_total", "passed").await > 0.0
         })
         .await;
-        Self { desk, program, _backends: backends, _dead: dead, _folder: folder }
+        Self { operator, program, _backends: backends, _dead: dead, _folder: folder }
     }
 }
 
@@ -331,9 +331,9 @@ async fn the_page_of_the_access_log_has_every_field_source_and_reason() {
     assert_same("access-log.md, reasons", &below("Why a session ended"), &reasons);
 
     // The backends that are left refuse connections, so that this session ends with an error.
-    let Busy { desk, program, _backends: [alive, _], .. } = &busy;
+    let Busy { operator, program, _backends: [alive, _], .. } = &busy;
     let address = program.addresses().await.0[0];
-    desk.done(&format!("set web {}=0", alive.address)).await;
+    operator.done(&format!("set web {}=0", alive.address)).await;
     eventually("a session fails", || async {
         let _ = echo(address, b"ping").await;
         program.log().contains("\"error\":\"connection refused\"},")
@@ -354,10 +354,10 @@ async fn the_page_of_the_access_log_has_every_field_source_and_reason() {
 async fn the_page_of_redis_keys_has_every_key_that_statera_makes_with_its_type() {
     let busy = Busy::start().await;
     eventually("the proxy reports what it has applied", || async {
-        busy.desk.json("get web").await["applied"]["are_all"] == Value::Bool(true)
+        busy.operator.json("get web").await["applied"]["are_all"] == Value::Bool(true)
     })
     .await;
-    let mut connection = busy.desk.redis.connection().await;
+    let mut connection = busy.operator.redis.connection().await;
     let keys: Vec<String> = redis::cmd("KEYS").arg("*").query_async(&mut connection).await.expect("keys");
     let mut found = BTreeSet::new();
     for key in keys {

@@ -23,7 +23,7 @@ const PATIENT: &str = "heartbeat_interval: 200ms, response_timeout: 20s, connect
 
 /// A proxy that reads Redis through a link, traffic through it, and two backends. Redis has the old backend;
 /// the new one comes after the fault.
-struct Fixture {
+struct Setup {
     redis: Redis,
     link: Link,
     proxy: Proxy,
@@ -32,7 +32,7 @@ struct Fixture {
     old: Backend,
 }
 
-impl Fixture {
+impl Setup {
     async fn start() -> Self {
         Self::with(HASTY, "").await
     }
@@ -99,29 +99,29 @@ impl Fixture {
 
 #[tokio::test]
 async fn traffic_goes_on_while_redis_is_killed_and_comes_back_empty() {
-    let mut fixture = Fixture::start().await;
-    fixture.redis.kill();
-    fixture.notices_the_fault().await;
-    fixture.redis.launch().await;
-    eventually("redis is connected", || async { fixture.is_connected() }).await;
+    let mut setup = Setup::start().await;
+    setup.redis.kill();
+    setup.notices_the_fault().await;
+    setup.redis.launch().await;
+    eventually("redis is connected", || async { setup.is_connected() }).await;
     // Redis is empty now. By default the proxy keeps the last table.
-    fixture.traffic.more(50).await;
-    assert_eq!(fixture.proxy.weights(), [(fixture.old.address.to_string(), 1.0)]);
-    fixture.redis.run("CONFIG SET notify-keyspace-events KA").await;
-    fixture.redis.set_weights([(&fixture.new, 1.0)]).await;
-    fixture.recovers().await;
+    setup.traffic.more(50).await;
+    assert_eq!(setup.proxy.weights(), [(setup.old.address.to_string(), 1.0)]);
+    setup.redis.run("CONFIG SET notify-keyspace-events KA").await;
+    setup.redis.set_weights([(&setup.new, 1.0)]).await;
+    setup.recovers().await;
 }
 
 #[tokio::test]
 async fn traffic_goes_on_while_redis_is_frozen_and_few_sessions_wait_for_it() {
     // A session that asks the frozen Redis for a pick takes two seconds.
-    let fixture = Fixture::with(HASTY, "lua_pick: {timeout: 2s, max_in_flight: 2}").await;
-    fixture.redis.freeze();
-    fixture.notices_the_fault().await;
-    let lines = fixture.proxy.access_lines();
-    fixture.redis.thaw();
-    fixture.redis.set_weights([(&fixture.new, 1.0)]).await;
-    let outcome = fixture.recovers().await;
+    let setup = Setup::with(HASTY, "lua_pick: {timeout: 2s, max_in_flight: 2}").await;
+    setup.redis.freeze();
+    setup.notices_the_fault().await;
+    let lines = setup.proxy.access_lines();
+    setup.redis.thaw();
+    setup.redis.set_weights([(&setup.new, 1.0)]).await;
+    let outcome = setup.recovers().await;
     assert!(outcome.median() < Duration::from_secs(1), "the median session took {:?}", outcome.median());
     // At most max_in_flight sessions wait at once, and only before the freeze is noticed.
     let waited = lines.iter().filter(|line| line["queue_ms"].as_f64().is_some_and(|ms| ms > 1_000.0)).count();
@@ -130,53 +130,53 @@ async fn traffic_goes_on_while_redis_is_frozen_and_few_sessions_wait_for_it() {
 
 #[tokio::test]
 async fn traffic_goes_on_while_redis_is_cut_off_and_the_weights_written_meanwhile_arrive_afterwards() {
-    let fixture = Fixture::start().await;
-    fixture.link.pass(Passing::Nothing);
-    fixture.redis.set_weights([(&fixture.new, 1.0)]).await;
-    fixture.notices_the_fault().await;
-    assert_eq!(fixture.proxy.weights(), [(fixture.old.address.to_string(), 1.0)]);
-    fixture.link.pass(Passing::All);
-    fixture.recovers().await;
+    let setup = Setup::start().await;
+    setup.link.pass(Passing::Nothing);
+    setup.redis.set_weights([(&setup.new, 1.0)]).await;
+    setup.notices_the_fault().await;
+    assert_eq!(setup.proxy.weights(), [(setup.old.address.to_string(), 1.0)]);
+    setup.link.pass(Passing::All);
+    setup.recovers().await;
 }
 
 #[tokio::test]
 async fn traffic_goes_on_while_every_connection_to_redis_is_reset() {
-    let fixture = Fixture::start().await;
-    fixture.link.pass(Passing::Resets);
-    fixture.redis.set_weights([(&fixture.new, 1.0)]).await;
-    fixture.notices_the_fault().await;
-    fixture.link.pass(Passing::All);
-    fixture.recovers().await;
+    let setup = Setup::start().await;
+    setup.link.pass(Passing::Resets);
+    setup.redis.set_weights([(&setup.new, 1.0)]).await;
+    setup.notices_the_fault().await;
+    setup.link.pass(Passing::All);
+    setup.recovers().await;
 }
 
 #[tokio::test]
 async fn traffic_goes_on_while_clients_are_killed_and_a_change_in_that_moment_is_not_lost() {
-    let fixture = Fixture::start().await;
-    let mut connection = fixture.redis.connection().await;
+    let setup = Setup::start().await;
+    let mut connection = setup.redis.connection().await;
     for round in 1..=3 {
-        let reconnects = fixture.reconnects();
+        let reconnects = setup.reconnects();
         let mut both = redis::pipe();
         both.cmd("CLIENT").arg("KILL").arg("TYPE").arg("pubsub");
         both.cmd("CLIENT").arg("KILL").arg("TYPE").arg("normal").arg("SKIPME").arg("yes");
-        both.cmd("ZADD").arg("servers").arg(10 * round).arg(fixture.old.address.to_string());
+        both.cmd("ZADD").arg("servers").arg(10 * round).arg(setup.old.address.to_string());
         both.query_async::<()>(&mut connection).await.expect("killed");
         eventually("the change arrives", || async {
-            fixture.proxy.weights() == [(fixture.old.address.to_string(), f64::from(10 * round))]
+            setup.proxy.weights() == [(setup.old.address.to_string(), f64::from(10 * round))]
         })
         .await;
         eventually("it has connected again", || async {
-            fixture.is_connected() && fixture.reconnects() > reconnects
+            setup.is_connected() && setup.reconnects() > reconnects
         })
         .await;
     }
-    fixture.redis.set_weights([(&fixture.new, 1.0)]).await;
-    fixture.recovers().await;
+    setup.redis.set_weights([(&setup.new, 1.0)]).await;
+    setup.recovers().await;
 }
 
 #[tokio::test]
 async fn a_flush_without_a_notification_is_noticed_at_the_next_full_read() {
-    let Fixture { redis, link: _link, proxy, traffic, new, old: _old } =
-        Fixture::with(&format!("{PATIENT}, on_empty: refuse"), "").await;
+    let Setup { redis, link: _link, proxy, traffic, new, old: _old } =
+        Setup::with(&format!("{PATIENT}, on_empty: refuse"), "").await;
     // The traffic ends here, because an empty table refuses sessions.
     traffic.stop().await;
     redis.run("FLUSHALL").await;
@@ -191,32 +191,28 @@ async fn a_flush_without_a_notification_is_noticed_at_the_next_full_read() {
 
 #[tokio::test]
 async fn traffic_goes_on_when_redis_is_flushed() {
-    let fixture = Fixture::start().await;
-    let reads = || fixture.proxy.metric("statera_redis_resyncs_total").expect("it is counted");
-    fixture.redis.run("FLUSHALL").await;
+    let setup = Setup::start().await;
+    let reads = || setup.proxy.metric("statera_redis_resyncs_total").expect("it is counted");
+    setup.redis.run("FLUSHALL").await;
     let before = reads();
     eventually("the empty table is read", || async { reads() >= before + 2.0 }).await;
-    fixture.traffic.more(50).await;
-    assert_eq!(fixture.proxy.weights(), [(fixture.old.address.to_string(), 1.0)]);
-    fixture.redis.set_weights([(&fixture.new, 1.0)]).await;
-    fixture.recovers().await;
+    setup.traffic.more(50).await;
+    assert_eq!(setup.proxy.weights(), [(setup.old.address.to_string(), 1.0)]);
+    setup.redis.set_weights([(&setup.new, 1.0)]).await;
+    setup.recovers().await;
 }
 
 #[tokio::test]
 async fn a_redis_that_is_slow_to_answer_is_followed_and_no_session_waits_for_it() {
-    let fixture = Fixture::with(PATIENT, "lua_pick: {timeout: 2500ms}").await;
-    fixture.link.pass(Passing::Late(Duration::from_millis(500)));
-    fixture.traffic.more(200).await;
-    fixture.redis.set_weights([(&fixture.new, 1.0)]).await;
-    let wanted = [(fixture.new.address.to_string(), 1.0)];
-    eventually("the new weights arrive", || async { fixture.proxy.weights() == wanted }).await;
-    assert_eq!(fixture.reconnects(), 0.0, "slow is not away");
-    assert_eq!(
-        (fixture.proxy.picks("lua"), fixture.proxy.picks("stale")),
-        (0.0, 0.0),
-        "only the snapshot picks"
-    );
-    fixture.recovers().await;
+    let setup = Setup::with(PATIENT, "lua_pick: {timeout: 2500ms}").await;
+    setup.link.pass(Passing::Late(Duration::from_millis(500)));
+    setup.traffic.more(200).await;
+    setup.redis.set_weights([(&setup.new, 1.0)]).await;
+    let wanted = [(setup.new.address.to_string(), 1.0)];
+    eventually("the new weights arrive", || async { setup.proxy.weights() == wanted }).await;
+    assert_eq!(setup.reconnects(), 0.0, "slow is not away");
+    assert_eq!((setup.proxy.picks("lua"), setup.proxy.picks("stale")), (0.0, 0.0), "only the snapshot picks");
+    setup.recovers().await;
 }
 
 #[tokio::test]

@@ -11,7 +11,7 @@ use serde_json::Value as Json;
 use tokio::time::Instant;
 
 use crate::support::{
-    Backend, Cluster, Program, Proxy, Redis, Traffic, Typed, eventually, free_port, greeting, info,
+    Backend, Cluster, CommandOutput, Program, Proxy, Redis, Traffic, eventually, free_port, greeting, info,
     program_following, silent_address,
 };
 
@@ -343,10 +343,10 @@ async fn a_wrong_cluster_setting_is_logged_with_its_cure() {
 }
 
 /// Runs `statera weights` with these words and this config file.
-async fn typed(config: &std::path::Path, words: &[&str]) -> Typed {
+async fn typed(config: &std::path::Path, words: &[&str]) -> CommandOutput {
     let mut command = std::process::Command::new(Program::path());
     command.arg("weights").args(words).arg("-c").arg(config);
-    Typed::of(command).await
+    CommandOutput::of(command).await
 }
 
 #[tokio::test]
@@ -364,8 +364,8 @@ async fn weights_are_changed_by_command_and_reported_by_proxies_also_while_a_slo
     std::fs::write(&config, yaml).expect("a file");
     let done = async |words: &[&str]| {
         let typed = typed(&config, words).await;
-        assert_eq!((typed.code, typed.errors.as_str()), (Some(0), ""), "{words:?}");
-        typed.said
+        assert_eq!((typed.code, typed.stderr.as_str()), (Some(0), ""), "{words:?}");
+        typed.stdout
     };
     let answer = done(&["set", "web", "10.0.0.1:80=5", "--wait=20s"]).await;
     assert!(answer.contains("applied by 1 proxy"), "{answer}");

@@ -11,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 folder=target/servers
 servers=(redis-6.2 redis-8.2 valkey-9.0 valkey-9.1)
 # The scenarios that start a server; not the storm, whose rates are of the machine, not of the server.
-mapfile -t modules < <(grep -lE '(Redis|Secure|Sentinels|Cluster|Desk)::start' tests/*.rs | sed 's|tests/\(.*\)\.rs|\1::|' | grep -vx 'storm::')
+mapfile -t modules < <(grep -lE '(Redis|Sentinels|Cluster|Operator)::start' tests/*.rs | sed 's|tests/\(.*\)\.rs|\1::|' | grep -vx 'storm::')
 # Those of them that are nothing without TLS.
 tls_modules=(redis_tls::)
 

@@ -16,8 +16,8 @@ use rustix::process::Signal;
 use tokio::time::{Instant, sleep};
 
 use crate::support::{
-    Authority, LEAST_RIGHTS, Link, Passing, Promise, Proxy, Redis, Restarted, Secure, Watched, Watcher,
-    Writer, all_agree, notify, path_text, seed,
+    Authority, LEAST_RIGHTS, Link, Passing, Promise, Proxy, Redis, RestartingProxy, TlsRedis, Watched,
+    Watcher, Writer, all_agree, notify, path_text, seed,
 };
 
 const RESYNC: Duration = Duration::from_millis(500);
@@ -46,7 +46,7 @@ struct Saboteur<'a> {
     redis: Redis,
     link: &'a Link,
     writer: Writer,
-    program: Restarted,
+    program: RestartingProxy,
     /// True while faults may also lose the table.
     may_lose: bool,
 }
@@ -149,7 +149,7 @@ async fn one_run(seed: u64, rounds: u32) {
     let authority = Authority::new();
     let (redis, port, scheme) = if wants_tls && Redis::speaks_tls() {
         more += &format!(", tls: {{ca_file: \"{}\"}}", path_text(&authority.file()));
-        let Secure { redis, port } = Secure::start(&authority, &authority.signs("127.0.0.1"), "no").await;
+        let TlsRedis { redis, port } = TlsRedis::start(&authority, &authority.signs("127.0.0.1"), "no").await;
         (redis, port, "rediss")
     } else {
         let redis = Redis::start().await;
@@ -164,7 +164,7 @@ async fn one_run(seed: u64, rounds: u32) {
     let inside = [(port, watches[0]), (link.port, watches[1]), (port, watches[2])].map(|(port, watch)| {
         Proxy::web(&format!("redis: {{{}}}", section(port, watch)), "weights_key: servers")
     });
-    let program = Restarted::start(section(link.port, watches[3])).await;
+    let program = RestartingProxy::start(section(link.port, watches[3])).await;
     let mut watched: Vec<Watched> = inside.iter().map(Watched::from).collect();
     watched.push(program.watched());
     let watcher = Watcher::start(&watched, &writer.history, PROMISE);

@@ -15,7 +15,8 @@ use tokio::time::{Instant, sleep};
 
 use crate::redis_random::{LONG_PAUSE, NOISE, PROMISE, SETTINGS};
 use crate::support::{
-    Promise, Proxy, Restarted, Sentinels, Watched, Watcher, Writer, all_agree, info, notify, seed, table,
+    Promise, Proxy, RestartingProxy, Sentinels, Watched, Watcher, Writer, all_agree, info, notify, seed,
+    table,
 };
 
 const HEARTBEAT: Duration = Duration::from_millis(100);
@@ -48,7 +49,7 @@ struct Saboteur {
     set: Sentinels,
     primary: usize,
     writer: Writer,
-    program: Restarted,
+    program: RestartingProxy,
     may_lose: bool,
     is_frozen: bool,
 }
@@ -190,7 +191,7 @@ async fn one_run(seed: u64, rounds: u32) {
     let section = |watch| format!("{}, watch: {watch}, {SETTINGS}", set.section());
     let inside = [watches[0], watches[1]]
         .map(|watch| Proxy::web(&format!("redis: {{{}}}", section(watch)), "weights_key: servers"));
-    let program = Restarted::start(section(watches[2])).await;
+    let program = RestartingProxy::start(section(watches[2])).await;
     let mut watched: Vec<Watched> = inside.iter().map(Watched::from).collect();
     watched.push(program.watched());
     // The proxy leaves a primary at most two heartbeats after another was named.

@@ -5,8 +5,8 @@ use std::path::Path;
 use std::process::Command;
 
 use crate::support::{
-    Authority, Backend, Cluster, Identity, Link, Passing, Program, Proxy, Redis, Secure, Sentinels, Traffic,
-    eventually, free_port, greeting, path_text,
+    Authority, Backend, Cluster, Identity, Link, Passing, Program, Proxy, Redis, Sentinels, TlsRedis,
+    Traffic, eventually, free_port, greeting, path_text,
 };
 
 fn follow(url: &str, tls: &str) -> Proxy {
@@ -39,7 +39,7 @@ async fn follows(proxy: &Proxy, redis: &Redis) {
 #[tokio::test]
 async fn redis_behind_tls_is_followed_if_its_certificate_is_trusted() {
     let authority = Authority::new();
-    let secure = Secure::start(&authority, &authority.signs("127.0.0.1"), "no").await;
+    let secure = TlsRedis::start(&authority, &authority.signs("127.0.0.1"), "no").await;
     let proxy = follow(&secure.url(), &trusting(&authority.file()));
     follows(&proxy, &secure.redis).await;
 }
@@ -76,7 +76,7 @@ async fn a_lone_node_behind_tls_that_does_not_know_its_own_address_is_followed()
 #[tokio::test]
 async fn a_client_certificate_is_shown_on_both_connections() {
     let authority = Authority::new();
-    let secure = Secure::start(&authority, &authority.signs("127.0.0.1"), "yes").await;
+    let secure = TlsRedis::start(&authority, &authority.signs("127.0.0.1"), "yes").await;
     let backend = Backend::named("backend").await;
     secure.redis.set_weights([(&backend, 1.0)]).await;
     let tls = showing(&authority.file(), &authority.signs("statera"));
@@ -95,7 +95,7 @@ async fn a_client_certificate_is_shown_on_both_connections() {
 #[tokio::test]
 async fn without_a_ca_file_the_root_certificates_of_the_system_are_trusted() {
     let authority = Authority::new();
-    let secure = Secure::start(&authority, &authority.signs("127.0.0.1"), "no").await;
+    let secure = TlsRedis::start(&authority, &authority.signs("127.0.0.1"), "no").await;
     let backend = Backend::named("backend").await;
     secure.redis.set_weights([(&backend, 1.0)]).await;
     let mut launcher = Command::new("env");
@@ -136,7 +136,7 @@ fn assert_says((error, cure): &(String, String), wanted_error: &str, wanted_cure
 #[tokio::test]
 async fn an_unknown_misnamed_or_expired_certificate_is_refused_with_its_cure() {
     let (authority, stranger) = (Authority::new(), Authority::new());
-    let secure = Secure::start(&authority, &authority.signs("127.0.0.1"), "no").await;
+    let secure = TlsRedis::start(&authority, &authority.signs("127.0.0.1"), "no").await;
     let unknown = refusal(&secure.url(), &trusting(&stranger.file())).await;
     assert_says(&unknown, "UnknownIssuer", "set redis.tls.ca_file");
 
@@ -144,7 +144,7 @@ async fn an_unknown_misnamed_or_expired_certificate_is_refused_with_its_cure() {
     let misnamed = refusal(&elsewhere, &trusting(&authority.file())).await;
     assert_says(&misnamed, "not valid for name", "a name or address that its certificate is for");
 
-    let expired = Secure::start(&authority, &authority.signed_long_ago("127.0.0.1"), "no").await;
+    let expired = TlsRedis::start(&authority, &authority.signed_long_ago("127.0.0.1"), "no").await;
     let over = refusal(&expired.url(), &trusting(&authority.file())).await;
     assert_says(&over, "expired", "renew the server's certificate");
 }
@@ -152,7 +152,7 @@ async fn an_unknown_misnamed_or_expired_certificate_is_refused_with_its_cure() {
 #[tokio::test]
 async fn a_missing_and_an_untrusted_client_certificate_are_logged_with_their_cure() {
     let (authority, stranger) = (Authority::new(), Authority::new());
-    let secure = Secure::start(&authority, &authority.signs("127.0.0.1"), "yes").await;
+    let secure = TlsRedis::start(&authority, &authority.signs("127.0.0.1"), "yes").await;
     let none = refusal(&secure.url(), &trusting(&authority.file())).await;
     assert_says(&none, "", "redis.tls.cert_file");
     let foreign = refusal(&secure.url(), &showing(&authority.file(), &stranger.signs("statera"))).await;
@@ -162,7 +162,7 @@ async fn a_missing_and_an_untrusted_client_certificate_are_logged_with_their_cur
 #[tokio::test]
 async fn tls_to_a_plain_port_and_plain_to_a_tls_port_are_logged_with_their_cure() {
     let authority = Authority::new();
-    let secure = Secure::start(&authority, &authority.signs("127.0.0.1"), "no").await;
+    let secure = TlsRedis::start(&authority, &authority.signs("127.0.0.1"), "no").await;
     // A plain Redis reads the TLS handshake as the beginning of a command: it waits for the rest, or refuses
     // it.
     let tls_to_plain = secure.url().replace(&secure.port.to_string(), &secure.redis.port.to_string());
@@ -178,7 +178,7 @@ async fn tls_to_a_plain_port_and_plain_to_a_tls_port_are_logged_with_their_cure(
 #[tokio::test]
 async fn a_tls_port_that_becomes_plain_keeps_the_last_table_and_the_traffic() {
     let authority = Authority::new();
-    let secure = Secure::start(&authority, &authority.signs("127.0.0.1"), "no").await;
+    let secure = TlsRedis::start(&authority, &authority.signs("127.0.0.1"), "no").await;
     let backend = Backend::named("backend").await;
     secure.redis.set_weights([(&backend, 1.0)]).await;
     let link = Link::to(secure.port);
@@ -242,7 +242,7 @@ async fn sentinels_and_servers_behind_tls_are_followed_also_through_a_failover()
 #[tokio::test]
 async fn a_frozen_redis_behind_tls_is_noticed_in_time() {
     let authority = Authority::new();
-    let secure = Secure::start(&authority, &authority.signs("127.0.0.1"), "no").await;
+    let secure = TlsRedis::start(&authority, &authority.signs("127.0.0.1"), "no").await;
     let tls = trusting(&authority.file());
     let proxy = Proxy::web(
         &format!(

@@ -4,7 +4,7 @@
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
-use crate::support::{Backend, Desk, Program, Proxy, Redis, calls, dead_address, eventually, greeting};
+use crate::support::{Backend, Operator, Program, Proxy, Redis, calls, dead_address, eventually, greeting};
 
 const NOTIFIED: &str = "watch: notifications, resync_interval: 1h";
 
@@ -218,18 +218,21 @@ async fn session_at(backend: &Backend, proxy: std::net::SocketAddr) -> TcpStream
 
 #[tokio::test]
 async fn a_hundred_backends_in_drain_are_waited_for_at_once() {
-    let desk = Desk::start().await;
+    let operator = Operator::start().await;
     let members: Vec<_> = (0..100).map(|n| format!("10.0.0.{n}:80")).collect();
     let weights: Vec<_> = members.iter().map(|member| format!("1 {member}")).collect();
-    desk.redis.run(&format!("ZADD servers {}", weights.join(" "))).await;
-    let program = Program::run(&desk.yaml(""));
+    operator.redis.run(&format!("ZADD servers {}", weights.join(" "))).await;
+    let program = Program::run(&operator.yaml(""));
     program.address().await;
     eventually("it reports", || async {
-        desk.json("get web").await["applied"]["have"].as_array().is_some_and(|have| have.len() == 1)
+        operator.json("get web").await["applied"]["have"].as_array().is_some_and(|have| have.len() == 1)
     })
     .await;
-    let drained = desk.weights(&format!("drain web {} --wait=60s", members.join(" "))).await;
-    assert!(drained.code == Some(0) && drained.said.contains("no session is left on 1 proxy"), "{drained:?}");
+    let drained = operator.weights(&format!("drain web {} --wait=60s", members.join(" "))).await;
+    assert!(
+        drained.code == Some(0) && drained.stdout.contains("no session is left on 1 proxy"),
+        "{drained:?}"
+    );
 }
 
 /// Exchanges bytes on `session` ten times a second, `times` times. The command `waiting` must still wait
@@ -248,12 +251,12 @@ async fn is_waited_for(mut session: TcpStream, mut waiting: std::process::Child,
 
 #[tokio::test]
 async fn drain_waits_for_the_last_session_of_the_fleet() {
-    let desk = Desk::start().await;
+    let operator = Operator::start().await;
     let (echo, other) = (Backend::echo().await, Backend::echo().await);
-    desk.redis.set_weights([(&echo, 1.0)]).await;
-    let programs = [Program::run(&desk.yaml("")), Program::run(&desk.yaml(""))];
+    operator.redis.set_weights([(&echo, 1.0)]).await;
+    let programs = [Program::run(&operator.yaml("")), Program::run(&operator.yaml(""))];
     eventually("both report", || async {
-        desk.json("get web").await["applied"]["have"].as_array().is_some_and(|have| have.len() == 2)
+        operator.json("get web").await["applied"]["have"].as_array().is_some_and(|have| have.len() == 2)
     })
     .await;
     // Opens one session through each proxy.
@@ -264,53 +267,53 @@ async fn drain_waits_for_the_last_session_of_the_fleet() {
         session.read_exact(&mut [0]).await.expect("an answer");
         sessions.push(session);
     }
-    desk.redis.run(&format!("ZADD servers 1 {}", other.address)).await;
+    operator.redis.run(&format!("ZADD servers 1 {}", other.address)).await;
     let drain = format!("drain web {} --wait=1s", echo.address);
-    let typed = desk.weights(&drain).await;
+    let typed = operator.weights(&drain).await;
     assert_eq!(typed.code, Some(3), "{typed:?}");
     assert!(
-        typed.errors.contains("waiting for 2 of 2 proxies: ") && typed.errors.contains(" (1 session)"),
+        typed.stderr.contains("waiting for 2 of 2 proxies: ") && typed.stderr.contains(" (1 session)"),
         "{typed:?}"
     );
-    let get = desk.weights("get web").await;
-    let line = get.said.lines().find(|line| line.starts_with(&echo.address.to_string()));
+    let get = operator.weights("get web").await;
+    let line = get.stdout.lines().find(|line| line.starts_with(&echo.address.to_string()));
     assert!(line.is_some_and(|line| line.ends_with("0.0 %  drain")), "{get:?}");
 
     drop(sessions.pop());
-    let mut waiting = desk.command(&["drain", "web", &echo.address.to_string(), "--wait=60s"]);
+    let mut waiting = operator.command(&["drain", "web", &echo.address.to_string(), "--wait=60s"]);
     let waiting = waiting.stdout(std::process::Stdio::null()).spawn().expect("it starts");
     let session = sessions.pop().expect("the other one");
     is_waited_for(session, waiting, 10).await;
 
     // The backend is back and in drain again before a proxy reports; its last report is about the first
     // drain.
-    desk.done(&format!("ready web {}", echo.address)).await;
-    desk.redis.run(&format!("ZADD servers 0 {}", other.address)).await;
+    operator.done(&format!("ready web {}", echo.address)).await;
+    operator.redis.run(&format!("ZADD servers 0 {}", other.address)).await;
     let address = programs[0].address().await;
     let again = session_at(&echo, address).await;
-    desk.redis.run(&format!("ZADD servers 1 {}", other.address)).await;
-    let typed = desk.weights(&format!("drain web {} --wait=3s", echo.address)).await;
-    assert!(typed.code == Some(3) && typed.errors.contains(" (1 session)"), "{typed:?}");
+    operator.redis.run(&format!("ZADD servers 1 {}", other.address)).await;
+    let typed = operator.weights(&format!("drain web {} --wait=3s", echo.address)).await;
+    assert!(typed.code == Some(3) && typed.stderr.contains(" (1 session)"), "{typed:?}");
 
     // A backend that left the table is waited for as well.
-    let mut waiting = desk.command(&["drain", "web", &echo.address.to_string(), "--wait=60s"]);
+    let mut waiting = operator.command(&["drain", "web", &echo.address.to_string(), "--wait=60s"]);
     let waiting = waiting.stdout(std::process::Stdio::null()).spawn().expect("it starts");
     tokio::time::sleep(std::time::Duration::from_millis(500)).await;
-    desk.redis.run(&format!("ZREM servers {}", echo.address)).await;
+    operator.redis.run(&format!("ZREM servers {}", echo.address)).await;
     is_waited_for(again, waiting, 25).await;
-    desk.redis.run(&format!("ZADD servers 1 {}", echo.address)).await;
+    operator.redis.run(&format!("ZADD servers 1 {}", echo.address)).await;
 
-    let simulated = desk.json(&format!("simulate web {}=5", echo.address)).await.to_string();
+    let simulated = operator.json(&format!("simulate web {}=5", echo.address)).await.to_string();
     let all = format!("\"member\":\"{}\",", other.address);
     assert!(simulated.contains(&all) && simulated.contains("\"share_percent\":100"), "{simulated}");
 
-    let ready = desk.done(&format!("ready web {}", echo.address)).await;
-    assert_eq!(ready.said, format!("{}: drain -> ready\n", echo.address));
+    let ready = operator.done(&format!("ready web {}", echo.address)).await;
+    assert_eq!(ready.stdout, format!("{}: drain -> ready\n", echo.address));
     let (_guard, stranger) = dead_address();
-    let missing = desk.weights(&format!("drain web {stranger}")).await;
+    let missing = operator.weights(&format!("drain web {stranger}")).await;
     assert_eq!(missing.code, Some(1));
     assert!(
-        missing.errors.contains(&format!("servers has no member {stranger}: nothing was changed")),
+        missing.stderr.contains(&format!("servers has no member {stranger}: nothing was changed")),
         "{missing:?}"
     );
 }

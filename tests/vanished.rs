@@ -11,7 +11,7 @@ use tokio::io::AsyncWriteExt as _;
 use tokio::time::interval;
 
 use crate::support::{
-    Authority, Kind, Pair, Pattern, Peer, Proxy, Redis, Secure, eventually, in_own_network, path_text,
+    Authority, Kind, Pair, Pattern, Peer, Proxy, Redis, TlsRedis, eventually, in_own_network, path_text,
     require, seed, soon,
 };
 
@@ -206,7 +206,7 @@ async fn a_redis_that_vanishes_is_noticed_and_followed_again() {
 
 async fn a_redis_behind_tls_that_vanishes_is_noticed_and_followed_again() {
     let authority = Authority::new();
-    let secure = Secure::start(&authority, &authority.signs("127.0.0.1"), "no").await;
+    let secure = TlsRedis::start(&authority, &authority.signs("127.0.0.1"), "no").await;
     let tls = format!(", tls: {{ca_file: \"{}\"}}", path_text(&authority.file()));
     vanishes_and_returns(&secure.redis, &secure.url(), &tls).await;
 }

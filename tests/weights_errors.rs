@@ -5,10 +5,10 @@ use std::path::Path;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-use crate::support::{Backend, Cluster, Program, Redis, Typed, dead_address, info};
+use crate::support::{Backend, Cluster, CommandOutput, Program, Redis, dead_address, info};
 
 /// Runs `statera weights get web` with this `redis` section.
-async fn get(section: &str) -> Typed {
+async fn get(section: &str) -> CommandOutput {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("config.yaml");
     let yaml = format!(
@@ -19,18 +19,18 @@ async fn get(section: &str) -> Typed {
     get_by(&path).await
 }
 
-async fn get_by(config: &Path) -> Typed {
+async fn get_by(config: &Path) -> CommandOutput {
     let mut command = std::process::Command::new(Program::path());
     command.args(["weights", "get", "web", "-c"]).arg(config);
-    Typed::of(command).await
+    CommandOutput::of(command).await
 }
 
 /// Asserts the exit code of `get` and that its message has all these parts.
-async fn ends(section: &str, code: i32, parts: &[&str]) -> Typed {
+async fn ends(section: &str, code: i32, parts: &[&str]) -> CommandOutput {
     let typed = get(section).await;
-    assert_eq!((typed.code, typed.said.as_str()), (Some(code), ""), "{section}: {}", typed.errors);
+    assert_eq!((typed.code, typed.stdout.as_str()), (Some(code), ""), "{section}: {}", typed.stderr);
     for part in parts {
-        assert!(typed.errors.contains(part), "{part} is missing: {}", typed.errors);
+        assert!(typed.stderr.contains(part), "{part} is missing: {}", typed.stderr);
     }
     typed
 }
@@ -46,8 +46,8 @@ async fn a_web_server_on_the_port_is_reported_once() {
     let cure =
         "what answers there does not speak redis's protocol: check its address in the config's redis section";
     let typed = ends(&format!("url: \"redis://{}/0\"", web.address), 4, &[cure]).await;
-    assert_eq!(typed.errors.matches("redis's").count(), 2, "{}", typed.errors);
-    assert!(!typed.errors.contains("Pipeline"), "{}", typed.errors);
+    assert_eq!(typed.stderr.matches("redis's").count(), 2, "{}", typed.stderr);
+    assert!(!typed.stderr.contains("Pipeline"), "{}", typed.stderr);
 }
 
 #[tokio::test]
@@ -91,6 +91,6 @@ async fn a_dead_cluster_node_is_named_and_not_the_node_that_redirects_to_it() {
     let typed = get(&format!("cluster: {{nodes: [\"127.0.0.1:{other}\"]}}")).await;
     assert_eq!(typed.code, Some(4), "{typed:?}");
     let blamed = format!("redis at redis://127.0.0.1:{owner} cannot be asked");
-    assert!(typed.errors.contains(&blamed), "{typed:?}");
-    assert!(!typed.errors.contains(&format!("127.0.0.1:{other}")), "{typed:?}");
+    assert!(typed.stderr.contains(&blamed), "{typed:?}");
+    assert!(!typed.stderr.contains(&format!("127.0.0.1:{other}")), "{typed:?}");
 }

@@ -6,7 +6,7 @@
 
 use redis::Value;
 
-use crate::support::{Desk, calls};
+use crate::support::{Operator, calls};
 
 const A: &str = "10.0.0.1:80";
 const B: &str = "10.0.0.2:80";
@@ -112,45 +112,45 @@ fn entry<'a>(version: &'a str, what: &'a str, changes: &'a str) -> [&'a str; 19]
 
 /// Copies all keys from one prefix to another in one step, and removes those that the source lacks. Returns
 /// the weights.
-async fn copy(desk: &Desk, from: &str, to: &str) -> Value {
+async fn copy(operator: &Operator, from: &str, to: &str) -> Value {
     let copy = "for _, key in ipairs(KEYS) do \
                 if redis.call('COPY', ARGV[1] .. key, ARGV[2] .. key, 'REPLACE') == 0 then \
                 redis.call('DEL', ARGV[2] .. key) end end return redis.call('DUMP', 'servers')";
     let words = ["EVAL", copy, "6"].into_iter().chain(KEYS).chain([from, to]);
-    desk.redis.run_words(&words.collect::<Vec<_>>()).await
+    operator.redis.run_words(&words.collect::<Vec<_>>()).await
 }
 
-/// A desk whose table has two versions and their history.
-async fn desk() -> Desk {
-    let desk = Desk::start().await;
-    desk.redis.run(&format!("ZADD servers 1 {A} 1 {B}")).await;
-    desk.done(&format!("set web {A}=2")).await;
-    desk.done(&format!("set web {A}=3")).await;
-    copy(&desk, "", "good:").await;
-    desk
+/// A operator whose table has two versions and their history.
+async fn operator() -> Operator {
+    let operator = Operator::start().await;
+    operator.redis.run(&format!("ZADD servers 1 {A} 1 {B}")).await;
+    operator.done(&format!("set web {A}=2")).await;
+    operator.done(&format!("set web {A}=3")).await;
+    copy(&operator, "", "good:").await;
+    operator
 }
 
-async fn weights_themselves(desk: &Desk) -> Value {
-    desk.redis.run("DUMP servers").await
+async fn weights_themselves(operator: &Operator) -> Value {
+    operator.redis.run("DUMP servers").await
 }
 
-async fn try_all(desk: &Desk, cases: Vec<Case>) {
+async fn try_all(operator: &Operator, cases: Vec<Case>) {
     for Case { name, setup, key, refused, is_variant } in cases {
-        copy(desk, "good:", "").await;
+        copy(operator, "good:", "").await;
         for command in &setup {
-            desk.redis.run_words(command).await;
+            operator.redis.run_words(command).await;
         }
-        desk.redis.run("CONFIG RESETSTAT").await;
-        copy(desk, "", "bad:").await;
+        operator.redis.run("CONFIG RESETSTAT").await;
+        copy(operator, "", "bad:").await;
         let commands = if is_variant { &OF_A_VARIANT[..] } else { &COMMANDS };
         for command in commands {
-            let before = copy(desk, "bad:", "").await;
-            let typed = desk.weights(&command.replace('A', A).replace('B', B)).await;
+            let before = copy(operator, "bad:", "").await;
+            let typed = operator.weights(&command.replace('A', A).replace('B', B)).await;
             let context = format!("{name}: {command}: {typed:?}");
             let raw = |text: &str| text.chars().any(|c| c.is_control() && c != '\n' || c == '\u{202e}');
-            assert!(!raw(&typed.said) && !raw(&typed.errors), "{context}");
-            let is_short = typed.said.len() < 1 << 20 || command.contains("--json");
-            assert!(is_short && typed.errors.len() < 4 << 10, "{name}: {command} writes too much");
+            assert!(!raw(&typed.stdout) && !raw(&typed.stderr), "{context}");
+            let is_short = typed.stdout.len() < 1 << 20 || command.contains("--json");
+            assert!(is_short && typed.stderr.len() < 4 << 10, "{name}: {command} writes too much");
             let is_refused = command.split(' ').next().is_some_and(|word| refused.contains(word))
                 && !command.contains("18446744073709551615");
             match typed.code {
@@ -158,21 +158,21 @@ async fn try_all(desk: &Desk, cases: Vec<Case>) {
                 // `--wait` fails, since no proxy reports.
                 Some(3) => assert!(command.contains("--wait") && !is_refused, "{context}"),
                 Some(1) => {
-                    assert!(CURES.iter().any(|cure| typed.errors.contains(cure)), "{context}");
-                    assert!(!is_refused || typed.errors.contains(key), "{context}");
-                    let is_conflict = command.contains("--if-version") && typed.errors.contains("not at 2");
-                    let is_waiting = command.contains("--wait") && typed.errors.contains("{servers}:applied");
+                    assert!(CURES.iter().any(|cure| typed.stderr.contains(cure)), "{context}");
+                    assert!(!is_refused || typed.stderr.contains(key), "{context}");
+                    let is_conflict = command.contains("--if-version") && typed.stderr.contains("not at 2");
+                    let is_waiting = command.contains("--wait") && typed.stderr.contains("{servers}:applied");
                     let may_be = is_refused || is_conflict || is_waiting || command.starts_with("rollback");
                     assert!(may_be || refused.contains("rollback"), "{context}");
-                    if !typed.errors.contains("is written") {
-                        assert_eq!(weights_themselves(desk).await, before, "{context}");
+                    if !typed.stderr.contains("is written") {
+                        assert_eq!(weights_themselves(operator).await, before, "{context}");
                     }
                 }
                 _ => panic!("{context}"),
             }
         }
         // The number of reads is bounded however many entries there are.
-        let reads = calls(&desk.redis, "xrevrange").await;
+        let reads = calls(&operator.redis, "xrevrange").await;
         assert!(reads < 5 * 2_100, "{name}: {reads} reads of the history");
     }
 }
@@ -182,7 +182,7 @@ const VERSIONED: &str = "get set remove history rollback simulate";
 
 #[tokio::test]
 async fn hostile_versions_are_refused_with_their_key_and_the_weights_stay() {
-    let desk = desk().await;
+    let operator = operator().await;
     let mut cases = Vec::new();
     for text in ["x", "-1", "1.5", "0x10", "nan", "inf", "9007199254740993", "7\n", ESCAPE, "\0"] {
         cases.push(
@@ -206,12 +206,12 @@ async fn hostile_versions_are_refused_with_their_key_and_the_weights_stay() {
     cases.push(case("none", &[&["DEL", "{servers}:version"]], "", ""));
     cases.push(case("an older one", &[&["SET", "{servers}:version", "0"]], "", ""));
     cases.push(case("a newer one", &[&["SET", "{servers}:version", "9007199254000000"]], "", ""));
-    try_all(&desk, cases).await;
+    try_all(&operator, cases).await;
 }
 
 #[tokio::test]
 async fn a_hostile_history_is_refused_with_its_key_and_the_weights_stay() {
-    let desk = desk().await;
+    let operator = operator().await;
     let history = "{servers}:history";
     let mut cases = vec![
         case("a text", &[&["SET", history, "x"]], history, VERSIONED),
@@ -282,22 +282,22 @@ async fn a_hostile_history_is_refused_with_its_key_and_the_weights_stay() {
         not_utf8.setup[0][index] = b"\xff\xc0[[\"".to_vec();
     }
     cases.push(not_utf8);
-    try_all(&desk, cases).await;
+    try_all(&operator, cases).await;
 }
 
 #[tokio::test]
 async fn states_that_cannot_be_read_are_reported_beside_the_table() {
-    let desk = desk().await;
-    desk.redis.run("SET {servers}:states x").await;
-    let get = desk.done("get web").await;
+    let operator = operator().await;
+    operator.redis.run("SET {servers}:states x").await;
+    let get = operator.done("get web").await;
     let warning =
         "unknown which members are in drain or maint: {servers}:states holds something else than a hash";
-    assert!(get.said.contains(warning), "{get:?}");
+    assert!(get.stdout.contains(warning), "{get:?}");
 }
 
 #[tokio::test]
 async fn hostile_companion_keys_are_refused_by_name_and_the_weights_stay() {
-    let desk = desk().await;
+    let operator = operator().await;
     let (known, states, applied) = ("{servers}:known", "{servers}:states", "{servers}:applied");
     let fill = "for i = 1, 120000 do redis.call(ARGV[1], KEYS[1], ARGV[1] == 'ZADD' and i or 'm' .. i, 'm' .. i) end";
     let giants = "for i = 1, 4 do local name = string.rep('x', 16777216) .. i redis.call(ARGV[1], KEYS[1], \
@@ -323,5 +323,5 @@ async fn hostile_companion_keys_are_refused_by_name_and_the_weights_stay() {
         .variant(),
         case("applied, giants", &[&["EVAL", giants, "1", applied, "HSET"]], "", "").variant(),
     ];
-    try_all(&desk, cases).await;
+    try_all(&operator, cases).await;
 }

@@ -9,7 +9,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::support::{
-    Cluster, Desk, LEAST_RIGHTS, Program, Redis, Server, eventually, free_port, output, require,
+    Cluster, LEAST_RIGHTS, Operator, Program, Redis, Server, eventually, free_port, output, require,
 };
 
 const A: &str = "10.0.0.1:80";
@@ -80,32 +80,33 @@ async fn refused(redis: &Redis) -> Vec<String> {
     log.into_iter().map(object).collect()
 }
 
-/// A desk with a proxy that follows and reports. Its commands run as the user `bob`, which has these rights.
-async fn desk_of(rights: &str) -> (Desk, Program) {
-    let desk = Desk::start().await;
-    desk.redis.run(&format!("ZADD servers 1 {A}")).await;
-    let program = Program::run(&desk.yaml(""));
+/// An operator with a proxy that follows and reports. Its commands run as the user `bob`, which has these
+/// rights.
+async fn operator_with(rights: &str) -> (Operator, Program) {
+    let operator = Operator::start().await;
+    operator.redis.run(&format!("ZADD servers 1 {A}")).await;
+    let program = Program::run(&operator.yaml(""));
     eventually("it reports", || async {
-        desk.json("get web").await["applied"]["are_all"] == Value::Bool(true)
+        operator.json("get web").await["applied"]["are_all"] == Value::Bool(true)
     })
     .await;
-    desk.redis.grant_to("bob", rights).await;
-    desk.write_config("username: bob, password: geheim,");
-    (desk, program)
+    operator.redis.grant_to("bob", rights).await;
+    operator.write_config("username: bob, password: geheim,");
+    (operator, program)
 }
 
 /// True if all commands that only read work and show the proxy that has the table.
-async fn can_read(desk: &Desk) -> bool {
-    let (get, history) = (desk.weights("get web --json").await, desk.weights("history web").await);
+async fn can_read(operator: &Operator) -> bool {
+    let (get, history) = (operator.weights("get web --json").await, operator.weights("history web").await);
     if (get.code, history.code) != (Some(0), Some(0)) {
         return false;
     }
-    let get: Value = serde_json::from_str(&get.said).expect("JSON");
+    let get: Value = serde_json::from_str(&get.stdout).expect("JSON");
     get["applied"]["have"].as_array().is_some_and(|have| have.len() == 1)
 }
 
 /// True if all commands that write work.
-async fn can_write(desk: &Desk) -> bool {
+async fn can_write(operator: &Operator) -> bool {
     for words in [
         "drain web 10.0.0.1:80",
         "ready web 10.0.0.1:80",
@@ -114,7 +115,7 @@ async fn can_write(desk: &Desk) -> bool {
         "rollback web",
         "history web",
     ] {
-        if desk.weights(words).await.code != Some(0) {
+        if operator.weights(words).await.code != Some(0) {
             return false;
         }
     }
@@ -136,31 +137,31 @@ const OF_THE_EDITOR: [&str; 9] = [
 
 #[tokio::test]
 async fn each_role_works_with_the_command_of_the_page_as_a_shell_runs_it() {
-    let desk = Desk::start().await;
-    desk.redis.run(&format!("ZADD servers 1 {A}")).await;
+    let operator = Operator::start().await;
+    operator.redis.run(&format!("ZADD servers 1 {A}")).await;
     for shell in ["sh", "bash"] {
         for user in ["statera", "viewer", "editor"] {
             let command = command(&format!("redis-cli ACL SETUSER {user} on "));
-            type_in(shell, desk.redis.port, &command).await;
+            type_in(shell, operator.redis.port, &command).await;
         }
-        type_in(shell, desk.redis.port, &command("redis-cli ACL SETUSER statera '+cluster")).await;
+        type_in(shell, operator.redis.port, &command("redis-cli ACL SETUSER statera '+cluster")).await;
     }
-    let _program = Program::run(&desk.yaml("username: statera, password: PASSWORD,"));
+    let _program = Program::run(&operator.yaml("username: statera, password: PASSWORD,"));
     eventually("it reports", || async {
-        desk.json("get web").await["applied"]["are_all"] == Value::Bool(true)
+        operator.json("get web").await["applied"]["are_all"] == Value::Bool(true)
     })
     .await;
-    desk.write_config("username: editor, password: PASSWORD,");
+    operator.write_config("username: editor, password: PASSWORD,");
     for words in OF_THE_EDITOR {
-        desk.done(words).await;
+        operator.done(words).await;
     }
-    assert_eq!(refused(&desk.redis).await, [""; 0]);
-    desk.write_config("username: viewer, password: PASSWORD,");
+    assert_eq!(refused(&operator.redis).await, [""; 0]);
+    operator.write_config("username: viewer, password: PASSWORD,");
     for words in ["get web", "history web", "simulate web 10.0.0.1:80=3"] {
-        desk.done(words).await;
+        operator.done(words).await;
     }
     // `history` tries to enter the changes of other programs by `eval`, which a viewer may not use.
-    assert_eq!(refused(&desk.redis).await, ["eval"]);
+    assert_eq!(refused(&operator.redis).await, ["eval"]);
 }
 
 #[tokio::test]
@@ -227,39 +228,39 @@ fn without_each(rights: &str) -> impl Iterator<Item = (&str, String)> {
 #[tokio::test]
 async fn a_viewer_needs_exactly_the_rights_of_the_page_and_writes_nothing() {
     let rights = rights_of("viewer");
-    let (desk, _program) = desk_of(&rights).await;
-    assert!(can_read(&desk).await, "{rights}");
-    assert_eq!(desk.weights(&format!("set web {A}=5")).await.code, Some(1));
+    let (operator, _program) = operator_with(&rights).await;
+    assert!(can_read(&operator).await, "{rights}");
+    assert_eq!(operator.weights(&format!("set web {A}=5")).await.code, Some(1));
     for (command, rights) in without_each(&rights) {
-        desk.redis.grant_to("bob", &rights).await;
-        desk.redis.run("ACL LOG RESET").await;
-        let can = can_read(&desk).await;
-        assert!(!can || is_missed(&desk, command).await, "{command} is not needed");
+        operator.redis.grant_to("bob", &rights).await;
+        operator.redis.run("ACL LOG RESET").await;
+        let can = can_read(&operator).await;
+        assert!(!can || is_missed(&operator, command).await, "{command} is not needed");
     }
 }
 
 #[tokio::test]
 async fn an_editor_needs_exactly_the_rights_of_the_page() {
     let rights = rights_of("editor");
-    let (desk, _program) = desk_of(&rights).await;
-    assert!(can_write(&desk).await && can_read(&desk).await, "{rights}");
+    let (operator, _program) = operator_with(&rights).await;
+    assert!(can_write(&operator).await && can_read(&operator).await, "{rights}");
     for (command, rights) in without_each(&rights) {
-        desk.redis.grant_to("bob", &rights).await;
-        desk.redis.run("ACL LOG RESET").await;
-        let can = can_write(&desk).await && can_read(&desk).await;
-        assert!(!can || is_missed(&desk, command).await, "{command} is not needed");
+        operator.redis.grant_to("bob", &rights).await;
+        operator.redis.run("ACL LOG RESET").await;
+        let can = can_write(&operator).await && can_read(&operator).await;
+        assert!(!can || is_missed(&operator, command).await, "{command} is not needed");
     }
 }
 
 /// True if the command was tried and refused: some commands work without it by a fallback.
-async fn is_missed(desk: &Desk, command: &str) -> bool {
-    refused(&desk.redis).await.iter().any(|refused| format!("+{refused}") == command)
+async fn is_missed(operator: &Operator, command: &str) -> bool {
+    refused(&operator.redis).await.iter().any(|refused| format!("+{refused}") == command)
 }
 
 #[tokio::test]
 async fn a_proxy_with_the_rights_of_the_page_reports() {
-    let desk = Desk::start().await;
-    desk.redis.run(&format!("ZADD servers 1 {A}")).await;
+    let operator = Operator::start().await;
+    operator.redis.run(&format!("ZADD servers 1 {A}")).await;
     let rights = rights_of("statera").replace("geheim", "secret");
     let page = page();
     let (_, seen) = page.split_once("Without `").expect("what may be left out");
@@ -273,10 +274,10 @@ async fn a_proxy_with_the_rights_of_the_page_reports() {
         words
     };
     assert_eq!(sorted(&least), sorted(LEAST_RIGHTS));
-    desk.redis.grant_to("proxy", &rights).await;
-    let _program = Program::run(&desk.yaml("username: proxy, password: secret,"));
+    operator.redis.grant_to("proxy", &rights).await;
+    let _program = Program::run(&operator.yaml("username: proxy, password: secret,"));
     eventually("it is seen", || async {
-        desk.json("get web").await["applied"]["have"].as_array().is_some_and(|have| have.len() == 1)
+        operator.json("get web").await["applied"]["have"].as_array().is_some_and(|have| have.len() == 1)
     })
     .await;
 }

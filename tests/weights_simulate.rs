@@ -10,26 +10,28 @@ use tokio::io::AsyncReadExt as _;
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::task::JoinSet;
 
-use crate::support::{Backend, Desk, Program, Proxy, Redis, Typed, dead_address, eventually, seed};
+use crate::support::{
+    Backend, CommandOutput, Operator, Program, Proxy, Redis, dead_address, eventually, seed,
+};
 
 const A: &str = "10.0.0.1:80";
 const B: &str = "10.0.0.2:80";
 const NEW: &str = "db.internal:5432";
 
 /// Runs `statera weights simulate web` with these words, split at spaces, and this config.
-async fn simulate(yaml: &str, words: &str) -> Typed {
+async fn simulate(yaml: &str, words: &str) -> CommandOutput {
     let folder = TempDir::new().expect("a folder");
     let config = folder.path().join("config.yaml");
     std::fs::write(&config, yaml).expect("a file");
     let mut command = Command::new(Program::path());
     command.args(["weights", "simulate", "web"]).args(words.split(' ')).arg("-c").arg(config);
-    Typed::of(command).await
+    CommandOutput::of(command).await
 }
 
 async fn simulated(yaml: &str, words: &str) -> Value {
     let typed = simulate(yaml, &format!("{words} --json")).await;
-    assert_eq!((typed.code, typed.errors.as_str()), (Some(0), ""), "{words}");
-    serde_json::from_str(&typed.said).unwrap_or_else(|error| panic!("{error}: {}", typed.said))
+    assert_eq!((typed.code, typed.stderr.as_str()), (Some(0), ""), "{words}");
+    serde_json::from_str(&typed.stdout).unwrap_or_else(|error| panic!("{error}: {}", typed.stdout))
 }
 
 fn yaml(top: &str, pool: &str) -> String {
@@ -51,13 +53,15 @@ fn assert_share(side: &Value, weight: f64, percent: f64) {
 
 #[tokio::test]
 async fn weights_are_added_to_the_table_in_redis_and_nothing_is_written() {
-    let desk = Desk::start().await;
-    desk.done(&format!("set web {A}=100 {B}=100")).await;
-    desk.redis.run("ZADD servers 1 no-backend").await;
-    let keys = || async { (desk.table().await, desk.redis.run("KEYS *").await, desk.json("get web").await) };
+    let operator = Operator::start().await;
+    operator.done(&format!("set web {A}=100 {B}=100")).await;
+    operator.redis.run("ZADD servers 1 no-backend").await;
+    let keys = || async {
+        (operator.table().await, operator.redis.run("KEYS *").await, operator.json("get web").await)
+    };
     let before = keys().await;
 
-    let answer = desk.json(&format!("simulate web {B}=300 {NEW}=400 --sessions 800")).await;
+    let answer = operator.json(&format!("simulate web {B}=300 {NEW}=400 --sessions 800")).await;
     assert_eq!(
         (&answer["now_from"], &answer["version"], &answer["sessions"]),
         (&json!("redis"), &json!(1), &json!(800))
@@ -77,7 +81,7 @@ async fn weights_are_added_to_the_table_in_redis_and_nothing_is_written() {
         assert_eq!(sessions, &json!(expected), "{member}");
     }
 
-    let text = desk.done(&format!("simulate web {B}=300 {NEW}=400")).await.said;
+    let text = operator.done(&format!("simulate web {B}=300 {NEW}=400")).await.stdout;
     for part in [
         "key servers, version 1: nothing is written",
         "of 10000 sessions",
@@ -89,7 +93,7 @@ async fn weights_are_added_to_the_table_in_redis_and_nothing_is_written() {
     ] {
         assert!(text.contains(part), "{part}: {text}");
     }
-    let only = desk.json(&format!("simulate web {B}=300 {NEW}=100 --only")).await;
+    let only = operator.json(&format!("simulate web {B}=300 {NEW}=100 --only")).await;
     assert_eq!((only["members"].as_array().map(Vec::len), &only["now_from"]), (Some(2), &Value::Null));
     assert_share(forecast_of(&only, B).1, 300.0, 75.0);
     assert_eq!(keys().await, before);
@@ -104,7 +108,7 @@ async fn without_a_redis_section_the_other_backends_come_from_the_config() {
     let moved = answer["moved_clients_percent"].as_f64().expect("a number");
     assert!((49.9..=50.1).contains(&moved), "{moved} % move");
 
-    let text = simulate(&yaml("", &pool), &format!("{A}=0 {B}=0")).await.said;
+    let text = simulate(&yaml("", &pool), &format!("{A}=0 {B}=0")).await.stdout;
     assert!(text.contains("all weights are 0: proxies would refuse sessions"), "{text}");
 }
 
@@ -121,8 +125,8 @@ async fn what_cannot_be_simulated_is_named_with_its_exit_code() {
         (format!("{A}=1"), 4, "--only needs no redis"),
     ] {
         let typed = simulate(&away, &words).await;
-        assert_eq!((typed.code, typed.said.as_str()), (Some(code), ""), "{words}: {}", typed.errors);
-        assert!(typed.errors.contains(why), "{words}: {}", typed.errors);
+        assert_eq!((typed.code, typed.stdout.as_str()), (Some(code), ""), "{words}: {}", typed.stderr);
+        assert!(typed.stderr.contains(why), "{words}: {}", typed.stderr);
     }
     assert_share(forecast_of(&simulated(&away, &format!("{A}=1 --only")).await, A).1, 1.0, 100.0);
 }

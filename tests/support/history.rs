@@ -17,7 +17,7 @@ const MOST_NAMED: usize = 30;
 
 /// What one observation of a proxy has found.
 #[derive(Clone, Debug)]
-pub struct Look {
+pub struct Observation {
     /// A moment just before the observation.
     pub at: Instant,
     pub age: Option<Duration>,
@@ -37,7 +37,7 @@ pub struct Promise {
 
 /// A table that Redis held for some time.
 #[derive(Debug)]
-struct Held {
+struct HeldTable {
     /// `None`: the key was empty or of another type, and a proxy may go on with any earlier table.
     table: Option<Table>,
     /// The earliest moment at which it may have been written.
@@ -48,7 +48,7 @@ struct Held {
 
 #[derive(Debug, Default)]
 struct Record {
-    held: Vec<Held>,
+    held: Vec<HeldTable>,
     /// Every table that was ever written, as text.
     ever: HashSet<String>,
     /// A write is under way: proxies may see its table before it is recorded here.
@@ -62,7 +62,7 @@ pub struct History(Arc<Mutex<Record>>);
 impl History {
     /// The history of a server that is still empty.
     pub fn new() -> Self {
-        let nothing = Held { table: None, from: Instant::now(), until: None };
+        let nothing = HeldTable { table: None, from: Instant::now(), until: None };
         Self(Arc::new(Mutex::new(Record { held: vec![nothing], ..Record::default() })))
     }
 
@@ -88,7 +88,7 @@ impl History {
             record.ever.insert(format!("{table:?}"));
             record.ever.insert(format!("{:?}", without_zeros(table)));
         }
-        record.held.push(Held { table, from, until: None });
+        record.held.push(HeldTable { table, from, until: None });
         record.writing = false;
     }
 
@@ -96,29 +96,35 @@ impl History {
     ///
     /// # Errors
     /// The snapshot is called fresh and was overwritten too long ago, or its table was never written.
-    pub fn judge(&self, look: &Look, promise: &Promise) -> Result<bool, String> {
+    pub fn judge(&self, observation: &Observation, promise: &Promise) -> Result<bool, String> {
         let mut record = self.record();
         while record.writing {
             drop(record);
             thread::sleep(Duration::from_millis(1));
             record = self.record();
         }
-        let table = &look.table;
+        let table = &observation.table;
         // A proxy has an empty table until the first one arrives.
         if !table.is_empty() && !record.ever.contains(&format!("{table:?}")) {
-            return Err(format!("{table:?} was never written; redis held:\n{}", record.describe(look.at)));
+            return Err(format!(
+                "{table:?} was never written; redis held:\n{}",
+                record.describe(observation.at)
+            ));
         }
-        let Some(age) = look.age.filter(|age| *age <= promise.max_stale) else { return Ok(false) };
-        let oldest = look.at - age - promise.overtaken;
+        let Some(age) = observation.age.filter(|age| *age <= promise.max_stale) else { return Ok(false) };
+        let oldest = observation.at - age - promise.overtaken;
         let equals =
-            |held: &Table| if look.has_zeros { held == table } else { without_zeros(held) == *table };
-        let is_promised = |held: &Held| {
+            |held: &Table| if observation.has_zeros { held == table } else { without_zeros(held) == *table };
+        let is_promised = |held: &HeldTable| {
             held.until.is_none_or(|until| until >= oldest) && held.table.as_ref().is_none_or(equals)
         };
         if record.held.iter().rev().any(is_promised) {
             return Ok(true);
         }
-        Err(format!("{table:?} is called fresh, {age:?} old; redis held:\n{}", record.describe(look.at)))
+        Err(format!(
+            "{table:?} is called fresh, {age:?} old; redis held:\n{}",
+            record.describe(observation.at)
+        ))
     }
 }
 

@@ -31,7 +31,7 @@ pub enum Peer {
     Unix(UnixStream),
 }
 
-enum Listening {
+enum BackendListener {
     Tcp(TcpListener),
     Unix { listener: UnixListener, _folder: TempDir },
 }
@@ -39,7 +39,7 @@ enum Listening {
 /// A proxy whose only backend is the scenario itself.
 pub struct Pair {
     pub proxy: Proxy,
-    backend: Listening,
+    backend: BackendListener,
     kind: Kind,
     /// The bytes that went to the backend and to the client before the session was handed over.
     warm_up_bytes: Cell<(u64, u64)>,
@@ -57,13 +57,13 @@ impl Pair {
             Kind::Tcp | Kind::Spliced => {
                 let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
                 let address = listener.local_addr().expect("bound").to_string();
-                (Listening::Tcp(listener), address)
+                (BackendListener::Tcp(listener), address)
             }
             Kind::Unix => {
                 let folder = TempDir::new().expect("a folder");
                 let path = folder.path().join("backend.sock");
                 let listener = UnixListener::bind(&path).expect("a free path");
-                (Listening::Unix { listener, _folder: folder }, format!("unix:{}", path.display()))
+                (BackendListener::Unix { listener, _folder: folder }, format!("unix:{}", path.display()))
             }
         };
         let separator = if pool.is_empty() { "" } else { ", " };
@@ -75,8 +75,8 @@ impl Pair {
     pub async fn accept(&self) -> Peer {
         soon("the backend gets the session", async {
             match &self.backend {
-                Listening::Tcp(listener) => Peer::Tcp(listener.accept().await.expect("a connection").0),
-                Listening::Unix { listener, .. } => {
+                BackendListener::Tcp(listener) => Peer::Tcp(listener.accept().await.expect("a connection").0),
+                BackendListener::Unix { listener, .. } => {
                     Peer::Unix(listener.accept().await.expect("a connection").0)
                 }
             }
@@ -99,8 +99,8 @@ impl Pair {
     /// The backend's port, or 0.
     pub fn backend_port(&self) -> u16 {
         match &self.backend {
-            Listening::Tcp(listener) => listener.local_addr().expect("bound").port(),
-            Listening::Unix { .. } => 0,
+            BackendListener::Tcp(listener) => listener.local_addr().expect("bound").port(),
+            BackendListener::Unix { .. } => 0,
         }
     }
 

@@ -19,9 +19,9 @@ pub struct Proxy {
     sink: LogSink,
 }
 
-struct Memory(Arc<Mutex<Vec<u8>>>);
+struct SharedBuffer(Arc<Mutex<Vec<u8>>>);
 
-impl Write for Memory {
+impl Write for SharedBuffer {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
         self.0.lock().expect("no thread panics with the lock").extend_from_slice(bytes);
         Ok(bytes.len())
@@ -46,7 +46,7 @@ impl Proxy {
     pub fn start(yaml: &str) -> Self {
         let config = Config::from_yaml(yaml).unwrap_or_else(|error| panic!("{error}\n{yaml}"));
         let lines = Arc::new(Mutex::new(Vec::new()));
-        let sink = LogSink::start(Box::new(Memory(Arc::clone(&lines)))).expect("a thread");
+        let sink = LogSink::start(Box::new(SharedBuffer(Arc::clone(&lines)))).expect("a thread");
         let running = supervisor::start(&config, Some(sink.clone())).expect("it starts");
         Self { running, lines, sink }
     }

@@ -15,7 +15,7 @@ use tempfile::TempDir;
 use tokio::runtime::Builder;
 use tokio::time::Instant;
 
-use super::{History, Look, Program, Promise, Proxy, Table, get, sum_of};
+use super::{History, Observation, Program, Promise, Proxy, Table, get, sum_of};
 
 /// A proxy whose snapshot is watched.
 #[derive(Clone)]
@@ -35,7 +35,7 @@ impl From<&Proxy> for Watched {
 impl Watched {
     /// Observes the proxy; `None` if it does not answer. For a program it takes two scrapes, so that the
     /// snapshot and its age belong together.
-    pub async fn look(&self) -> Option<Look> {
+    pub async fn observe(&self) -> Option<Observation> {
         match self {
             Self::Inside(pool) => {
                 // Age before snapshot: if a new snapshot comes in between, it is newer than the age says,
@@ -44,7 +44,7 @@ impl Watched {
                 let (age, snapshot) = (pool.cell.age(), pool.cell.load());
                 let members = snapshot.members().iter();
                 let table = members.map(|m| (m.backend.id().to_string(), m.weight.get())).collect();
-                Some(Look { at, age, table, has_zeros: true })
+                Some(Observation { at, age, table, has_zeros: true })
             }
             Self::Outside(address) => {
                 let address = (*address.lock().unwrap_or_else(PoisonError::into_inner))?;
@@ -53,7 +53,7 @@ impl Watched {
                 let after = get(address, "/metrics").await.ok()?.body;
                 let version = |text| sum_of(text, "statera_snapshot_version", "web");
                 // Within a scrape the table is encoded before the version, and the age after it.
-                (version(&before) == version(&after)).then(|| Look {
+                (version(&before) == version(&after)).then(|| Observation {
                     at,
                     age: age_in(&before),
                     table: table_in(&after),
@@ -100,8 +100,8 @@ impl Watcher {
                 };
                 let mut fresh = 0;
                 while !ends.load(Relaxed) {
-                    if let Some(look) = runtime.block_on(proxy.look()) {
-                        let judged = history.judge(&look, &promise);
+                    if let Some(observation) = runtime.block_on(proxy.observe()) {
+                        let judged = history.judge(&observation, &promise);
                         fresh += u64::from(judged.map_err(|broken| format!("proxy {number}: {broken}"))?);
                     }
                     thread::sleep(pause);
@@ -129,14 +129,14 @@ impl Watcher {
 }
 
 /// A proxy as a program, which is ended and started again with the state that it kept in its `state_dir`.
-pub struct Restarted {
+pub struct RestartingProxy {
     program: Option<Program>,
     redis: String,
     folder: TempDir,
     address: Arc<Mutex<Option<SocketAddr>>>,
 }
 
-impl Restarted {
+impl RestartingProxy {
     /// Starts the program; `redis` is that section of its config.
     pub async fn start(redis: String) -> Self {
         let folder = TempDir::new().expect("a folder");

@@ -124,10 +124,13 @@ pub async fn all_agree(proxies: &[Watched], redis: &Redis, max_stale: Duration, 
     let wanted = table(redis).await.expect("a table was left");
     for (number, proxy) in proxies.iter().enumerate() {
         eventually(&format!("proxy {number} holds {wanted:?} {when}"), || async {
-            let Some(look) = proxy.look().await else { return false };
-            let equals =
-                if look.has_zeros { look.table == wanted } else { look.table == without_zeros(&wanted) };
-            equals && look.age.is_some_and(|age| age <= max_stale)
+            let Some(observation) = proxy.observe().await else { return false };
+            let equals = if observation.has_zeros {
+                observation.table == wanted
+            } else {
+                observation.table == without_zeros(&wanted)
+            };
+            equals && observation.age.is_some_and(|age| age <= max_stale)
         })
         .await;
     }

@@ -8,8 +8,8 @@ use tempfile::TempDir;
 use super::{Program, Redis, output};
 
 /// An operator with a Redis and a config, which has one pool `web` with the key `servers` (or the key of
-/// [`Desk::with`]).
-pub struct Desk {
+/// [`Operator::with`]).
+pub struct Operator {
     pub redis: Redis,
     folder: TempDir,
     key: String,
@@ -17,22 +17,22 @@ pub struct Desk {
 
 /// The exit code and the output of a command that has ended.
 #[derive(Debug)]
-pub struct Typed {
+pub struct CommandOutput {
     pub code: Option<i32>,
-    pub said: String,
-    pub errors: String,
+    pub stdout: String,
+    pub stderr: String,
 }
 
-impl Desk {
+impl Operator {
     pub async fn start() -> Self {
         Self::with(Redis::start().await, "servers")
     }
 
     pub fn with(redis: Redis, key: &str) -> Self {
         let folder = TempDir::new().expect("a folder");
-        let desk = Self { redis, folder, key: key.to_owned() };
-        desk.write_config("");
-        desk
+        let operator = Self { redis, folder, key: key.to_owned() };
+        operator.write_config("");
+        operator
     }
 
     /// A config for a proxy that follows this table. `more` goes into the `redis` section, whose timeouts a
@@ -62,26 +62,26 @@ impl Desk {
     }
 
     /// Runs `statera weights` with these words, split at spaces.
-    pub async fn weights(&self, words: &str) -> Typed {
+    pub async fn weights(&self, words: &str) -> CommandOutput {
         self.weights_of(&words.split(' ').collect::<Vec<_>>()).await
     }
 
     /// Runs `statera weights` with words that may contain spaces.
-    pub async fn weights_of<S: AsRef<std::ffi::OsStr>>(&self, words: &[S]) -> Typed {
-        Typed::of(self.command(words)).await
+    pub async fn weights_of<S: AsRef<std::ffi::OsStr>>(&self, words: &[S]) -> CommandOutput {
+        CommandOutput::of(self.command(words)).await
     }
 
     /// Runs `statera weights` with these words, which must succeed.
-    pub async fn done(&self, words: &str) -> Typed {
-        let typed = self.weights(words).await;
-        assert_eq!((typed.code, typed.errors.as_str()), (Some(0), ""), "{words}");
-        typed
+    pub async fn done(&self, words: &str) -> CommandOutput {
+        let output = self.weights(words).await;
+        assert_eq!((output.code, output.stderr.as_str()), (Some(0), ""), "{words}");
+        output
     }
 
     /// Runs `statera weights … --json`, which must succeed, and returns its output.
     pub async fn json(&self, words: &str) -> Value {
-        let typed = self.done(&format!("{words} --json")).await;
-        serde_json::from_str(&typed.said).unwrap_or_else(|error| panic!("{error}: {}", typed.said))
+        let output = self.done(&format!("{words} --json")).await;
+        serde_json::from_str(&output.stdout).unwrap_or_else(|error| panic!("{error}: {}", output.stdout))
     }
 
     /// The table that Redis holds, sorted by member.
@@ -95,10 +95,10 @@ impl Desk {
     }
 }
 
-impl Typed {
+impl CommandOutput {
     pub async fn of(command: Command) -> Self {
         let ended = output(command).await;
         let text = |bytes| String::from_utf8(bytes).expect("a text");
-        Self { code: ended.status.code(), said: text(ended.stdout), errors: text(ended.stderr) }
+        Self { code: ended.status.code(), stdout: text(ended.stdout), stderr: text(ended.stderr) }
     }
 }

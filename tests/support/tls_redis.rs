@@ -4,12 +4,12 @@
 use super::{Authority, Identity, Redis, free_port, path_text};
 
 /// A redis-server with a TLS port.
-pub struct Secure {
+pub struct TlsRedis {
     pub redis: Redis,
     pub port: u16,
 }
 
-impl Secure {
+impl TlsRedis {
     /// Starts the server. `clients` says whether clients have to present a certificate: `yes` or `no`.
     pub async fn start(authority: &Authority, identity: &Identity, clients: &str) -> Self {
         let port = free_port();
