@@ -25,7 +25,7 @@ async fn program_with_admin(top: &str, admin: &str, pool: &str) -> (Program, Soc
     (program, listeners[0], admin)
 }
 
-/// The metrics of CONTRACT.md that this version has: the name of the family, its type, its labels.
+/// The metrics of docs/reference/metrics.md: the name of the family, its type, its labels.
 const METRICS: [(&str, &str, &[&str]); 36] = [
     ("statera_listener_connections", "counter", &["listener"]),
     ("statera_listener_connections_active", "gauge", &["listener"]),
@@ -120,7 +120,7 @@ async fn every_metric_of_the_contract_is_there_and_prometheus_can_read_it() {
     for name in found.keys() {
         assert!(
             METRICS.iter().any(|(known, ..)| known == name),
-            "{name} is new: name it here and in CONTRACT.md"
+            "{name} is new: name it here and in docs/reference/metrics.md"
         );
     }
 }

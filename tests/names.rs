@@ -1,7 +1,7 @@
 //! Backends that are DNS names: sessions follow a name that moves, and skip one that does not resolve.
 //!
 //! The program sees its own hosts file, which the scenario edits. Nothing else on the machine changes, and
-//! no name server is opened.
+//! no name server is asked.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -170,8 +170,8 @@ async fn checks_follow_a_name_and_skip_it_while_it_does_not_resolve() {
     eventually("the name is checked once it resolves", || async { old.accepted() >= 3 }).await;
     hosts.write("127.0.0.2 db.test\n");
     eventually("the new address is checked", || async { new.accepted() >= 3 }).await;
-    let (before, opened) = (old.accepted(), new.accepted());
-    eventually("only the new address is checked", || async { new.accepted() >= opened + 3 }).await;
+    let (before, checked) = (old.accepted(), new.accepted());
+    eventually("only the new address is checked", || async { new.accepted() >= checked + 3 }).await;
     assert_eq!(old.accepted(), before);
     // Nothing listens at that address.
     hosts.write("127.0.0.3 db.test\n");

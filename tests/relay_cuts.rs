@@ -23,8 +23,8 @@ async fn no_pipe_holds_bytes() {
     eventually("no pipe holds bytes", || async { piped_bytes(std::process::id()).is_empty() }).await;
 }
 
-/// Checks that the bytes of the pattern from `position` on come, and then a reset. Returns the position of
-/// the last byte.
+/// Checks that the bytes of the pattern from `position` on come, and then a reset. Returns the position
+/// that they reached.
 async fn hears_a_part(peer: &mut Peer, pattern: &Pattern, mut position: u64) -> u64 {
     let (bytes, end) = peer.rest().await;
     assert_eq!(end.expect_err("no clean end").kind(), ErrorKind::ConnectionReset);

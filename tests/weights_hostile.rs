@@ -120,7 +120,7 @@ async fn copy(operator: &Operator, from: &str, to: &str) -> Value {
     operator.redis.run_words(&words.collect::<Vec<_>>()).await
 }
 
-/// A operator whose table has two versions and their history.
+/// An operator whose table has two versions and their history.
 async fn operator() -> Operator {
     let operator = Operator::start().await;
     operator.redis.run(&format!("ZADD servers 1 {A} 1 {B}")).await;

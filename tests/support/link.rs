@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering::Relaxed};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::time::sleep;
+
+use super::thread_server::ThreadServer;
 
 /// What the link does with the bytes it gets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,43 +27,22 @@ pub enum Passing {
     Resets,
 }
 
-/// A proxy to one server, on a free port. It runs in its own thread, since a proxy that starts blocks the
-/// scenario's thread. Dropping it ends it.
+/// A proxy to one server, on a free port. Dropping it ends it.
 pub struct Link {
     pub port: u16,
     target: Arc<AtomicU16>,
-    passing: watch::Sender<Passing>,
-    thread: Option<JoinHandle<()>>,
+    server: ThreadServer<Passing>,
 }
 
 impl Link {
     /// Starts a link to `port` of this machine.
     pub fn to(port: u16) -> Self {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
-        let own_port = listener.local_addr().expect("bound").port();
-        let (passing, mut passings) = watch::channel(Passing::All);
         let target = Arc::new(AtomicU16::new(port));
         let targets = Arc::clone(&target);
-        let thread = std::thread::spawn(move || {
-            let runtime =
-                tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-            runtime.block_on(async {
-                listener.set_nonblocking(true).expect("a socket");
-                let listener = TcpListener::from_std(listener).expect("a socket");
-                let connections = passings.clone();
-                let accepting = async {
-                    while let Ok((client, _)) = listener.accept().await {
-                        tokio::spawn(carry(client, targets.load(Relaxed), connections.clone()));
-                    }
-                };
-                tokio::select! {
-                    () = accepting => {}
-                    // The wait fails when the link is dropped.
-                    _ = passings.wait_for(|_| false) => {}
-                }
-            });
+        let server = ThreadServer::start(Passing::All, move |client, passing| {
+            carry(client, targets.load(Relaxed), passing)
         });
-        Self { port: own_port, target, passing, thread: Some(thread) }
+        Self { port: server.port, target, server }
     }
 
     /// Leads new connections to another port.
@@ -71,22 +51,12 @@ impl Link {
     }
 
     pub fn pass(&self, passing: Passing) {
-        self.passing.send_replace(passing);
+        self.server.set(passing);
     }
 
     /// The `url` for the `redis` section of a config.
     pub fn url(&self) -> String {
         format!("redis://127.0.0.1:{}/0", self.port)
-    }
-}
-
-impl Drop for Link {
-    fn drop(&mut self) {
-        self.passing = watch::channel(Passing::Nothing).0;
-        if let Some(thread) = self.thread.take() {
-            // If the thread panicked, it has printed why.
-            let _ = thread.join();
-        }
     }
 }
 

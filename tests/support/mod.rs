@@ -23,6 +23,7 @@ mod redis_server;
 mod scripted_redis;
 mod sentinels;
 mod server;
+mod thread_server;
 mod tls_redis;
 mod traffic;
 mod watcher;

@@ -1,58 +1,26 @@
 //! A server that behaves like a Redis, but answers ZRANGE with the bytes that a scenario chooses.
 
-use std::thread::JoinHandle;
-
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 use tokio::sync::watch;
 
-/// A scripted Redis on a free port, which runs in its own thread. Dropping it ends it.
+use super::thread_server::ThreadServer;
+
+/// A scripted Redis on a free port. Dropping it ends it.
 pub struct ScriptedRedis {
     pub port: u16,
-    answer: watch::Sender<Vec<u8>>,
-    thread: Option<JoinHandle<()>>,
+    server: ThreadServer<Vec<u8>>,
 }
 
 impl ScriptedRedis {
     pub fn answering(answer: &[u8]) -> Self {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
-        let port = listener.local_addr().expect("bound").port();
-        let (answer, mut answers) = watch::channel(answer.to_vec());
-        let thread = std::thread::spawn(move || {
-            let runtime =
-                tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-            runtime.block_on(async {
-                listener.set_nonblocking(true).expect("a socket");
-                let listener = TcpListener::from_std(listener).expect("a socket");
-                let connections = answers.clone();
-                let accepting = async {
-                    while let Ok((client, _)) = listener.accept().await {
-                        tokio::spawn(serve(client, connections.clone()));
-                    }
-                };
-                tokio::select! {
-                    () = accepting => {}
-                    // The wait fails when the server is dropped.
-                    _ = answers.wait_for(|_| false) => {}
-                }
-            });
-        });
-        Self { port, answer, thread: Some(thread) }
+        let server = ThreadServer::start(answer.to_vec(), serve);
+        Self { port: server.port, server }
     }
 
     /// Sets the answer to ZRANGE from now on. An empty one closes the connection.
     pub fn answer(&self, answer: &[u8]) {
-        self.answer.send_replace(answer.to_vec());
-    }
-}
-
-impl Drop for ScriptedRedis {
-    fn drop(&mut self) {
-        self.answer = watch::channel(Vec::new()).0;
-        if let Some(thread) = self.thread.take() {
-            // If the thread panicked, it has printed why.
-            let _ = thread.join();
-        }
+        self.server.set(answer.to_vec());
     }
 }
 
