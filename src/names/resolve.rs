@@ -258,19 +258,12 @@ async fn look_up(backend: Arc<Backend>, permits: &'static Semaphore) -> (Arc<Bac
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::balance::{Balance, Table, Weight};
+    use crate::balance::{Balance, Table};
     use crate::control::blocking;
     use tokio::time::advance;
 
-    fn table(members: &[(&str, f64)]) -> Table {
-        let member = |(text, weight): &(&str, f64)| {
-            (text.parse().expect("an address"), Weight::new(*weight).expect("a weight"))
-        };
-        Table::new(members.iter().map(member).collect())
-    }
-
     fn names(members: &[(&str, f64)]) -> Names {
-        let pool = Pool::new("web".into(), Balance::WeightedRandom, table(members), None, 1);
+        let pool = Pool::new("web".into(), Balance::WeightedRandom, Table::of(members), None, 1);
         Names::new(Arc::new(pool))
     }
 
@@ -303,9 +296,9 @@ mod tests {
                 advance(Duration::from_millis(10)).await;
                 weight += 1.0;
                 // Out of the table, and into it again.
-                names.pool.cell.publish(table(&[("10.0.0.1:80", weight)]));
+                names.pool.cell.publish(Table::of(&[("10.0.0.1:80", weight)]));
                 names.look_up_due();
-                names.pool.cell.publish(table(&[("10.0.0.1:80", weight), ("dead.test:80", 1.0)]));
+                names.pool.cell.publish(Table::of(&[("10.0.0.1:80", weight), ("dead.test:80", 1.0)]));
                 names.look_up_due();
             }
             pauses.push(failed.elapsed());
@@ -328,7 +321,7 @@ mod tests {
         while begun(&mut names).await == 0 {
             assert!(answered.elapsed() < 2 * INTERVAL, "it is not looked up again");
             weight += 1.0;
-            names.pool.cell.publish(table(&[("good.test:80", weight)]));
+            names.pool.cell.publish(Table::of(&[("good.test:80", weight)]));
             names.step().await;
             advance(Duration::from_millis(10)).await;
         }
@@ -359,9 +352,9 @@ mod tests {
         names.look_up_due();
         assert_eq!(begun(&mut names).await, 1);
         names.apply(&backend(&names, "a.test:80"), Ok(vec!["10.0.0.1:80".parse().expect("an address")]));
-        names.pool.cell.publish(table(&[("10.0.0.1:80", 1.0)]));
+        names.pool.cell.publish(Table::of(&[("10.0.0.1:80", 1.0)]));
         names.look_up_due();
-        names.pool.cell.publish(table(&[("a.test:80", 1.0)]));
+        names.pool.cell.publish(Table::of(&[("a.test:80", 1.0)]));
         names.look_up_due();
         assert_eq!(begun(&mut names).await, 1);
     }

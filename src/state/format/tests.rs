@@ -12,13 +12,6 @@ use crate::balance::snapshot::{Origin, Snapshot};
 const POOL: &str = "web";
 const KEY: &str = "servers";
 
-fn table(members: &[(&str, f64)]) -> Table {
-    let member = |(text, weight): &(&str, f64)| {
-        (text.parse().expect("an address"), Weight::new(*weight).expect("a weight"))
-    };
-    Table::new(members.iter().map(member).collect())
-}
-
 fn time() -> SystemTime {
     UNIX_EPOCH + Duration::from_millis(1_767_323_045_678)
 }
@@ -29,7 +22,7 @@ fn encoded(pool: &str, key: &str, table: &Table) -> String {
 }
 
 fn some() -> Table {
-    table(&[("10.0.0.1:80", 100.0), ("db.internal:5432", 0.0), ("unix:/run/web.sock", 0.5)])
+    Table::of(&[("10.0.0.1:80", 100.0), ("db.internal:5432", 0.0), ("unix:/run/web.sock", 0.5)])
 }
 
 /// A file with this content and the right checksum.
