@@ -296,10 +296,10 @@ impl Cell {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::balance::values::{Balance, Weight};
+    use crate::balance::values::Balance;
 
     fn table(weight: f64) -> Table {
-        Table::new(vec![("10.0.0.1:80".parse().expect("an address"), Weight::new(weight).expect("a weight"))])
+        Table::of(&[("10.0.0.1:80", weight)])
     }
 
     #[tokio::test(start_paused = true)]

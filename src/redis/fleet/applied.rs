@@ -328,7 +328,7 @@ fn leaving(cell: &Cell) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::balance::{Balance, Table, Weight};
+    use crate::balance::{Balance, Table};
 
     #[test]
     fn only_what_an_operator_must_fix_makes_a_proxy_pause_for_long() {
@@ -357,7 +357,7 @@ mod tests {
     }
 
     fn table(weight: f64) -> Table {
-        Table::new(vec![("10.0.0.1:80".parse().expect("an address"), Weight::new(weight).expect("a weight"))])
+        Table::of(&[("10.0.0.1:80", weight)])
     }
 
     #[tokio::test(start_paused = true)]

@@ -87,13 +87,11 @@ mod tests {
     use super::*;
     use crate::balance::backend::Cause;
     use crate::balance::backend::Health;
-    use crate::balance::{Balance, Table, Weight};
+    use crate::balance::{Balance, Table};
 
     fn cell(members: &[(String, f64)]) -> Cell {
-        let member = |(text, weight): &(String, f64)| {
-            (text.parse().expect("an address"), Weight::new(*weight).expect("a weight"))
-        };
-        Cell::new(Table::new(members.iter().map(member).collect()), Balance::WeightedRandom, 1)
+        let members: Vec<_> = members.iter().map(|(text, weight)| (text.as_str(), *weight)).collect();
+        Cell::new(Table::of(&members), Balance::WeightedRandom, 1)
     }
 
     fn read(text: &str) -> Option<UnusableReport> {
