@@ -88,6 +88,16 @@ async fn reads(connection: &mut MultiplexedConnection) -> (u64, u64) {
     (zrange - picks, picks)
 }
 
+/// Waits until there are as many reads since `before` as there are proxies. A proxy whose first read came
+/// after the next change would need no second one.
+async fn all_have_read(connection: &mut MultiplexedConnection, before: u64) {
+    let begun = Instant::now();
+    while reads(connection).await.0 < before + PROXIES {
+        assert!(begun.elapsed() < PATIENCE, "not all have read the table");
+        sleep(Duration::from_millis(10)).await;
+    }
+}
+
 /// Records how many connections have come back, by `sign`, until all have. `before` is the count before
 /// `begun`.
 async fn watch_them_come(
@@ -168,6 +178,7 @@ async fn fifty_proxies_come_back_to_a_redis_that_restarts_spread_out_and_read_on
     // Two connections are the test's: `launch` connects until it is answered, and `connection` once.
     let seen = watch_them_come(&mut connection, CONNECTED, 2, begun).await;
     let most = are_spread(&seen, MOST_CONNECTIONS);
+    all_have_read(&mut connection, 0).await;
     all_have_applied_a_new_weight(&redis, &backend, 3).await;
 
     let (reads, picks) = reads(&mut connection).await;
@@ -199,6 +210,7 @@ async fn fifty_proxies_whose_connections_are_all_cut_at_once_come_back_spread_ou
     kill.query_async::<()>(&mut connection).await.expect("they are cut");
     let seen = watch_them_come(&mut connection, WATCHING, before, Instant::now()).await;
     let most = are_spread(&seen, MOST_WATCHERS);
+    all_have_read(&mut connection, read).await;
     all_have_applied_a_new_weight(&redis, &backend, 3).await;
     let read = reads(&mut connection).await.0 - read;
     println!("{most:.2} of the watchers within {WINDOW:?} at most, {read} reads");
