@@ -223,3 +223,34 @@ fn metrics_that_pages_name_are_in_the_reference() {
     }
     assert!(unknown.is_empty(), "metrics that docs/reference/metrics.md does not have:\n{unknown}");
 }
+
+/// Sockets, backends and sessions are no persons. In pieces, so that this file does not find itself.
+const NEVER: [&str; 7] = [
+    concat!("no", "body"),
+    concat!("some", "body"),
+    concat!("who", "ever"),
+    concat!("who", "m"),
+    concat!("h", "e"),
+    concat!("hi", "s"),
+    concat!("hi", "m"),
+];
+
+#[test]
+fn no_line_speaks_of_things_as_persons() {
+    let mut found = String::new();
+    let folders = ["src", "tests", "benches", "docs", "packaging", ".ci", ".config"].into_iter();
+    let below = folders.flat_map(|folder| files(folder, &[""]));
+    let single = ["config.yaml", "Makefile", "Cargo.toml", "deny.toml", "clippy.toml", "rust-toolchain.toml"];
+    let top = pages().into_iter().chain(single.into_iter().map(PathBuf::from));
+    for path in below.chain(top).collect::<BTreeSet<PathBuf>>() {
+        // What is no text has no words.
+        let Ok(text) = fs::read_to_string(root().join(&path)) else { continue };
+        for (number, line) in text.lines().enumerate() {
+            let words = line.split(|c: char| !c.is_alphanumeric() && c != '_');
+            for word in words.filter(|word| NEVER.iter().any(|never| never.eq_ignore_ascii_case(word))) {
+                writeln!(found, "{}:{}: {word}", path.display(), number + 1).expect("memory");
+            }
+        }
+    }
+    assert!(found.is_empty(), "a thing is \"it\"; say which thing acts:\n{found}");
+}
