@@ -47,7 +47,8 @@ async fn checks_that_wait_for_a_permit_run_in_order() {
         let members = checks.pool.cell.load();
         members.members().iter().map(|m| m.backend.condition.checks[1].get()).collect()
     };
-    // About 30 for each backend: jitter shifts single checks. The clock is paused, so a busy machine shifts none.
+    // About 30 for each backend: jitter shifts single checks. The clock is paused, so a busy machine shifts
+    // none.
     while failed(&checks).iter().sum::<u64>() < 210 {
         checks.step().await;
     }

@@ -101,8 +101,8 @@ async fn in_a_large_pool_a_backend_that_lost_its_sessions_gets_several_times_its
         busy.end_all_of(&id(3));
         regained += busy.begin(1_000).await.remove(&id(3)).unwrap_or_default();
     }
-    // Four draws find the backend for 394 of them on average. Six standard deviations below that are 277; its share
-    // is 100, and two draws would bring 199.
+    // Four draws find the backend for 394 of them on average. Six standard deviations below that are 277; its
+    // share is 100, and two draws would bring 199.
     assert!(regained >= 277, "{regained} of 10,000");
 }
 
