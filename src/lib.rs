@@ -8,8 +8,8 @@
 //!   built on [`control`].
 //!
 //! Leaves that both use: counters and the log's thread ([`observe`]), the phases of the process ([`drain`]),
-//! descriptors and socket options ([`net`]). [`supervisor`] puts the parts together, as [`config`] says.
-//! [`cli`] has the commands.
+//! descriptors and socket options ([`net`]), points where tests make defects happen ([`fault`]).
+//! [`supervisor`] puts the parts together, as [`config`] says. [`cli`] has the commands.
 
 pub mod admin;
 pub mod balance;
@@ -18,6 +18,7 @@ pub mod config;
 pub mod control;
 pub mod data_plane;
 pub mod drain;
+pub mod fault;
 pub mod health;
 pub mod listen;
 pub mod metrics;

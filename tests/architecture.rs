@@ -17,9 +17,10 @@ use std::path::{Path, PathBuf};
 /// The data plane knows nothing of Redis. What Redis says reaches it as snapshots, which `redis` publishes
 /// through `balance`'s plain types; where both need an answer at once (the Lua pick), `balance` owns the
 /// channel.
-const ARROWS: [(&str, &[&str]); 19] = [
+const ARROWS: [(&str, &[&str]); 20] = [
     ("control", &[]),
     ("drain", &[]),
+    ("fault", &[]),
     ("net", &[]),
     ("observe", &[]),
     ("reactor", &[]),

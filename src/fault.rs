@@ -1,0 +1,38 @@
+//! Fault points: named points in the code where a test makes a defect happen.
+//!
+//! Only test builds have them. They need the feature `fault-points`, which this crate's tests switch on and
+//! no shipped build has. Without it a fault point is an empty function, and no environment variable is read.
+//!
+//! A test arms fault points of a program that it starts by the environment variable `STATERA_FAULTS`, a list
+//! such as `decode=panic@poison:1, check_thread=error*3`. An entry has a name, what happens, and as options a
+//! detail that must match (`@`) and how often it happens (`*`). `fault/armed.rs` lists what can happen.
+
+#[cfg(feature = "fault-points")]
+mod armed;
+
+use std::io;
+
+/// A point where a test may let this thread panic or block. `detail` says what is being worked on: an entry
+/// with a detail matches no other.
+#[inline]
+pub fn point(name: &str, detail: &str) {
+    #[cfg(feature = "fault-points")]
+    armed::reached(name, detail);
+    #[cfg(not(feature = "fault-points"))]
+    let _ = (name, detail);
+}
+
+/// The same where the work can fail.
+///
+/// # Errors
+/// The fault point is armed with an error.
+#[inline]
+pub fn fallible(name: &str, detail: &str) -> io::Result<()> {
+    #[cfg(feature = "fault-points")]
+    return armed::reached_fallible(name, detail);
+    #[cfg(not(feature = "fault-points"))]
+    {
+        let _ = (name, detail);
+        Ok(())
+    }
+}
