@@ -18,11 +18,11 @@ use std::path::{Path, PathBuf};
 /// through `balance`'s plain types; where both need an answer at once (the Lua pick), `balance` owns the
 /// channel.
 const ARROWS: [(&str, &[&str]); 20] = [
-    ("control", &[]),
     ("drain", &[]),
     ("fault", &[]),
     ("net", &[]),
     ("observe", &[]),
+    ("control", &["fault", "observe::tasks"]),
     ("reactor", &[]),
     ("balance", &["observe::counters", "reactor"]),
     ("config", &["balance"]),
