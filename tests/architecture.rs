@@ -29,7 +29,7 @@ const ARROWS: [(&str, &[&str]); 20] = [
     ("names", &["balance", "control", "net::descriptors"]),
     ("relay", &["net", "observe::counters", "reactor"]),
     ("listen", &["config", "drain", "net", "observe::counters", "reactor"]),
-    ("session", &["balance", "config", "net", "observe", "reactor", "relay"]),
+    ("session", &["balance", "config", "fault", "net", "observe", "reactor", "relay"]),
     (
         "data_plane",
         &[

@@ -27,7 +27,7 @@ mod watched;
 
 pub use runtime::Runtime;
 pub use shrink::{is_mostly_free, shrink, shrink_table};
-pub use tasks::{defer_due_tasks_until_next_wait, spawn};
+pub use tasks::{Panicked, defer_due_tasks_until_next_wait, panicked, spawn};
 pub use timer::{Elapsed, sleep, sleep_until, timeout_at};
 pub use watched::{Ready, Watched};
 

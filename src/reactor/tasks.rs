@@ -21,6 +21,7 @@ use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::AcqRel};
 use std::task::{Context, Poll, Wake, Waker};
+use std::thread;
 
 use super::thread_waker::ThreadWaker;
 use super::{shrink_table, with};
@@ -48,6 +49,17 @@ pub(super) struct Tasks {
     /// Tasks that become due after the next wait: they woke themselves, or
     /// [`defer_due_tasks_until_next_wait`] moved them here.
     yielded: RefCell<Vec<u32>>,
+    /// A task that has panicked is being dropped.
+    drops_panicked: Cell<bool>,
+}
+
+/// What panicked, so that a future is dropped before it has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Panicked {
+    /// The task of that future. All others go on.
+    Task,
+    /// Something else on this thread, which ends.
+    Thread,
 }
 
 /// The entry of one task, or a free entry. Each idle session has one, so its size matters.
@@ -178,7 +190,9 @@ impl Tasks {
         self.running.set(None);
         let is_over = !matches!(polled, Ok(Poll::Pending));
         let left = if is_over {
+            self.drops_panicked.set(polled.is_err());
             drop_task(task);
+            self.drops_panicked.set(false);
             self.free.borrow_mut().push(index);
             None
         } else {
@@ -186,6 +200,15 @@ impl Tasks {
         };
         let entry = &mut self.entries.borrow_mut()[index as usize];
         (entry.task, entry.waker) = (left, waker);
+    }
+
+    fn panicked(&self) -> Option<Panicked> {
+        // A task's values are dropped while its poll unwinds, or with the rest of the task after that.
+        if self.drops_panicked.get() || thread::panicking() && self.running.get().is_some() {
+            Some(Panicked::Task)
+        } else {
+            thread::panicking().then_some(Panicked::Thread)
+        }
     }
 
     /// Gives memory back after a peak.
@@ -228,6 +251,12 @@ pub fn spawn(task: impl Future<Output = ()> + 'static) {
     let task = Box::pin(task);
     with(|reactor| reactor.tasks.spawn(task, &reactor.handles().thread_waker))
         .expect("tasks are spawned on the threads of workers");
+}
+
+/// For a drop on a worker thread: whether it is the consequence of a panic.
+#[must_use]
+pub fn panicked() -> Option<Panicked> {
+    with(|reactor| reactor.tasks.panicked()).flatten()
 }
 
 /// Lets all tasks that are due now run only after the next wait for events. So a task that was just spawned

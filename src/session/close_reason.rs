@@ -25,11 +25,13 @@ pub enum CloseReason {
     Shutdown,
     /// The client reset its connection before a backend was connected.
     ConnectLeft,
+    /// A defect of Statera: the session panicked, or the thread that it ran on.
+    Defect,
 }
 
 impl CloseReason {
     /// All reasons, each with a counter of its own.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::Relayed(Ended::Finished),
         Self::Relayed(Ended::Reset(Side::Client)),
         Self::Relayed(Ended::Reset(Side::Backend)),
@@ -46,6 +48,7 @@ impl CloseReason {
         Self::QueueLeft,
         Self::Shutdown,
         Self::ConnectLeft,
+        Self::Defect,
     ];
 
     /// The metric's label and the access log's `close_reason`.
@@ -55,7 +58,8 @@ impl CloseReason {
     }
 
     /// HAProxy's two letters. The first says which side ended it (C client, S server, P proxy, R resources,
-    /// K killed; lower case for a timeout), the second at which stage (Q queue, C connect, D relay).
+    /// K killed, I internal error; lower case for a timeout), the second at which stage (Q queue, C connect,
+    /// D relay).
     #[must_use]
     pub fn term(self) -> &'static str {
         self.describe().2
@@ -85,6 +89,7 @@ impl CloseReason {
             Self::QueueLeft => (13, "queue_left", "CQ"),
             Self::Shutdown => (14, "shutdown", "KD"),
             Self::ConnectLeft => (15, "connect_left", "CC"),
+            Self::Defect => (16, "defect", "ID"),
         }
     }
 }

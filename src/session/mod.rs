@@ -34,6 +34,7 @@ use std::time::Duration;
 use self::report::Report;
 use crate::balance::pool::Pool;
 use crate::config;
+use crate::fault;
 use crate::net::options::tcp_keepalive;
 use crate::observe::counters::{ListenerCounters, PerWorker};
 use crate::relay::{self, Limits, Stream};
@@ -115,6 +116,7 @@ pub fn serve(mut client: Stream, address: SocketAddr, context: Rc<Context>) -> i
         };
 
         // Relay.
+        fault::point("session_relays", report.backend());
         let (limits, shared, backend_key, meter) = report.relay_parts();
         let ended = relay::relay(&mut client, &mut backend, limits, shared, backend_key, meter).await;
         // Report: the drop of `report` counts and logs the session.

@@ -15,6 +15,7 @@ use super::close_reason::CloseReason;
 use super::report::Report;
 use crate::balance::BackendId;
 use crate::balance::pool::{NoPick, Pick};
+use crate::fault;
 use crate::reactor::timeout_at;
 use crate::relay::Stream;
 
@@ -37,6 +38,7 @@ pub(super) async fn wait(
     let (pool, worker) = (&report.context().pool, &report.context().worker);
     let Some(mut waiter) = pool.queue().enter() else { return Err(CloseReason::QueueFull) };
     pool.counters.of(worker.id).queued.add(1);
+    fault::point("session_waits", &pool.name);
     let timeout = pool.cell.policy().capacity.queue_timeout;
     let until = Instant::now() + timeout.saturating_sub(waited);
     loop {

@@ -1,6 +1,7 @@
 //! The report of a session: counted and logged when it is dropped, so that no path forgets it.
 
 use std::net::{IpAddr, SocketAddr, SocketAddrV6};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::time::{Duration, SystemTime};
 
@@ -9,12 +10,14 @@ use tokio::time::Instant;
 use super::Context;
 use super::close_reason::CloseReason;
 use super::failures::Failures;
+use super::worker::Worker;
 use crate::balance::Weight;
 use crate::balance::backend::{
     Active, AddressNumber, Cause, Failure, TrialNumber, TrialPermit, TrialProgress,
 };
 use crate::balance::pool::{Pick, Source};
 use crate::observe::counters::Counter;
+use crate::reactor::{self, Panicked};
 use crate::relay::{Ended, Limits, Meter, Shared, Side, Tally};
 use crate::session::access_log::{AccessLine, millis};
 
@@ -27,6 +30,7 @@ pub struct SessionCounters {
     /// Sessions of which a half was closed. One that ends without is counted at its end.
     half_closed: Counter,
     closed: [Counter; CloseReason::ALL.len()],
+    panicked: Counter,
 }
 
 impl SessionCounters {
@@ -41,6 +45,12 @@ impl SessionCounters {
     #[must_use]
     pub fn closed(&self, reason: CloseReason) -> &Counter {
         &self.closed[reason.index()]
+    }
+
+    /// Sessions that panicked.
+    #[must_use]
+    pub fn panicked(&self) -> &Counter {
+        &self.panicked
     }
 }
 
@@ -249,6 +259,11 @@ impl Report {
         }
     }
 
+    /// The name of the backend that was tried last.
+    pub(super) fn backend(&self) -> &str {
+        self.backend.as_ref().map_or("", |backend| backend.id().as_str())
+    }
+
     /// What the session shares with others.
     pub(super) fn context(&self) -> &Rc<Context> {
         &self.context
@@ -273,6 +288,7 @@ impl Report {
     fn term(&self) -> &'static str {
         match self.reason {
             CloseReason::Shutdown if !self.progress.is_connected() => "KC",
+            CloseReason::Defect if !self.progress.is_connected() => "IC",
             reason => reason.term(),
         }
     }
@@ -280,12 +296,28 @@ impl Report {
     pub(super) fn close(&mut self, reason: CloseReason) {
         self.reason = reason;
     }
-}
 
-impl Drop for Report {
-    fn drop(&mut self) {
+    /// Why the session is dropped before it has ended.
+    #[cold]
+    fn why_dropped(&self) -> CloseReason {
+        match reactor::panicked() {
+            None => CloseReason::Shutdown,
+            Some(Panicked::Thread) => CloseReason::Defect,
+            Some(Panicked::Task) => {
+                let Context { worker, listener, pool, .. } = &*self.context;
+                worker.sessions.of(worker.id).panicked.add(1);
+                let backend = self.backend.as_ref().map(|backend| backend.id().as_str());
+                worker.log_panic(&listener.name, &pool.name, backend);
+                CloseReason::Defect
+            }
+        }
+    }
+
+    /// Counts and logs the session.
+    fn publish(&mut self) {
         // Count the end for the worker and the listener.
         let worker = &self.context.worker;
+        let _ends = Ends(worker);
         let (duration, relay_error) = (self.accepted.elapsed(), self.relay_error());
         let sessions = worker.sessions.of(worker.id);
         sessions.closed(self.reason).add(1);
@@ -359,7 +391,29 @@ impl Drop for Report {
                 failed,
             });
         }
-        worker.session_closed();
+    }
+}
+
+impl Drop for Report {
+    fn drop(&mut self) {
+        if self.reason == CloseReason::Shutdown {
+            // A second panic while the first one unwinds would end the process.
+            let _ = catch_unwind(AssertUnwindSafe(|| {
+                self.reason = self.why_dropped();
+                self.publish();
+            }));
+        } else {
+            self.publish();
+        }
+    }
+}
+
+/// Counts the session as ended, also where its report panics: else its worker would wait for it for ever.
+struct Ends<'a>(&'a Worker);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.session_closed();
     }
 }
 

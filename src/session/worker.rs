@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 use tokio::time::Instant;
-use tracing::warn;
+use tracing::{error, warn};
 
 use super::report::SessionCounters;
 use crate::balance::backend::Backend;
@@ -19,6 +19,8 @@ use crate::session::access_log::AccessLog;
 
 /// The shortest time between two log lines about exhausted descriptors or ports.
 const EXHAUSTED_LOG_INTERVAL: Duration = Duration::from_secs(10);
+/// The shortest time between two log lines about sessions that panicked.
+const PANIC_LOG_INTERVAL: Duration = Duration::from_secs(10);
 /// How long accepting pauses after a session found no descriptor. Such sessions try again every 10 ms.
 const STARVED_TIME: Duration = Duration::from_millis(30);
 
@@ -89,6 +91,7 @@ pub struct Worker {
     active: Cell<u64>,
     became_idle: Notify,
     exhausted_logged: Cell<Option<Instant>>,
+    panic_logged: Cell<Option<Instant>>,
     starvation: Arc<Starvation>,
     resets: Resets,
 }
@@ -126,6 +129,7 @@ impl Worker {
             active: Cell::new(0),
             became_idle: Notify::new(),
             exhausted_logged: Cell::new(None),
+            panic_logged: Cell::new(None),
             starvation,
             resets: Resets::default(),
         }
@@ -181,6 +185,19 @@ impl Worker {
     #[must_use]
     pub fn is_starved(&self) -> bool {
         self.starvation.is_on()
+    }
+
+    /// Logs that a session panicked, at most once per [`PANIC_LOG_INTERVAL`]: all sessions may meet the same
+    /// defect, and each has its session line.
+    pub(super) fn log_panic(&self, listener: &str, pool: &str, backend: Option<&str>) {
+        let now = Instant::now();
+        if self.panic_logged.get().is_none_or(|logged| now - logged >= PANIC_LOG_INTERVAL) {
+            self.panic_logged.set(Some(now));
+            error!(
+                listener,
+                pool, backend, "a session panicked, which is a defect: it is closed, and all others go on"
+            );
+        }
     }
 
     /// Logs that no descriptor, port or memory is left for a connection to `backend`, at most once per

@@ -150,6 +150,46 @@ fn a_task_that_panics_ends_alone() {
     });
 }
 
+#[test]
+fn a_drop_knows_whether_its_task_or_its_thread_has_panicked() {
+    struct Asks(Rc<RefCell<Vec<Option<Panicked>>>>);
+    impl Drop for Asks {
+        fn drop(&mut self) {
+            self.0.borrow_mut().push(panicked());
+        }
+    }
+    let answers = Rc::new(RefCell::new(Vec::new()));
+    let asks = || Asks(Rc::clone(&answers));
+    let dies = catch_unwind(AssertUnwindSafe(|| {
+        run(async {
+            let held = asks();
+            spawn(async move { drop(held) });
+            let held = asks();
+            // Dropped by the poll that unwinds.
+            spawn(async move {
+                let _held = held;
+                panic!("a defect of this test");
+            });
+            let held = asks();
+            // Dropped after the poll has unwound.
+            spawn(poll_fn(move |_| {
+                let _ = &held;
+                panic!("a defect of this test");
+            }));
+            let held = asks();
+            spawn(async move {
+                let _held = held;
+                pending::<()>().await;
+            });
+            yield_now().await;
+            yield_now().await;
+            panic!("a defect of the thread");
+        });
+    }));
+    assert!(dies.is_err());
+    assert_eq!(*answers.borrow(), [None, Some(Panicked::Task), Some(Panicked::Task), Some(Panicked::Thread)]);
+}
+
 /// The drop of a task wakes one task and spawns another while the runtime drops its tasks.
 #[test]
 fn tasks_that_the_runtime_drops_may_wake_and_spawn_others() {
