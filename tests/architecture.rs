@@ -35,7 +35,9 @@ const ARROWS: [(&str, &[&str]); 20] = [
         &[
             "balance::pool",
             "config::LogFormat",
+            "control::supervised",
             "drain",
+            "fault",
             "listen::accept",
             "observe",
             "reactor",
@@ -43,7 +45,7 @@ const ARROWS: [(&str, &[&str]); 20] = [
             "session",
         ],
     ),
-    ("health", &["balance", "config", "control", "net"]),
+    ("health", &["balance", "config", "control", "fault", "net"]),
     // What it saves comes out of the snapshot cells, so it has no need to know Redis.
     ("state", &["balance", "config", "control", "observe::counters"]),
     (
@@ -68,7 +70,7 @@ const ARROWS: [(&str, &[&str]); 20] = [
         ],
     ),
     ("metrics", &["balance", "observe", "redis::status", "session", "state::SaveStatus"]),
-    ("admin", &["config", "control::blocking", "drain", "metrics", "net"]),
+    ("admin", &["config", "control::blocking", "drain", "fault", "metrics", "net"]),
     // The composition root: it alone may know all.
     (
         "supervisor",

@@ -31,6 +31,7 @@ use tracing::debug;
 use self::scrapes::Scrapes;
 use crate::config::{Admin, Secret};
 use crate::drain::{Drain, Phase};
+use crate::fault;
 use crate::metrics::format::Format;
 use crate::metrics::{self, Observed};
 use crate::net::descriptors::{self, User};
@@ -104,6 +105,7 @@ pub async fn serve(listener: Arc<TcpListener>, state: Arc<AdminState>) {
                 continue;
             }
         };
+        fault::point("admin", "");
         // The descriptor is in the control plane's reserve, which Redis, names and saved tables need as
         // well.
         let is_short = descriptors::is_reserved(&stream, User::Sessions);

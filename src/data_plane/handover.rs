@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use socket2::Socket;
 use tokio::sync::mpsc::{self, error::TrySendError};
+use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use super::listeners::ListenerId;
 use crate::observe::counters::{PerWorker, WorkerId};
@@ -62,11 +63,29 @@ impl Drop for Connection {
     }
 }
 
-/// The connections handed to a worker. It ends when no other worker accepts any more.
-pub type Inbox = mpsc::Receiver<Connection>;
+/// The connections handed to a worker. It outlives the worker: its replacement serves what waits in it.
+#[derive(Clone, Debug)]
+pub struct Inbox(Arc<Mutex<mpsc::Receiver<Connection>>>);
+
+impl Inbox {
+    pub(super) fn new(connections: mpsc::Receiver<Connection>) -> Self {
+        Self(Arc::new(Mutex::new(connections)))
+    }
+
+    /// For the one thread that takes the connections. They end when no other worker accepts any more.
+    pub async fn open(self) -> OwnedMutexGuard<mpsc::Receiver<Connection>> {
+        self.0.lock_owned().await
+    }
+
+    /// How many connections wait in it, where no thread takes them.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.0.try_lock().map_or(0, |connections| connections.len())
+    }
+}
 
 /// The other workers, from the view of one of them.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Neighbours {
     own: WorkerId,
     sessions: Arc<PerWorker<SessionCounters>>,
@@ -77,7 +96,8 @@ pub struct Neighbours {
 /// For each of `workers` workers: the other workers, and its own inbox.
 #[must_use]
 pub fn between(workers: usize, sessions: &Arc<PerWorker<SessionCounters>>) -> Vec<(Neighbours, Inbox)> {
-    let (senders, inboxes): (Vec<_>, Vec<_>) = (0..workers).map(|_| mpsc::channel(INBOX_CONNECTIONS)).unzip();
+    let inbox = |_| mpsc::channel(INBOX_CONNECTIONS);
+    let (senders, inboxes): (Vec<_>, Vec<_>) = (0..workers).map(inbox).unzip();
     let neighbours = (0..workers).map(|own| Neighbours {
         own: WorkerId(own),
         sessions: Arc::clone(sessions),
@@ -87,7 +107,7 @@ pub fn between(workers: usize, sessions: &Arc<PerWorker<SessionCounters>>) -> Ve
             .collect(),
         next: Cell::new(own),
     });
-    neighbours.zip(inboxes).collect()
+    neighbours.zip(inboxes.into_iter().map(Inbox::new)).collect()
 }
 
 impl Neighbours {

@@ -11,6 +11,7 @@ use std::cell::RefCell;
 use std::future::poll_fn;
 use std::io;
 use std::net::TcpListener;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -21,9 +22,13 @@ use tokio::sync::{mpsc, oneshot};
 use tracing::{error, warn};
 
 use super::handover::{Connection, Neighbours};
+use super::kept;
 use crate::balance::pool::Pool;
+use crate::control::supervised::Defects;
 use crate::drain::{self, Drain, DrainControl, Phase};
+use crate::fault;
 use crate::listen::accept::{self, Listening};
+use crate::observe::tasks::Task;
 use crate::reactor::spawn as spawn_task;
 use crate::relay::Stream;
 use crate::session::{self, Context, Listener, Settings, Worker};
@@ -57,6 +62,22 @@ pub struct BoundListener {
     pub settings: Settings,
 }
 
+impl BoundListener {
+    /// The same sockets once more.
+    ///
+    /// # Errors
+    /// The system gives no descriptor.
+    pub fn duplicate(&self) -> io::Result<Self> {
+        Ok(Self {
+            id: self.id,
+            sockets: self.sockets.iter().map(TcpListener::try_clone).collect::<io::Result<_>>()?,
+            listener: Arc::clone(&self.listener),
+            pool: Arc::clone(&self.pool),
+            settings: self.settings.clone(),
+        })
+    }
+}
+
 /// What the supervisor tells a worker to do. A worker whose commands end closes all its listeners, and ends
 /// after its sessions.
 #[derive(Debug)]
@@ -80,6 +101,7 @@ pub(super) struct AcceptDied;
 #[derive(Debug)]
 pub(super) struct Listeners {
     worker: Rc<Worker>,
+    defects: Arc<Defects>,
     known: RefCell<Vec<Known>>,
 }
 
@@ -99,8 +121,8 @@ struct Known {
 type AcceptLoops = Vec<oneshot::Receiver<()>>;
 
 impl Listeners {
-    pub(super) fn new(worker: Rc<Worker>) -> Self {
-        Self { worker, known: RefCell::default() }
+    pub(super) fn new(worker: Rc<Worker>, defects: Arc<Defects>) -> Self {
+        Self { worker, defects, known: RefCell::default() }
     }
 
     /// Does what the commands say, until they end and every listener has closed. The accept loops alone hold
@@ -130,8 +152,10 @@ impl Listeners {
     /// Begins a session of a connection that another worker accepted.
     pub(super) fn take_over(&self, connection: Connection) {
         let known = self.known.borrow();
-        if let Some(known) = known.iter().find(|known| known.id == connection.listener) {
-            begin(connection, &known.context);
+        match known.iter().find(|known| known.id == connection.listener) {
+            Some(known) => begin(connection, &known.context),
+            // Only a worker that replaces another one does not know a listener: one that was closed before.
+            None => warn!(client = %connection.client, "a connection of a listener that is closed is reset"),
         }
     }
 
@@ -154,7 +178,10 @@ impl Listeners {
     fn close_sessions_of(&self, pool: &Arc<Pool>, settings: &Settings) {
         if !self.known.borrow().iter().any(|known| Arc::ptr_eq(&known.context.pool, pool)) {
             let (worker, pool) = (Rc::clone(&self.worker), Arc::clone(pool));
-            spawn_task(session::draining::close_sessions(worker, pool, settings.limits.settle_time));
+            let settle_time = settings.limits.settle_time;
+            kept::keep_running(Task::DrainBackends, &self.defects, move || {
+                session::draining::close_sessions(Rc::clone(&worker), Arc::clone(&pool), settle_time)
+            });
         }
     }
 
@@ -220,6 +247,7 @@ async fn accept_at(
 ) {
     let Context { worker, listener, .. } = &*context;
     let on_connection = |socket, client| {
+        fault::point("accept_loop", &listener.name);
         if let Some(connection) = neighbours.offer(Connection::new(id, socket, client)) {
             begin(connection, &context);
         }
@@ -228,14 +256,28 @@ async fn accept_at(
     accept::run(socket, &listener.name, counters, &closes, || worker.is_starved(), on_connection).await;
 }
 
+/// Begins a session. A panic here would be one of the accept loop, and so of the worker; it ends the
+/// connection alone.
 fn begin(connection: Connection, context: &Rc<Context>) {
     let client = connection.client;
-    match Stream::accepted(connection.into_socket()) {
-        Ok(stream) => spawn_task(session::serve(stream, client, Rc::clone(context))),
-        Err(error) => {
-            let listener = &context.listener;
-            listener.counters.of(context.worker.id).accept_failed.add(1);
-            warn!(listener = %listener.name, %client, %error, "cannot watch a connection");
-        }
+    let (listener, worker) = (&context.listener, context.worker.id);
+    let begins = AssertUnwindSafe(|| {
+        fault::point("session_begins", &listener.name);
+        let stream = Stream::accepted(connection.into_socket())?;
+        spawn_task(session::serve(stream, client, Rc::clone(context)));
+        Ok(())
+    });
+    let failed = match catch_unwind(begins) {
+        Ok(Ok(())) => return,
+        Ok(Err(error)) => Ok::<io::Error, _>(error),
+        Err(panic) => Err(panic),
+    };
+    listener.counters.of(worker).accept_failed.add(1);
+    match failed {
+        Ok(error) => warn!(listener = %listener.name, %client, %error, "cannot watch a connection"),
+        Err(_) => error!(
+            listener = %listener.name, %client,
+            "beginning a session panicked, which is a defect: its connection is reset"
+        ),
     }
 }

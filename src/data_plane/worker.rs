@@ -2,6 +2,7 @@
 //! sessions.
 
 use std::io;
+use std::panic::resume_unwind;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
@@ -12,12 +13,15 @@ use tokio::sync::mpsc;
 use tokio::task::yield_now;
 
 use super::handover::{Inbox, Neighbours};
-use super::listeners::{Commands, Listeners};
+use super::kept::keep_running;
+use super::listeners::{AcceptDied, Commands, Listeners};
 use crate::config::LogFormat;
+use crate::control::supervised::Defects;
 use crate::drain::Drain;
 use crate::observe::counters::{PerWorker, WorkerId};
 use crate::observe::log_sink::LogSink;
-use crate::reactor::{Runtime, spawn as spawn_task};
+use crate::observe::tasks::Task;
+use crate::reactor::Runtime;
 use crate::session::access_log::AccessLog;
 use crate::session::{SessionCounters, Starvation, Worker};
 
@@ -32,6 +36,8 @@ pub struct Shared {
     pub starvation: Arc<Starvation>,
     /// The shortest silence that any session is allowed.
     pub shortest_limit: Duration,
+    /// Counts and logs the defects of workers.
+    pub defects: Arc<Defects>,
     /// The phase of the process. In the last one, sessions are closed by force.
     pub drain: Drain,
 }
@@ -45,25 +51,34 @@ pub struct Sharing {
     pub inbox: Inbox,
 }
 
+/// The end of a worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct End {
+    /// The worker.
+    pub worker: WorkerId,
+    /// How many sessions were closed by force; `None`: the worker panicked.
+    pub cut: Option<u64>,
+}
+
 /// Reports the end of a worker when it is dropped, so also after a panic.
 #[derive(Debug)]
 pub struct Ended {
-    tell: mpsc::UnboundedSender<Option<u64>>,
-    cut: Option<u64>,
+    tell: mpsc::UnboundedSender<End>,
+    end: End,
 }
 
 impl Ended {
-    /// Sends to `tell` how many sessions were closed by force, or `None` if the worker panicked.
+    /// Sends to `tell` that `worker` has ended, and how.
     #[must_use]
-    pub fn new(tell: mpsc::UnboundedSender<Option<u64>>) -> Self {
-        Self { tell, cut: None }
+    pub fn new(worker: WorkerId, tell: mpsc::UnboundedSender<End>) -> Self {
+        Self { tell, end: End { worker, cut: None } }
     }
 }
 
 impl Drop for Ended {
     fn drop(&mut self) {
         // An error means that the control plane has ended already.
-        let _ = self.tell.send(self.cut);
+        let _ = self.tell.send(self.end);
     }
 }
 
@@ -89,7 +104,7 @@ pub fn spawn(
             Ok(runtime) => {
                 // `spawn` waits for this.
                 let _ = started.send(Ok(()));
-                ended.cut = Some(run(runtime, id, commands, sharing, &shared));
+                ended.end.cut = Some(run(runtime, id, commands, sharing, &shared));
             }
             Err(error) => {
                 let _ = started.send(Err(error));
@@ -105,7 +120,7 @@ pub fn spawn(
     Ok(thread)
 }
 
-fn run(mut runtime: Runtime, id: WorkerId, commands: Commands, sharing: Sharing, shared: &Shared) -> u64 {
+fn run(runtime: Runtime, id: WorkerId, commands: Commands, sharing: Sharing, shared: &Shared) -> u64 {
     let access_log = shared.access_log.as_ref().map(|(format, sink)| AccessLog::new(*format, sink.clone()));
     let worker = Rc::new(Worker::new(
         id,
@@ -114,30 +129,47 @@ fn run(mut runtime: Runtime, id: WorkerId, commands: Commands, sharing: Sharing,
         Arc::clone(&shared.sessions),
         Arc::clone(&shared.starvation),
     ));
-    let cut = runtime.block_on(serve(&worker, commands, sharing, &shared.drain));
-    // This drops the futures of the remaining sessions, which resets and reports them.
-    drop(runtime);
-    if let Some(log) = &worker.access_log {
-        log.hand_over_last();
+    // The last to be dropped, also where this thread panics.
+    let _last_lines = LastLines(Rc::clone(&worker));
+    // Its drop drops the futures of the remaining sessions, which resets and reports them.
+    let mut runtime = runtime;
+    runtime.block_on(serve(&worker, commands, sharing, shared))
+}
+
+/// Writes the session lines that are not written yet when it is dropped.
+struct LastLines(Rc<Worker>);
+
+impl Drop for LastLines {
+    fn drop(&mut self) {
+        if let Some(log) = &self.0.access_log {
+            log.hand_over_last();
+        }
     }
-    cut
 }
 
 /// Serves until the commands and all sessions have ended, or until sessions are closed by force. Returns the
 /// number of sessions that remain.
-async fn serve(worker: &Rc<Worker>, commands: Commands, sharing: Sharing, drain: &Drain) -> u64 {
+async fn serve(worker: &Rc<Worker>, commands: Commands, sharing: Sharing, shared: &Shared) -> u64 {
+    let Shared { defects, drain, .. } = shared;
     if worker.access_log.is_some() {
         let worker = Rc::clone(worker);
-        spawn_task(async move {
-            if let Some(log) = &worker.access_log {
-                log.run().await;
+        keep_running(Task::AccessLog, defects, move || {
+            let worker = Rc::clone(&worker);
+            async move {
+                if let Some(log) = &worker.access_log {
+                    log.run().await;
+                }
             }
         });
     }
-    let clock = Rc::clone(worker);
-    spawn_task(async move { clock.relay.clock.run().await });
-    let Sharing { neighbours, mut inbox } = sharing;
-    let listeners = Listeners::new(Rc::clone(worker));
+    let with_clock = Rc::clone(worker);
+    keep_running(Task::WorkerClock, defects, move || {
+        let worker = Rc::clone(&with_clock);
+        async move { worker.relay.clock.run().await }
+    });
+    let Sharing { neighbours, inbox } = sharing;
+    let mut inbox = inbox.open().await;
+    let listeners = Listeners::new(Rc::clone(worker), Arc::clone(defects));
     let finished = async {
         let taken_over = async {
             while let Some(connection) = inbox.recv().await {
@@ -146,9 +178,10 @@ async fn serve(worker: &Rc<Worker>, commands: Commands, sharing: Sharing, drain:
             }
             Ok(())
         };
-        // If an accept loop panics, this worker ends early. The control plane notices and begins the drain.
-        if tokio::try_join!(listeners.obey(commands, neighbours), taken_over).is_ok() {
-            worker.idle().await;
+        match tokio::try_join!(listeners.obey(commands, neighbours), taken_over) {
+            Ok(_) => worker.idle().await,
+            // The whole worker dies, and is replaced.
+            Err(AcceptDied) => resume_unwind(Box::new("an accept loop panicked")),
         }
     };
     tokio::select! {
@@ -207,6 +240,7 @@ mod tests {
             sessions: Arc::new(PerWorker::new(1)),
             starvation: Arc::default(),
             shortest_limit: Duration::from_secs(1),
+            defects: Arc::new(Defects::new(Arc::default())),
             drain,
         };
         (control, shared)
@@ -221,7 +255,8 @@ mod tests {
         let (tell, mut ends) = mpsc::unbounded_channel();
         let (commands, received) = mpsc::unbounded_channel();
         let sharing = Sharing { neighbours, inbox };
-        let thread = spawn(WorkerId(0), received, sharing, shared, Ended::new(tell)).expect("a thread");
+        let thread =
+            spawn(WorkerId(0), received, sharing, shared, Ended::new(WorkerId(0), tell)).expect("a thread");
         let (answer, answered) = oneshot::channel();
         let listener = bound(vec![any(), TcpListener::from(std::os::fd::OwnedFd::from(file))]);
         commands.send(Command::Watch(Box::new(listener), answer)).expect("it runs");
@@ -229,7 +264,8 @@ mod tests {
         assert!(error.to_string().starts_with("listeners.web: a listening socket"), "{error}");
         drop(commands);
         thread.join().expect("it has not died");
-        assert_eq!(ends.try_recv(), Ok(Some(0)), "the thread has ended without sessions");
+        let end = End { worker: WorkerId(0), cut: Some(0) };
+        assert_eq!(ends.try_recv(), Ok(end), "the thread has ended without sessions");
     }
 
     #[test]
@@ -242,7 +278,8 @@ mod tests {
         let (tell, _ends) = mpsc::unbounded_channel();
         let (commands, received) = mpsc::unbounded_channel();
         let sharing = Sharing { neighbours, inbox };
-        let thread = spawn(WorkerId(0), received, sharing, shared, Ended::new(tell)).expect("a thread");
+        let thread =
+            spawn(WorkerId(0), received, sharing, shared, Ended::new(WorkerId(0), tell)).expect("a thread");
         let (listener, (answer, answered)) = (bound(vec![socket]), oneshot::channel());
         let (id, counted) = (listener.id, Arc::clone(&listener.listener));
         let accepted = || counted.counters.sum(|counters| &counters.connections);
@@ -275,7 +312,8 @@ mod tests {
         let (_control, shared) = shared(Phase::Closing);
         let sessions = Arc::clone(&shared.sessions);
         let (neighbours, _) = handover::between(1, &sessions).remove(0);
-        let (hand, inbox) = mpsc::channel(1);
+        let (hand, connections) = mpsc::channel(1);
+        let inbox = Inbox::new(connections);
         let bound = bound(vec![socket]);
         hand.try_send(Connection::new(bound.id, accepted.into(), address)).expect("room");
         let listener = Arc::clone(&bound.listener);

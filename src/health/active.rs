@@ -26,6 +26,7 @@ use crate::balance::pool::Pool;
 use crate::balance::{Address, AdminState, BackendId};
 use crate::config::HealthCheck;
 use crate::control::backoff::{jittered, spread};
+use crate::fault;
 
 /// Limits the checks under way in the whole process, since each has a descriptor; further checks wait for a
 /// permit in order. Addresses whose last check failed use the second semaphore: their checks may take the
@@ -110,6 +111,7 @@ impl Checks {
 
     /// Waits for one event and handles it.
     async fn step(&mut self) {
+        fault::point("health_checks", &self.pool.name);
         let far = Instant::now() + Duration::from_secs(3600);
         let next_check = self.due.peek().map_or(far, |Reverse((due, _))| *due);
         let forget_at = self.forget_at.unwrap_or(far);

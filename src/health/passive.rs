@@ -100,6 +100,8 @@ impl Ejections {
 
     /// Ejects backends and takes them back. Never ends.
     pub async fn run(mut self) {
+        // After a restart: backends that were ejected before get no sessions, so no event comes from them.
+        self.review();
         loop {
             let next_review = self.next_review.unwrap_or_else(|| Instant::now() + Duration::from_secs(3600));
             let event = async {

@@ -8,6 +8,7 @@
 use std::io;
 use std::panic::resume_unwind;
 use std::sync::mpsc::sync_channel;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
 use tokio::runtime::Handle;
@@ -15,67 +16,125 @@ use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
 
 use crate::control::runtime;
+use crate::control::watchdog::Pulse;
+use crate::fault;
 
-/// The running thread. Dropped, it has ended.
+/// The thread, which starts with the first checks, and again with the next ones if it has died. Dropped, it
+/// has ended and does not start again.
 #[derive(Debug)]
-pub struct CheckThread {
-    /// The thread ends when this is dropped.
-    runs: Option<oneshot::Sender<()>>,
-    runner: CheckRunner,
-    thread: Option<JoinHandle<()>>,
-}
+pub struct CheckThread(CheckRunner);
 
 /// Runs checks on the thread.
 #[derive(Clone, Debug)]
-pub struct CheckRunner(Handle);
+pub struct CheckRunner(Arc<Shared>);
 
-/// Starts the thread, without checks.
-///
-/// # Errors
-/// The system gives no thread or no descriptors.
-pub fn start() -> io::Result<CheckThread> {
-    let (runs, dropped) = oneshot::channel::<()>();
-    let (tell, has_started) = sync_channel(1);
-    let thread = Builder::new().name("statera-checks".to_owned()).spawn(move || {
-        let runtime = match runtime::new() {
-            Ok(runtime) => runtime,
-            Err(error) => return tell.send(Err(error)).unwrap_or_default(),
-        };
-        // The caller waits for it.
-        let _ = tell.send(Ok(runtime.handle().clone()));
-        // An error, too, says that it was dropped.
-        let _ = runtime.block_on(dropped);
-    })?;
-    let handle = has_started
-        .recv()
-        .unwrap_or_else(|_| Err(io::Error::other("the thread of the health checks died")))?;
-    Ok(CheckThread { runs: Some(runs), runner: CheckRunner(handle), thread: Some(thread) })
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    pulse: Arc<Pulse>,
+}
+
+#[derive(Debug)]
+enum State {
+    NotStarted,
+    Started(Started),
+    /// The owner is gone.
+    Over,
+}
+
+/// The running thread. Dropped, it has ended.
+#[derive(Debug)]
+struct Started {
+    handle: Handle,
+    /// The thread ends when this is dropped.
+    runs: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl CheckThread {
+    /// No thread yet. When it runs, `pulse` beats on it.
+    #[must_use]
+    pub fn new(pulse: Arc<Pulse>) -> Self {
+        Self(CheckRunner(Arc::new(Shared { state: Mutex::new(State::NotStarted), pulse })))
+    }
+
     /// Runs checks on it.
     #[must_use]
-    pub fn runner(&self) -> CheckRunner {
-        self.runner.clone()
+    pub fn runner(&self) -> &CheckRunner {
+        &self.0
     }
 }
 
 impl CheckRunner {
     /// Runs `checks` on the thread, and returns when they or the thread have ended.
     ///
+    /// # Errors
+    /// The system gives no thread or no descriptors, or the thread has died.
+    ///
     /// # Panics
     /// As the checks do.
     ///
     /// # Cancel safety
     /// Dropping the future ends the checks.
-    pub async fn run(self, checks: impl Future<Output = ()> + Send + 'static) {
-        let running = self.0.spawn(checks);
+    pub async fn run(self, checks: impl Future<Output = ()> + Send + 'static) -> io::Result<()> {
+        let running = self.0.handle()?.spawn(checks);
         let _ends = AbortOnDrop(running.abort_handle());
-        if let Err(error) = running.await
-            && let Ok(panic) = error.try_into_panic()
-        {
-            resume_unwind(panic);
+        match running.await.map_err(tokio::task::JoinError::try_into_panic) {
+            Ok(()) => Ok(()),
+            Err(Ok(panic)) => resume_unwind(panic),
+            Err(Err(_)) => Err(io::Error::other("the thread of the health checks has ended")),
         }
+    }
+}
+
+impl Shared {
+    /// Starts the thread where it does not run.
+    fn handle(&self) -> io::Result<Handle> {
+        let mut state = self.state();
+        match &*state {
+            State::Started(started) if started.is_alive() => return Ok(started.handle.clone()),
+            State::Over => return Err(io::Error::other("the proxy ends")),
+            State::Started(_) | State::NotStarted => {}
+        }
+        let started = Started::start(Arc::clone(&self.pulse))?;
+        let handle = started.handle.clone();
+        *state = State::Started(started);
+        Ok(handle)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Started {
+    fn start(pulse: Arc<Pulse>) -> io::Result<Self> {
+        fault::fallible("check_thread", "")?;
+        let (runs, dropped) = oneshot::channel::<()>();
+        let (tell, has_started) = sync_channel(1);
+        let thread = Builder::new().name("statera-checks".to_owned()).spawn(move || {
+            let runtime = match runtime::new() {
+                Ok(runtime) => runtime,
+                Err(error) => return tell.send(Err(error)).unwrap_or_default(),
+            };
+            // The caller waits for it.
+            let _ = tell.send(Ok(runtime.handle().clone()));
+            runtime.block_on(async {
+                tokio::select! {
+                    // An error, too, says that it was dropped.
+                    _ = dropped => {}
+                    () = pulse.beat() => {}
+                }
+            });
+        })?;
+        let handle = has_started
+            .recv()
+            .unwrap_or_else(|_| Err(io::Error::other("the thread of the health checks died")))?;
+        Ok(Self { handle, runs: Some(runs), thread: Some(thread) })
+    }
+
+    fn is_alive(&self) -> bool {
+        self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
     }
 }
 
@@ -87,13 +146,54 @@ impl Drop for AbortOnDrop {
     }
 }
 
-impl Drop for CheckThread {
+impl Drop for Started {
     fn drop(&mut self) {
         drop(self.runs.take());
         if let Some(thread) = self.thread.take() {
-            // Takes as long as one look at one check. If the thread died, the tasks that ran checks on it
-            // have heard of that.
+            // Takes as long as one look at one check. The checks end with the thread, and their tasks hear
+            // that.
             let _ = thread.join();
         }
+    }
+}
+
+impl Drop for CheckThread {
+    fn drop(&mut self) {
+        let before = std::mem::replace(&mut *self.0.0.state(), State::Over);
+        // The lock is free again when the thread is waited for.
+        drop(before);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use crate::control::watchdog::Watchdog;
+
+    #[tokio::test]
+    async fn a_thread_that_died_is_started_again_until_its_owner_is_gone() {
+        let thread = CheckThread::new(Watchdog::default().pulse("a test"));
+        let name = || {
+            let (tell, told) = oneshot::channel();
+            let name = async move {
+                let _ = tell.send(std::thread::current().name().map(str::to_owned));
+            };
+            let running = thread.runner().clone().run(name);
+            async { (running.await.is_ok(), told.await.ok().flatten()) }
+        };
+        let alive = (true, Some("statera-checks".to_owned()));
+        assert_eq!(name().await, alive);
+        // As if it had died: its runtime ends.
+        if let State::Started(started) = &mut *thread.0.0.state() {
+            started.runs.take();
+        }
+        while matches!(&*thread.0.0.state(), State::Started(started) if started.is_alive()) {
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+        }
+        assert_eq!(name().await, alive);
+        let runner = thread.runner().clone();
+        drop(thread);
+        assert!(runner.run(async {}).await.is_err(), "it does not start again");
     }
 }

@@ -23,7 +23,8 @@ use self::exposition::Exposition;
 use self::format::Format;
 pub use self::observed::{Observed, ObservedPool};
 use self::samples::{counters, gauges};
-use crate::session::CloseReason;
+use crate::observe::tasks::Task;
+use crate::session::{CloseReason, SessionCounters};
 
 /// All metrics as text. `size` is a guess of its length in bytes. Costs about 10 µs a backend, so it must
 /// not run on the thread that watches Redis.
@@ -47,8 +48,14 @@ impl Collector for Observed {
             ([("reason", reason.name())], self.sessions.sum(|sessions| sessions.closed(reason)))
         });
         counters(&mut encoder, "statera_sessions_closed", "Sessions that ended, by reason", closed)?;
+        let none: [(&str, &str); 0] = [];
+        let panicked = self.sessions.sum(SessionCounters::panicked);
+        let help = "Sessions that panicked, which is a defect";
+        counters(&mut encoder, "statera_session_panics", help, [(none, panicked)])?;
+        let restarted = Task::ALL.map(|task| ([("task", task.name())], self.restarts.of(task)));
+        let help = "Restarts of tasks and threads that panicked, failed or ended, which is a defect";
+        counters(&mut encoder, "statera_task_restarts", help, restarted)?;
         if let Some(log) = &self.log {
-            let none: [(&str, &str); 0] = [];
             let help = "Log lines lost because the output failed or did not keep up";
             counters(&mut encoder, "statera_log_dropped", help, [(none, log.dropped())])?;
         }

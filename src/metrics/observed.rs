@@ -7,6 +7,7 @@ use arc_swap::ArcSwap;
 use crate::balance::pool::Pool;
 use crate::observe::counters::PerWorker;
 use crate::observe::log_sink::LogSink;
+use crate::observe::tasks::Restarts;
 use crate::redis::status::{RedisStatus, TableStatus};
 use crate::session::{Listener, SessionCounters};
 use crate::state::SaveStatus;
@@ -17,6 +18,8 @@ pub struct Observed {
     shown: Arc<ArcSwap<Shown>>,
     /// Counts how sessions ended.
     pub sessions: Arc<PerWorker<SessionCounters>>,
+    /// Restarts of tasks and threads.
+    pub restarts: Arc<Restarts>,
     /// The status of the connections to Redis; `None` if no Redis is configured.
     pub redis: Option<Arc<RedisStatus>>,
     /// Counts lost log lines; `None` if there is no log.
@@ -50,7 +53,13 @@ impl Observed {
         log: Option<LogSink>,
     ) -> Self {
         let nothing = Shown { listeners: Arc::default(), pools: Arc::default() };
-        Self { shown: Arc::new(ArcSwap::from_pointee(nothing)), sessions, redis, log }
+        Self {
+            shown: Arc::new(ArcSwap::from_pointee(nothing)),
+            sessions,
+            restarts: Arc::default(),
+            redis,
+            log,
+        }
     }
 
     /// Sets the listeners and pools that have metrics from now on, in this order.

@@ -204,6 +204,13 @@ fn write(folder: &Path, kept: &SavedPool, time: SystemTime, snapshot: &Snapshot)
 }
 
 impl Keeper {
+    /// Saves the present table first, which may not be saved yet.
+    #[must_use]
+    pub fn behind(mut self) -> Self {
+        self.published.mark_changed();
+        self
+    }
+
     /// Saves each new table from Redis, or the newest of those that came during the last write, until the
     /// process ends.
     ///

@@ -2,18 +2,18 @@
 //! end.
 
 use std::io;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::mpsc;
 use tracing::info;
 
 use super::listener_handle::ListenerHandle;
-use super::phases::{self, Stops};
+use super::phases::{self, Stop, Stops};
 use super::plan::Plan;
 use super::pool_handle::PoolHandle;
 use super::reconcile::{Desired, difference};
-use super::tasks::{Defect, Defects, Tasks};
+use super::tasks::{Supervision, Tasks};
 use super::workers::Workers;
 use super::{Started, Summary, TellStarted};
 use crate::balance::pool::lua_pick::{self, LuaPicker, LuaRequests};
@@ -39,11 +39,11 @@ pub(super) struct Supervisor {
     pub(super) closing: Vec<ListenerHandle>,
     /// The tasks that belong to no pool.
     pub(super) tasks: Tasks,
-    pub(super) defects: Defects,
+    pub(super) supervision: Supervision,
     /// The address of the admin server; `None`: it does not run.
     pub(super) admin: Option<std::net::SocketAddr>,
-    /// The thread of the health checks; `None`: no pool has any.
-    pub(super) checks: Option<CheckThread>,
+    /// The thread of the health checks.
+    pub(super) checks: CheckThread,
     /// `None`: tables are not saved.
     pub(super) state_dir: Option<Arc<StateDir>>,
     /// `None`: Redis is not asked to pick.
@@ -54,51 +54,44 @@ pub(super) struct Supervisor {
 
 impl Supervisor {
     /// With workers, and without pools and listeners.
-    pub(super) fn new(
-        config: Arc<Config>,
-        observed: Observed,
-    ) -> io::Result<(Self, mpsc::UnboundedReceiver<Defect>)> {
+    pub(super) fn new(config: Arc<Config>, observed: Observed) -> io::Result<Self> {
         let (drain, heard) = drain::channel();
-        let (defects, reported) = mpsc::unbounded_channel();
+        let supervision = Supervision::new(&observed.restarts, heard.clone());
         let log = observed.log.clone().filter(|_| config.log.access);
         let shared = Shared {
             access_log: log.map(|sink| (config.log.format, sink)),
             sessions: Arc::clone(&observed.sessions),
             starvation: Arc::default(),
             shortest_limit: shortest_limit(&config),
+            defects: Arc::clone(&supervision.defects),
             drain: heard,
         };
         let lua = (config.redis.is_some() && config.lua_pick.enabled)
             .then(|| lua_pick::channel(config.lua_pick.max_in_flight.get(), config.lua_pick.timeout));
         let (picker, lua_requests) = lua.unzip();
         let saved_in = config.state_dir.as_ref().filter(|_| config.redis.is_some());
-        let supervisor = Self {
+        Ok(Self {
             workers: Workers::start(config.workers.get(), &shared)?,
             state_dir: saved_in.map(|folder| Arc::new(StateDir::new(folder))),
             pools: Vec::new(),
             listeners: Vec::new(),
             closing: Vec::new(),
-            tasks: Tasks::new(None, defects.clone()),
+            tasks: Tasks::new(None, supervision.clone()),
             admin: None,
-            checks: None,
+            checks: CheckThread::new(supervision.watchdog.pulse("statera-checks")),
             config,
             observed,
             drain,
             shared,
-            defects,
+            supervision,
             picker,
             lua_requests,
-        };
-        Ok((supervisor, reported))
+        })
     }
 
     /// The life of the proxy: start, serve, drain, end.
-    pub(super) async fn live(
-        mut self,
-        mut defects: mpsc::UnboundedReceiver<Defect>,
-        started: &TellStarted,
-        stops: &Stops,
-    ) -> Summary {
+    pub(super) async fn live(mut self, started: &TellStarted, stops: &Stops) -> Summary {
+        self.tasks.spawn_watchdog();
         let config = Arc::clone(&self.config);
         let desired = Desired::of(&config);
         let plan = match self.prepare(desired).await {
@@ -114,20 +107,34 @@ impl Supervisor {
         self.drain.advance(Phase::Serving);
         drop(started.send(Ok(self.started())));
 
-        let mut summary = phases::serve(stops, &mut self.workers, &mut defects).await;
+        self.serve_until(stops.told(Stop::Drain)).await;
 
         self.drain.advance(Phase::Leaving);
-        phases::leave(config.shutdown.delay, stops).await;
+        self.serve_until(phases::leave(config.shutdown.delay, stops)).await;
+        // Connections wait at the sockets of a worker that has just died.
+        self.workers.replace_dead(&self.listeners).await;
 
         let timeout = config.shutdown.timeout;
         self.drain.advance(Phase::Draining);
         info!(?timeout, "draining: not accepting, sessions may finish");
         self.remove_all_but(desired.without_listeners()).await;
         self.workers.dismiss();
-        phases::finish_sessions(timeout, stops, &self.drain, &mut self.workers, &mut summary).await;
+        let summary = phases::finish_sessions(timeout, stops, &self.drain, &mut self.workers).await;
 
         self.end().await;
         summary
+    }
+
+    /// Replaces each worker that dies, until `end`.
+    async fn serve_until(&mut self, end: impl Future<Output = ()>) {
+        let mut end = pin!(end);
+        loop {
+            tokio::select! {
+                biased;
+                () = &mut end => return,
+                dead = self.workers.next_to_replace() => self.workers.replace(dead, &self.listeners).await,
+            }
+        }
     }
 
     /// Removes what runs and is not desired.

@@ -1,5 +1,9 @@
-//! A listener that runs: its addresses, where it leads, and its counters. Its sockets are the workers'.
+//! A listener that runs: its addresses, where it leads, and its counters.
+//!
+//! The workers accept from its sockets. The handle keeps a duplicate of each, so that the kernel keeps the
+//! connections that wait at the socket of a worker that dies, for the worker that replaces it.
 
+use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 
@@ -8,7 +12,7 @@ use super::pool_handle::PoolHandle;
 use crate::config;
 use crate::data_plane::listeners::{BoundListener, ListenerId};
 use crate::listen::socket::{self, Options};
-use crate::observe::counters::PerWorker;
+use crate::observe::counters::{PerWorker, WorkerId};
 use crate::session::{Listener, Settings};
 
 /// One entry of `listeners` that runs.
@@ -20,6 +24,8 @@ pub(super) struct ListenerHandle {
     pub(super) listener: Arc<Listener>,
     /// The addresses that it really has: a port 0 is replaced.
     pub(super) addresses: Vec<SocketAddr>,
+    /// Duplicates of the parts of all workers, in their order.
+    parts: Vec<BoundListener>,
 }
 
 impl ListenerHandle {
@@ -50,7 +56,21 @@ impl ListenerHandle {
                 part.sockets.push(socket);
             }
         }
-        Ok((Self { id, listener, addresses }, parts))
+        let of_workers = parts.iter().map(BoundListener::duplicate).collect::<io::Result<_>>()?;
+        Ok((Self { id, listener, addresses, parts }, of_workers))
+    }
+
+    /// The part of a worker, for its replacement. `None`: the listener is closed.
+    ///
+    /// # Errors
+    /// The system gives no descriptor.
+    pub(super) fn part(&self, worker: WorkerId) -> Option<io::Result<BoundListener>> {
+        self.parts.get(worker.0).map(BoundListener::duplicate)
+    }
+
+    /// Lets the sockets close when the workers close them.
+    pub(super) fn release(&mut self) {
+        self.parts.clear();
     }
 
     pub(super) fn name(&self) -> &Arc<str> {

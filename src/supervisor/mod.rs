@@ -6,7 +6,8 @@
 //!
 //! - `life.rs`: start, serve, drain, end, on one screen. `phases.rs`: the waits between them.
 //! - `pool_handle.rs`, `listener_handle.rs`: what runs. `workers.rs`: the threads of the data plane.
-//! - `tasks.rs`: spawns the control plane's tasks. `services.rs`: those that belong to no pool.
+//! - `tasks.rs`: spawns the control plane's tasks, and runs one that ends again. `services.rs`: those that
+//!   belong to no pool.
 //! - `first_look.rs`: what a new pool waits for before sessions begin.
 
 mod first_look;
@@ -136,7 +137,7 @@ fn run(config: Arc<Config>, observed: Observed, started: &TellStarted, stops: &S
     };
     let life = async {
         match Supervisor::new(config, observed) {
-            Ok((supervisor, defects)) => supervisor.live(defects, started, stops).await,
+            Ok(supervisor) => supervisor.live(started, stops).await,
             Err(error) => {
                 drop(started.send(Err(error.into())));
                 Summary::default()

@@ -5,12 +5,11 @@
 
 use std::time::Duration;
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tokio::time::sleep;
-use tracing::{error, info};
+use tracing::info;
 
 use super::Summary;
-use super::tasks::Defect;
 use super::workers::Workers;
 use crate::drain::{DrainControl, Phase};
 
@@ -34,33 +33,10 @@ pub(super) fn stops() -> (watch::Sender<Stop>, Stops) {
 
 impl Stops {
     /// Waits until the proxy is told to stop at least like this. Cancel safe.
-    async fn told(&self, least: Stop) {
+    pub(super) async fn told(&self, least: Stop) {
         // Without a sender nothing can be told any more, and nothing is waited for.
         let _ = self.0.clone().wait_for(|stop| *stop >= least).await;
     }
-}
-
-/// Waits until the proxy is told to stop, or until a part of it dies. What is left serves its sessions to
-/// the end then, and the summary says that the run failed.
-pub(super) async fn serve(
-    stops: &Stops,
-    workers: &mut Workers,
-    defects: &mut mpsc::UnboundedReceiver<Defect>,
-) -> Summary {
-    let mut summary = Summary::default();
-    tokio::select! {
-        () = stops.told(Stop::Drain) => {}
-        ended = workers.ended() => {
-            error!("a worker died: draining");
-            summary.worker_ended(ended.flatten());
-            summary.failed = true;
-        }
-        Some(Defect { task, pool, reason }) = defects.recv() => {
-            error!(task, pool = pool.as_deref(), reason, "a task of the control plane died: draining");
-            summary.failed = true;
-        }
-    }
-    summary
 }
 
 /// Not ready, but still accepting, for `delay`.
@@ -81,19 +57,20 @@ pub(super) async fn finish_sessions(
     stops: &Stops,
     drain: &DrainControl,
     workers: &mut Workers,
-    summary: &mut Summary,
-) {
+) -> Summary {
+    let mut summary = Summary::default();
     let mut finished = std::pin::pin!(async {
         while let Some(ended) = workers.ended().await {
             summary.worker_ended(ended);
         }
+        summary
     });
     tokio::select! {
         biased;
-        () = &mut finished => return,
+        summary = &mut finished => return summary,
         () = sleep(timeout) => {}
         () = stops.told(Stop::Now) => {}
     }
     drain.advance(Phase::Closing);
-    finished.await;
+    finished.await
 }

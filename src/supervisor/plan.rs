@@ -15,7 +15,6 @@ use super::reconcile::{Desired, Difference, Names, difference};
 use super::services::{self, Following};
 use super::{StartError, first_look};
 use crate::admin::{self, AdminState};
-use crate::health::thread::{self, CheckThread};
 use crate::listen::socket;
 use crate::names::resolve;
 use crate::net::descriptors;
@@ -29,8 +28,6 @@ pub(super) struct Plan {
     listeners: Vec<ListenerHandle>,
     /// The admin server's socket, where it does not run yet.
     admin: Option<TcpListener>,
-    /// The thread of the health checks, where the first pool that has some is new.
-    checks: Option<CheckThread>,
     gone: Names,
 }
 
@@ -51,8 +48,9 @@ impl Supervisor {
         check_congestion(desired)?;
         let Difference { new_pools, new_listeners, gone } = difference(&self.names(), desired);
         let mut plan = Plan::removing(gone);
-        let new_pool =
-            |settings| PoolHandle::new(settings, &self.config, self.picker.as_ref(), self.defects.clone());
+        let new_pool = |settings| {
+            PoolHandle::new(settings, &self.config, self.picker.as_ref(), self.supervision.clone())
+        };
         plan.pools = new_pools.into_iter().map(new_pool).collect();
         let mut parts = Vec::new();
         for settings in new_listeners {
@@ -67,9 +65,6 @@ impl Supervisor {
         if let Some(admin) = self.config.admin.as_ref().filter(|_| self.admin.is_none()) {
             plan.admin = Some(TcpListener::from_std(admin::bind(admin)?)?);
         }
-        if self.checks.is_none() && plan.pools.iter().any(|pool| pool.settings.health_check.is_some()) {
-            plan.checks = Some(thread::start()?);
-        }
         // Last, since it is the only step that has to be undone.
         for of_workers in parts {
             if let Err(error) = self.workers.watch(of_workers).await {
@@ -83,12 +78,11 @@ impl Supervisor {
     /// Changes what runs as `plan` says: first what is new, then what is gone. New listeners accept once the
     /// new pools have had their first look.
     pub(super) async fn apply(&mut self, plan: Plan) {
-        let Plan { pools, listeners, admin, checks, gone } = plan;
+        let Plan { pools, listeners, admin, gone } = plan;
         let new_listeners: Vec<_> = listeners.iter().map(|listener| listener.id).collect();
         let new_pools = self.pools.len();
         self.pools.extend(pools);
         self.listeners.extend(listeners);
-        self.checks = self.checks.take().or(checks);
         let addresses: usize = self.listeners.iter().map(|listener| listener.addresses.len()).sum();
         descriptors::keep_reserve(addresses * self.config.workers.get());
         self.show();
@@ -99,8 +93,9 @@ impl Supervisor {
         new_listeners.into_iter().for_each(|listener| self.workers.open(listener));
 
         let is_gone = |listener: &mut ListenerHandle| gone.listeners.contains(listener.name());
-        for listener in self.listeners.extract_if(.., is_gone) {
+        for mut listener in self.listeners.extract_if(.., is_gone) {
             self.workers.close(listener.id);
+            listener.release();
             self.closing.push(listener);
         }
         self.pools.retain(|pool| !gone.pools.contains(pool.name()));
@@ -143,7 +138,7 @@ impl Supervisor {
         first_look::wait(new, &mut names, redis_read).await;
         for (pool, names) in new.iter_mut().zip(names) {
             pool.resolve(names);
-            pool.watch_health(self.checks.as_ref().map(CheckThread::runner));
+            pool.watch_health(self.checks.runner());
         }
     }
 

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use super::tasks::{Defects, Tasks};
+use super::tasks::{Supervision, Tasks};
 use crate::balance::Table;
 use crate::balance::pool::lua_pick::{LuaPicker, PoolId};
 use crate::balance::pool::{Pool, Sync};
@@ -15,6 +15,7 @@ use crate::health::thread::CheckRunner;
 use crate::health::{fail_open, slow_start, usable};
 use crate::metrics::ObservedPool;
 use crate::names::resolve::Names;
+use crate::observe::tasks::Task;
 use crate::redis::Followed;
 use crate::state::SavedPool;
 use crate::state::keeper::StateDir;
@@ -37,7 +38,7 @@ impl PoolHandle {
         settings: &config::Pool,
         config: &Config,
         picker: Option<&LuaPicker>,
-        defects: Defects,
+        supervision: Supervision,
     ) -> Self {
         let id = PoolId::unique();
         let lua = picker.map(|picker| picker.for_pool(id));
@@ -47,7 +48,7 @@ impl PoolHandle {
         let is_saved = config.redis.is_some() && config.state_dir.is_some();
         let observed =
             ObservedPool { pool: Arc::new(pool), table: Arc::default(), saves: is_saved.then(Arc::default) };
-        let tasks = Tasks::new(Some(Arc::clone(&settings.name)), defects);
+        let tasks = Tasks::new(Some(Arc::clone(&settings.name)), supervision);
         Self { settings: settings.clone(), observed, id, tasks }
     }
 
@@ -83,35 +84,40 @@ impl PoolHandle {
     /// Saves each new table from now on.
     pub(super) fn save_tables(&mut self, state_dir: &Arc<StateDir>) {
         let Some(kept) = self.kept() else { return };
-        let state_dir = Arc::clone(state_dir);
-        self.tasks.spawn("save_table", move || state_dir.keeper(kept.clone()).run());
+        let (state_dir, mut is_first) = (Arc::clone(state_dir), true);
+        self.tasks.spawn(Task::SaveTable, move || {
+            let keeper = state_dir.keeper(kept.clone());
+            // A table that was published while the task did not run is not saved yet.
+            if std::mem::replace(&mut is_first, false) { keeper } else { keeper.behind() }.run()
+        });
     }
 
     /// Keeps the addresses of its names up to date, beginning with what is known to `names`.
     pub(super) fn resolve(&mut self, names: Names) {
         let (pool, mut names) = (Arc::clone(self.pool()), Some(names));
-        self.tasks.spawn("resolve_names", move || {
+        self.tasks.spawn(Task::ResolveNames, move || {
             names.take().unwrap_or_else(|| Names::new(Arc::clone(&pool))).run()
         });
     }
 
-    /// Watches the health of its backends, and says what comes of it. `checks` is there where the pool has
-    /// health checks.
-    pub(super) fn watch_health(&mut self, checks: Option<CheckRunner>) {
-        self.spawn("watch_fail_open", fail_open::watch);
-        self.spawn("watch_usable", usable::watch);
-        self.spawn("slow_start", slow_start::run);
-        if let (Some(settings), Some(runner)) = (self.settings.health_check.clone(), checks) {
-            self.spawn("health_checks", move |pool| {
-                runner.clone().run(Checks::new(pool, settings.clone()).run())
+    /// Watches the health of its backends, and says what comes of it. `checks` runs health checks, where the
+    /// pool has some.
+    pub(super) fn watch_health(&mut self, checks: &CheckRunner) {
+        self.spawn(Task::WatchFailOpen, fail_open::watch);
+        self.spawn(Task::WatchUsable, usable::watch);
+        self.spawn(Task::SlowStart, slow_start::run);
+        if let Some(settings) = self.settings.health_check.clone() {
+            let (pool, checks) = (Arc::clone(self.pool()), checks.clone());
+            self.tasks.spawn_fallible(Task::HealthChecks, move || {
+                checks.clone().run(Checks::new(Arc::clone(&pool), settings.clone()).run())
             });
         }
         if let Some(outlier) = self.settings.outlier {
-            self.spawn("ejections", move |pool| Ejections::new(pool, outlier).run());
+            self.spawn(Task::Ejections, move |pool| Ejections::new(pool, outlier).run());
         }
     }
 
-    fn spawn<F>(&mut self, task: &'static str, make: impl Fn(Arc<Pool>) -> F + Send + 'static)
+    fn spawn<F>(&mut self, task: Task, make: impl Fn(Arc<Pool>) -> F + Send + 'static)
     where
         F: Future<Output = ()> + Send + 'static,
     {

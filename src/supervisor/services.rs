@@ -11,13 +11,14 @@ use crate::admin::{self, AdminState};
 use crate::balance::pool::lua_pick::LuaRequests;
 use crate::config::{LuaPick, Redis};
 use crate::drain::Drain;
+use crate::observe::tasks::Task;
 use crate::redis::status::RedisStatus;
 use crate::redis::{self, Followed, Shards};
 
 /// Answers on the admin server's socket.
 pub(super) fn serve_admin(tasks: &mut Tasks, socket: TcpListener, state: AdminState) {
     let (socket, state) = (Arc::new(socket), Arc::new(state));
-    tasks.spawn("admin", move || admin::serve(Arc::clone(&socket), Arc::clone(&state)));
+    tasks.spawn(Task::Admin, move || admin::serve(Arc::clone(&socket), Arc::clone(&state)));
 }
 
 /// What the tasks that follow Redis share.
@@ -43,11 +44,12 @@ impl Following {
         Self { settings, status, followed, shards, drain }
     }
 
-    /// Reads the tables, again whenever they change. The receiver hears when the first read of each has ended.
+    /// Reads the tables, again whenever they change. The receiver hears when the first read of each has
+    /// ended.
     pub(super) fn watch(&self, tasks: &mut Tasks) -> oneshot::Receiver<()> {
         let (first_try, is_over) = oneshot::channel();
         let (shared, mut first_try) = (self.clone(), Some(first_try));
-        tasks.spawn("watch_redis", move || {
+        tasks.spawn(Task::WatchRedis, move || {
             let (shared, first_try) = (shared.clone(), first_try.take());
             async move {
                 let Self { settings, status, followed, shards, .. } = &shared;
@@ -61,7 +63,7 @@ impl Following {
     /// Reports to Redis which tables are applied.
     pub(super) fn report(&self, tasks: &mut Tasks) {
         let shared = self.clone();
-        tasks.spawn("report_applied", move || {
+        tasks.spawn(Task::ReportApplied, move || {
             let shared = shared.clone();
             async move {
                 let Self { settings, followed, shards, drain, .. } = &shared;
@@ -75,7 +77,7 @@ impl Following {
         // Held by the one task that runs. If it is made anew, it goes on with the same requests.
         let requests = Arc::new(Mutex::new(requests));
         let (shared, limits) = (self.clone(), limits.clone());
-        tasks.spawn("lua_pick", move || {
+        tasks.spawn(Task::LuaPick, move || {
             let (shared, limits, requests) = (shared.clone(), limits.clone(), Arc::clone(&requests));
             async move {
                 let Self { settings, shards, .. } = &shared;

@@ -1,60 +1,84 @@
-//! Spawns the tasks of the control plane, each under a name, and tells the supervisor of one that ends.
+//! Spawns the tasks of the control plane, each under a name. One that ends is run again
+//! (`control/supervised.rs`).
 //!
-//! The only place that spawns them. None of them ends by itself: one that does, or that panics, is a
-//! [`Defect`]. A task is given as a function that makes its future, so that it can be made anew.
+//! The only place that spawns them. A task is given as a function that makes its future, so that it can be
+//! made anew.
 
-use std::any::Any;
-use std::future::poll_fn;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::pin::pin;
+use std::convert::Infallible;
+use std::fmt::Display;
 use std::sync::Arc;
-use std::task::Poll;
 
-use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-/// A task that ended though the proxy was not told to end.
-#[derive(Debug)]
-pub(super) struct Defect {
-    /// The task's name.
-    pub(super) task: &'static str,
-    /// The pool that it belongs to, if it belongs to one.
-    pub(super) pool: Option<Arc<str>>,
-    /// What it panicked with, or that it returned.
-    pub(super) reason: String,
+use crate::control::supervised::{self, Defects};
+use crate::control::watchdog::{Pulse, Watchdog};
+use crate::drain::{Drain, Phase};
+use crate::observe::tasks::{Restarts, Task};
+
+/// What watches over the tasks of one proxy. Clones share it.
+#[derive(Clone, Debug)]
+pub(super) struct Supervision {
+    pub(super) defects: Arc<Defects>,
+    pub(super) watchdog: Arc<Watchdog>,
+    /// The pulse of the control thread.
+    pulse: Arc<Pulse>,
+    /// A task may return once the drain has begun.
+    drain: Drain,
 }
 
-/// Where the tasks report defects.
-pub(super) type Defects = mpsc::UnboundedSender<Defect>;
+impl Supervision {
+    /// Counts in `restarts`. To be made on the control thread.
+    pub(super) fn new(restarts: &Arc<Restarts>, drain: Drain) -> Self {
+        let watchdog = Arc::new(Watchdog::default());
+        let pulse = watchdog.pulse("statera-control");
+        Self { defects: Arc::new(Defects::new(Arc::clone(restarts))), watchdog, pulse, drain }
+    }
+}
 
 /// The tasks of one pool, or those of no pool. Dropped, they end.
 #[derive(Debug)]
 pub(super) struct Tasks {
     running: JoinSet<()>,
     pool: Option<Arc<str>>,
-    defects: Defects,
+    supervision: Supervision,
 }
 
 impl Tasks {
     /// Without tasks. Those that are spawned belong to `pool`.
-    pub(super) fn new(pool: Option<Arc<str>>, defects: Defects) -> Self {
-        Self { running: JoinSet::new(), pool, defects }
+    pub(super) fn new(pool: Option<Arc<str>>, supervision: Supervision) -> Self {
+        Self { running: JoinSet::new(), pool, supervision }
     }
 
-    /// Runs the future that `make` makes, until it ends or `self` is dropped.
-    pub(super) fn spawn<F>(&mut self, task: &'static str, mut make: impl FnMut() -> F + Send + 'static)
+    /// Runs the futures that `make` makes, one after the other, until `self` is dropped. Each is to run for
+    /// ever, or until the drain begins.
+    pub(super) fn spawn<F>(&mut self, task: Task, mut make: impl FnMut() -> F + Send + 'static)
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        let (pool, defects) = (self.pool.clone(), self.defects.clone());
-        self.running.spawn(async move {
-            let reason = match caught(make()).await {
-                Ok(()) => "it returned".to_owned(),
-                Err(panic) => panic,
-            };
-            // The supervisor listens until it is told to end.
-            let _ = defects.send(Defect { task, pool, reason });
+        self.spawn_fallible(task, move || {
+            let future = make();
+            async move {
+                future.await;
+                Ok::<(), Infallible>(())
+            }
         });
+    }
+
+    /// The same with futures that can fail.
+    pub(super) fn spawn_fallible<F, E>(&mut self, task: Task, make: impl FnMut() -> F + Send + 'static)
+    where
+        F: Future<Output = Result<(), E>> + Send + 'static,
+        E: Display + Send + 'static,
+    {
+        let Supervision { defects, pulse, drain, .. } = self.supervision.clone();
+        let is_over = move || drain.phase() >= Phase::Draining;
+        self.running.spawn(supervised::run(task, self.pool.clone(), (defects, pulse), is_over, make));
+    }
+
+    /// Watches, on a thread of its own, that the tasks of this thread return.
+    pub(super) fn spawn_watchdog(&mut self) {
+        let Supervision { watchdog, pulse, .. } = self.supervision.clone();
+        self.spawn_fallible(Task::Watchdog, move || Arc::clone(&watchdog).run(Arc::clone(&pulse)));
     }
 
     /// Ends the tasks, and waits until they have.
@@ -63,43 +87,35 @@ impl Tasks {
     }
 }
 
-/// Runs `future`; the error is the text of its panic.
-async fn caught(future: impl Future<Output = ()>) -> Result<(), String> {
-    let mut future = pin!(future);
-    poll_fn(|cx| match catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(cx))) {
-        Ok(poll) => poll.map(Ok),
-        Err(panic) => Poll::Ready(Err(text(&*panic))),
-    })
-    .await
-}
-
-fn text(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().copied().or(panic.downcast_ref::<String>().map(String::as_str));
-    format!("it panicked: {}", text.unwrap_or("without a text"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
-    #[tokio::test]
-    async fn a_task_that_ends_or_panics_is_reported_by_its_name_and_pool() {
-        let (defects, mut reported) = mpsc::unbounded_channel();
-        let mut tasks = Tasks::new(Some("web".into()), defects);
-        tasks.spawn("returns", || async {});
-        tasks.spawn("panics", || async { panic!("a defect of this test") });
-        tasks.spawn("goes_on", std::future::pending);
-        let mut found = Vec::new();
-        for _ in 0..2 {
-            let Defect { task, pool, reason } = reported.recv().await.expect("a report");
-            assert_eq!(pool.as_deref(), Some("web"));
-            found.push((task, reason));
-        }
-        found.sort_unstable();
-        assert_eq!(found[0], ("panics", "it panicked: a defect of this test".to_owned()));
-        assert_eq!(found[1], ("returns", "it returned".to_owned()));
+    use crate::drain;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_task_that_ends_before_the_drain_is_run_again_and_others_are_left_alone() {
+        let (control, drain) = drain::channel();
+        let restarts = Arc::new(Restarts::default());
+        let mut tasks = Tasks::new(Some("web".into()), Supervision::new(&restarts, drain));
+        let runs = Arc::new(AtomicU32::new(0));
+        let counted = Arc::clone(&runs);
+        tasks.spawn(Task::SlowStart, move || {
+            let run = counted.fetch_add(1, Relaxed);
+            async move {
+                assert!(run > 0, "a defect of this test");
+                if run > 1 {
+                    std::future::pending().await
+                }
+            }
+        });
+        tasks.spawn(Task::Admin, std::future::pending);
+        tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+        assert_eq!((restarts.of(Task::SlowStart), runs.load(Relaxed)), (2, 3), "a panic and a return");
+        control.advance(Phase::Draining);
+        tasks.spawn(Task::ReportApplied, || async {});
         tasks.end().await;
-        drop(tasks);
-        assert!(reported.recv().await.is_none(), "the end of the others is no defect");
+        assert_eq!((restarts.of(Task::Admin), restarts.of(Task::ReportApplied)), (0, 0));
     }
 }

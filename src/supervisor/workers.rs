@@ -1,23 +1,52 @@
-//! The threads of the data plane, as the supervisor starts, commands and ends them.
+//! The threads of the data plane, as the supervisor starts, commands, replaces and ends them.
+//!
+//! A worker that dies is replaced by one with the same number, which goes on with its counters, its listening
+//! sockets and its inbox. Its sessions have ended, reported as a defect. Only one in so many clients waits
+//! meanwhile: the kernel still gives each worker its share of the new connections.
 
 use std::io;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, sleep_until};
+use tracing::{error, info, warn};
 
-use crate::data_plane::handover;
-use crate::data_plane::listeners::{BoundListener, Command, ListenerId};
-use crate::data_plane::worker::{self, Ended, Shared, Sharing};
+use super::listener_handle::ListenerHandle;
+use crate::control::supervised::{self, Pauses};
+use crate::data_plane::handover::{self, Inbox, Neighbours};
+use crate::data_plane::listeners::{BoundListener, Command, Commands, ListenerId};
+use crate::data_plane::worker::{self, End, Ended, Shared, Sharing};
 use crate::observe::counters::WorkerId;
+use crate::observe::tasks::Task;
+
+/// The longest pause before a worker is replaced: clients wait in the queues of its sockets.
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 /// All workers. Each is told of a listener by a command of its own.
 #[derive(Debug)]
 pub(super) struct Workers {
-    threads: Vec<JoinHandle<()>>,
-    /// In the order of the workers; none once they were told that no command comes any more.
-    commands: Vec<mpsc::UnboundedSender<Command>>,
-    /// From each worker the number of sessions that it cut; `None`: it died.
-    ends: mpsc::UnboundedReceiver<Option<u64>>,
+    workers: Vec<Worker>,
+    shared: Shared,
+    ends: mpsc::UnboundedReceiver<End>,
+    /// For replacements; `None` once the workers are dismissed.
+    tell: Option<mpsc::UnboundedSender<End>>,
+}
+
+/// One worker, or the wait for its replacement.
+#[derive(Debug)]
+struct Worker {
+    id: WorkerId,
+    thread: Option<JoinHandle<()>>,
+    /// `None` once it was told that no command comes any more. Likewise the next one.
+    commands: Option<mpsc::UnboundedSender<Command>>,
+    neighbours: Option<Neighbours>,
+    inbox: Inbox,
+    /// Of a replacement: the listeners that it accepts at.
+    accepts_at: Vec<ListenerId>,
+    pauses: Pauses,
+    /// When it is to be replaced, or given the listeners that it lacks.
+    replaced_at: Option<Instant>,
 }
 
 impl Workers {
@@ -27,8 +56,24 @@ impl Workers {
     /// The system gives no thread or no descriptor. Those that were started have ended.
     pub(super) fn start(count: usize, shared: &Shared) -> io::Result<Self> {
         let (tell, ends) = mpsc::unbounded_channel();
-        let mut workers = Self { threads: Vec::new(), commands: Vec::new(), ends };
-        match workers.start_all(count, shared, &tell) {
+        let worker = |(id, (neighbours, inbox))| Worker {
+            id: WorkerId(id),
+            thread: None,
+            commands: None,
+            neighbours: Some(neighbours),
+            inbox,
+            accepts_at: Vec::new(),
+            pauses: Pauses::new(LONGEST_PAUSE),
+            replaced_at: None,
+        };
+        let all = handover::between(count, &shared.sessions);
+        let mut workers = all.into_iter().enumerate().map(worker).collect::<Vec<_>>();
+        let started = workers.iter_mut().try_for_each(|worker| {
+            let received = worker.new_commands();
+            worker.start(received, shared, &tell)
+        });
+        let workers = Self { workers, shared: shared.clone(), ends, tell: Some(tell) };
+        match started {
             Ok(()) => Ok(workers),
             Err(error) => {
                 workers.join();
@@ -37,74 +82,203 @@ impl Workers {
         }
     }
 
-    fn start_all(
-        &mut self,
-        count: usize,
-        shared: &Shared,
-        tell: &mpsc::UnboundedSender<Option<u64>>,
-    ) -> io::Result<()> {
-        for (id, (neighbours, inbox)) in handover::between(count, &shared.sessions).into_iter().enumerate() {
-            let (commands, received) = mpsc::unbounded_channel();
-            let (sharing, ended) = (Sharing { neighbours, inbox }, Ended::new(tell.clone()));
-            self.threads.push(worker::spawn(WorkerId(id), received, sharing, shared.clone(), ended)?);
-            self.commands.push(commands);
-        }
-        Ok(())
-    }
-
     /// Lets each worker watch its part of a listener.
     ///
     /// # Errors
     /// The kernel cannot watch a socket, or a worker has died. Some workers may have the listener then:
     /// close it.
     pub(super) async fn watch(&self, parts: Vec<BoundListener>) -> io::Result<()> {
-        let mut answers = Vec::new();
-        for (commands, part) in self.commands.iter().zip(parts) {
-            let (answer, answered) = oneshot::channel();
-            // The answer is dropped with the command where the worker has died.
-            let _ = commands.send(Command::Watch(Box::new(part), answer));
-            answers.push(answered);
-        }
+        let answers: Vec<_> =
+            self.workers.iter().zip(parts).map(|(worker, part)| worker.watch(part)).collect();
         for answered in answers {
-            answered.await.unwrap_or_else(|_| Err(io::Error::other("the worker died")))?;
+            answer(answered).await?;
         }
         Ok(())
     }
 
     /// Lets all workers accept at a listener that they watch.
     pub(super) fn open(&self, listener: ListenerId) {
-        self.tell(|| Command::Open(listener));
+        self.workers.iter().for_each(|worker| worker.tell(Command::Open(listener)));
     }
 
     /// Lets all workers accept nothing more at a listener. Its sessions go on.
     pub(super) fn close(&self, listener: ListenerId) {
-        self.tell(|| Command::Close(listener));
+        self.workers.iter().for_each(|worker| worker.tell(Command::Close(listener)));
     }
 
-    fn tell(&self, command: impl Fn() -> Command) {
-        for commands in &self.commands {
-            // The end of a worker is heard from `ended`.
-            let _ = commands.send(command());
-        }
-    }
-
-    /// Tells the workers that no command comes any more: each ends when its last session has.
+    /// Tells the workers that no command comes any more: each ends when its last session has. None is
+    /// replaced any more.
     pub(super) fn dismiss(&mut self) {
-        self.commands.clear();
+        self.tell = None;
+        for worker in &mut self.workers {
+            (worker.commands, worker.neighbours) = (None, None);
+        }
     }
 
     /// Waits for the end of a worker: how many sessions it cut, or `None` inside if it died. `None`: all
     /// have ended. Cancel safe.
     pub(super) async fn ended(&mut self) -> Option<Option<u64>> {
-        self.ends.recv().await
+        self.ends.recv().await.map(|end| end.cut)
+    }
+
+    /// Waits until a worker has died and the pause after that is over. Cancel safe.
+    pub(super) async fn next_to_replace(&mut self) -> WorkerId {
+        loop {
+            let waiting = self.workers.iter().filter_map(|worker| Some((worker.replaced_at?, worker.id.0)));
+            let next = waiting.min();
+            let at = next.map_or_else(Instant::now, |(at, _)| at);
+            tokio::select! {
+                // This has a sender, so it never ends.
+                Some(end) = self.ends.recv() => self.workers[end.worker.0].has_died(&self.shared),
+                () = sleep_until(at), if next.is_some() => {
+                    return WorkerId(next.map_or(0, |(_, id)| id));
+                }
+            }
+        }
+    }
+
+    /// Replaces a worker that has died, and lets it accept at `listeners`. Where that fails, it is tried
+    /// again after a pause.
+    pub(super) async fn replace(&mut self, id: WorkerId, listeners: &[ListenerHandle]) {
+        let Some(tell) = &self.tell else { return };
+        let worker = &mut self.workers[id.0];
+        match worker.run_again(&self.shared, tell, listeners).await {
+            Ok(()) => {
+                worker.replaced_at = None;
+                info!(worker = id.0, "the worker is replaced, and accepts again");
+            }
+            Err(error) => {
+                let pause = worker.pauses.pause();
+                worker.replaced_at = Some(Instant::now() + pause);
+                if let Some(held_back) = self.shared.defects.permit() {
+                    error!(
+                        worker = id.0, %error, ?pause, held_back, "a worker cannot be replaced: it is tried again"
+                    );
+                }
+            }
+        }
+    }
+
+    /// Replaces those that have died, without the pause.
+    pub(super) async fn replace_dead(&mut self, listeners: &[ListenerHandle]) {
+        while let Ok(end) = self.ends.try_recv() {
+            self.workers[end.worker.0].has_died(&self.shared);
+        }
+        let dead = |worker: &Worker| worker.replaced_at.is_some().then_some(worker.id);
+        for id in self.workers.iter().filter_map(dead).collect::<Vec<_>>() {
+            self.replace(id, listeners).await;
+        }
     }
 
     /// Waits until the threads are gone.
     pub(super) fn join(mut self) {
         self.dismiss();
-        for thread in self.threads {
-            // How it ended was told by `ended`.
-            let _ = thread.join();
+        for worker in self.workers {
+            if let Some(thread) = worker.thread {
+                // How it ended was told by `ended`.
+                let _ = thread.join();
+            }
+            let connections = worker.inbox.waiting();
+            if connections > 0 {
+                let worker = worker.id.0;
+                warn!(worker, connections, "connections that were handed to a worker that died are reset");
+            }
         }
     }
+}
+
+impl Worker {
+    /// Commands for a new thread.
+    fn new_commands(&mut self) -> Commands {
+        let (commands, received) = mpsc::unbounded_channel();
+        self.commands = Some(commands);
+        self.accepts_at.clear();
+        received
+    }
+
+    /// Starts the thread, which obeys the commands that are `received`.
+    fn start(
+        &mut self,
+        received: Commands,
+        shared: &Shared,
+        tell: &mpsc::UnboundedSender<End>,
+    ) -> io::Result<()> {
+        self.thread = None;
+        let Some(neighbours) = self.neighbours.clone() else { return Ok(()) };
+        let sharing = Sharing { neighbours, inbox: self.inbox.clone() };
+        let ended = Ended::new(self.id, tell.clone());
+        self.thread = Some(worker::spawn(self.id, received, sharing, shared.clone(), ended)?);
+        self.pauses.begins();
+        Ok(())
+    }
+
+    fn tell(&self, command: Command) {
+        if let Some(commands) = &self.commands {
+            // The end of a worker is heard from `ends`.
+            let _ = commands.send(command);
+        }
+    }
+
+    /// The receiver's sender is dropped where the worker has died.
+    fn watch(&self, part: BoundListener) -> oneshot::Receiver<io::Result<()>> {
+        let (answer, answered) = oneshot::channel();
+        self.tell(Command::Watch(Box::new(part), answer));
+        answered
+    }
+
+    /// It has ended, though it was not told to.
+    fn has_died(&mut self, shared: &Shared) {
+        // A replacement that cannot start says so, too, and is tried again anyway.
+        if self.replaced_at.is_some() {
+            return;
+        }
+        let ended = self.thread.take().map(JoinHandle::join);
+        let panic = match &ended {
+            Some(Err(panic)) => supervised::text(&**panic),
+            _ => "it returned".to_owned(),
+        };
+        let pause = self.pauses.pause();
+        self.replaced_at = Some(Instant::now() + pause);
+        shared.defects.restarts().count(Task::Worker);
+        if let Some(held_back) = shared.defects.permit() {
+            error!(
+                worker = self.id.0,
+                panic,
+                ?pause,
+                held_back,
+                "a worker died, which is a defect: its sessions are closed and it is replaced; other workers go on"
+            );
+        }
+    }
+
+    /// Starts the thread where it does not run, and lets it accept at those of `listeners` that it lacks.
+    async fn run_again(
+        &mut self,
+        shared: &Shared,
+        tell: &mpsc::UnboundedSender<End>,
+        listeners: &[ListenerHandle],
+    ) -> io::Result<()> {
+        let is_gone = self.thread.as_ref().is_none_or(JoinHandle::is_finished);
+        let received = is_gone.then(|| self.new_commands());
+        let missing = listeners.iter().filter(|listener| !self.accepts_at.contains(&listener.id));
+        let mut answers = Vec::new();
+        for listener in missing {
+            let Some(part) = listener.part(self.id) else { continue };
+            answers.push((listener.id, part.map(|part| self.watch(part))));
+            self.tell(Command::Open(listener.id));
+        }
+        // The thread starts with all commands: only then it knows the listeners of connections in its inbox.
+        if let Some(received) = received {
+            self.start(received, shared, tell)?;
+        }
+        for (listener, answered) in answers {
+            answer(answered?).await?;
+            self.accepts_at.push(listener);
+        }
+        Ok(())
+    }
+}
+
+async fn answer(answered: oneshot::Receiver<io::Result<()>>) -> io::Result<()> {
+    answered.await.unwrap_or_else(|_| Err(io::Error::other("the worker died")))
 }
