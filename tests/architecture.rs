@@ -65,6 +65,7 @@ const ARROWS: [(&str, &[&str]); 20] = [
             "balance::snapshot::Unusable",
             "config",
             "control",
+            "fault",
             "names::lookup",
             "observe::counters",
         ],

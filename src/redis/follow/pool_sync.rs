@@ -1,6 +1,7 @@
 //! One pool's table: decodes an answer, publishes it, and logs what changed about reading it.
 
 use std::mem::{Discriminant, discriminant};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
@@ -14,6 +15,7 @@ use crate::balance::Table;
 use crate::config::OnEmpty;
 use crate::control::backoff::Backoff;
 use crate::control::log_limiter::{HeldBack, LogLimiter};
+use crate::control::supervised::text;
 use crate::observe::counters::Histogram;
 use crate::redis::schema::MAX_MEMBERS;
 use crate::redis::schema::decode::{self, Decoded, Rejected};
@@ -126,9 +128,24 @@ impl<'a> PoolSync<'a> {
 
     /// Takes an answer in. `is_alone`: no other table was read at the same time.
     ///
+    /// A panic counts as a refusal: a table that meets a defect must not hold back those of other pools.
+    ///
     /// # Errors
     /// The connection is of no use any more.
     pub(super) fn take_answer(
+        &mut self,
+        since: Instant,
+        answered: Asked,
+        is_alone: bool,
+    ) -> Result<Read, RedisError> {
+        let takes = AssertUnwindSafe(|| self.take_whole_answer(since, answered, is_alone));
+        catch_unwind(takes).unwrap_or_else(|panic| {
+            self.refuse(format!("the table meets a defect, please report it: {}", text(&*panic)));
+            Ok(Read::Refused(RefusalEnd::Unannounced))
+        })
+    }
+
+    fn take_whole_answer(
         &mut self,
         since: Instant,
         answered: Asked,

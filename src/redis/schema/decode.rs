@@ -5,6 +5,7 @@ use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use redis::Value;
 
 use crate::balance::{BackendId, InvalidAddress, InvalidWeight, Table, Weight};
+use crate::fault;
 
 /// A table, and the members that were left out of it.
 #[derive(Debug)]
@@ -91,6 +92,7 @@ pub(in crate::redis) fn table(answer: Value) -> Result<Decoded, Malformed> {
 /// Decodes one member and its score.
 pub(in crate::redis) fn decode_member(member: &[u8], score: f64) -> Result<(BackendId, Weight), Reason> {
     let text = std::str::from_utf8(member).map_err(|_| Reason::NotText)?;
+    fault::point("decode", text);
     Ok((text.parse()?, Weight::new(score)?))
 }
 
