@@ -197,10 +197,20 @@ impl Condition {
     }
 
     /// Ejects the backend, puts it on trial or takes it back. It takes effect with the next snapshot.
+    ///
+    /// There are two writers: the task that ejects backends, and the health checks, which run on a thread of
+    /// their own and take a backend back when it passes. This is right for three reasons:
+    /// - The number of the trial only moves on, also when both write at the same time. So two sessions in
+    ///   succession never have the same number, and a session with an earlier number has no effect.
+    /// - Nothing depends on the ejection and the trial together. Only a backend on trial gives a trial
+    ///   session out, only then its progress is read, and the next write ends that trial.
+    /// - The last writer wins, and each result is one that another order of events has, too. `None` over
+    ///   `Ejected`: the check passed just after the failures. `Ejected` or `Trial` over `None`: it passed
+    ///   just before them. An ejection ends by time and a trial by a session, as always.
     pub fn set_ejection(&self, ejection: Ejection) {
         // With a new trial number, an earlier trial session has no effect any more.
-        let next = TrialNumber::of(self.trial.load(Relaxed)).next();
-        self.trial.store(next.with(TrialProgress::Wanted), Relaxed);
+        let next = |state| Some(TrialNumber::of(state).next().with(TrialProgress::Wanted));
+        let _ = self.trial.fetch_update(Relaxed, Relaxed, next);
         self.forget_failures();
         self.ejection.store(ejection as u8, Relaxed);
     }
@@ -345,6 +355,64 @@ mod tests {
         );
         condition.set_ejection(Ejection::Ejected);
         assert!(!condition.move_trial(second, TrialProgress::Failed) && !condition.has_trial_session());
+    }
+
+    /// The two writers write at the same time, while sessions take trials and end them. There are fewer trials
+    /// than numbers, so no number may come twice.
+    #[test]
+    fn two_writers_of_the_ejection_give_no_trial_to_two_sessions() {
+        const ROUNDS: usize = 40;
+        const WRITES: usize = 200;
+        const MOST_TAKEN: usize = 20_000;
+        for _ in 0..ROUNDS {
+            let (condition, over) = (Condition::default(), std::sync::atomic::AtomicBool::new(false));
+            let (condition, together) = (&condition, std::sync::Barrier::new(4));
+            let write = |ejections: [Ejection; 2]| {
+                together.wait();
+                for n in 0..WRITES {
+                    condition.set_ejection(ejections[n % 2]);
+                    // Lets the others come in between also where there are fewer cores than threads.
+                    std::thread::yield_now();
+                }
+            };
+            let session = || {
+                together.wait();
+                let mut taken = Vec::new();
+                while !over.load(Relaxed) && taken.len() < MOST_TAKEN {
+                    if condition.ejection() == Ejection::Trial
+                        && let Some(number) = condition.take_trial()
+                    {
+                        taken.push(number.with(TrialProgress::Wanted));
+                        condition.move_trial(number, TrialProgress::Connected);
+                        condition.end_trial(number);
+                    } else {
+                        std::thread::yield_now();
+                    }
+                }
+                taken
+            };
+            let mut taken = std::thread::scope(|scope| {
+                let sessions = [0; 2].map(|_| scope.spawn(session));
+                let writers = [[Ejection::Ejected, Ejection::Trial], [Ejection::None, Ejection::Trial]].map(
+                    |ejections| {
+                        let write = &write;
+                        scope.spawn(move || write(ejections))
+                    },
+                );
+                writers.into_iter().for_each(|writer| writer.join().expect("it does not panic"));
+                over.store(true, Relaxed);
+                sessions.map(|session| session.join().expect("it does not panic")).concat()
+            });
+            let all = taken.len();
+            taken.sort_unstable();
+            taken.dedup();
+            assert_eq!(taken.len(), all, "a number was given out twice");
+            // Whichever write was the last, the next trial goes on.
+            condition.set_ejection(Ejection::Trial);
+            let number = condition.take_trial().expect("a trial session is wanted");
+            assert!(condition.move_trial(number, TrialProgress::Succeeded));
+            assert_eq!(condition.trial(), (number, TrialProgress::Succeeded));
+        }
     }
 
     #[tokio::test(start_paused = true)]
