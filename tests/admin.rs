@@ -26,7 +26,7 @@ async fn program_with_admin(top: &str, admin: &str, pool: &str) -> (Program, Soc
 }
 
 /// The metrics of docs/reference/metrics.md: the name of the family, its type, its labels.
-const METRICS: [(&str, &str, &[&str]); 36] = [
+const METRICS: [(&str, &str, &[&str]); 38] = [
     ("statera_listener_connections", "counter", &["listener"]),
     ("statera_listener_connections_active", "gauge", &["listener"]),
     ("statera_listener_rejected", "counter", &["listener", "reason"]),
@@ -48,6 +48,8 @@ const METRICS: [(&str, &str, &[&str]); 36] = [
     ("statera_pool_queue", "gauge", &["pool"]),
     ("statera_pool_queued", "counter", &["pool"]),
     ("statera_sessions_closed", "counter", &["reason"]),
+    ("statera_session_panics", "counter", &[]),
+    ("statera_task_restarts", "counter", &["task"]),
     ("statera_picks", "counter", &["pool", "source"]),
     ("statera_redis_connected", "gauge", &[]),
     ("statera_redis_notifications", "counter", &[]),

@@ -17,6 +17,7 @@ mod config;
 mod docs_log_events;
 mod docs_reference;
 mod drain;
+mod fail_static;
 mod failover;
 mod faults;
 mod fleet;
