@@ -36,3 +36,11 @@ pub fn fallible(name: &str, detail: &str) -> io::Result<()> {
         Ok(())
     }
 }
+
+/// The same where a test may let a task wait for ever.
+pub async fn hang(name: &str, detail: &str) {
+    #[cfg(feature = "fault-points")]
+    armed::reached_async(name, detail).await;
+    #[cfg(not(feature = "fault-points"))]
+    let _ = (name, detail);
+}

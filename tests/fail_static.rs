@@ -228,6 +228,32 @@ async fn a_task_that_blocks_the_control_plane_is_logged_and_traffic_goes_on() {
 }
 
 #[tokio::test]
+async fn a_watch_over_redis_that_hangs_is_noticed_and_started_again() {
+    let (first, second) = (Backend::named("first").await, Backend::named("second").await);
+    let redis = Redis::start().await;
+    redis.set_weights([(&first, 1.0)]).await;
+    // A hang is ten times the sum of the three.
+    let top = format!(
+        "redis: {{url: \"{}\", heartbeat_interval: 100ms, connect_timeout: 100ms, response_timeout: 100ms}}",
+        redis.url()
+    );
+    let pool = format!("weights_key: servers, backends: {{\"{}\": 1}}", first.address);
+    let program = run_with("watch_redis=hang*1", &config(&top, &[("web", &pool)]));
+    let listener = program.address().await;
+    assert_eq!(greeting(listener).await.expect("it serves"), "first");
+    let line = program.says("a control-plane task failed").await;
+    assert_eq!(text(&line, "task"), "watch_redis", "{line}");
+    assert!(text(&line, "reason").starts_with("it hung"), "{line}");
+    redis.run(&format!("ZADD servers 0 {} 1 {}", first.address, second.address)).await;
+    eventually("the new weights are applied", || async {
+        greeting(listener).await.is_ok_and(|backend| backend == "second")
+    })
+    .await;
+    assert_eq!(restarts(&program, "watch_redis").await, 1.0);
+    ends_well(program).await;
+}
+
+#[tokio::test]
 async fn a_worker_that_dies_is_replaced_and_sessions_of_the_others_go_on() {
     const SESSIONS: usize = 8;
     let backend = Backend::echo().await;

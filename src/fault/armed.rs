@@ -19,6 +19,8 @@ enum Fault {
     Error,
     /// `block:5s`: the thread sleeps for so long.
     Block(Duration),
+    /// `hang`: the task waits for ever.
+    Hang,
 }
 
 /// One entry of the list.
@@ -42,7 +44,7 @@ pub(super) fn reached(name: &str, detail: &str) {
     match take(&ARMED, name, detail) {
         Some(Fault::Panic) => panic!("the fault point {name} is armed: this defect is made by a test"),
         Some(Fault::Block(time)) => thread::sleep(time),
-        Some(Fault::Error) | None => {}
+        Some(Fault::Error | Fault::Hang) | None => {}
     }
 }
 
@@ -51,9 +53,15 @@ pub(super) fn reached_fallible(name: &str, detail: &str) -> io::Result<()> {
         Some(Fault::Panic) => panic!("the fault point {name} is armed: this defect is made by a test"),
         Some(Fault::Block(time)) => thread::sleep(time),
         Some(Fault::Error) => return Err(io::ErrorKind::WouldBlock.into()),
-        None => {}
+        Some(Fault::Hang) | None => {}
     }
     Ok(())
+}
+
+pub(super) async fn reached_async(name: &str, detail: &str) {
+    if take(&ARMED, name, detail) == Some(Fault::Hang) {
+        std::future::pending::<()>().await;
+    }
 }
 
 /// What happens now, if it has not happened often enough.
@@ -75,6 +83,7 @@ impl FromStr for Armed {
         let fault = match fault.split_once(':') {
             None if fault == "panic" => Fault::Panic,
             None if fault == "error" => Fault::Error,
+            None if fault == "hang" => Fault::Hang,
             Some(("block", time)) => Fault::Block(humantime::parse_duration(time).map_err(|_| ())?),
             _ => return Err(()),
         };

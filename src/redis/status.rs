@@ -2,6 +2,9 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::time::sleep;
 
 use crate::observe::counters::{Counter, Histogram};
 
@@ -33,6 +36,9 @@ impl WatchMode {
         }
     }
 }
+
+/// Looks without a new round after which a watch hangs.
+const HANG_LOOKS: u32 = 5;
 
 /// The state of following Redis as a whole.
 #[derive(Debug, Default)]
@@ -83,18 +89,45 @@ impl RedisStatus {
         self.mode() != WatchMode::None
     }
 
+    /// Ready when the task of a watching connection has begun no round for `limit`, which is a hang.
+    ///
+    /// Counts looks, so that a process that was stopped for a while does not seem to hang.
+    pub async fn hangs(&self, limit: Duration) {
+        let mut seen: Vec<(Arc<Mode>, u64, u32)> = Vec::new();
+        loop {
+            sleep(limit / HANG_LOOKS).await;
+            let modes = self.modes().clone();
+            seen.retain(|(mode, ..)| modes.iter().any(|other| Arc::ptr_eq(mode, other)));
+            for mode in modes {
+                let rounds = mode.rounds.load(Relaxed);
+                match seen.iter_mut().find(|(other, ..)| Arc::ptr_eq(&mode, other)) {
+                    Some((_, before, looks)) if *before == rounds => *looks += 1,
+                    Some((_, before, looks)) => (*before, *looks) = (rounds, 0),
+                    None => seen.push((mode, rounds, 0)),
+                }
+            }
+            if seen.iter().any(|(.., looks)| *looks >= HANG_LOOKS) {
+                return;
+            }
+        }
+    }
+
     fn modes(&self) -> MutexGuard<'_, Vec<Arc<Mode>>> {
         self.modes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// The mode of one connection.
+/// The mode of one connection, and when its task ran last.
 #[derive(Debug, Default)]
-pub(super) struct Mode(AtomicU8);
+pub(super) struct Mode {
+    mode: AtomicU8,
+    /// Counts the rounds of the task that watches.
+    rounds: AtomicU64,
+}
 
 impl Mode {
     pub(super) fn get(&self) -> WatchMode {
-        WatchMode::ALL[usize::from(self.0.load(Relaxed))]
+        WatchMode::ALL[usize::from(self.mode.load(Relaxed))]
     }
 }
 
@@ -108,7 +141,12 @@ pub(super) struct Watching {
 impl Watching {
     /// Sets the mode. [`WatchMode::None`] says that the connection is down.
     pub(super) fn set(&self, mode: WatchMode) {
-        self.mode.0.store(mode as u8, Relaxed);
+        self.mode.mode.store(mode as u8, Relaxed);
+    }
+
+    /// A round of the task that watches begins: it has not hung.
+    pub(super) fn begins_round(&self) {
+        self.mode.rounds.fetch_add(1, Relaxed);
     }
 
     pub(super) fn is_up(&self) -> bool {
@@ -157,5 +195,29 @@ mod tests {
         assert_eq!(status.mode(), WatchMode::Notifications);
         status.set_lacking(true);
         assert!(!status.is_connected(), "a pool has no server");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_watch_that_begins_no_round_for_the_limit_hangs_though_others_go_on() {
+        let (status, limit) = (Arc::new(RedisStatus::default()), Duration::from_secs(10));
+        let (first, second) = (status.watch(), status.watch());
+        let hangs = |time| tokio::time::timeout(time, status.hangs(limit));
+        let runs = |watching: Watching| async move {
+            loop {
+                watching.begins_round();
+                sleep(Duration::from_secs(1)).await;
+            }
+        };
+        let first_runs = runs(first);
+        tokio::pin!(first_runs);
+        tokio::select! {
+            hung = hangs(3 * limit) => assert!(hung.is_ok(), "the second one hangs"),
+            () = &mut first_runs => {}
+        }
+        drop(second);
+        tokio::select! {
+            hung = hangs(10 * limit) => assert!(hung.is_err(), "one that is gone does not hang"),
+            () = &mut first_runs => {}
+        }
     }
 }

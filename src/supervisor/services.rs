@@ -49,12 +49,12 @@ impl Following {
     pub(super) fn watch(&self, tasks: &mut Tasks) -> oneshot::Receiver<()> {
         let (first_try, is_over) = oneshot::channel();
         let (shared, mut first_try) = (self.clone(), Some(first_try));
-        tasks.spawn(Task::WatchRedis, move || {
+        tasks.spawn_fallible(Task::WatchRedis, move || {
             let (shared, first_try) = (shared.clone(), first_try.take());
             async move {
                 let Self { settings, status, followed, shards, .. } = &shared;
                 // The receiver hears that the sender is dropped.
-                redis::watch::run(settings, followed, shards, status, || drop(first_try)).await;
+                redis::watch::run(settings, followed, shards, status, || drop(first_try)).await
             }
         });
         is_over

@@ -133,6 +133,7 @@ impl Subscriber<'_> {
         let mut warned_not_ready = false;
         let mut poll = Instant::now() + jittered(settings.poll_interval);
         loop {
+            self.watching.begins_round();
             let rest_ends = match syncer.read_changed(&connection, &changes).await {
                 Ok(next) => next,
                 Err(error) if error.is_not_ready() => {

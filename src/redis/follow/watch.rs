@@ -5,6 +5,7 @@
 //! What happens on one connection is in `subscription.rs`.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, info, warn};
@@ -16,6 +17,7 @@ use super::subscription::{Subscriber, Watcher};
 use super::sync::Syncer;
 use crate::config::{Redis, RedisAddress};
 use crate::control::backoff::{Backoff, spread};
+use crate::fault;
 use crate::redis::schema::followed::Followed;
 use crate::redis::status::{RedisStatus, WatchMode};
 use crate::redis::topology::primary::Primary;
@@ -24,9 +26,32 @@ use crate::redis::topology::{cluster, sentinel};
 use crate::redis::wire::error::RedisError;
 use crate::redis::wire::reconnect::{FIRST_PAUSE, LONGEST_MOVE, LONGEST_PAUSE};
 
+/// The watch has hung, which is a defect.
+#[derive(Debug, thiserror::Error)]
+#[error("it hung: it waited for longer than {0:?} for a connection, a table or a heartbeat")]
+pub struct Hung(Duration);
+
 /// Follows the tables of `followed` until it is dropped. `first_try_over` is called when the first
 /// connection of each pool has read its table, or failed to.
+///
+/// # Errors
+/// It hangs.
 pub async fn run(
+    settings: &Arc<Redis>,
+    followed: &Arc<[Followed]>,
+    shards: &Shards,
+    status: &Arc<RedisStatus>,
+    first_try_over: impl FnOnce() + Send + 'static,
+) -> Result<(), Hung> {
+    // A round waits for a few of these at most.
+    let limit = 10 * (settings.connect_timeout + settings.response_timeout + settings.heartbeat_interval);
+    tokio::select! {
+        () = follow(settings, followed, shards, status, first_try_over) => Ok(()),
+        () = status.hangs(limit) => Err(Hung(limit)),
+    }
+}
+
+async fn follow(
     settings: &Arc<Redis>,
     followed: &Arc<[Followed]>,
     shards: &Shards,
@@ -69,6 +94,8 @@ async fn follow_tables(watcher: Watcher<'_>, mut syncer: Syncer<'_>, first_reads
     let mut was_redirected = false;
     let mut logs_connect = true;
     loop {
+        watching.begins_round();
+        fault::hang("watch_redis", "").await;
         let address = known(settings, primary).await;
         let redis = address.as_ref().unwrap_or(&settings.address);
         let subscriber = Subscriber { watcher, address: redis, watching: &watching, logs_connect };
