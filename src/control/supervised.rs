@@ -107,8 +107,8 @@ impl Defects {
                 ?pause,
                 restarts,
                 held_back,
-                "a control-plane task panicked, which is a defect: it is restarted, and traffic goes on with the \
-                 last snapshot"
+                "a control-plane task panicked, which is a defect: it is restarted, and traffic goes on with \
+                 the last snapshot"
             ),
             Ended::Returned => error!(
                 task,
@@ -116,8 +116,8 @@ impl Defects {
                 ?pause,
                 restarts,
                 held_back,
-                "a control-plane task returned, which is a defect: it is restarted, and traffic goes on with the \
-                 last snapshot"
+                "a control-plane task returned, which is a defect: it is restarted, and traffic goes on with \
+                 the last snapshot"
             ),
             Ended::Failed(reason) => error!(
                 task,

@@ -176,8 +176,8 @@ impl Seen {
                 task,
                 pool,
                 ?blocked,
-                "a task blocks a thread of the control plane, which is a defect: nothing else runs there, and \
-                 traffic goes on with the last snapshot"
+                "a task blocks a thread of the control plane, which is a defect: nothing else runs there, \
+                 and traffic goes on with the last snapshot"
             );
         }
     }

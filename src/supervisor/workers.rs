@@ -152,7 +152,8 @@ impl Workers {
                 worker.replaced_at = Some(Instant::now() + pause);
                 if let Some(held_back) = self.shared.defects.permit() {
                     error!(
-                        worker = id.0, %error, ?pause, held_back, "a worker cannot be replaced: it is tried again"
+                        worker = id.0, %error, ?pause, held_back,
+                        "a worker cannot be replaced: it is tried again"
                     );
                 }
             }
@@ -246,7 +247,8 @@ impl Worker {
                 panic,
                 ?pause,
                 held_back,
-                "a worker died, which is a defect: its sessions are closed and it is replaced; other workers go on"
+                "a worker died, which is a defect: its sessions are closed and it is replaced; other workers \
+                 go on"
             );
         }
     }

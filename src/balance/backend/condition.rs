@@ -357,8 +357,8 @@ mod tests {
         assert!(!condition.move_trial(second, TrialProgress::Failed) && !condition.has_trial_session());
     }
 
-    /// The two writers write at the same time, while sessions take trials and end them. There are fewer trials
-    /// than numbers, so no number may come twice.
+    /// The two writers write at the same time, while sessions take trials and end them. There are fewer
+    /// trials than numbers, so no number may come twice.
     #[test]
     fn two_writers_of_the_ejection_give_no_trial_to_two_sessions() {
         const ROUNDS: usize = 40;
