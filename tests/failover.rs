@@ -34,7 +34,7 @@ async fn sessions_pass_over_backends_that_refuse() {
     assert!(lines.iter().all(|line| line["close_reason"] == "finished"));
     assert!(lines.iter().all(|line| line["backend"] == alive.address.to_string()));
     let retries: u64 = lines.iter().map(|line| line["retries"].as_u64().expect("a number")).sum();
-    // Three of four first picks fail: all sixty right at once has a probability of 4⁻⁶⁰.
+    // Three of four backends are dead: the chance that no session is retried is 4⁻⁶⁰.
     assert!(retries > 0);
     for name in ["connect_failures_total", "retries_total"] {
         let counted: f64 = dead.iter().map(|(_, address)| proxy.backend_metric(name, *address)).sum();
@@ -239,8 +239,8 @@ async fn no_session_fails_while_a_backend_restarts() {
     assert!(lines.iter().any(|line| line["retries"] == 1));
 }
 
-/// Retries are picked at random. In the order of the round robin each failure would be followed by the same
-/// backend.
+/// Retries are picked at random. If they followed the round-robin sequence, the same backend would get all
+/// sessions of the failing one.
 #[tokio::test]
 async fn an_even_spread_stays_even_where_one_backend_refuses() {
     const SESSIONS: u64 = 1_200;
@@ -251,8 +251,8 @@ async fn an_even_spread_stays_even_where_one_backend_refuses() {
     for _ in 0..SESSIONS {
         greeting(proxy.address()).await.expect("another backend serves it");
     }
-    // Exactly a quarter, and at random a third of the quarter of the dead one: 300 + 100, give or take six
-    // sigma of 8.2.
+    // Each living backend gets a quarter of the sessions, 300, and by retries a third of the dead one's 300:
+    // 100 with a sigma of 8.2. Six sigma are allowed.
     for backend in &living {
         assert!(backend.accepted().abs_diff(400) <= 55, "{:?}", living.each_ref().map(Backend::accepted));
     }

@@ -34,14 +34,14 @@ use crate::fault;
 static PERMITS: [Semaphore; 2] = [const { Semaphore::const_new(512) }; 2];
 /// The pause before a snapshot is made after a change of health, so that several changes share one.
 const REFRESH_DELAY: Duration = Duration::from_millis(10);
-/// The first checks of new backends are spread over this time per backend, up to one interval. So a few
-/// backends are checked at once.
+/// The first checks of new backends are spread over this time for each of them, up to one interval. So a few
+/// new backends are checked almost immediately.
 const FIRST_SPREAD: Duration = Duration::from_millis(1);
 
 /// The schedule and running checks of a member that left are kept for this time. So a table that is deleted
 /// and written again and again neither aborts its checks nor causes more of them.
 const DEPARTED_KEPT_FOR: Duration = Duration::from_secs(1);
-/// Departed members are kept only up to this many more than there are members.
+/// How many more departed members than current members are kept at most.
 const DEPARTED_SPARE: usize = 1_024;
 
 /// Obsolete entries that the heap of due checks may have in any case, so that a small pool is not swept at
@@ -220,7 +220,7 @@ impl Checks {
         entry.is_some_and(|entry| entry.due == Some(due))
     }
 
-    /// A member, or one that left a moment ago, since it may return.
+    /// The checks of a member, or of one that left less than [`DEPARTED_KEPT_FOR`] ago and may return.
     fn find(&mut self, id: &BackendId) -> Option<&mut BackendChecks> {
         self.backends.get_mut(id).or_else(|| self.departed.get_mut(id).map(|(_, entry)| entry))
     }
@@ -246,7 +246,7 @@ impl Checks {
                 let permits = &self.permits[usize::from(failed_last(target.condition()))];
                 let settings = Arc::clone(&self.settings);
                 entry.checks.push(self.running.spawn(async move {
-                    let _permit = permits.acquire().await.expect("never closed them");
+                    let _permit = permits.acquire().await.expect("the semaphores are never closed");
                     // Lets threads with sessions run first: see `thread.rs`.
                     std::thread::yield_now();
                     let started = Instant::now();
@@ -339,7 +339,7 @@ impl Checks {
                 lines::unhealthy(&self.pool.name, target, checks, &error);
             }
         } else {
-            // A healthy address is not ejected for failures of sessions before.
+            // Checks that pass end an ejection, which was due to earlier failures of sessions.
             if condition.ejection() != Ejection::None {
                 condition.set_ejection(Ejection::None);
             }

@@ -7,14 +7,14 @@
 //! - `thread_waker.rs`: how other threads wake this one.
 //! - `shrink.rs`: gives memory back after a peak.
 //!
-//! One iteration of the loop runs the due tasks, waits for events in epoll, and marks as due the tasks that
-//! these events, expired timers and other threads concern.
+//! One iteration of the loop runs the due tasks, waits in epoll, and then makes other tasks due: those whose
+//! sockets have events, whose timers have expired, or that other threads have woken.
 //!
-//! Tokio's drivers serve any program, and a short session pays for that generality: a thread-safe
-//! registration of 384 bytes for each socket, a system call to remove it from epoll (closing the socket does
-//! that anyway), a timer wheel whose lock is taken at each wait, and tasks that can be joined, aborted and
-//! woken by any thread at any moment. benches/README.md ("What the runtime costs") has the figures. Here
-//! only `ThreadWaker` is thread-safe.
+//! This reactor replaces tokio's on the worker threads, because tokio is made for any program and a short
+//! session pays for that: a thread-safe registration of 384 bytes for each socket, a system call to remove
+//! it from epoll (closing the socket does that anyway), a timer wheel whose lock is taken at each wait, and
+//! tasks that can be joined, aborted and woken by any thread at any moment. benches/README.md ("What the
+//! runtime costs") has the figures. Here only the wakers are thread-safe.
 //!
 //! The reactor knows nothing of sessions; `data_plane/worker.rs` starts the tasks.
 
@@ -68,8 +68,8 @@ thread_local! {
 struct Reactor {
     /// `None` once [`Installed`] was dropped.
     handles: RefCell<Option<Handles>>,
-    /// The address of the `ThreadWaker` in `handles`. A task's waker compares it with its own, to find out
-    /// whether it is woken on the task's thread.
+    /// The address of the `ThreadWaker` in `handles`. A task's waker compares it with the address of its own
+    /// `ThreadWaker`: if they are equal, the waker is called on the task's thread.
     thread_waker: *const ThreadWaker,
     tasks: Tasks,
     registrations: RefCell<Registrations>,
@@ -80,7 +80,7 @@ struct Reactor {
     wait_count: Cell<u8>,
     /// Set by [`set_busy`].
     is_busy: Cell<bool>,
-    /// False in tests that run beside tokio and use its clock, which they can stop.
+    /// False in tests that run beside a tokio runtime: they use tokio's timers, which a test can pause.
     has_timers: bool,
 }
 
@@ -117,7 +117,7 @@ impl Reactor {
     }
 
     fn handles(&self) -> Ref<'_, Handles> {
-        Ref::map(self.handles.borrow(), |handles| handles.as_ref().expect("they go with the guard"))
+        Ref::map(self.handles.borrow(), |handles| handles.as_ref().expect("the guard was not dropped"))
     }
 
     /// Waits for events and wakes the tasks that they concern, then those whose timers have expired.
@@ -154,8 +154,8 @@ impl Reactor {
         events.len()
     }
 
-    /// The time from the end of the last wait to the next timer. Counting from there needs one reading of the
-    /// clock per iteration; the price is that a timer is late by the time that the tasks took since.
+    /// The time from the end of the last wait to the next timer. The clock is read once per iteration, at
+    /// the end of the wait. So a timer is late by the time that the tasks have run since then.
     fn until_next_timer(&self) -> Option<Duration> {
         /// The kernel refuses timeouts of more than 24 days.
         const LONGEST_WAIT: Duration = Duration::from_secs(3600);
@@ -183,8 +183,8 @@ pub fn wait_count() -> u8 {
     with(|reactor| reactor.wait_count.get()).unwrap_or_default()
 }
 
-/// Records whether more connections arrive than this thread can accept at once. The accept loops call it;
-/// with several of them on a thread, the last call counts.
+/// Records whether this thread is busy: it has accepted 64 connections without EAGAIN. The accept loops call
+/// this. If a thread has several accept loops, the last call counts.
 pub fn set_busy(is_busy: bool) {
     with(|reactor| reactor.is_busy.set(is_busy));
 }

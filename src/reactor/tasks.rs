@@ -4,12 +4,13 @@
 //! A task that wakes itself runs again only after the next wait for events, so a task that yields lets the
 //! reactor look at the sockets.
 //!
-//! Entries of the table are reused, together with the wakers that sockets and timers hold. So a task costs
-//! one allocation of its own size. A waker that outlives its task causes one needless poll of the entry's
-//! next task, which every future must tolerate anyway.
+//! A new task reuses a free entry of the table and its waker, so spawning a task costs one allocation, the
+//! task itself. A socket or timer may still hold the waker of a task that has ended. Waking it causes one
+//! needless poll of the entry's next task, which every future must tolerate anyway.
 //!
-//! Tasks cannot be joined or aborted and return nothing; a channel tells of an end. Next: `runtime.rs` says
-//! when tasks run, `thread_waker.rs` how other threads wake them.
+//! Tasks cannot be joined or aborted and return nothing. A task reports its end through a channel, if
+//! another task needs to know. Next: `runtime.rs` says when tasks run, `thread_waker.rs` how other threads
+//! wake them.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -115,7 +116,7 @@ impl Tasks {
         let index = self.free.borrow_mut().pop();
         let mut entries = self.entries.borrow_mut();
         let index = index.unwrap_or_else(|| {
-            let index = u32::try_from(entries.len()).expect("tasks are fewer");
+            let index = u32::try_from(entries.len()).expect("fewer than 2^32 tasks");
             let task_waker = Arc::new(TaskWaker { index, is_due: false.into(), thread: Arc::clone(thread) });
             entries.push(TaskEntry { task: None, waker: Arc::clone(&task_waker).into(), task_waker });
             index
@@ -147,7 +148,7 @@ impl Tasks {
         self.due.borrow().is_empty() && self.yielded.borrow().is_empty()
     }
 
-    /// Makes those tasks due that waited for the end of the wait for events.
+    /// Makes the yielded tasks due. Called after each wait for events.
     pub(super) fn after_wait(&self) {
         let mut yielded = self.yielded.borrow_mut();
         if !yielded.is_empty() {
@@ -159,8 +160,8 @@ impl Tasks {
         self.yielded.borrow_mut().extend(self.due.borrow_mut().drain(..));
     }
 
-    /// Polls the due tasks and those that they wake meanwhile, at most [`STEPS_PER_RUN`] or as many as were
-    /// due at the start. A task that wakes itself is polled once.
+    /// Polls the due tasks and the tasks that they wake: in all at most [`STEPS_PER_RUN`], or as many as
+    /// were due at the start if these are more. A task that wakes itself is polled once.
     pub(super) fn run(&self) {
         let mut steps = self.due.borrow().len().max(STEPS_PER_RUN);
         while steps > 0

@@ -23,8 +23,8 @@
 //! reader slows down a fast writer, and the bytes that a direction holds are bounded by one read or one
 //! pipe.
 //!
-//! A direction closes nothing and does not know the other direction; `pair.rs` does. Next: `socket.rs` for
-//! the system calls, `pipe.rs` for the pipes.
+//! A direction closes no socket and does not know the other direction; `pair.rs` handles both. Next:
+//! `socket.rs` for the system calls, `pipe.rs` for the pipes.
 
 use std::io;
 use std::task::{Context, Poll, ready};
@@ -71,14 +71,15 @@ pub(super) struct Direction {
     switch_streak: u8,
     /// Peeks in a row that were neither full nor refused.
     quiet_peeks: u8,
-    /// The target refused bytes that are still in the source. Nothing is read until it is writable.
+    /// The target refused bytes that are still in the source. The source is not read until the target is
+    /// writable.
     refused: bool,
     /// The size of the next peek in KiB; 0 stands for the whole buffer.
     peek_kib: u8,
 }
 
+/// Bytes that were taken out of the source and that the target has not taken yet.
 #[derive(Debug)]
-/// Where bytes wait that were taken out of the source.
 enum Waiting {
     Parked {
         bytes: Box<[u8]>,
@@ -136,9 +137,9 @@ pub(super) fn errno(error: &io::Error) -> u16 {
 }
 
 impl Direction {
-    /// Moves bytes until one side would block. Ready once the source has ended and the target has all its
-    /// bytes. The caller shuts the target down, or just closes it if the other direction has ended, too:
-    /// that saves a system call.
+    /// Moves bytes until one side would block. Ready once the source has ended and the target has taken all
+    /// of its bytes. Then the caller sends the target a FIN, or closes it right away if the other direction
+    /// has ended, too: that saves a system call.
     ///
     /// Calls `moved` with the number of bytes each time the target takes some.
     pub(super) fn poll_move(
@@ -234,8 +235,8 @@ impl Direction {
         let next = u8::try_from(2 * taken / 1024).unwrap_or(u8::MAX).clamp(MIN_PEEK_KIB, MAX_PEEK_KIB);
         self.peek_kib = if self.refused { next } else { 0 };
         let is_full = available == BUFFER_BYTES;
-        // A slow reader fills the peeks, too. It is not bulk, and must not occupy a pipe while its bytes
-        // wait.
+        // With a slow target the peeks are full as well, because bytes collect in the source. Such a
+        // direction must not splice: its bytes would occupy a pipe while they wait.
         self.switch_streak = if is_full && taken >= available / 2 { self.switch_streak + 1 } else { 0 };
         self.quiet_peeks = if is_full || self.refused { 0 } else { self.quiet_peeks + 1 };
         if self.switch_streak >= BULK_READS && source.can_splice() && target.can_splice() {
@@ -273,7 +274,8 @@ impl Direction {
             }
         };
         if read == 0 {
-            // Either the end or an urgent byte, behind which the stream goes on. Only a read tells which.
+            // 0 stands for the end, or for an urgent byte with more bytes after it. A plain read tells
+            // which.
             buffers.pipes.put_back(pipe);
             self.switch_to(Path::Copy);
             return Poll::Ready(Ok(None));

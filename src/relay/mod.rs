@@ -1,5 +1,5 @@
-//! Relays bytes between a client and a backend, in both directions, until both have ended, one breaks, or a
-//! limit of silence is over.
+//! Relays bytes between a client and a backend, in both directions, until both sides have ended, a
+//! connection breaks, a limit of silence expires, or the worker ends the session.
 //!
 //! - `pair.rs`: both directions of a session, and half-closes.
 //! - `direction.rs`: one direction and its three paths: copy, peek, splice.
@@ -9,9 +9,9 @@
 //! - `idle.rs`: the worker's clock.
 //! - `wire.rs`, `sock_diag.rs`: what the kernel reports about a connection.
 //!
-//! The relay knows no pool and no weight. It gets two [`Stream`]s, their [`Limits`], what the worker's
-//! sessions have [`Shared`], and a [`Meter`]. Half-close, reset, silence and shutdown mean the same on every
-//! path; `tests/relay.rs` runs the same scenarios over all of them.
+//! The relay does not know pools and weights. Its parameters are two [`Stream`]s, their [`Limits`], the
+//! [`Shared`] state of the worker, and a [`Meter`]. Half-close, reset, silence and shutdown mean the same on
+//! every path; `tests/relay.rs` runs the same scenarios over all of them.
 
 mod direction;
 mod idle;
@@ -62,9 +62,9 @@ pub struct Shared {
 impl Shared {
     /// `shortest_limit` is the shortest limit of silence that any session will have.
     ///
-    /// The second value is the reason why the kernel does not report the state of connections, if it does
-    /// not. Then two things go unnoticed: bytes that leave the kernel's send buffer without an event, and
-    /// peers that vanish while bytes for them are unacknowledged.
+    /// The second value is the error if the kernel does not report the state of connections. In that case
+    /// two things go unnoticed: bytes that leave the kernel's send buffer without an event, and peers that
+    /// vanish while bytes for them are unacknowledged.
     #[must_use]
     pub fn new(shortest_limit: Duration) -> (Self, Option<io::Error>) {
         let (diag, error) = match SockDiag::open() {
@@ -101,8 +101,8 @@ pub struct Limits {
     pub idle: Option<Duration>,
     /// The longest silence once one half is closed.
     pub half_closed: Duration,
-    /// The keepalive probes to the backend. The client's socket has inherited its own from the listening
-    /// socket.
+    /// The keepalive settings of the backend's socket. The client's socket inherits its settings from the
+    /// listening socket.
     pub keepalive: TcpKeepalive,
     /// The silence before the first of these probes.
     pub keepalive_idle: Duration,
@@ -116,9 +116,9 @@ pub struct Limits {
 /// The counters of a session while it is relayed.
 #[derive(Debug)]
 pub struct Meter<'a> {
-    /// Counters of all sessions of its backend on this worker.
+    /// The counters of the session's backend on this worker.
     pub backend: &'a BackendCounters,
-    /// Counts the sessions of this worker of which a half was closed.
+    /// Counts this worker's sessions in which one side ended its half.
     pub half_closed: &'a Counter,
     /// Counters of this session.
     pub session: &'a mut Tally,
@@ -169,8 +169,8 @@ pub enum Ended {
     IdleTimeout,
     /// The worker ended it: see [`IdleClock::end_sessions`].
     Drained,
-    /// One half was closed, and this side, which still had to send or to end, was silent for
-    /// `limits.half_closed`.
+    /// One side ended its half. For `limits.half_closed` no byte moved and this side did not end its own
+    /// half.
     HalfCloseTimeout(Side),
 }
 
@@ -222,7 +222,8 @@ impl Relaying<'_> {
         if self.idle.has_just_settled(self.limits.peer_timeout) {
             self.pair.backend.keep_alive(&self.limits.keepalive);
         }
-        // While bytes wait for one side, the other is not read, so nothing reports that it was reset.
+        // While bytes wait for one side, the other side is not read. This check finds out whether it was
+        // reset.
         if self.pair.holds_bytes() && self.idle.is_stall_check_due() {
             if let Some(side) = self.pair.broken_source() {
                 self.meter.session.errno = self.pair.errno(side);
@@ -285,9 +286,9 @@ impl Relaying<'_> {
         if self.pair.retry_writes() { self.advance(cx) } else { Poll::Pending }
     }
 
-    /// True if bytes have moved on the wire since the last move that the clock knows of. They may leave the
-    /// kernel's send buffer without an event. Bytes that only wait there, retransmissions and probes do not
-    /// count.
+    /// True if bytes have moved on the wire since the last activity that the idle clock has recorded;
+    /// records that move. The kernel may send bytes of its send buffer without an event. Bytes that only
+    /// wait there, retransmissions and probes do not count.
     fn has_moved(&mut self) -> bool {
         let Some(diag) = &self.shared.diag else { return false };
         let moved = [&*self.pair.client, &*self.pair.backend]
@@ -296,7 +297,8 @@ impl Relaying<'_> {
         last.is_some_and(|ago| self.idle.record_move(ago))
     }
 
-    /// The side that has vanished while bytes for it are unacknowledged. Keepalive sends no probes then.
+    /// Returns the side whose peer has vanished while bytes for it are unacknowledged. In that state the
+    /// kernel sends no keepalive probes.
     fn vanished(&mut self) -> Option<Side> {
         let diag = self.shared.diag.as_ref()?;
         let mut is_confirmed = true;
@@ -313,8 +315,8 @@ impl Relaying<'_> {
         None
     }
 
-    /// A future that ends when the remaining side has acknowledged what was written to it, if the other side
-    /// was reset. `None` if there is nothing to wait for.
+    /// If one side was reset: a future that waits until the other side has acknowledged what was written to
+    /// it, for up to `limits.half_closed`. `None` if there is nothing to wait for.
     fn delivered(&self, ended: Ended) -> Option<Pin<Box<impl Future<Output = ()> + '_>>> {
         let Self { pair, meter, limits, shared, .. } = self;
         let stream = match ended {
@@ -330,9 +332,8 @@ impl Relaying<'_> {
         Some(Box::pin(stream.delivered(limits.half_closed, is_lost)))
     }
 
-    /// Marks the streams to be closed cleanly if no side can have been cut off: both have ended, or the
-    /// session was silent, no bytes wait, and the backend does not owe an answer to a client that has ended
-    /// its half.
+    /// Lets both streams close cleanly if neither side can lose data: both sides have ended, or the session
+    /// was silent, holds no bytes, and no client that ended its half waits for an answer of the backend.
     fn close(&mut self, ended: Ended) {
         let pair = &mut self.pair;
         let silent = match ended {

@@ -1,8 +1,8 @@
-//! Finds a backend for a session: picks one and connects to it. After a failure that is the backend's own,
-//! it excludes that backend and picks again.
+//! Finds a backend for a session: picks one and connects to it. If the attempt fails and another backend may
+//! work, it excludes the failed backend and picks again.
 //!
-//! No byte of the client was read by then, so a failed attempt costs only time. One attempt is in
-//! `attempt.rs`, the wait while all backends are full in `queue.rs`.
+//! No byte of the client is read before a backend is connected, so a failed attempt loses no data. One
+//! attempt is in `attempt.rs`, the wait while all backends are full in `queue.rs`.
 
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
@@ -23,14 +23,14 @@ use crate::balance::pool::NoPick;
 use crate::reactor::timeout_at;
 use crate::relay::Stream;
 
-/// In a flood of clients that are reset at once, a session waits this long for the first event of its client
-/// before it picks. Most resets come within 0.1 ms of the accept. Other sessions do not wait, so a backend
-/// that speaks first is not delayed.
+/// How long a session waits for the first event of its client before it picks, while many clients reset
+/// their connections at once (`Worker::expects_reset`). Most resets come within 0.1 ms of the accept. In
+/// normal operation no session waits, so a backend that speaks first is not delayed.
 const FLOOD_WAIT: Duration = Duration::from_millis(1);
 
 /// Connects to a backend of the session's pool. Tries up to `connect.attempts` backends until
-/// `connect.deadline`, which is counted from the accept without the time in the queue. Ends as soon as the
-/// client is reset, if possible before the pick.
+/// `connect.deadline`. The deadline counts from the accept; the time in the queue is added to it. Returns
+/// early when an event reports that the client's connection was reset.
 ///
 /// # Errors
 /// The reason why no backend was reached. Each failed attempt was counted.
@@ -50,7 +50,7 @@ pub(super) async fn connect(report: &mut Report, client: &Stream) -> Result<Stre
     let mut reason = CloseReason::NoBackend;
 
     if context.worker.expects_reset() {
-        // A client without an event is served then: its backend may have to speak first.
+        // Without an event in this time the session goes on: the backend may have to speak first.
         let _ = timeout_at(accepted + FLOOD_WAIT, poll_fn(|cx| client.poll_input(cx))).await;
         now = Instant::now();
     }
@@ -58,8 +58,8 @@ pub(super) async fn connect(report: &mut Report, client: &Stream) -> Result<Stre
         if client.is_reset() {
             return Err(CloseReason::ConnectLeft);
         }
-        // Pick. Nearly always a fresh snapshot answers. That pick needs no future of its own, because each
-        // layer of futures copies the pick.
+        // Pick. In the usual case a fresh snapshot has an answer. That call is not async, because each layer
+        // of futures would copy the pick once more.
         let pick = match context.pool.pick_or_point(report.client(), &tried, context.worker.random(), now) {
             Ok(pick) => pick,
             Err(point) => {
@@ -88,7 +88,7 @@ pub(super) async fn connect(report: &mut Report, client: &Stream) -> Result<Stre
         let started = Instant::now();
         report.add_queue_time(started - now);
         let pick = pick?;
-        // Counted only now that there is another backend to try.
+        // The retry after a failed backend is counted here, once another backend has been picked.
         if let Some(failed) = failed.take() {
             failed.counters.of(context.worker.id).retries.add(1);
         }
@@ -132,8 +132,8 @@ pub(super) async fn connect(report: &mut Report, client: &Stream) -> Result<Stre
     Err(reason)
 }
 
-/// The output of `future`, unless the client's connection is reset while it is pending. An event reports a
-/// reset, so this makes no system call.
+/// Waits for `future`, and stops when the client's connection is reset. A reset is reported by an event, so
+/// this makes no system call.
 ///
 /// A client that only ended its half is still served, even if it has sent no byte. Its FIN may come from
 /// `close` (a port scanner, a health check) or from `shutdown` (`nc -N`). They look alike, and after
@@ -143,7 +143,7 @@ pub(super) async fn connect(report: &mut Report, client: &Stream) -> Result<Stre
 /// [`CloseReason::ConnectLeft`]: the client was reset. `future` is not polled any more.
 ///
 /// # Cost
-/// It borrows `future`, because a future that is moved in takes up its size twice in the caller's future.
+/// `future` is borrowed, because a future that is passed by value takes up its size twice in the caller.
 async fn unless_reset<F: Future>(client: &Stream, mut future: Pin<&mut F>) -> Result<F::Output, CloseReason> {
     poll_fn(|cx| match future.as_mut().poll(cx) {
         Poll::Ready(output) => Poll::Ready(Ok(output)),

@@ -44,11 +44,11 @@ use crate::relay::{self, Limits, Stream};
 pub struct Context {
     /// The worker that the sessions run on.
     pub worker: Rc<Worker>,
-    /// The listener that accepted them.
+    /// The listener that accepted the sessions.
     pub listener: Arc<Listener>,
-    /// The pool that serves them.
+    /// The pool whose backends serve the sessions.
     pub pool: Arc<Pool>,
-    /// Their settings.
+    /// The settings of the sessions.
     pub settings: Settings,
 }
 
@@ -86,8 +86,8 @@ impl From<&config::Pool> for Settings {
     }
 }
 
-/// The longest time after which keepalive is switched on at a backend's socket. The kernel counts silence
-/// from the last packet, not from that call, so nothing is lost by a late call.
+/// The upper bound of `settle_time`. Switching keepalive on late loses nothing, because the kernel counts
+/// the silence from the last packet and not from that call.
 const LONGEST_SETTLE_TIME: Duration = Duration::from_secs(5);
 
 /// Serves one client from accept to close.
@@ -108,7 +108,7 @@ pub fn serve(mut client: Stream, address: SocketAddr, context: Rc<Context>) -> i
             Ok(backend) => backend,
             Err(reason) => {
                 if reason == CloseReason::ConnectLeft {
-                    // The connection is reset already.
+                    // The client's connection is broken already, so the drop need not reset it.
                     client.finish();
                 }
                 return report.close(reason);
@@ -158,8 +158,8 @@ mod tests {
         (Stream::accepted(client.into()).expect("a runtime"), address, context)
     }
 
-    /// Each idle session has this allocation for its life. The allocator's sizes are multiples of 16, less
-    /// 8: 280 bytes fit, 281 take 296.
+    /// A session keeps this allocation until it ends. glibc rounds an allocation up to a multiple of 16,
+    /// plus 8 bytes: 280 bytes use 280, 281 bytes use 296.
     #[tokio::test]
     async fn a_session_stays_small() {
         let _reactor = crate::reactor::beside_tokio::install();

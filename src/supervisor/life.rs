@@ -1,4 +1,4 @@
-//! The life of a proxy: what the supervisor owns, and how it leads that through start, serving, drain and
+//! The supervisor: it owns all running parts of a proxy, and leads them through start, serving, drain and
 //! end.
 
 use std::io;
@@ -48,12 +48,12 @@ pub(super) struct Supervisor {
     pub(super) state_dir: Option<Arc<StateDir>>,
     /// `None`: Redis is not asked to pick.
     pub(super) picker: Option<LuaPicker>,
-    /// The far end of `picker`, until a task answers its requests.
+    /// Receives the requests of `picker`. `None` once a task has taken it, or without a `picker`.
     pub(super) lua_requests: Option<LuaRequests>,
 }
 
 impl Supervisor {
-    /// With workers, and without pools and listeners.
+    /// Starts the workers. There are no pools and no listeners yet. Also returns the receiver of defects.
     pub(super) fn new(config: Arc<Config>, observed: Observed) -> io::Result<Self> {
         let (drain, heard) = drain::channel();
         let supervision = Supervision::new(&observed.restarts, heard.clone());
@@ -98,7 +98,7 @@ impl Supervisor {
             Ok(plan) => plan,
             Err(error) => {
                 self.end().await;
-                // Only now: the caller may try again at once.
+                // The error is sent after the end, because the caller may start a proxy again at once.
                 drop(started.send(Err(error)));
                 return Summary::default();
             }
@@ -146,7 +146,7 @@ impl Supervisor {
     /// Ends all that runs, and waits for it.
     async fn end(mut self) {
         self.drain.advance(Phase::Closing);
-        // First what publishes tables, so that the newest ones can be saved.
+        // First the tasks that publish tables end, so that the newest tables can be saved.
         self.tasks.end().await;
         if let Some(state_dir) = &self.state_dir {
             state_dir.finish().await;

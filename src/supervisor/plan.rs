@@ -32,7 +32,7 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// Nothing is added, so nothing has to be prepared.
+    /// Creates a plan that only removes what is `gone`. It needs no preparation.
     pub(super) fn removing(gone: Names) -> Self {
         Self { gone, ..Self::default() }
     }
@@ -44,7 +44,7 @@ impl Supervisor {
     /// # Errors
     /// What was prepared is undone.
     pub(super) async fn prepare(&self, desired: Desired<'_>) -> Result<Plan, StartError> {
-        // Before anything listens: a session could do nothing about it.
+        // Checked before any socket listens: a session could not correct a missing congestion control.
         check_congestion(desired)?;
         let Difference { new_pools, new_listeners, gone } = difference(&self.names(), desired);
         let mut plan = Plan::removing(gone);
@@ -129,7 +129,7 @@ impl Supervisor {
         if self.pools.len() == first {
             return;
         }
-        // What was saved comes before Redis is followed, whose answer is newer.
+        // Saved tables are restored before Redis is followed, because an answer of Redis is newer.
         self.restore_tables(first).await;
         let redis_read = self.follow_redis(first);
         let new = &mut self.pools[first..];
@@ -151,7 +151,8 @@ impl Supervisor {
         }
     }
 
-    /// The receiver hears when the first read of each table has ended. `None`: no Redis is configured.
+    /// Starts to follow Redis. The receiver completes when each table was read or refused for the first
+    /// time. `None`: no Redis is configured.
     fn follow_redis(&mut self, first: usize) -> Option<oneshot::Receiver<()>> {
         let (settings, status) = (self.config.redis.as_ref()?, Arc::clone(self.observed.redis.as_ref()?));
         let followed = self.pools[first..].iter().map(PoolHandle::followed).collect();

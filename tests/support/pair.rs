@@ -1,4 +1,4 @@
-//! Both ends of a session in one scenario: it is the client, and it is the backend.
+//! Lets one scenario play both ends of a session, the client and the backend.
 
 use std::cell::Cell;
 use std::io;
@@ -51,7 +51,7 @@ pub async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
 }
 
 impl Pair {
-    /// A proxy with a pool of one backend of that kind; `pool` are further settings: `idle_timeout: 1s`.
+    /// Starts a proxy with one pool of one backend. `pool` has more settings, such as `idle_timeout: 1s`.
     pub async fn new(kind: Kind, pool: &str) -> Self {
         let (backend, address) = match kind {
             Kind::Tcp | Kind::Spliced => {
@@ -138,7 +138,8 @@ impl Peer {
     }
 
     /// Sends a pattern until the socket takes no more, at most `most` bytes. Returns how many bytes it took.
-    /// A pause of 500 ms counts as the end: that the writer is held back for good is likely, not certain.
+    /// If the socket takes nothing for 500 ms, the writer counts as held back, which is likely but not
+    /// certain.
     pub async fn stuff(&mut self, pattern: &Pattern, most: u64) -> u64 {
         self.stuff_from(pattern, 0, most).await
     }
@@ -176,8 +177,8 @@ impl Peer {
     /// Sends a pattern from `start` on without reading it, until the writer is held back while a pipe of the
     /// process `pid` holds bytes of it. Returns the positions up to which bytes were read and sent.
     ///
-    /// A sender that happened to be slow just before is not bulk, and is held back without a pipe. Then the
-    /// reader reads all, and the writer begins anew.
+    /// If the writer was slow at the beginning, the proxy does not splice, and the writer is held back
+    /// without a pipe. Then the reader reads all bytes, and the writer begins again.
     pub async fn stall_in_a_pipe(
         &mut self,
         reader: &mut (impl AsyncRead + Unpin),
@@ -252,9 +253,9 @@ impl Peer {
         }
     }
 
-    /// For TCP, before any byte: limits the bytes under way to little more than the 64 KiB that every
-    /// connection begins with. With a smaller receive buffer the kernel would drop bytes that it has
-    /// announced room for.
+    /// Limits the bytes under way to little more than 64 KiB, with which every connection begins. For TCP;
+    /// call it before any byte is sent. With a smaller receive buffer the kernel would drop bytes for which
+    /// it has announced room.
     pub fn shrink_buffers(&self) {
         if let Self::Tcp(stream) = self {
             SockRef::from(stream).set_recv_buffer_size(65_536).expect("tcp");

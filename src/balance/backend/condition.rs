@@ -1,8 +1,8 @@
 //! The health of a backend: what its checks found, whether it is ejected, and how far its slow start is.
 //!
-//! It belongs to the backend, so it outlives snapshots. The control plane decides on health and ejection;
-//! sessions only count their failures. A successful session costs nothing extra: a row of failures ends when
-//! a counter of successes that is kept anyway has moved on.
+//! A condition belongs to its backend, so it outlives snapshots. The control plane decides on health and
+//! ejection; sessions only count their failures. Successes are not recorded here: a row of failures ends
+//! when the backend's count of successes ([`Reached`]), which is kept anyway, has grown.
 
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed};
@@ -32,7 +32,7 @@ pub enum Ejection {
     None = 0,
     /// The backend is ejected and gets no sessions.
     Ejected = 1,
-    /// The ejection is over on trial: the backend gets one session, which shows whether it works again.
+    /// The time of the ejection is over. The backend gets one session, which shows whether it works again.
     Trial = 2,
 }
 
@@ -55,8 +55,8 @@ struct Row {
 
 impl Row {
     fn failed(&self, succeeded: u64) -> u32 {
-        // Two sessions that fail at the same moment right after a success may both start the row. It is one
-        // too short then.
+        // If two sessions fail at the same moment right after a success, both may start the row, which then
+        // counts one failure too few.
         if self.succeeded.swap(succeeded, Relaxed) == succeeded {
             self.failures.fetch_add(1, Relaxed).saturating_add(1)
         } else {
@@ -75,7 +75,7 @@ impl Row {
 pub struct Reached {
     /// Sessions that connected.
     pub connected: u64,
-    /// Of those, the sessions that the backend sent a byte to, or that ended without its fault.
+    /// How many of these got a byte from the backend, or ended without a fault of the backend.
     pub answered: u64,
 }
 
@@ -180,7 +180,8 @@ impl Condition {
         self.checks_against.fetch_add(1, Relaxed).saturating_add(1)
     }
 
-    /// Ends that row: a check had the result that the health says, or has changed the health.
+    /// Resets the count of [`Condition::count_check_against`]: a check agreed with the health, or has
+    /// changed it.
     pub fn forget_checks_against(&self) {
         self.checks_against.store(0, Relaxed);
     }
@@ -258,8 +259,8 @@ impl Condition {
         self.trial().1 != TrialProgress::Wanted
     }
 
-    /// Counts a session that failed. Returns how many did so in a row; `reached` is what other sessions have
-    /// reached so far.
+    /// Counts a session that failed. Returns the number of failures of this kind in a row. `reached` has the
+    /// backend's counts of successes so far.
     pub fn failed(&self, failure: Failure, reached: Reached) -> u32 {
         match failure {
             Failure::Connect => self.connects.failed(reached.connected),

@@ -19,7 +19,8 @@ use crate::balance::snapshot::{Member, Origin, Snapshot, client_hash};
 use crate::balance::values::{BackendId, Balance, Policy, Table};
 use crate::observe::counters::PerWorker;
 
-/// At most this many unusable backends are named to Redis: each one makes the script slower.
+/// At most how many unusable or full backends Redis is told to leave out, beside those already tried. Each
+/// makes the script slower.
 const LEFT_OUT_MAX: usize = 64;
 
 /// One pool, shared by all workers.
@@ -37,8 +38,8 @@ pub struct Pool {
     pub counters: PerWorker<PoolCounters>,
     balance: Balance,
     sync: Option<Sync>,
-    /// Wakes the task that ejects backends: a row of failures is long enough to eject one, or a trial
-    /// session has come further.
+    /// Wakes the task that ejects backends. Notified when a row of failures is long enough to eject a
+    /// backend, and when a trial session has made progress.
     outlier_event: Notify,
 }
 
@@ -81,9 +82,10 @@ impl Pool {
     /// Picks a backend for `client` that is not in `tried`, and takes a slot there. `random` is uniform over
     /// `u64`.
     ///
-    /// A fresh snapshot is asked first. If it is missing or stale, or has no backend left, Redis is asked,
-    /// then the last snapshot however old, which at the start is the saved or the configured one. A fresh
-    /// snapshot without any weight is an answer ("no new sessions"): no other source is asked.
+    /// A fresh snapshot is asked first. If there is none, or the session has tried all of its backends,
+    /// Redis is asked. The last source is the newest snapshot, even if it is stale; before the first answer
+    /// of Redis, that is the saved or the configured table. If no backend of a fresh snapshot has weight,
+    /// the session gets no backend, and no other source is asked.
     ///
     /// # Errors
     /// `Full`: the session may wait in the [`Pool::queue`].
@@ -104,7 +106,7 @@ impl Pool {
         }
     }
 
-    /// As [`Pool::pick`], as far as no answer from Redis is needed.
+    /// The part of [`Pool::pick`] that does not need Redis, and so does not wait.
     ///
     /// # Errors
     /// The point for [`Pool::pick_by_redis`], if no fresh snapshot has an answer.
@@ -141,8 +143,8 @@ impl Pool {
         }
     }
 
-    /// Picks from a fresh snapshot, or from one that never becomes stale. `None`: there is none, or the
-    /// session has tried all of its backends.
+    /// Picks from a fresh snapshot. In a pool without Redis every snapshot is fresh. `None`: no snapshot is
+    /// fresh, or the session has tried all backends of the snapshot.
     // Inlined, and without a future of its own: each future that returns a pick copies it in pieces, for
     // about 10 ns.
     #[inline]
@@ -161,7 +163,8 @@ impl Pool {
         self.cell.is_fresh_at(now, sync.max_stale)
     }
 
-    /// Picks when no fresh snapshot has an answer: Redis, then the last snapshot however old.
+    /// Picks for a session for which no fresh snapshot has an answer: asks Redis, then the newest snapshot,
+    /// even if it is stale.
     ///
     /// # Errors
     /// As [`Pool::pick`].
@@ -198,7 +201,7 @@ impl Pool {
     pub fn failed(&self, backend: &Backend, failure: Failure) {
         let Some(outlier) = self.cell.policy().outlier else { return };
         let in_a_row = backend.condition.failed(failure, backend.reached());
-        // An unusable backend cannot be ejected, but gets sessions while health is ignored.
+        // During fail-open an unusable backend gets sessions, too. Their failures cannot eject it.
         if in_a_row >= outlier.consecutive_failures.get() && backend.condition.is_usable() {
             self.outlier_event.notify_one();
         }
@@ -216,8 +219,8 @@ impl Pool {
         }
     }
 
-    /// Notes how far the trial session with this permit has come. `Wanted`: it has ended; if it had no
-    /// result, the next session becomes the trial session.
+    /// Records the progress of the trial session that has `permit`. `to` is `Wanted` when the session has
+    /// ended. If it ended without a result, the next session becomes the trial session.
     pub fn report_trial(&self, backend: &Backend, permit: TrialPermit, to: TrialProgress) {
         if backend.move_trial(permit, to) && to != TrialProgress::Wanted {
             self.outlier_event.notify_one();
@@ -230,8 +233,8 @@ impl Pool {
         self.outlier_event.notified().await;
     }
 
-    /// The backends that Redis is not to pick: those in `tried`, and some of those that are not ready,
-    /// unhealthy or full. Redis knows nothing of health and of slots.
+    /// The backends that Redis must not pick: those in `tried`, and up to [`LEFT_OUT_MAX`] others that are
+    /// in drain or maint, unhealthy, ejected or full. Redis does not know health and slots.
     fn left_out(&self, tried: &[BackendId]) -> Vec<BackendId> {
         let snapshot = self.cell.load();
         let full = snapshot.pickable().iter().filter(|member| member.backend.slots().is_full());
@@ -253,8 +256,8 @@ impl Pool {
         };
         let source = match (snapshot.origin, fresh) {
             (Origin::Configured, _) => Source::Configured,
-            // Also while it is fresh: Redis confirms a saved table only when it has no members itself
-            // (`on_empty: keep_last`).
+            // A saved table is stale even while it is confirmed: Redis confirms it only while the key in
+            // Redis has no members (`on_empty: keep_last`).
             (Origin::Saved, _) => Source::Stale,
             (Origin::Redis, true) => Source::Snapshot,
             (Origin::Redis, false) => Source::Stale,
@@ -284,9 +287,10 @@ impl Pool {
         }
     }
 
-    /// Chooses again, by chance, after a refusal or a failure. The next point of the sequence would give all
-    /// sessions of a failing backend to the one that follows it there, and the client's own backend has been
-    /// tried.
+    /// Chooses a backend at `point`: always for `weighted_random` and `least_conn`, and for the other
+    /// balances after a refusal. `weighted_round_robin` also uses this after a failure, because the next
+    /// point of its sequence would give all sessions of a failing backend to the backend that follows it
+    /// there.
     #[inline]
     fn draw<'a>(&self, snapshot: &'a Snapshot, tried: &[BackendId], point: u64) -> Option<&'a Member> {
         match self.balance {

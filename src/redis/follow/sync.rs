@@ -1,8 +1,8 @@
 //! Reads whole tables at the syncer's own pace, and publishes them.
 //!
-//! A message only ever sets a mark: what has changed is read, never taken from the message. So a burst of a
-//! thousand changes costs only as many reads as there is time for, and a lost or doubled message does no
-//! harm that the next read does not repair. `pool_sync.rs` decodes and publishes the answer of one pool.
+//! A message from Redis only marks a pool; the table is then read from Redis. So a burst of a thousand
+//! changes costs a few reads, and a lost or doubled message is made up for by the next read. `pool_sync.rs`
+//! decodes and publishes the answer of one pool.
 
 use std::collections::HashMap;
 
@@ -22,7 +22,8 @@ use crate::redis::status::{RedisStatus, WatchMode};
 use crate::redis::topology::routed::RoutedConnection;
 use crate::redis::wire::error::RedisError;
 
-/// Follows the tables of all pools of a shard over one connection after the other.
+/// Follows the tables of all pools of a shard. Outlives its connections: `read_changed` gets the current
+/// one.
 pub(super) struct Syncer<'a> {
     pools: HashMap<PoolId, PoolSync<'a>>,
     status: &'a RedisStatus,
@@ -51,8 +52,8 @@ impl<'a> Syncer<'a> {
         self.schedule.has_tried_all()
     }
 
-    /// Reads pools that are marked and have rested, as many as may be read at once. Returns when the next
-    /// one may be read, if some are still marked: the caller does what else is due before.
+    /// Reads the marked pools whose rest is over, as many as may be read at once. If pools are still marked,
+    /// returns the time from which the next one may be read; the caller does other due work first.
     ///
     /// # Errors
     /// The connection is of no use any more.
@@ -65,7 +66,7 @@ impl<'a> Syncer<'a> {
             Next::Read(ready) => ready,
             Next::Wait(until) => return Ok(until),
         };
-        // Marks are taken before the read: a change that comes during it is a new one.
+        // Each mark is taken before the read, so a change during the read sets a new mark.
         let mut marked: Vec<(PoolId, Mark)> = Vec::with_capacity(ready.len());
         let mut questions = Vec::with_capacity(ready.len());
         for id in ready {
@@ -107,13 +108,13 @@ impl<'a> Syncer<'a> {
         })
     }
 
-    /// The connection ended when `at_once` tables were read, of which this pool's was the first that did not
-    /// arrive.
+    /// Handles the end of the connection while `at_once` tables were read. `id` is the first of these pools
+    /// without an answer.
     ///
-    /// Redis closes a subscribed connection that is owed more than 32 MB, and says so in its own log alone;
-    /// and a large table may take longer than the time limit. The first time, Redis may just have ended or
-    /// be busy. Where several tables were read, any of them, or their sum, may be too large: then fewer are
-    /// read at once for a while.
+    /// The cause may be a table's size: Redis closes a subscribed connection that has more than 32 MB of
+    /// output waiting, and logs that only in its own log; and a large table may take longer than the time
+    /// limit. At the first such end, Redis may just as well have restarted or be busy. If several tables
+    /// were read, any of them or their sum may be too large, so fewer are read at once for a while.
     fn end_connection(&mut self, id: PoolId, error: RedisError, at_once: usize) -> RedisError {
         if at_once > 1 {
             if error.is_closed() || error.is_timeout() || error.is_too_large() {
@@ -124,14 +125,15 @@ impl<'a> Syncer<'a> {
         let Some(pool) = self.pools.get_mut(&id) else { return error };
         let error = pool.repeated(error);
         if error.is_too_large() {
-            // The next connection finds the pool resting.
+            // The rest keeps the next connection from reading the table at once.
             self.schedule.rest(id, pool.refuse_too_large(&error));
         }
         error
     }
 
-    /// A heartbeat of the moment `asked` was answered after every event before it: confirms each table that
-    /// is in step and not known to have changed.
+    /// Called when a heartbeat that was sent at `asked` has been answered. The answer comes after all
+    /// earlier events, so each table that is in step and not known to have changed is confirmed as of
+    /// `asked`.
     pub(super) fn confirm(&mut self, changes: &Changes, asked: Instant) {
         let marks = changes.marked();
         for (id, pool) in &mut self.pools {

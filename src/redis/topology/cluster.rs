@@ -30,10 +30,10 @@ use crate::redis::wire::error::RedisError;
 use asking::{AskedNode, Asking, FirstQuestion};
 use view::{Answer, View};
 
-/// Nodes that are asked. They need not be the owners: a node that takes a slot over tells all others, so a
-/// few are enough, and a large cluster is not asked everywhere by every proxy.
+/// The most nodes that are asked. They need not own a pool's slot: a node that takes over a slot tells all
+/// other nodes. So a few are enough, and not every proxy asks all nodes of a large cluster.
 const MOST_ASKED: usize = 7;
-/// For a command that asks once: how long the other nodes may contradict the first answer.
+/// How long [`find`] waits for the answers of other nodes after the first one.
 const GRACE: Duration = Duration::from_millis(250);
 
 /// Asks each configured node once for the owner of `key`, within the time of one connection and one answer.
@@ -55,7 +55,7 @@ pub(super) async fn find(settings: &Redis, cluster: &Cluster, key: &str) -> Resu
         Ok(view) => reports.push(view.owner(slot).cloned()),
         Err(failure) => error = error.take().or(Some(failure)),
     };
-    // Without a limit until a first node has answered, then for at most the limit.
+    // `None`: hears answers until the first good one. `Some`: hears all answers that come within the limit.
     let mut answers = async |limit: Option<Duration>| {
         let hearing = async {
             while let Some(answer) = questions.join_next().await {
@@ -133,9 +133,9 @@ struct PoolKey<'a> {
     followed: &'a Followed,
     slot: u16,
     owner: QuorumView,
-    /// The node that the key has migrated to, ahead of its slot. The owner is still the same.
+    /// The importing node: the key has migrated to it, while `owner` still owns the slot.
     migrated_to: Option<RedisAddress>,
-    /// A node that turned out not to have the key is not taken for the importing node again before.
+    /// Until then no event sets `migrated_to`, because the last importing node did not have the key.
     stays_until: Option<Instant>,
     unserved: Condition,
 }
@@ -226,8 +226,8 @@ impl<'a> Nodes<'a> {
         }
     }
 
-    /// A node answered or failed to. A node that fails is replaced by another, so that a few dead nodes
-    /// never hide the living.
+    /// Handles the answer or the failure of a node. A node that fails is replaced by one that is not asked
+    /// yet, so that a few dead nodes do not keep live ones from being asked.
     fn hear(&mut self, node: &RedisAddress, answer: Answer, asking: &Asking) {
         match &answer {
             Ok(view) => self.known.clone_from(&view.nodes),
@@ -239,8 +239,8 @@ impl<'a> Nodes<'a> {
         self.asked[index].answer = Some(answer);
         self.ask_more(asking);
         if is_to_be_replaced && let Some(other) = self.next_candidate() {
-            // Where few live nodes are left, the dead ones replace each other for ever, so the next one
-            // waits first.
+            // If many nodes are dead, dead nodes replace each other again and again. So the new node is
+            // asked only after a rest.
             self.asked[index] = asking.ask(other, FirstQuestion::AfterRest);
         }
     }
