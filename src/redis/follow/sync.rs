@@ -13,7 +13,7 @@ use super::event_rest::Longest;
 use super::pool_sync::{PoolSync, REST_AFTER_REFUSAL, Read, RefusalEnd};
 use super::rest::rest_after;
 use super::schedule::{Next, Schedule};
-use super::table_read;
+use super::table_read::{self, Asked, Question};
 use crate::balance::pool::lua_pick::PoolId;
 use crate::config::OnEmpty;
 use crate::control::backoff::jittered;
@@ -66,46 +66,64 @@ impl<'a> Syncer<'a> {
             Next::Read(ready) => ready,
             Next::Wait(until) => return Ok(until),
         };
-        // Each mark is taken before the read, so a change during the read sets a new mark.
-        let mut marked: Vec<(PoolId, Mark)> = Vec::with_capacity(ready.len());
-        let mut questions = Vec::with_capacity(ready.len());
-        for id in ready {
-            if let (Some(pool), Some(mark)) = (self.pools.get(&id), changes.take(id)) {
-                marked.push((id, mark));
-                questions.push(pool.question());
-            }
-        }
-        self.status.resyncs.add(marked.len() as u64);
-        let answers = table_read::ask(connection, questions).await;
+        let (marked, questions) = self.take_marked(&ready, changes);
         let at_once = marked.len();
+        self.status.resyncs.add(at_once as u64);
+        let answers = table_read::ask(connection, questions).await;
         for ((id, mark), asked) in marked.into_iter().zip(answers) {
-            let Some(pool) = self.pools.get_mut(&id) else { continue };
-            let (asked_at, answered_in, answered) = (asked.at, asked.took, Instant::now());
-            let before = pool.version();
-            let mut is_news = false;
-            let read = pool.take_answer(mark.since, asked, at_once == 1);
-            pool.log_changes();
-            let rest = match read {
-                Ok(Read::Members { count, is_new }) => {
-                    self.schedule.was_read(id, count, asked_at);
-                    is_news |= is_new;
-                    rest_after(count, answered_in + answered.elapsed())
-                }
-                Ok(Read::Refused(end)) => {
-                    if end == RefusalEnd::Unannounced {
-                        changes.mark(&[id], Cause::Due);
-                    }
-                    jittered(REST_AFTER_REFUSAL)
-                }
-                Err(error) => return Err(self.end_connection(id, error, at_once)),
-            };
-            is_news |= pool.version() != before;
-            self.schedule.was_tried(id, mark.causes, is_news, rest);
+            self.take_answer(id, mark, asked, at_once, changes)?;
         }
         Ok(match self.schedule.next(changes) {
             Next::Read(_) => Some(Instant::now()),
             Next::Wait(until) => until,
         })
+    }
+
+    /// Takes the marks of the pools `ready`, with the question for each. A mark is taken before the read, so
+    /// a change during the read sets a new mark.
+    fn take_marked(&self, ready: &[PoolId], changes: &Changes) -> (Vec<(PoolId, Mark)>, Vec<Question>) {
+        let taken = ready.iter().filter_map(|id| {
+            let pool = self.pools.get(id)?;
+            Some(((*id, changes.take(*id)?), pool.question()))
+        });
+        taken.unzip()
+    }
+
+    /// Publishes the answer about the pool `id`, which was read as one of `at_once`, and schedules its next
+    /// read.
+    ///
+    /// # Errors
+    /// The connection is of no use any more.
+    fn take_answer(
+        &mut self,
+        id: PoolId,
+        mark: Mark,
+        asked: Asked,
+        at_once: usize,
+        changes: &Changes,
+    ) -> Result<(), RedisError> {
+        let Some(pool) = self.pools.get_mut(&id) else { return Ok(()) };
+        let (asked_at, answered_in, answered) = (asked.at, asked.took, Instant::now());
+        let before = pool.version();
+        let read = pool.take_answer(mark.since, asked, at_once == 1);
+        pool.log_changes();
+        let mut is_news = pool.version() != before;
+        let rest = match read {
+            Ok(Read::Members { count, is_new }) => {
+                self.schedule.was_read(id, count, asked_at);
+                is_news |= is_new;
+                rest_after(count, answered_in + answered.elapsed())
+            }
+            Ok(Read::Refused(end)) => {
+                if end == RefusalEnd::Unannounced {
+                    changes.mark(&[id], Cause::Due);
+                }
+                jittered(REST_AFTER_REFUSAL)
+            }
+            Err(error) => return Err(self.end_connection(id, error, at_once)),
+        };
+        self.schedule.was_tried(id, mark.causes, is_news, rest);
+        Ok(())
     }
 
     /// Handles the end of the connection while `at_once` tables were read. `id` is the first of these pools

@@ -49,16 +49,16 @@ pub(super) async fn ask(connection: &RoutedConnection, questions: Vec<Question>)
     let mut tasks = JoinSet::new();
     let mut asked = Vec::with_capacity(questions.len());
     let count = questions.len();
-    for (turn, question) in questions.into_iter().enumerate() {
+    for (index, question) in questions.into_iter().enumerate() {
         let connection = connection.clone();
         if count == 1 {
-            asked.push((turn, question.ask(connection).await));
+            asked.push((index, question.ask(connection).await));
         } else {
-            tasks.spawn(async move { (turn, question.ask(connection).await) });
+            tasks.spawn(async move { (index, question.ask(connection).await) });
         }
     }
     asked.extend(tasks.join_all().await);
-    asked.sort_unstable_by_key(|(turn, _)| *turn);
+    asked.sort_unstable_by_key(|(index, _)| *index);
     asked.into_iter().map(|(_, asked)| asked).collect()
 }
 

@@ -46,10 +46,10 @@ fn every_kind_of_reply_is_followed_to_its_end() {
         "|1\r\n+ttl\r\n:3600\r\n*1\r\n_\r\n",
         "(3492890328409238509324850943850943825024385\r\n",
     ] {
-        let place = pass(reply.repeat(3).as_bytes()).unwrap_or_else(|_| panic!("{reply:?}"));
-        assert!(place.open.is_empty() && place.bytes == 0 && place.values == 0, "{reply:?}: {place:?}");
-        assert!(matches!(place.within, Within::Before), "{reply:?}: {place:?}");
-        assert_eq!(place.replies, if reply.starts_with('>') { 0 } else { 3 }, "{reply:?}");
+        let state = pass(reply.repeat(3).as_bytes()).unwrap_or_else(|_| panic!("{reply:?}"));
+        assert!(state.open.is_empty() && state.bytes == 0 && state.values == 0, "{reply:?}: {state:?}");
+        assert!(matches!(state.within, Within::Before), "{reply:?}: {state:?}");
+        assert_eq!(state.replies, if reply.starts_with('>') { 0 } else { 3 }, "{reply:?}");
         let cut = pass(&reply.as_bytes()[..reply.len() - 1]).expect("it is small");
         assert!(cut.values > 0, "{reply:?} without its last byte: {cut:?}");
     }
