@@ -23,6 +23,7 @@ use super::lines::{self, LineLimiter};
 use super::verdict::{failed_last, judge};
 use crate::balance::backend::{Backend, Ejection, Health, Target};
 use crate::balance::pool::Pool;
+use crate::balance::snapshot::Member;
 use crate::balance::{Address, AdminState, BackendId};
 use crate::config::HealthCheck;
 use crate::control::backoff::{jittered, spread};
@@ -141,30 +142,61 @@ impl Checks {
         let snapshot = Arc::clone(&self.pool.cell.load());
         let members = || snapshot.members_and_stand_ins();
         let mut before = std::mem::replace(&mut self.backends, HashMap::with_capacity(members().count()));
-        // A backend in maint may be switched off, so it is not checked and its health is unknown.
-        for member in members().filter(|member| member.state == AdminState::Maint) {
+        self.forget_maint(members().filter(|member| member.state == AdminState::Maint), &mut before);
+        let mut new = Vec::new();
+        for member in members().filter(|member| member.state != AdminState::Maint) {
+            if !self.keep(&member.backend, &mut before, now) {
+                new.push(Arc::clone(&member.backend));
+            }
+        }
+        self.add_new(new, now);
+        self.remember_departed(before, now);
+        self.drop_obsolete_entries();
+    }
+
+    /// Forgets the members in maint. Such a backend may be switched off, so it is not checked and its health
+    /// is unknown.
+    fn forget_maint<'m>(
+        &mut self,
+        members: impl Iterator<Item = &'m Member>,
+        before: &mut HashMap<BackendId, BackendChecks>,
+    ) {
+        for member in members {
             for target in Target::all_of(&member.backend) {
                 target.condition().set_health(Health::Unchecked);
             }
             before.remove(member.backend.id());
             self.departed.remove(member.backend.id());
         }
-        let mut new = Vec::new();
-        for member in members().filter(|member| member.state != AdminState::Maint) {
-            let id = member.backend.id();
-            let is_same = |entry: &BackendChecks| Arc::ptr_eq(&entry.backend, &member.backend);
-            if let Some(entry) = before.remove(id).filter(is_same) {
-                self.backends.insert(id.clone(), entry);
-            } else if let Some((_, entry)) = self.departed.remove(id).filter(|(_, entry)| is_same(entry)) {
-                let passed_meanwhile = entry.due.is_some_and(|due| due <= now);
-                self.backends.insert(id.clone(), entry);
-                if passed_meanwhile {
-                    self.schedule(id, now);
-                }
-            } else {
-                new.push(Arc::clone(&member.backend));
-            }
+    }
+
+    /// Keeps the checks of a backend that was a member before, or that departed a short time ago. False for
+    /// a backend that has no checks yet.
+    fn keep(
+        &mut self,
+        backend: &Arc<Backend>,
+        before: &mut HashMap<BackendId, BackendChecks>,
+        now: Instant,
+    ) -> bool {
+        let id = backend.id();
+        let is_same = |entry: &BackendChecks| Arc::ptr_eq(&entry.backend, backend);
+        if let Some(entry) = before.remove(id).filter(is_same) {
+            self.backends.insert(id.clone(), entry);
+            return true;
         }
+        let Some((_, entry)) = self.departed.remove(id).filter(|(_, entry)| is_same(entry)) else {
+            return false;
+        };
+        let passed_meanwhile = entry.due.is_some_and(|due| due <= now);
+        self.backends.insert(id.clone(), entry);
+        if passed_meanwhile {
+            self.schedule(id, now);
+        }
+        true
+    }
+
+    /// Schedules the first checks of `new` backends, spread over a while.
+    fn add_new(&mut self, new: Vec<Arc<Backend>>, now: Instant) {
         let spread_over =
             (FIRST_SPREAD * u32::try_from(new.len()).unwrap_or(u32::MAX)).min(self.settings.interval);
         for backend in new {
@@ -175,13 +207,21 @@ impl Checks {
             );
             self.schedule(&id, now + spread(spread_over));
         }
+    }
+
+    /// Keeps the checks of members that left the table, up to a bound, since they may return.
+    fn remember_departed(&mut self, left: HashMap<BackendId, BackendChecks>, now: Instant) {
         let room = (self.backends.len() + DEPARTED_SPARE).saturating_sub(self.departed.len());
-        let left = before.into_iter().take(room);
+        let left = left.into_iter().take(room);
         self.departed.extend(left.map(|(id, entry)| (id, (now + DEPARTED_KEPT_FOR, entry))));
         if !self.departed.is_empty() {
             self.forget_at.get_or_insert(now + DEPARTED_KEPT_FOR);
         }
-        // A member that leaves and returns leaves an obsolete entry behind each time.
+    }
+
+    /// Removes obsolete entries from the heap of schedules. A member that leaves and returns leaves one
+    /// behind each time.
+    fn drop_obsolete_entries(&mut self) {
         if self.due.len() > 2 * (self.backends.len() + self.departed.len()) + DUE_SPARE {
             let mut due = std::mem::take(&mut self.due);
             due.retain(|Reverse((due, id))| self.is_due(id, *due));
