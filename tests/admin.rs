@@ -26,7 +26,7 @@ async fn program_with_admin(top: &str, admin: &str, pool: &str) -> (Program, Soc
 }
 
 /// The metrics of docs/reference/metrics.md: the name of the family, its type, its labels.
-const METRICS: [(&str, &str, &[&str]); 38] = [
+const METRICS: &[(&str, &str, &[&str])] = &[
     ("statera_listener_connections", "counter", &["listener"]),
     ("statera_listener_connections_active", "gauge", &["listener"]),
     ("statera_listener_rejected", "counter", &["listener", "reason"]),
@@ -114,15 +114,15 @@ async fn every_metric_of_the_contract_is_there_and_prometheus_can_read_it() {
     assert!(read.status.success(), "`apt-get install python3-prometheus-client`? {errors}\n{}", answer.body);
     let text = String::from_utf8(read.stdout).expect("names");
     let found: BTreeMap<&str, &str> = text.lines().filter_map(|line| line.split_once(' ')).collect();
-    for (name, kind, labels) in METRICS {
+    for &(name, kind, labels) in METRICS {
         let mut labels = labels.to_vec();
         labels.sort_unstable();
         assert_eq!(found.get(name), Some(&format!("{kind} {}", labels.join(",")).as_str()), "{name}: {text}");
     }
     for name in found.keys() {
         assert!(
-            METRICS.iter().any(|(known, ..)| known == name),
-            "{name} is new: name it here and in docs/reference/metrics.md"
+            METRICS.iter().any(|(known, ..)| *known == *name),
+            "{name} is new: add it to METRICS in tests/admin.rs and to docs/reference/metrics.md"
         );
     }
 }
@@ -167,7 +167,7 @@ async fn promtool_reports_no_problem_in_the_metrics_of_a_proxy_that_has_every_ki
         let content_type = "content-type: text/plain; version=0.0.4; charset=utf-8";
         assert!(answer.head.lines().any(|line| line == content_type), "{}", answer.head);
         check_by_promtool(&answer.body).await;
-        for (name, kind, _) in METRICS {
+        for &(name, kind, _) in METRICS {
             let total = if kind == "counter" { "_total" } else { "" };
             let helped = answer.body.contains(&format!("# HELP {name}{total} "));
             let typed = answer.body.contains(&format!("# TYPE {name}{total} {kind}\n"));
