@@ -166,13 +166,22 @@ async fn a_failed_start_leaves_nothing_behind() {
 
 #[tokio::test]
 async fn clients_that_use_all_descriptors_leave_the_reserve_to_the_control_plane() {
+    // The last descriptor before the reserve goes to a client or to a backend, and the log has another line
+    // for each. Which it is depends on whether the program has an even number of descriptors of its own, so
+    // both numbers are tried.
+    for limit in [256, 257] {
+        clients_use_all_descriptors(limit).await;
+    }
+}
+
+async fn clients_use_all_descriptors(limit: u32) {
     const CLIENTS: usize = 150;
     let backend = Backend::echo().await;
     let mut redis = Redis::start().await;
     redis.set_weights([(&backend, 1.0)]).await;
     let state = TempDir::new().expect("a folder");
     let mut program = Program::run_by(
-        limited(&["--nofile=256:256"]),
+        limited(&[&format!("--nofile={limit}:{limit}")]),
         &format!(
             "workers: 2\nadmin: {{bind: \"127.0.0.1:0\"}}\nlisteners: {{web: {{bind: \"127.0.0.1:0\", pool: web}}}}\n\
              pools: {{web: {{weights_key: servers, health_check: {{interval: 200ms, timeout: 100ms}}, \
@@ -188,7 +197,10 @@ async fn clients_that_use_all_descriptors_leave_the_reserve_to_the_control_plane
         client.say(b"ping").await;
         clients.push(client);
     }
-    program.says("cannot accept").await;
+    let cannot_accept = || !program.messages("cannot accept").is_empty();
+    let cannot_connect =
+        || !program.messages("nothing left on this machine for a backend connection").is_empty();
+    eventually("the descriptors run out", || async { cannot_accept() || cannot_connect() }).await;
     // The first clients got a session before the descriptors ran out.
     clients[0].hears(b"ping").await;
     clients[1].hears(b"ping").await;
@@ -227,7 +239,9 @@ async fn clients_that_use_all_descriptors_leave_the_reserve_to_the_control_plane
     for mut client in waiting {
         client.hears(b"ping").await;
     }
-    program.says("accepting again").await;
+    if cannot_accept() {
+        program.says("accepting again").await;
+    }
     for _ in 0..20 {
         assert_eq!(echo(listeners[0], b"ping").await.expect("it serves"), b"ping");
     }
