@@ -26,7 +26,7 @@ pub struct Drain(watch::Receiver<Phase>);
 #[derive(Debug)]
 pub struct DrainControl(watch::Sender<Phase>);
 
-/// Makes both ends, in [`Phase::Starting`].
+/// Creates the control of the phase and its reader, in [`Phase::Starting`].
 #[must_use]
 pub fn channel() -> (DrainControl, Drain) {
     let (sender, receiver) = watch::channel(Phase::Starting);

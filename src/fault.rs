@@ -12,8 +12,8 @@ mod armed;
 
 use std::io;
 
-/// A point where a test may let this thread panic or block. `detail` says what is being worked on: an entry
-/// with a detail matches no other.
+/// Panics or blocks here if a test has armed the fault point `name`. `detail` says what is being worked on:
+/// an entry with a detail matches only the same detail.
 #[inline]
 pub fn point(name: &str, detail: &str) {
     #[cfg(feature = "fault-points")]
@@ -22,7 +22,7 @@ pub fn point(name: &str, detail: &str) {
     let _ = (name, detail);
 }
 
-/// The same where the work can fail.
+/// Like [`point`], for work that can also fail with an error.
 ///
 /// # Errors
 /// The fault point is armed with an error.
@@ -37,7 +37,7 @@ pub fn fallible(name: &str, detail: &str) -> io::Result<()> {
     }
 }
 
-/// The same where a test may let a task wait for ever.
+/// Waits for ever if a test has armed the fault point `name` with `hang`. Does nothing for other faults.
 pub async fn hang(name: &str, detail: &str) {
     #[cfg(feature = "fault-points")]
     armed::reached_async(name, detail).await;

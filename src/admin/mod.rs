@@ -1,8 +1,8 @@
 //! The admin server: liveness, readiness and metrics over HTTP, for monitoring systems and orchestrators.
 //!
 //! It runs on the control plane. The number of connections and the time for a request are bounded. When
-//! there are too many connections, the server closes the oldest idle one: a new probe matters more than a
-//! connection left open. `/livez` and `/readyz` require no token, since orchestrators have none. Next:
+//! there are too many connections, the server closes the oldest idle one: a new request matters more than an
+//! idle connection. `/livez` and `/readyz` require no token, since orchestrators have none. Next:
 //! `scrapes.rs` shares one text among concurrent scrapes.
 
 mod scrapes;
@@ -162,8 +162,8 @@ impl Connection {
     }
 }
 
-/// Ready from the first accept to the drain. The admin server answers earlier, while the first reads of
-/// Redis are under way.
+/// Answers whether the proxy is in the phase serving. Before, the admin server answers `starting`, while
+/// the first reads of Redis are under way.
 async fn readyz(State(state): State<Arc<AdminState>>) -> Response {
     match state.drain.phase() {
         Phase::Serving => (StatusCode::OK, "ready\n"),
@@ -203,8 +203,8 @@ async fn require_token(State(state): State<Arc<AdminState>>, request: Request, n
     (StatusCode::UNAUTHORIZED, challenge, cure).into_response()
 }
 
-/// Compares tokens. The time does not depend on how many characters match, so a token cannot be guessed one
-/// by one.
+/// Compares tokens. The time does not depend on how many characters match, so a token cannot be guessed
+/// character by character.
 fn same(given: &str, token: &str) -> bool {
     let differs = given.bytes().zip(token.bytes()).fold(0, |differs, (a, b)| differs | (a ^ b));
     given.len() == token.len() && std::hint::black_box(differs) == 0

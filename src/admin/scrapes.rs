@@ -4,7 +4,7 @@
 //! share it. Scrapes within the next second share it too if it is large. A small text is encoded for each
 //! scrape, which takes a few milliseconds at most and shows the newest numbers.
 //!
-//! A thread of its own encodes a text. Where the system gives no thread, the control plane's does.
+//! A text is encoded on a thread of its own, or on the control thread if the system gives no thread.
 
 use std::fmt;
 use std::sync::Arc;
@@ -79,7 +79,7 @@ impl Scrapes {
         })
     }
 
-    /// The metrics in `format`.
+    /// Returns the metrics in `format`.
     ///
     /// # Errors
     /// There is no text within 10 s, or the encoder panicked.

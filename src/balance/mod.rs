@@ -1,7 +1,7 @@
 //! Picks a backend for a new session.
 //!
-//! No socket and no Redis; the clock is read only to tell a fresh snapshot from a stale one. Each folder
-//! uses those named before it, and never one named after it:
+//! This folder opens no socket and does not talk to Redis. Each part uses only parts that are named before
+//! it in this list:
 //!
 //! - [`values`]: what people write (names, weights, tables, settings)
 //! - [`queue`]: sessions that wait for a slot
@@ -10,7 +10,7 @@
 //! - [`pool`]: where snapshots are published, and in which order sources are asked for a backend
 //! - [`simulation`]: what a table would do
 //!
-//! Tables come from `redis/sync.rs`, from `state/` or from config.yaml.
+//! Tables come from `redis/follow/sync.rs`, from `state/` or from config.yaml.
 
 pub mod backend;
 pub mod pool;

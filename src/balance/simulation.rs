@@ -1,9 +1,9 @@
 //! Shows what a table would do, by letting a pool choose: the code that chooses for sessions runs on a pool
 //! that serves none.
 //!
-//! Health is not known here: all backends are up, all names are resolved, and there is no slow start. Random
-//! numbers come from the caller, so a seed gives the same answer again. `statera weights simulate` prints
-//! the result.
+//! The simulation takes all backends for healthy and all names for resolved, without slow start. Random
+//! numbers come from the caller, so a seed gives the same answer again; only the sequence of
+//! `weighted_round_robin` starts at a random phase. `statera weights simulate` prints the result.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -17,9 +17,10 @@ use crate::balance::pool::Pool;
 use crate::balance::snapshot::{Member, Snapshot};
 use crate::balance::values::{Address, BackendId, Balance, Policy, Table};
 
-/// Points at equal distances over `u64`: a share is exact to a millionth for each backend.
+/// Shares are counted at 2 to the power of this many points, at equal distances over `u64`. So a share is
+/// exact to a millionth.
 const GRID_BITS: u32 = 20;
-/// The number of choices in all runs, which limits the number of runs.
+/// The number of choices in all runs together; the least number of runs may need more.
 const MOST_CHOICES: u32 = 4_000_000;
 /// With 50 runs the standard deviation is uncertain by a tenth, with 400 by 4 %.
 const RUNS: std::ops::RangeInclusive<u32> = 50..=400;
@@ -41,11 +42,11 @@ pub struct SimulatedLoad {
 pub struct Forecast {
     /// The name of the backend.
     pub id: BackendId,
-    /// Its part of the sessions, 0 to 1.
+    /// The backend's part of the sessions, 0 to 1.
     pub share: f64,
-    /// Its sessions in one run: at least this many in all but one of 40 runs.
+    /// The backend gets at least this many sessions in all but one of 40 runs.
     pub least: u32,
-    /// At most this many, likewise.
+    /// The backend gets at most this many sessions in all but one of 40 runs.
     pub most: u32,
 }
 
@@ -62,7 +63,7 @@ impl Simulation {
     pub fn new(policy: impl Into<Policy>, table: Table) -> Self {
         let policy = policy.into();
         let pool = Pool::new("simulated".into(), policy, table, None, 1);
-        // The address is never connected to: a name needs one to be chosen.
+        // A name needs an address to be chosen. The simulation does not connect to it.
         let anywhere = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
         for member in pool.cell.load().members() {
             if matches!(member.backend.id().address(), Address::Name { .. }) {
@@ -73,7 +74,8 @@ impl Simulation {
         Self { pool, balance: policy.balance }
     }
 
-    /// The number of runs, chosen so that all of them together make a bounded number of choices.
+    /// The number of runs, from 50 to 400: so many that all together make at most 4 million choices, if 50
+    /// do.
     #[must_use]
     pub fn runs(sessions: NonZeroU32) -> u32 {
         (MOST_CHOICES / sessions).clamp(*RUNS.start(), *RUNS.end())
@@ -141,8 +143,8 @@ impl Simulation {
         forecasts
     }
 
-    /// The part of the clients that `other` would send to another backend, 0 to 1. `None`: the balance is
-    /// not `source_hash`.
+    /// The part of the clients that `other` would send to another backend, 0 to 1. `None`: the balance of
+    /// one of the two is not `source_hash`.
     #[must_use]
     pub fn moved_clients(&self, other: &Self) -> Option<f64> {
         if self.balance != Balance::SourceHash || other.balance != Balance::SourceHash {
@@ -176,7 +178,6 @@ impl Simulation {
         let member = self.pool.choose(snapshot, &[], self.pool.point(client, rng.u64(..)))?;
         if self.balance == Balance::LeastConn {
             if active.len() >= load.active.get() as usize {
-                // Any of them.
                 active.swap_remove(rng.usize(..active.len()));
             }
             active.extend(Active::take(&member.backend));
@@ -209,7 +210,7 @@ impl Tally {
 
     fn mean_and_deviation(&self, runs: u32) -> (f64, f64) {
         let mean = self.sum as f64 / f64::from(runs);
-        // In integers, since it is the difference of two large sums.
+        // Computed in integers: as the difference of two large sums, it would be inexact in `f64`.
         let difference = u128::from(runs) * self.squares - u128::from(self.sum).pow(2);
         (mean, (difference as f64).sqrt() / f64::from(runs))
     }
@@ -255,8 +256,8 @@ mod tests {
                     Balance::WeightedRandom | Balance::SourceHash => {
                         (0.8 * binomial - 1.0..=1.2 * binomial + 1.0).contains(&width)
                     }
-                    // It deviates by at most 3.5 sessions from its start, and by twice that from any other
-                    // moment.
+                    // The sequence deviates by at most 3.5 sessions from its start on, and by at most 7
+                    // from any later pick on.
                     Balance::WeightedRoundRobin => width <= 4.0,
                     // The more sessions stay, the less the new ones can even out.
                     Balance::LeastConn => width <= 1.2 * binomial + 1.0,
@@ -268,7 +269,7 @@ mod tests {
         }
     }
 
-    /// No formula of shares would show this.
+    /// Shares that are computed from the weights alone would not show this.
     #[test]
     fn with_few_active_sessions_least_conn_prefers_the_heavier_one() {
         let simulation = Simulation::new(Balance::LeastConn, table(&[100.0, 300.0]));

@@ -6,7 +6,7 @@ use clap::Args;
 
 use crate::config::Config;
 
-/// Read in this order where `-c` is left out.
+/// Without `-c` the first of these that exists is read.
 const DEFAULTS: [&str; 2] = ["config.yaml", "/etc/statera/config.yaml"];
 
 #[derive(Args, Debug)]
@@ -17,10 +17,10 @@ pub(in crate::cli) struct ConfigArgument {
 }
 
 impl ConfigArgument {
-    /// The config, and the path that it was read from.
+    /// Reads the config. Returns the config and the path that it was read from.
     ///
     /// # Errors
-    /// What is wrong with it, or that there is none.
+    /// The config has problems, or there is no file. The message says what to do.
     pub(in crate::cli) fn load(&self) -> Result<(PathBuf, Config), String> {
         let path = match &self.config {
             Some(path) => path.clone(),

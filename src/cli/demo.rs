@@ -92,7 +92,7 @@ async fn greet(name: &'static str, listener: tokio::net::TcpListener) {
     loop {
         match listener.accept().await {
             Ok((mut client, _)) => {
-                // The client may have gone. The next one is served all the same.
+                // The client may have closed the connection, which must not end this task.
                 let _ = client.write_all(format!("hello from {name}\n").as_bytes()).await;
             }
             Err(_) => sleep(Duration::from_millis(50)).await,
@@ -110,7 +110,7 @@ async fn connect_again_and_again(entry: SocketAddr) {
             let mut greeting = Vec::new();
             stream.read_to_end(&mut greeting).await
         };
-        // A session that is refused (all weights are 0) is counted in the shares.
+        // A session that is refused (all weights are 0) is counted by the listener (`refusals`).
         let _ = timeout(Duration::from_secs(1), session).await;
     }
 }
@@ -167,7 +167,8 @@ fn introduction(
     format!("{head}{lines}\n{without}metrics: {metrics}\n\n")
 }
 
-/// Prints the shares of the last second, again and again: in place on a terminal, else one line a second.
+/// Prints the shares of the last second for ever. On a terminal the table is drawn over; elsewhere one line
+/// is printed each second.
 async fn watch_shares(running: &Running, backends: &[SocketAddr]) -> anyhow::Result<()> {
     let in_place = std::io::stdout().is_terminal();
     let pace = if in_place { Duration::from_millis(200) } else { Duration::from_secs(1) };
@@ -302,7 +303,7 @@ impl PrivateRedis {
 
 impl Drop for PrivateRedis {
     fn drop(&mut self) {
-        // It may have ended already. Until it is waited for, no other process gets its pid.
+        // The server may have ended already. Until `wait` no other process gets its pid, so `kill` is safe.
         let _ = self.server.kill();
         let _ = self.server.wait();
     }

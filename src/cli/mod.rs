@@ -1,4 +1,5 @@
-//! The commands of `statera`. Each has a file, and returns the exit code of the process.
+//! The commands of `statera`. Each command except `version` has a file. Its result becomes the exit code of
+//! the process.
 
 mod check;
 mod config_argument;

@@ -21,7 +21,7 @@ use crate::net::descriptors;
 use crate::observe::log_sink::LogSink;
 use crate::supervisor::{self, Running};
 
-/// How often it is checked whether the proxy has ended: after the first signal, and before it.
+/// The pauses between two checks whether the proxy has ended: after the first signal, and before it.
 const DRAINING_INTERVAL: Duration = Duration::from_millis(20);
 const RUNNING_INTERVAL: Duration = Duration::from_secs(1);
 /// How long waiting log lines may take to be written at the end, and how long the last lines may take
@@ -38,7 +38,7 @@ pub(super) struct Prepared {
     logged_signals: LoggedSignals,
 }
 
-/// Handles every signal that is not meant to end the process. Must be called first.
+/// Installs the handlers of the [`LoggedSignals`]. Must be called first.
 pub(super) fn prepare() -> anyhow::Result<Prepared> {
     let runtime = runtime::new().context("cannot watch for signals")?;
     let logged_signals =
@@ -46,8 +46,8 @@ pub(super) fn prepare() -> anyhow::Result<Prepared> {
     Ok(Prepared { runtime, logged_signals })
 }
 
-/// Runs until TERM, INT or QUIT has ended the proxy. A second one closes the sessions that are left by
-/// force.
+/// Runs until TERM, INT or QUIT has ended the proxy. A second signal closes by force the sessions that are
+/// left.
 pub(super) fn run(config: &Config, prepared: Prepared) -> anyhow::Result<()> {
     let output = open_output(config.log.output).context("cannot open the log's output")?;
     let sink = LogSink::start(Box::new(output)).context("cannot start the log's thread")?;
@@ -61,7 +61,7 @@ pub(super) fn run(config: &Config, prepared: Prepared) -> anyhow::Result<()> {
     result
 }
 
-/// Opens the output of the log, without the standard library's buffer: that would keep the rest of a
+/// Opens the output of the log without the standard library's buffer. The buffer would keep the rest of a
 /// failed write, and report it as written.
 fn open_output(output: LogOutput) -> io::Result<File> {
     let descriptor = match output {

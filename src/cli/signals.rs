@@ -27,8 +27,8 @@ use crate::control::log_limiter::LogLimiter;
 /// line that reports it may cause the next XFSZ.
 const MOST_LINES: u32 = 2;
 
-/// Each of these starts the drain; the second one ends the process. For users of nginx, QUIT ends it
-/// gracefully.
+/// The first signal of these starts the drain; a second one ends the process at once. QUIT is among these
+/// because nginx ends gracefully on QUIT.
 const STOPS: [Number; 3] = [Number::TERM, Number::INT, Number::QUIT];
 
 const CHANGES_NOTHING: &str = "this signal has no effect: send TERM, INT or QUIT to drain and stop";
@@ -70,7 +70,7 @@ const LOGGED_WITHOUT_TERMINAL: [(&str, Number, &str); 2] =
 /// Real-time signals. The first one that the C library does not use is 34 or 35; tokio does not know 64.
 const REAL_TIME: std::ops::Range<i32> = 34..64;
 
-/// The signals that do not end the process, not even after this is dropped.
+/// The signals that are only answered in the log. Dropping this leaves their handlers installed.
 pub(super) struct LoggedSignals(Vec<Answered>);
 
 struct Answered {
@@ -81,8 +81,8 @@ struct Answered {
 }
 
 impl LoggedSignals {
-    /// Installs their handlers. Must be called in a runtime, before anything else. A signal that comes
-    /// before the first [`LoggedSignals::answer`] is answered then.
+    /// Installs the handlers. Must be called in a runtime, before anything else. A signal that comes before
+    /// the first call of [`LoggedSignals::answer`] is answered in that call.
     ///
     /// # Errors
     /// The kernel refuses a handler.
@@ -133,7 +133,8 @@ impl Answered {
 pub(super) struct StopSignals([Signal; STOPS.len()]);
 
 impl StopSignals {
-    /// Installs their handlers. Until then the signals end the process at once. Must be called in a runtime.
+    /// Installs the handlers. Before this call the signals end the process at once. Must be called in a
+    /// runtime.
     ///
     /// # Errors
     /// The kernel refuses a handler.

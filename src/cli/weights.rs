@@ -1,8 +1,8 @@
 //! `statera weights`: shows and changes the weights of a pool, and their history.
 //!
-//! Arguments are checked by the rules of the proxy, before Redis is asked. `redis/weights.rs` does the
-//! work there. `arguments.rs` has the commands; `change.rs`, `states.rs` and `simulate.rs` do them;
-//! `show.rs` and `json.rs` write the answers; `wait.rs` waits until the proxies use a change.
+//! Arguments are checked by the rules of the proxy, before Redis is asked. `redis/weights/` reads and
+//! writes the keys in Redis. `arguments.rs` has the commands; `change.rs`, `states.rs` and `simulate.rs`
+//! run them; `show.rs` and `json.rs` write the answers; `wait.rs` waits until the proxies use a change.
 
 mod arguments;
 mod change;

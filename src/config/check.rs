@@ -1,7 +1,7 @@
-//! Makes a [`Config`] that can run of what was written, or reports every problem in it.
+//! Turns the tree of a config file into a [`Config`] that can run, or reports every problem in it.
 //!
-//! Each section has its file below `check/`; this file puts them together. Nothing is guessed: what is
-//! not understood is an error.
+//! The files below `check/` read the sections; this file puts them together. Nothing is guessed: what is not
+//! understood is an error.
 
 mod capacity;
 mod health;
@@ -29,7 +29,7 @@ const ROOT: Keys = Keys {
 };
 const NAME_MAX_BYTES: usize = 64;
 
-/// Every problem of a config, at least one. Displays one problem a line.
+/// The problems of a config, at least one. Displays each on a line of its own.
 #[derive(Clone, Debug)]
 pub struct InvalidConfig {
     /// The first 50, in the order of the file.

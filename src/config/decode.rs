@@ -3,8 +3,8 @@
 //!
 //! A reader that finds a wrong value reports it and returns the default, so that the caller can look for
 //! more problems. The config is refused at the end where there is any problem. This file knows kinds of
-//! values; the keys are in `check.rs`. Values are shown shortened and with control characters escaped.
-//! Secrets are never shown.
+//! values; the keys are in `check.rs` and below `check/`. Messages shorten values and escape control
+//! characters. Secrets are never shown.
 
 mod section;
 mod suggest;
@@ -89,13 +89,13 @@ impl Problems {
         self.found.borrow().is_empty()
     }
 
-    /// The first problems in the order of the file, with their lines, and how many there are beyond them.
+    /// Returns the first 50 problems in the order of the file, with their lines, and how many more there are.
     pub(super) fn finish(self, file: &ConfigFile) -> (Vec<Problem>, usize) {
         let (problems, more) = Self::locate(self.found.into_inner(), file);
         (problems, more + self.uncounted.get())
     }
 
-    /// The first warnings in the order of the file, with their lines, and how many there are beyond them.
+    /// Returns the first 50 warnings in the order of the file, with their lines, and how many more there are.
     pub(super) fn finish_warnings(self, file: &ConfigFile) -> (Vec<Problem>, usize) {
         Self::locate(self.warnings.into_inner(), file)
     }

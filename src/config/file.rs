@@ -60,8 +60,10 @@ impl Unreadable {
 }
 
 impl ConfigFile {
+    /// Reads and parses the file at `path`.
+    ///
     /// # Errors
-    /// The file cannot be read, is too large, or is no YAML document.
+    /// The file cannot be read, is too large, or is no YAML document with keys.
     pub(super) fn read(path: &Path) -> Result<Self, Unreadable> {
         let named = |error: Unreadable| Unreadable { path: Some(path.to_owned()), ..error };
         let bytes = read_bytes(path).map_err(|error| named(Unreadable::because(cure_for(&error))))?;
@@ -76,6 +78,8 @@ impl ConfigFile {
         Self::parse(text).map_err(named)
     }
 
+    /// Parses the text of a config.
+    ///
     /// # Errors
     /// The text is too large, is no YAML document, or has no keys.
     pub(super) fn parse(text: impl Into<String>) -> Result<Self, Unreadable> {
@@ -103,7 +107,7 @@ impl ConfigFile {
         Err(Unreadable::because(format!("{kind}: write at least the keys listeners and pools")))
     }
 
-    /// The length in bytes, which each [`ConfigFile::line_of`] parses.
+    /// Returns the length of the text in bytes. Each call of [`ConfigFile::line_of`] may parse all of it.
     pub(super) fn len(&self) -> usize {
         self.text.len()
     }
@@ -183,8 +187,8 @@ fn syntax_cure(message: &str, error: &serde_yaml::Error, text: &str) -> Option<&
     })
 }
 
-/// The line with too many open brackets. Brackets in quotes and comments count, since they are closed
-/// there, too.
+/// Returns the line where too many brackets are open. Brackets in quotes and comments count, too, since they
+/// are most often closed there.
 fn line_nested_too_deeply(text: &str) -> Option<usize> {
     let (mut line, mut open) = (1, 0usize);
     for byte in text.bytes() {

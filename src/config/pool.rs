@@ -15,7 +15,7 @@ pub struct Pool {
     pub name: Arc<str>,
     /// The key of the sorted set in Redis.
     pub weights_key: String,
-    /// The table that is used until Redis has answered. Each backend occurs once.
+    /// The table that is used without Redis, and until there is a table from Redis. Each backend occurs once.
     pub backends: Vec<(BackendId, Weight)>,
     /// How a backend is chosen.
     pub balance: Balance,

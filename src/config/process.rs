@@ -48,8 +48,8 @@ pub enum LogOutput {
 /// The `shutdown` section.
 #[derive(Clone, Copy, Debug)]
 pub struct Shutdown {
-    /// How long `/readyz` says no while connections are still accepted.
+    /// How long `/readyz` answers 503 while connections are still accepted.
     pub delay: Duration,
-    /// How long sessions may go on after that.
+    /// How long sessions may go on after `delay`.
     pub timeout: Duration,
 }

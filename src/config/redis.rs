@@ -27,8 +27,8 @@ pub struct Redis {
     pub manage_notifications: bool,
     /// The time between two heartbeats on the watching connection.
     pub heartbeat_interval: Duration,
-    /// The time between two full reads that no notification caused. Each is up to a fifth shorter, by
-    /// chance, so that a fleet does not read in step.
+    /// The time between two full reads that no notification caused. Each pause is up to a fifth shorter, by
+    /// chance, so that the proxies of a fleet do not all read at once.
     pub resync_interval: Duration,
     /// The time between two reads where changes are noticed by polling.
     pub poll_interval: Duration,

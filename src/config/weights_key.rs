@@ -5,7 +5,7 @@
 //! share the slot of their key, so one script may touch them all. A key with single braces (`a}b`) has no
 //! companions in its slot.
 
-/// The text that the companions' names begin with: `statera:{web}` for `statera:{web}:weights`,
+/// Returns the text that the companions' names begin with: `statera:{web}` for `statera:{web}:weights`,
 /// `{servers}` for `servers`.
 #[must_use]
 pub fn companion_stem(weights_key: &str) -> String {
@@ -16,8 +16,8 @@ pub fn companion_stem(weights_key: &str) -> String {
     }
 }
 
-/// The hash tag by Redis's rule: the text between the first `{` and the first `}` after it, unless that
-/// is empty.
+/// Returns the hash tag by Redis's rule: the text between the first `{` and the first `}` after it. `None` if
+/// there is no such text or it is empty.
 #[must_use]
 pub fn hash_tag(key: &str) -> Option<&str> {
     let (_, rest) = key.split_once('{')?;

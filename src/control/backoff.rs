@@ -20,7 +20,7 @@ impl Backoff {
         Self { first, longest, next: first }
     }
 
-    /// The next pause: uniformly random between zero and the bound, which then doubles.
+    /// Returns the next pause, uniformly random between zero and the bound. Then the bound doubles.
     ///
     /// Proxies that lost the same server at the same moment come back evenly over the whole bound, the first
     /// time too. With pauses of at least half the bound they would come back within half the time.
@@ -47,14 +47,14 @@ impl Backoff {
     }
 }
 
-/// A uniformly random time between zero and `bound`: delays what a whole fleet is told to do at the same
-/// moment.
+/// Returns a uniformly random time between zero and `bound`. It delays what a whole fleet is told to do at
+/// the same moment.
 #[must_use]
 pub fn spread(bound: Duration) -> Duration {
     bound.mul_f64(fastrand::f64())
 }
 
-/// A random time between 0.8 and 1.0 times `interval`, for periodic work.
+/// Returns a random time between 0.8 and 1.0 times `interval`, for periodic work.
 ///
 /// Tasks that began together drift apart, and the promise "every `interval`" holds, because no round comes
 /// later.

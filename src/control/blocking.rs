@@ -130,7 +130,7 @@ fn spawn(run: impl FnOnce() + Send + 'static) -> io::Result<()> {
     Builder::new().name("statera-blocking".to_owned()).spawn(run).map(drop)
 }
 
-/// A time in which the system gives no threads: one for the whole process.
+/// A time in which the system gives no threads. All callers in the process share one value.
 struct Shortage {
     /// `None` while the system gives threads.
     since: Option<Instant>,
@@ -171,7 +171,8 @@ impl Shortage {
     }
 }
 
-/// Lets unit tests refuse threads to [`start`] when it is called on the test's own thread.
+/// Lets unit tests refuse threads to [`start`](super::start) and [`compute`](super::compute) when they are
+/// called on the test's own thread.
 #[cfg(test)]
 pub mod refusals {
     use std::cell::Cell;

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// The time for which a limiter counts. A client of Redis that writes a good and a bad table in turns causes
-/// thousands of changes a second, each of which would be a line.
+/// The length of a limiter's window. A client of Redis that writes a good and a bad table in turns causes
+/// thousands of changes a second, and without a limit each change would be a line.
 pub const LOG_WINDOW: Duration = Duration::from_secs(10);
 
 /// Permits a number of lines in each [`LOG_WINDOW`] and counts the lines that it holds back.

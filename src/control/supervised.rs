@@ -1,8 +1,8 @@
 //! Runs a task of the control plane again whenever it panics, fails or returns.
 //!
-//! Traffic does not notice: sessions are picked from the last snapshot meanwhile. Each restart is logged and
-//! counted. The task is given as a function that makes its future, so what must outlive a restart (a socket,
-//! the receiver of a channel) is shared by the futures that it makes. Next: `watchdog.rs` notices a task that
+//! Traffic goes on meanwhile: backends are picked from the last snapshot. Each restart is logged and
+//! counted. The caller passes a function that makes the task's future. What must outlive a restart (a
+//! socket, the receiver of a channel) is shared by these futures. Next: `watchdog.rs` notices a task that
 //! blocks.
 
 use std::any::Any;
@@ -22,12 +22,13 @@ use super::watchdog::Pulse;
 use crate::fault;
 use crate::observe::tasks::{Restarts, Task};
 
-/// The pauses before restarts: a defect that comes at once, again and again, costs no core and no log.
+/// The bounds of the pauses before restarts: a task that fails at once every time must not use up a core or
+/// flood the log.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// A task that ran for so long has recovered: the next pause is short again.
 const CALM: Duration = Duration::from_secs(60);
-/// Lines in one window. One defect may meet a task of each of 10,000 pools.
+/// Lines in each window of the limiter. One defect may end a task in each of 10,000 pools.
 const MOST_LINES: u32 = 20;
 
 /// The pauses before restarts of one task or thread.
@@ -44,12 +45,12 @@ impl Pauses {
         Self { backoff: Backoff::new(FIRST_PAUSE, longest), begun: Instant::now() }
     }
 
-    /// A run begins now.
+    /// Notes that a run begins now.
     pub fn begins(&mut self) {
         self.begun = Instant::now();
     }
 
-    /// The pause before the next run.
+    /// Returns the pause before the next run.
     pub fn pause(&mut self) -> Duration {
         if self.begun.elapsed() >= CALM {
             self.backoff.reset();
@@ -94,7 +95,7 @@ impl Defects {
         self.lines.lock().unwrap_or_else(PoisonError::into_inner).permit(Instant::now())
     }
 
-    /// `task`, which may belong to a pool, is started again after `pause`.
+    /// Counts and logs that `task`, which may belong to a pool, is started again after `pause`.
     fn restarts_after(&self, task: Task, pool: Option<&str>, ended: &Ended, pause: Duration) {
         self.restarts.count(task);
         let Some(held_back) = self.permit() else { return };
@@ -132,7 +133,7 @@ impl Defects {
     }
 }
 
-/// Runs the futures that `make` makes, one after the other, until one returns while `is_over`.
+/// Runs the futures that `make` makes, one after the other. Ends when one returns `Ok` and `is_over` holds.
 ///
 /// # Cancel safety
 /// Dropping the future drops the one that runs.
@@ -174,7 +175,7 @@ pub async fn caught<F: Future>(future: F) -> Result<F::Output, String> {
         Err(panic) => Poll::Ready(Err(text(&*panic))),
     });
     let ended = polled.await;
-    // What it holds may panic, too, while it is dropped.
+    // The future may panic while it is dropped, too.
     match catch_unwind(AssertUnwindSafe(|| drop(future))) {
         Ok(()) => ended,
         Err(panic) => Err(text(&*panic)),
@@ -251,7 +252,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn the_pauses_grow_and_are_short_again_after_a_calm_time() {
         let at_once = restarts(Duration::from_secs(60), || async { Err("again") }).await;
-        // 100 ms, doubled up to 10 s, and of each at least half: 7 to 16 within a minute.
+        // The bounds double from 100 ms to 10 s, and each pause is at least half of its bound: about 14
+        // restarts in a minute.
         assert!((7..=16).contains(&at_once), "{at_once}");
         let calm = restarts(Duration::from_secs(650), || async {
             sleep(CALM).await;

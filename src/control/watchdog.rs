@@ -1,10 +1,9 @@
 //! Notices a thread of the control plane that is blocked: a task on it has not returned for seconds, so none
 //! of its other tasks runs.
 //!
-//! A [`Pulse`] beats on each such thread once a second. A thread of the watchdog's own looks whether it still
-//! does, and logs when it stops and when it goes on. It counts looks and asks no clock, so that a process
-//! that was stopped for a while is not taken for a blocked one. It cannot end a task that blocks: nothing
-//! can.
+//! A [`Pulse`] beats on each such thread once a second. The watchdog looks at the beats from a thread of its
+//! own, and logs when they stop and when they go on. The watchdog counts its looks and reads no clock, so a
+//! process that was stopped for a while does not count as blocked. A task that blocks cannot be ended.
 
 use std::io;
 use std::pin::pin;
@@ -20,7 +19,7 @@ use tracing::{error, warn};
 
 use crate::observe::tasks::Task;
 
-/// Between two beats, and between two looks at them.
+/// The time between two beats, and between two looks at the beats.
 const BEAT: Duration = Duration::from_secs(1);
 /// Looks without a new beat after which a thread counts as blocked.
 const PATIENCE: u32 = 5;
@@ -49,7 +48,7 @@ impl Pulse {
         }
     }
 
-    /// Runs `future`, a task of this thread, and shows while it is polled.
+    /// Runs `future`, which is a task of this thread. While the future is polled, the pulse names the task.
     pub async fn polls<F: Future>(&self, task: Task, pool: Option<Arc<str>>, future: F) -> F::Output {
         let mut future = pin!(future);
         std::future::poll_fn(|cx| {
@@ -73,7 +72,7 @@ impl Pulse {
     }
 }
 
-/// Also where the task panics.
+/// Clears the polled task when dropped, also if the task panics.
 struct ShownUntilDropped<'a>(&'a Pulse);
 
 impl Drop for ShownUntilDropped<'_> {
@@ -89,14 +88,16 @@ pub struct Watchdog {
 }
 
 impl Watchdog {
-    /// The pulse of the thread with this name. It is watched from its first beat on, until it is dropped.
+    /// Makes the pulse of the thread with this name. The pulse is watched from its first beat until it is
+    /// dropped.
     pub fn pulse(&self, thread: &'static str) -> Arc<Pulse> {
         let pulse = Arc::new(Pulse { thread, beats: AtomicU64::new(0), polled: Mutex::default() });
         self.pulses.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(&pulse));
         pulse
     }
 
-    /// Watches, on a thread of its own, while `own` beats on this one. Returns only if the thread dies.
+    /// Watches all pulses on a thread of its own, and lets `own` beat on the caller's thread. Returns only
+    /// if the watchdog's thread dies.
     ///
     /// # Errors
     /// The system gives no thread.

@@ -1,10 +1,10 @@
 //! Hands a new connection to a worker that has far fewer sessions than the one that accepted it.
 //!
 //! The kernel chooses a listening socket by a hash of the client's address. That spreads many sessions
-//! evenly at no cost. But of two long sessions, both get the same worker every other time, and half of the
-//! machine idles. So each worker compares its number of sessions with those of others at every accept, which
-//! reads two counters for each. It hands the connection over if the gap is larger than chance makes it among
-//! many sessions.
+//! evenly at no cost. But a few long sessions may all get the same worker (of two workers and two sessions:
+//! in half of the cases), while other workers idle. So each worker compares its number of sessions with
+//! those of others at every accept, which reads two counters for each. It hands the connection over if the
+//! gap is larger than chance makes it among many sessions.
 //!
 //! Only a connection that was just accepted is handed over. A session never changes its worker.
 
@@ -28,8 +28,8 @@ const FEW_SESSIONS: u64 = 16;
 /// The capacity of a worker's inbox. If it is full, the worker that accepted the connection keeps it.
 const INBOX_CONNECTIONS: usize = 64;
 
-/// An accepted connection that any worker may serve. When it is dropped it is reset, so that the client does
-/// not take it for a complete session.
+/// An accepted connection that any worker may serve. Dropping it resets the connection, so that the client
+/// does not take it for a complete session.
 #[derive(Debug)]
 pub struct Connection {
     /// The listener that accepted it.
@@ -41,7 +41,7 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// `socket` was accepted by this listener.
+    /// Creates a connection from a `socket` that `listener` accepted from `client`.
     #[must_use]
     pub fn new(listener: ListenerId, socket: Socket, client: SocketAddr) -> Self {
         Self { listener, client, socket: Some(socket) }
@@ -72,12 +72,13 @@ impl Inbox {
         Self(Arc::new(Mutex::new(connections)))
     }
 
-    /// For the one thread that takes the connections. They end when no other worker accepts any more.
+    /// Waits until no other thread has the inbox open, and opens it for the thread that takes the
+    /// connections. Its connections end when no other worker accepts any more.
     pub async fn open(self) -> OwnedMutexGuard<mpsc::Receiver<Connection>> {
         self.0.lock_owned().await
     }
 
-    /// How many connections wait in it, where no thread takes them.
+    /// Returns the number of connections that wait in the inbox; 0 while a thread takes them.
     #[must_use]
     pub fn waiting(&self) -> usize {
         self.0.try_lock().map_or(0, |connections| connections.len())
@@ -93,7 +94,7 @@ pub struct Neighbours {
     next: Cell<usize>,
 }
 
-/// For each of `workers` workers: the other workers, and its own inbox.
+/// Returns for each of `workers` workers the other workers, and its own inbox.
 #[must_use]
 pub fn between(workers: usize, sessions: &Arc<PerWorker<SessionCounters>>) -> Vec<(Neighbours, Inbox)> {
     let inbox = |_| mpsc::channel(INBOX_CONNECTIONS);
@@ -111,7 +112,8 @@ pub fn between(workers: usize, sessions: &Arc<PerWorker<SessionCounters>>) -> Ve
 }
 
 impl Neighbours {
-    /// Hands the connection to a worker with far fewer sessions. Gives it back if there is none.
+    /// Hands the connection to a worker with far fewer sessions. Returns it if there is no such worker, or
+    /// if that worker's inbox is full or closed.
     pub fn offer(&self, connection: Connection) -> Option<Connection> {
         let Some(inbox) = self.less_loaded() else { return Some(connection) };
         // An error means that the inbox is full or its worker has died.
@@ -140,8 +142,8 @@ impl Neighbours {
     }
 }
 
-/// True if `own` is more than 1.5 times `other`. With few sessions, this keeps the workers within two of
-/// each other. With many, chance hardly ever makes such a gap, so nothing is handed over.
+/// True if `own` is more than 1.5 times `other`. Between workers with few sessions this allows a gap of
+/// only a few. With many sessions, chance hardly ever makes such a gap, so nothing is handed over.
 fn is_lopsided(own: u64, other: u64) -> bool {
     own > other + other / 2
 }

@@ -1,4 +1,5 @@
-//! Runs the tasks that a worker has beside its sessions again when they panic: its clock, its session lines.
+//! Runs a worker's tasks besides its sessions (the clock, the access log, the draining of backends), and
+//! restarts them after a panic.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,7 +10,7 @@ use crate::control::supervised::{Defects, Pauses, caught};
 use crate::observe::tasks::Task;
 use crate::reactor;
 
-/// The longest pause before such a task runs again.
+/// The longest pause before a task that panicked runs again.
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
 /// Runs the future that `make` makes on this worker, and another one after each panic.

@@ -3,8 +3,8 @@
 //! A listener is watched first and opened later: to watch a socket can fail, to accept from it cannot. So
 //! the supervisor knows that all workers can have a listener before any of them accepts.
 //!
-//! A session that begins on the worker that accepted it has its context without a look-up. Only a connection
-//! that comes from another worker is told its listener by an id. Next: `listen/accept.rs` accepts,
+//! An accept loop has the context of its listener at hand. Only a connection that comes from another worker
+//! needs a [`ListenerId`], by which this worker finds the context. Next: `listen/accept.rs` accepts,
 //! `worker.rs` runs this.
 
 use std::cell::RefCell;
@@ -63,7 +63,7 @@ pub struct BoundListener {
 }
 
 impl BoundListener {
-    /// The same sockets once more.
+    /// Returns the same listener, with duplicated descriptors of its sockets.
     ///
     /// # Errors
     /// The system gives no descriptor.
@@ -125,8 +125,9 @@ impl Listeners {
         Self { worker, defects, known: RefCell::default() }
     }
 
-    /// Does what the commands say, until they end and every listener has closed. The accept loops alone hold
-    /// `neighbours` in the end: when those of all workers have ended, nothing is handed over any more.
+    /// Does what the commands say, until they end and every listener has closed. After the last command,
+    /// only the accept loops hold `neighbours`. So when the accept loops of all workers have ended, no more
+    /// connections are handed over.
     pub(super) async fn obey(
         &self,
         mut commands: Commands,
@@ -154,7 +155,7 @@ impl Listeners {
         let known = self.known.borrow();
         match known.iter().find(|known| known.id == connection.listener) {
             Some(known) => begin(connection, &known.context),
-            // Only a worker that replaces another one does not know a listener: one that was closed before.
+            // A worker that replaced another one does not know the listeners that were closed before.
             None => warn!(client = %connection.client, "a connection of a listener that is closed is reset"),
         }
     }
@@ -173,8 +174,8 @@ impl Listeners {
         Ok(())
     }
 
-    /// One task for each pool closes the sessions of its draining backends, however many listeners lead to
-    /// the pool.
+    /// Starts a task that closes the sessions of the pool's draining backends, unless another listener of
+    /// the same pool has started one.
     fn close_sessions_of(&self, pool: &Arc<Pool>, settings: &Settings) {
         if !self.known.borrow().iter().any(|known| Arc::ptr_eq(&known.context.pool, pool)) {
             let (worker, pool) = (Rc::clone(&self.worker), Arc::clone(pool));
@@ -209,7 +210,7 @@ impl Listeners {
     }
 }
 
-/// The next command; `None` when no more can come.
+/// Waits for the next command. Returns `None` when no more can come.
 async fn next(
     commands: &mut Commands,
     accept_loops: &mut AcceptLoops,
@@ -221,7 +222,7 @@ async fn next(
     .await
 }
 
-/// Ready once all have ended, or one has died.
+/// Ready once all accept loops have ended, or one has died.
 fn poll_ended(accept_loops: &mut AcceptLoops, cx: &mut task::Context<'_>) -> Poll<Result<(), AcceptDied>> {
     let mut died = false;
     accept_loops.retain_mut(|ended| match Pin::new(ended).poll(cx) {
@@ -256,8 +257,8 @@ async fn accept_at(
     accept::run(socket, &listener.name, counters, &closes, || worker.is_starved(), on_connection).await;
 }
 
-/// Begins a session. A panic here would be one of the accept loop, and so of the worker; it ends the
-/// connection alone.
+/// Begins a session. A panic in here ends only this connection: without the catch it would end the accept
+/// loop, and with it the worker.
 fn begin(connection: Connection, context: &Rc<Context>) {
     let client = connection.client;
     let (listener, worker) = (&context.listener, context.worker.id);

@@ -56,7 +56,8 @@ pub struct Sharing {
 pub struct End {
     /// The worker.
     pub worker: WorkerId,
-    /// How many sessions were closed by force; `None`: the worker panicked.
+    /// How many sessions were closed by force; `None`: the worker panicked, or its runtime could not be
+    /// created.
     pub cut: Option<u64>,
 }
 
@@ -68,7 +69,7 @@ pub struct Ended {
 }
 
 impl Ended {
-    /// Sends to `tell` that `worker` has ended, and how.
+    /// Creates the report of `worker`, which is sent to `tell` when it is dropped.
     #[must_use]
     pub fn new(worker: WorkerId, tell: mpsc::UnboundedSender<End>) -> Self {
         Self { tell, end: End { worker, cut: None } }
@@ -129,14 +130,14 @@ fn run(runtime: Runtime, id: WorkerId, commands: Commands, sharing: Sharing, sha
         Arc::clone(&shared.sessions),
         Arc::clone(&shared.starvation),
     ));
-    // The last to be dropped, also where this thread panics.
+    // Dropped after the runtime, also if this thread panics, so that the lines of all sessions are written.
     let _last_lines = LastLines(Rc::clone(&worker));
-    // Its drop drops the futures of the remaining sessions, which resets and reports them.
+    // Dropping the runtime drops the futures of the remaining sessions, which resets and reports them.
     let mut runtime = runtime;
     runtime.block_on(serve(&worker, commands, sharing, shared))
 }
 
-/// Writes the session lines that are not written yet when it is dropped.
+/// When dropped, hands over the lines of the access log that are still in the buffer.
 struct LastLines(Rc<Worker>);
 
 impl Drop for LastLines {
@@ -180,7 +181,7 @@ async fn serve(worker: &Rc<Worker>, commands: Commands, sharing: Sharing, shared
         };
         match tokio::try_join!(listeners.obey(commands, neighbours), taken_over) {
             Ok(_) => worker.idle().await,
-            // The whole worker dies, and is replaced.
+            // The whole worker ends by a panic, and is replaced.
             Err(AcceptDied) => resume_unwind(Box::new("an accept loop panicked")),
         }
     };
@@ -300,7 +301,7 @@ mod tests {
         thread.join().expect("it has not died");
     }
 
-    /// It is closed like a session: counted, logged and reset.
+    /// The connection is closed like a session: counted, logged and reset.
     #[test]
     fn a_connection_that_is_handed_over_at_the_very_end_is_cut() {
         let socket = any();

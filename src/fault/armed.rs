@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::thread;
 use std::time::Duration;
 
-/// Names the fault points that are armed.
+/// The environment variable that arms fault points.
 const VARIABLE: &str = "STATERA_FAULTS";
 
 /// What happens at a fault point.
@@ -28,9 +28,9 @@ enum Fault {
 struct Armed {
     name: String,
     fault: Fault,
-    /// Where it is not empty, only this matches.
+    /// The only detail that the entry matches. Empty: all details match.
     detail: String,
-    /// How often it still happens.
+    /// How often the fault still happens.
     left: AtomicU32,
 }
 
@@ -64,7 +64,8 @@ pub(super) async fn reached_async(name: &str, detail: &str) {
     }
 }
 
-/// What happens now, if it has not happened often enough.
+/// Returns the fault that is to happen now, and counts it. `None` if no entry matches or the fault has
+/// happened often enough.
 fn take(all: &[Armed], name: &str, detail: &str) -> Option<Fault> {
     let is_met = |armed: &&Armed| armed.name == name && (armed.detail.is_empty() || armed.detail == detail);
     let armed = all.iter().find(is_met)?;

@@ -44,9 +44,9 @@ impl Deadline {
         Self { timeout, at: Instant::now() + timeout }
     }
 
-    /// The error of a check whose time is over: `error`, or [`CheckError::Late`] if this thread itself ran
-    /// late. An answer that came in time is read even then, since the runtime polls sockets before timers;
-    /// but a request that was sent late left the backend too little time.
+    /// Returns the error of a check whose time is over: `error`, or [`CheckError::Late`] if this thread ran
+    /// late. A late thread still reads an answer that came in time, since the runtime polls sockets before
+    /// timers. But a request that was sent late left the backend too little time.
     fn missed(self, error: CheckError) -> CheckError {
         let late = self.at.elapsed();
         if late > self.timeout / 4 { CheckError::Late(late) } else { error }
@@ -57,14 +57,13 @@ async fn ask_tcp(address: SocketAddr, settings: &HealthCheck, deadline: Deadline
     let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() };
     let socket = socket.map_err(failed)?;
     leave_reserve(&socket)?;
-    // The connection ends by a reset: thousands of checks a second would otherwise leave a port in TIME_WAIT
-    // each.
+    // Closing sends a reset. Otherwise each of thousands of checks a second would leave a port in TIME_WAIT.
     socket.set_zero_linger().map_err(failed)?;
     let mut stream = timeout_at(deadline.at, socket.connect(address))
         .await
         .map_err(|_| deadline.missed(CheckError::NoConnection(deadline.timeout)))?
         .map_err(failed)?;
-    // Possible if the port is in the ephemeral range.
+    // The kernel can connect a socket to itself if the port is in the ephemeral range.
     if stream.local_addr().is_ok_and(|local| local == address) {
         return Err(CheckError::ToItself);
     }
@@ -124,8 +123,8 @@ async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(
     }
 }
 
-/// Reads until `expect` has come. `Ok(Err(…))` if it did not: a function that makes the error from what came
-/// instead.
+/// Reads until `expect` has come. If the connection ends or the answer grows too long before, returns
+/// `Ok(Err(make))`, where `make` makes the error.
 async fn receive<S: AsyncRead + Unpin>(
     stream: &mut S,
     expect: &[u8],

@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::balance::backend::Cause;
 use crate::config::HealthCheck;
 
-/// How much of a wrong answer is logged.
+/// How much of the expected and of the received answer is logged.
 const SHOWN_BYTES: usize = 40;
 /// How much a backend may send before the expected answer has come.
 pub(super) const ANSWER_MAX_BYTES: usize = 64 * 1024;
@@ -60,7 +60,7 @@ impl fmt::Display for ExpectedAnswer {
 }
 
 impl CheckError {
-    /// The error in short, for the report of this proxy.
+    /// Returns the error in short, for the report of this proxy.
     pub(super) fn cause(&self) -> Cause {
         match self {
             Self::NoConnection(_) => Cause::TIMED_OUT,

@@ -9,12 +9,12 @@ use tracing::{info, warn};
 use crate::balance::pool::Pool;
 use crate::control::log_limiter::LogLimiter;
 
-/// A pool close to the threshold may cross it with every check.
+/// Lines for one pool in each window: a pool close to the threshold may cross it with every check.
 const MOST_LINES: u32 = 4;
 /// The pause after which the state is compared again if the limiter held a line back.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
-/// Watches one pool. Never ends.
+/// Logs when `pool` begins and ends to fail open. Never ends.
 pub async fn watch(pool: Arc<Pool>) {
     let mut status = pool.cell.status();
     let mut logged = false;

@@ -28,8 +28,8 @@ impl LineLimiter {
         Self { period: Instant::now(), written: 0, held_back: 0 }
     }
 
-    /// True if the next line may be written, which counts it. At the first call of a new period it logs how
-    /// many lines of the period before were held back.
+    /// Counts one line, and returns true if it may be written. The first call of a new period logs how many
+    /// lines of the period before were held back.
     pub(super) fn allow(&mut self, pool: &str) -> bool {
         let now = Instant::now();
         if now - self.period >= PERIOD {
@@ -70,8 +70,8 @@ pub(super) fn ejected(pool: &str, target: &Target, again: bool, failures: u32, t
     }
 }
 
-/// Logs that `target` is not ejected although its sessions fail, since `most` percent of its pool get no
-/// sessions already.
+/// Logs that `target` is not ejected although its sessions fail: with it, more than `most` percent of its
+/// pool would get no sessions.
 pub(super) fn not_ejected(pool: &str, target: &Target, failures: u32, most: u32) {
     let error = target.condition().session_error.get().unwrap_or(Cause::OTHER);
     let (backend, address) = (target.backend().id(), address(target));
@@ -82,22 +82,21 @@ pub(super) fn not_ejected(pool: &str, target: &Target, failures: u32, most: u32)
     );
 }
 
-/// Logs that `target` gets no sessions after this number of failed checks in a row, the last one with
-/// `error`.
+/// Logs that `target` is unhealthy after this number of failed checks in a row, the last one with `error`.
 pub(super) fn unhealthy(pool: &str, target: &Target, checks: u32, error: &CheckError) {
     let (backend, address) = (target.backend().id(), address(target));
     let failed = counted(checks, "failed");
     warn!(pool, %backend, address, %error, checks, "backend unhealthy after {failed} (last error: {error})");
 }
 
-/// Logs that `target` gets sessions again after this number of passed checks in a row.
+/// Logs that `target` is healthy again after this number of passed checks in a row.
 pub(super) fn healthy(pool: &str, target: &Target, checks: u32) {
     let (backend, address) = (target.backend().id(), address(target));
     let passed = counted(checks, "passed");
     info!(pool, %backend, address, checks, "backend healthy again after {passed}");
 }
 
-/// The address of `target`, if its name has several.
+/// Returns the address of `target` if its name has several.
 fn address(target: &Target) -> Option<DisplayValue<SocketAddr>> {
     target.address_of_several().map(display)
 }
@@ -106,7 +105,7 @@ fn counted(checks: u32, ended: &str) -> String {
     format!("{checks} {ended} check{}", if checks == 1 { "" } else { "s" })
 }
 
-/// A duration rounded up to tenths of a second: `9.9s`, `3m 20s`.
+/// Rounds a duration up: below a minute to tenths of a second (`9.9s`), else to seconds (`3m 21s`).
 fn rounded(length: Duration) -> String {
     let tenths = length.as_millis().div_ceil(100);
     match u64::try_from(tenths).unwrap_or(u64::MAX) {

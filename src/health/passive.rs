@@ -2,9 +2,9 @@
 //!
 //! Sessions count their failures on the backend (`balance/backend/condition.rs`) and send an outlier event
 //! when there are enough in a row; this module decides. An ejected backend gets no sessions for a time that
-//! grows with each ejection, and then one: the *trial session*. If that ends well or stays connected for a
-//! second, the backend is back; if it fails, the next ejection begins. The trial session sends an event at
-//! each step. Sessions that began earlier decide nothing.
+//! grows with each ejection. Then it gets one session, the *trial session*. If the trial session ends well
+//! or stays connected for a second, the ejection ends; if it fails, the next ejection begins. The trial
+//! session sends an event at each step. The results of sessions that began before it are ignored.
 //!
 //! Addresses are ejected one by one. A backend by name gets no sessions when all its addresses are ejected.
 
@@ -46,7 +46,7 @@ pub struct Ejections {
     next_review: Option<Instant>,
     /// True once it was logged that the limit prevents an ejection, until there is room again.
     logged_limit: bool,
-    /// Events that come earlier are handled at this time.
+    /// An event that comes before this time is handled at this time.
     ignores_events_until: Instant,
     lines: LineLimiter,
 }
@@ -67,7 +67,8 @@ struct EjectionRecord {
     length: Duration,
     /// The end of the ejection; after it, the end of the time without failures that resets `times`.
     until: Instant,
-    /// When the record is removed. Each review that finds the backend ejected and in the table moves it.
+    /// When the record is removed. Each review that finds the backend in the table, and ejected or in its
+    /// trial, sets a later time.
     forgotten_at: Instant,
     /// The newest trial session that has connected, and when a review saw that.
     connected: Option<(TrialNumber, Instant)>,
@@ -82,7 +83,7 @@ enum Verdict {
 }
 
 impl Ejections {
-    /// The ejections of `pool`, where none has begun.
+    /// Ejections of `pool`, without records. [`Self::run`] finds the backends that are ejected already.
     #[must_use]
     pub fn new(pool: Arc<Pool>, outlier: Outlier) -> Self {
         Self {
@@ -178,8 +179,8 @@ impl Ejections {
                     self.review_at(until);
                     return Verdict::Stay;
                 }
-                // If checks fail, the passed check that makes it healthy ends the ejection without a trial
-                // session. A member in drain or maint is reviewed again with the next table.
+                // A target whose checks fail gets no trial session: the ejection ends when checks make it
+                // healthy again. A member in drain or maint is reviewed again with the next table.
                 let is_over = member.wants_sessions() && !condition.fails_checks();
                 if is_over { Verdict::Trial } else { Verdict::Stay }
             }
@@ -205,8 +206,8 @@ impl Ejections {
         }
     }
 
-    /// The record of an ejected member. It is kept while the member is in the table, and for the longest
-    /// ejection after that.
+    /// Returns the record of an ejected member, and makes it where there is none. A record is kept while the
+    /// member is in the table, and for the longest ejection after that.
     fn record(&mut self, target: &Target, now: Instant) -> &mut EjectionRecord {
         let longest = self.outlier.ejection * LONGEST_EJECTION;
         // A member that returned after a long time has no record any more.

@@ -19,8 +19,8 @@ use crate::control::runtime;
 use crate::control::watchdog::Pulse;
 use crate::fault;
 
-/// The thread, which starts with the first checks, and again with the next ones if it has died. Dropped, it
-/// has ended and does not start again.
+/// The owner of the thread. The thread starts with the first checks, and again with the next ones if it has
+/// died. Dropping the owner ends the thread for good.
 #[derive(Debug)]
 pub struct CheckThread(CheckRunner);
 
@@ -38,11 +38,11 @@ struct Shared {
 enum State {
     NotStarted,
     Started(Started),
-    /// The owner is gone.
+    /// The [`CheckThread`] was dropped.
     Over,
 }
 
-/// The running thread. Dropped, it has ended.
+/// The running thread. Dropping this ends the thread and waits for it.
 #[derive(Debug)]
 struct Started {
     handle: Handle,
@@ -52,13 +52,13 @@ struct Started {
 }
 
 impl CheckThread {
-    /// No thread yet. When it runs, `pulse` beats on it.
+    /// Starts no thread yet. `pulse` beats on the thread while it runs.
     #[must_use]
     pub fn new(pulse: Arc<Pulse>) -> Self {
         Self(CheckRunner(Arc::new(Shared { state: Mutex::new(State::NotStarted), pulse })))
     }
 
-    /// Runs checks on it.
+    /// Returns what runs checks on the thread.
     #[must_use]
     pub fn runner(&self) -> &CheckRunner {
         &self.0
@@ -69,7 +69,7 @@ impl CheckRunner {
     /// Runs `checks` on the thread, and returns when they or the thread have ended.
     ///
     /// # Errors
-    /// The system gives no thread or no descriptors, or the thread has died.
+    /// The system gives no thread or no descriptors, the thread has died, or [`CheckThread`] was dropped.
     ///
     /// # Panics
     /// As the checks do.
@@ -88,7 +88,7 @@ impl CheckRunner {
 }
 
 impl Shared {
-    /// Starts the thread where it does not run.
+    /// Returns the runtime of the thread, which is started if it does not run.
     fn handle(&self) -> io::Result<Handle> {
         let mut state = self.state();
         match &*state {
@@ -117,11 +117,11 @@ impl Started {
                 Ok(runtime) => runtime,
                 Err(error) => return tell.send(Err(error)).unwrap_or_default(),
             };
-            // The caller waits for it.
+            // Cannot fail: the caller waits for the handle.
             let _ = tell.send(Ok(runtime.handle().clone()));
             runtime.block_on(async {
                 tokio::select! {
-                    // An error, too, says that it was dropped.
+                    // Ready with an error when `runs` is dropped.
                     _ = dropped => {}
                     () = pulse.beat() => {}
                 }
@@ -150,8 +150,8 @@ impl Drop for Started {
     fn drop(&mut self) {
         drop(self.runs.take());
         if let Some(thread) = self.thread.take() {
-            // Takes as long as one look at one check. The checks end with the thread, and their tasks hear
-            // that.
+            // Waits at most for one poll of one check. The checks end with the thread, and
+            // `CheckRunner::run` returns an error.
             let _ = thread.join();
         }
     }
@@ -160,7 +160,7 @@ impl Drop for Started {
 impl Drop for CheckThread {
     fn drop(&mut self) {
         let before = std::mem::replace(&mut *self.0.0.state(), State::Over);
-        // The lock is free again when the thread is waited for.
+        // Waits for the thread. The lock is free by now, so other callers do not wait.
         drop(before);
     }
 }

@@ -10,12 +10,13 @@ use crate::balance::pool::Pool;
 use crate::balance::snapshot::Usable;
 use crate::control::log_limiter::{HeldBack, LogLimiter};
 
-/// A writer that switches a weight between 0 and 1 changes the state with every read.
+/// Lines for one pool in each window: a writer that switches a weight between 0 and 1 changes the state with
+/// every read.
 const MOST_LINES: u32 = 4;
 /// The pause after which the state is compared again if the limiter held a line back.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
-/// Watches one pool. Never ends.
+/// Logs when `pool` begins or ceases to refuse its sessions, or to have one usable backend. Never ends.
 pub async fn watch(pool: Arc<Pool>) {
     let mut status = pool.cell.status();
     // For a pool that begins with one backend, neither that state nor its second backend is logged.

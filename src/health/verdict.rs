@@ -3,8 +3,8 @@
 use crate::balance::backend::{Condition, Health};
 use crate::config::HealthCheck;
 
-/// True if the last check of this address failed. That is a check against its health, unless the address is
-/// unhealthy and no check has passed since.
+/// Returns true if the last check of this address failed. An address is in doubt if its last check differed
+/// from its health, so an unhealthy address in doubt has passed its last check.
 pub(super) fn failed_last(condition: &Condition) -> bool {
     match condition.health() {
         Health::Unchecked => false,
@@ -13,8 +13,8 @@ pub(super) fn failed_last(condition: &Condition) -> bool {
     }
 }
 
-/// Counts the result of a check. If it changes the health of the address, returns how many results in a row
-/// were needed.
+/// Counts the result of a check, and changes the health of the address if there are enough in a row. Returns
+/// how many were needed if it changed, but `None` if the first check passed, which is not logged.
 pub(super) fn judge(condition: &Condition, passed: bool, settings: &HealthCheck) -> Option<u32> {
     let (needed, verdict) = match (condition.health(), passed) {
         (Health::Unchecked, true) => {

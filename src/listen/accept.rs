@@ -32,7 +32,7 @@ use crate::reactor::{self, Ready, Watched, sleep, timeout_at};
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(50);
 /// The pause while accepted sessions lack descriptors. More clients can wait in the kernel's queue as well.
 const STARVED_PAUSE: Duration = Duration::from_millis(10);
-/// The shortest time between two log lines about failing accepts.
+/// The shortest time between two log lines about a lack of descriptors or memory.
 const EXHAUSTED_LOG_INTERVAL: Duration = Duration::from_secs(10);
 /// Failed accepts in a row after which the loop pauses, because the socket may be broken and would use up
 /// the CPU. A client can cause single failures at will, so those must not slow down the others.
@@ -41,8 +41,8 @@ const FAILURES_BEFORE_PAUSE: u32 = 100;
 /// sessions are under way at once, and their data is still in the CPU's caches. The other clients wait in
 /// the kernel's queue.
 const BATCH: u32 = 8;
-/// After this many accepts without EAGAIN the worker counts as busy. A client then has waited in the
-/// kernel's queue for some iterations of the reactor, so that its first bytes have probably arrived.
+/// After this many accepts without EAGAIN the worker counts as busy. Its clients have then waited in the
+/// kernel's queue for some iterations of the reactor, so that their first bytes have probably arrived.
 const BUSY_ACCEPTS: u32 = 64;
 /// How long a handshake that was under way when the drain began may take: a round trip around the world.
 const HANDSHAKE_TIME: Duration = Duration::from_millis(300);
@@ -65,7 +65,8 @@ impl Listening {
         Ok(Self { socket, accepts_in_a_row: Cell::default() })
     }
 
-    /// The next connection. No reactor watches it yet; the worker that serves it registers it. Cancel safe.
+    /// Waits for the next connection. No reactor watches it yet; the worker that serves it registers it.
+    /// Cancel safe.
     async fn accept(&self) -> io::Result<(Socket, SocketAddr)> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         loop {
@@ -102,8 +103,8 @@ pub async fn run(
     on_connection: impl Fn(Socket, SocketAddr),
 ) {
     let mut exhausted_since: Option<Instant> = None;
-    // Kept through short recoveries: while a single descriptor comes and goes, each accept ends one outage
-    // and begins the next.
+    // When the last warning was logged. A successful accept does not reset this: while a single descriptor
+    // comes and goes, each accept ends one outage and begins the next.
     let mut warned: Option<Instant> = None;
     let mut draining = std::pin::pin!(drain.started());
     let mut batch = Batch(BATCH);
@@ -216,9 +217,9 @@ impl Batch {
         if self.0 > 0 {
             return false;
         }
-        // This task, and the sessions that it has just begun, run after the reactor's next poll. By then the
-        // reactor knows which of the clients were reset in the kernel's queue, and those cost no backend a
-        // connection.
+        // This task, and the sessions that it has just begun, run after the reactor's next wait. By then
+        // the reactor knows which of the clients were reset in the kernel's queue, and their sessions open
+        // no connection to a backend.
         reactor::defer_due_tasks_until_next_wait();
         yield_now().await;
         self.0 = BATCH;

@@ -1,5 +1,5 @@
-//! Listening sockets ([`socket`]) and the accept loop ([`accept`]). It hands each connection to its caller
-//! and knows no session.
+//! Listening sockets ([`socket`]) and the accept loop ([`accept`]). The loop hands each connection to its
+//! caller and knows no session.
 
 pub mod accept;
 mod held;

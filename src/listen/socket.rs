@@ -59,8 +59,8 @@ fn bind_all(address: SocketAddr, options: &Options, count: usize) -> io::Result<
     let mut sockets = Vec::with_capacity(count);
     let mut bound = address;
     if address.port() != 0 {
-        // SO_REUSEPORT would let a second Statera of the same user share the port without an error. Binding
-        // a socket without it fails then.
+        // SO_REUSEPORT would let a second Statera of the same user share the port without an error. So a
+        // socket without this option is bound first, which fails then.
         let probe = open(address, options)?;
         probe.bind(&SockAddr::from(address))?;
     }
@@ -73,8 +73,8 @@ fn bind_all(address: SocketAddr, options: &Options, count: usize) -> io::Result<
         }
         sockets.push(socket);
     }
-    // The kernel accepts connections from here on. All sockets are bound by now, so none has to be closed
-    // for an address.
+    // From here on, the kernel accepts connections. All sockets were bound before, so a socket that cannot
+    // be bound never makes the kernel reset accepted connections.
     sockets
         .into_iter()
         .map(|socket| {

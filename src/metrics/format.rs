@@ -25,11 +25,11 @@ impl Format {
         }
     }
 
-    /// The format to answer `accept` with, which is the values of all `Accept` headers joined by commas.
+    /// Returns the format to answer with. `accept` has the values of all `Accept` headers, joined by commas.
     ///
-    /// OpenMetrics if the header prefers it, or names it with the same quality as the classic format. The
-    /// classic format in all other cases. Also if the header is malformed or accepts neither format: a text
-    /// is more use to a scraper than an error.
+    /// Returns OpenMetrics if the header prefers it, or names it with the same quality as the classic format.
+    /// In all other cases returns the classic format, also for a malformed header or one that accepts neither
+    /// format: a text is more use to a scraper than an error.
     #[must_use]
     pub fn wanted(accept: &str) -> Self {
         let Some(ranges) = ranges(accept) else { return Self::Classic };
@@ -57,7 +57,7 @@ struct Quality {
     is_named: bool,
 }
 
-/// The quality of a format: that of the most specific range which covers it.
+/// Returns the quality of a format, which is the quality of the most specific range that covers it.
 fn quality(ranges: &[Range], kind: &str, subtype: &str, version: &str) -> Quality {
     let specificity = |range: &Range| {
         let is_version = range.version.as_deref().is_none_or(|wanted| wanted == version);

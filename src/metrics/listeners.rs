@@ -25,8 +25,8 @@ impl Observed {
             "statera_listener_connections_active",
             "Sessions that have not ended",
             by_listener(|l| {
-                // `closed` is read first. A session that begins in between is missed, but the result is
-                // never negative.
+                // `closed` is read first: a session that begins or ends between the two reads counts as
+                // active.
                 let closed = l.counters.sum(|c| &c.closed);
                 l.counters.sum(|c| &c.connections).saturating_sub(closed)
             })

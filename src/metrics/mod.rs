@@ -1,7 +1,7 @@
 //! The metrics, by the names of the contract, encoded when a scraper asks for them.
 //!
-//! Each file encodes one subject: `listeners`, `backends`, `pools`, `redis`. They read the counters in
-//! [`Observed`] and sum over the workers. Labels come from the config and from the names of backends, never
+//! Each of `listeners`, `backends`, `pools` and `redis` encodes one subject: it reads the counters in
+//! [`Observed`] and sums over the workers. Labels come from the config and from the names of backends, never
 //! from clients.
 
 mod backends;
@@ -26,8 +26,8 @@ use self::samples::{counters, gauges};
 use crate::observe::tasks::Task;
 use crate::session::{CloseReason, SessionCounters};
 
-/// All metrics as text. `size` is a guess of its length in bytes. Costs about 10 µs a backend, so it must
-/// not run on the thread that watches Redis.
+/// Returns all metrics as text. `size` is a guess of its length in bytes. Costs about 10 µs a backend, so
+/// `admin/scrapes.rs` calls it on a thread of its own where the system gives one.
 #[must_use]
 pub fn encode(observed: &Observed, format: Format, size: usize) -> String {
     let mut registry = Registry::default();

@@ -33,7 +33,7 @@ struct Shown {
     pools: Arc<[ObservedPool]>,
 }
 
-/// A pool, with its counters that other parts keep.
+/// A pool, with the counters that other parts of the process keep for it.
 #[derive(Clone, Debug)]
 pub struct ObservedPool {
     /// The pool itself.
@@ -45,7 +45,7 @@ pub struct ObservedPool {
 }
 
 impl Observed {
-    /// Without listeners and pools, which [`Observed::show`] sets.
+    /// Makes the sources without listeners and pools, which [`Observed::show`] sets.
     #[must_use]
     pub fn new(
         sessions: Arc<PerWorker<SessionCounters>>,

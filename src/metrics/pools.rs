@@ -58,8 +58,8 @@ impl Observed {
             "Time since the begin of the last read that confirmed the snapshot; no sample before the first \
              table from Redis",
             by_pool(|pool| {
-                // When Redis is empty, a table from the config or state_dir may be kept. It does not equal
-                // Redis.
+                // When Redis is empty, a table from the config or state_dir may be kept. No read of Redis
+                // has confirmed such a table.
                 let is_of_redis = pool.cell.load().origin == Origin::Redis;
                 pool.cell.age().filter(|_| is_of_redis).map(|age| age.as_secs_f64())
             }),

@@ -1,8 +1,8 @@
 //! Reserves the last descriptors of the process for the control plane.
 //!
-//! Clients decide how many descriptors the data plane wants. If it took all of them, the control plane could
-//! answer no probe, connect to no Redis, save no table and resolve no name. So the data plane may use all
-//! but a reserve.
+//! Clients decide how many descriptors the data plane wants. If it took all of them, the control plane
+//! could answer no request of the admin server, connect to no Redis, save no table and resolve no name. So
+//! the data plane may use all but a reserve.
 //!
 //! The kernel gives out the lowest free number. A new descriptor with a number in the reserve therefore
 //! means that all lower numbers are in use. The data plane closes such a descriptor and treats it like
@@ -50,8 +50,9 @@ impl User {
     }
 }
 
-/// Keeps a reserve from now on. It has one more descriptor for each of the `listening_sockets`, which may
-/// hold one accepted connection that waits for a lower number.
+/// Keeps a reserve from now on. The reserve has one more descriptor for each of the `listening_sockets` (at
+/// most a quarter of the limit), because each may hold one accepted connection that waits for a lower
+/// number.
 pub fn keep_reserve(listening_sockets: usize) {
     LISTENING_SOCKETS.fetch_max(listening_sockets as u64, Relaxed);
     read_limit();
@@ -64,7 +65,7 @@ pub fn is_reserved(descriptor: &impl AsFd, user: User) -> bool {
     number >= user.end() && is_still_reserved(number, user)
 }
 
-/// Reads the limit again, which may have been raised meanwhile (`prlimit`).
+/// Reads the limit again, which may have been raised meanwhile (`prlimit`), and compares `number` with it.
 #[cold]
 fn is_still_reserved(number: u64, user: User) -> bool {
     read_limit();
@@ -94,8 +95,8 @@ pub fn are_short() -> bool {
     eventfd(0, EventfdFlags::CLOEXEC).map_or(true, |probe| is_reserved(&probe, User::Sessions))
 }
 
-/// About how many descriptors the data plane could open now, for a warning at the start. It takes all
-/// numbers above the lowest free one for free, of which a few may be in use.
+/// Returns about how many descriptors the data plane could open now, for a warning at the start. Counts all
+/// numbers above the lowest free one as free, although a few may be in use.
 #[must_use]
 pub fn left_for_sessions() -> u64 {
     let lowest =

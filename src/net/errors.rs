@@ -1,8 +1,8 @@
-//! What the errors of socket calls mean, and what a person can do about them.
+//! What the errors of socket calls mean, and what the operator can do about them.
 
 use std::io;
 
-/// The error of a `bind`, with what to do about it.
+/// Returns the text of an error of `bind`, with what to do about it.
 #[must_use]
 pub fn explain(error: &io::Error) -> String {
     let cure = match error.kind() {
@@ -21,8 +21,8 @@ pub fn explain(error: &io::Error) -> String {
     format!("{error}: {cure}")
 }
 
-/// True for errors that mean "no descriptor" or "no memory". They are a local shortage that may pass, not
-/// the peer's fault.
+/// True for errors that mean "no descriptor", "no memory" or "no more epoll watches" (ENOSPC). Such a
+/// shortage is local and may pass; the peer is not at fault.
 #[must_use]
 pub fn exhausted(error: &io::Error) -> bool {
     use rustix::io::Errno;

@@ -71,8 +71,8 @@ pub struct HistogramTotal {
     pub sum_seconds: f64,
 }
 
-/// One `T` for each worker. A worker's is made when it is first used, so that 10,000 idle backends cost no
-/// memory for counters.
+/// One `T` for each worker. Each `T` is made when its worker first uses it, so that 10,000 idle backends
+/// cost no memory for counters.
 #[derive(Debug)]
 pub struct PerWorker<T> {
     slots: Box<[OnceLock<Box<T>>]>,
@@ -85,7 +85,7 @@ impl<T: Default> PerWorker<T> {
         Self { slots: (0..workers).map(|_| OnceLock::new()).collect() }
     }
 
-    /// The `T` of `worker`. Look it up once, before a loop.
+    /// Returns the `T` of `worker`. Call this once, before a loop.
     #[must_use]
     pub fn of(&self, worker: WorkerId) -> &T {
         self.slots[worker.0].get_or_init(Box::default)

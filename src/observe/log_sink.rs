@@ -28,7 +28,7 @@ pub struct LogSink {
     counts: Arc<Counts>,
 }
 
-/// Numbers of lines.
+/// How many lines are lost, and how many wait.
 #[derive(Debug, Default)]
 struct Counts {
     dropped: AtomicU64,
@@ -80,7 +80,8 @@ impl LogSink {
         self.dropped()
     }
 
-    /// The number of lines lost because the queue was full or the output failed.
+    /// Returns the number of lines lost because the queue was full, the output failed, or the time of
+    /// [`LogSink::end`] was over.
     #[must_use]
     pub fn dropped(&self) -> u64 {
         self.counts.dropped.load(Relaxed)

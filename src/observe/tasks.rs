@@ -26,7 +26,7 @@ pub enum Task {
     SlowStart,
     /// Logs when the health of one pool is ignored.
     WatchFailOpen,
-    /// Logs when one pool has no usable backend.
+    /// Logs when one pool has no usable backend, or only one.
     WatchUsable,
     /// The thread that notices tasks that block.
     Watchdog,
@@ -61,7 +61,7 @@ impl Task {
         Self::DrainBackends,
     ];
 
-    /// The metric's label and the log's field.
+    /// Returns the name, as the metric's label and the log's field have it.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -101,7 +101,7 @@ impl Restarts {
         self.0[task as usize].fetch_add(1, Relaxed);
     }
 
-    /// How often `task` was restarted. All tasks of its name count together.
+    /// Returns how often tasks named `task` were restarted, for all pools or workers together.
     #[must_use]
     pub fn of(&self, task: Task) -> u64 {
         self.0[task as usize].load(Relaxed)

@@ -30,7 +30,7 @@ impl Runtime {
         Ok(Self(Reactor::install(true)?))
     }
 
-    /// Runs `future` and the tasks of this thread until `future` ends. Tasks are not polled any more then.
+    /// Runs `future` and the tasks of this thread until `future` ends. Does not poll tasks after that.
     pub fn block_on<F: Future>(&mut self, future: F) -> F::Output {
         let reactor = self.0.0;
         let thread_waker = Arc::clone(&reactor.handles().thread_waker);
@@ -53,13 +53,14 @@ impl Runtime {
 
 impl Drop for Runtime {
     fn drop(&mut self) {
-        // While the reactor still works: the tasks' sockets and timers remove their entries from it.
+        // Drops the tasks while the reactor still works, because their sockets and timers remove their
+        // entries from it.
         self.0.0.tasks.clear();
     }
 }
 
-/// The waker of the future passed to [`Runtime::block_on`]. With a flag of its own that future is polled
-/// only when it was woken itself, not whenever a task was.
+/// The waker of the future passed to [`Runtime::block_on`]. Its flag lets the loop poll that future only
+/// when the future itself was woken, not whenever a task was woken.
 struct MainWaker {
     due: AtomicBool,
     thread_waker: Arc<ThreadWaker>,
@@ -177,8 +178,8 @@ mod tests {
         });
     }
 
-    /// The deadline of a timer is compared with the end of the last wait. That must not be an old time after
-    /// a long sleep without timers.
+    /// The deadline of a timer is compared with the time at which the last wait ended. After a long sleep
+    /// without timers, that time must be the end of the sleep.
     #[test]
     fn a_timer_after_a_long_sleep_is_not_late() {
         run(async {

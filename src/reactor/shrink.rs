@@ -1,7 +1,7 @@
 //! Gives back the memory of tables after a peak. Their entries are found by index, so they cannot be moved.
 //!
 //! Only free entries at a table's end can be removed. After that, the lowest free entry is used first, so
-//! that the end becomes free while its users leave.
+//! that the entries at the end become free in time.
 
 use super::with;
 
@@ -11,7 +11,7 @@ const KEPT_ENTRIES: usize = 1024;
 /// keeps a table that grows and shrinks a little from being reallocated each time.
 const ENTRIES_PER_USED_ONE: usize = 4;
 
-/// True if [`shrink_table`] would do anything.
+/// True if so many of a table's `entries` are `free` that [`shrink_table`] shrinks it.
 #[must_use]
 pub fn is_mostly_free(entries: usize, free: usize) -> bool {
     entries > KEPT_ENTRIES && entries / ENTRIES_PER_USED_ONE >= entries - free

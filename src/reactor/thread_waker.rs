@@ -56,7 +56,8 @@ impl ThreadWaker {
         self.wake_by_ref();
     }
 
-    /// A panic with the lock held cannot leave the vector half changed, so a poisoned lock is used on.
+    /// Locks the list. A panic with the lock held cannot leave the vector half changed, so a poisoned lock
+    /// is used like any other.
     fn tasks(&self) -> MutexGuard<'_, Vec<u32>> {
         self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -83,8 +84,7 @@ impl Wake for ThreadWaker {
     fn wake_by_ref(self: &Arc<Self>) {
         self.was_woken.store(true, SeqCst);
         if self.is_asleep.swap(false, SeqCst) {
-            // The write fails only if the counter is full. Then the eventfd is readable, and the thread
-            // wakes.
+            // The write cannot fail: the counter would have to be full, after 2^64 wake-ups.
             let _ = rustix::io::write(self.event.as_fd(), &1u64.to_ne_bytes());
         }
     }

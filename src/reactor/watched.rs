@@ -1,9 +1,10 @@
 //! A socket that this thread's reactor watches, and its readiness.
 //!
-//! epoll is edge-triggered: it reports each change once. So readiness is remembered until a system call
-//! returns EAGAIN. The caller then clears it ([`Watched::clear`]), and the next event sets it again. While
-//! readiness is known, no system call is needed to find it out. A caller that clears readiness too early,
-//! with bytes or room left, is never woken for them.
+//! epoll is used edge-triggered: it reports each change once. So readiness is remembered until a system
+//! call shows that it is over: by EAGAIN, or by a read or write of fewer bytes than asked for. The caller
+//! then clears it ([`Watched::clear`]), and the next event sets it again. While readiness is known, no
+//! system call is needed to find it out. A caller that clears readiness too early, with bytes or room left,
+//! is never woken for them.
 //!
 //! Each socket has an entry in a table, and epoll returns the entry's *token*: its index and its generation.
 //! Entries are reused. Closing a socket removes it from epoll unless another process has the same descriptor,
@@ -61,8 +62,8 @@ impl From<EventFlags> for Ready {
         [
             (EventFlags::IN | EventFlags::PRI | ended, Self::READ),
             (EventFlags::OUT | broken, Self::WRITE),
-            // Kept when the end comes with the same event: a read that stops short may have stopped before
-            // the urgent byte, with more behind it.
+            // Also set if the same event reports the end: a short read may have stopped before the urgent
+            // byte, with more bytes behind it.
             (EventFlags::PRI, Self::URGENT),
             (ended, Self::ENDED),
             (broken, Self::BROKEN),
@@ -129,7 +130,8 @@ impl Registrations {
         u64::from(self.entry(index).generation) << 32 | u64::from(index)
     }
 
-    /// Records readiness, and wakes the entry's task if it waits for it.
+    /// Records that the socket of `token` is ready for `flags`, and wakes its task if the task waits for
+    /// one of them.
     pub(super) fn on_event(&mut self, token: u64, flags: EventFlags) {
         // The entry may have been removed by `shrink`.
         let Some(entry) = self.entries.get_mut(token as u32 as usize) else { return };
@@ -210,7 +212,8 @@ impl<S> Watched<S> {
         self.with_registration(|entry| entry.ready).unwrap_or_default()
     }
 
-    /// Forgets the readiness `found`, after a system call returned EAGAIN. The next event sets it again.
+    /// Forgets the readiness `found`, after a system call has shown that it is over. The next event sets it
+    /// again.
     pub fn clear(&self, found: Ready) {
         self.with_registration(|entry| entry.ready = Ready(entry.ready.0 & !found.0));
     }
@@ -220,7 +223,8 @@ impl<S> Watched<S> {
         self.with_registration(|entry| entry.ready = entry.ready | these);
     }
 
-    /// `None` while the thread ends: no task will be woken any more.
+    /// Calls `f` with the socket's entry. Returns `None` while the thread ends, when no task is woken any
+    /// more.
     fn with_registration<T>(&self, f: impl FnOnce(&mut Registration) -> T) -> Option<T> {
         with(|reactor| f(reactor.registrations.borrow_mut().entry(self.index)))
     }

@@ -7,8 +7,8 @@
 //! The data plane never waits for this folder, and this folder knows the data plane only by `balance`'s
 //! plain types. Statera writes to a weights key only where an operator's command says so: [`weights`].
 //!
-//! Each folder uses only those below it: `follow`, `pick`, `fleet` and `weights` stand on `topology`
-//! (which server), that one on `wire` (one connection) and `schema` (keys and formats).
+//! The folders form layers: `follow`, `pick`, `fleet` and `weights` use `topology` (which server), and
+//! `topology` uses `wire` (one connection) and `schema` (keys and formats). `weights` also uses `fleet`.
 
 mod fleet;
 mod follow;

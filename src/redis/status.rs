@@ -37,7 +37,7 @@ impl WatchMode {
     }
 }
 
-/// Looks without a new round after which a watch hangs.
+/// A watching connection counts as hung after this many looks without a new round.
 const HANG_LOOKS: u32 = 5;
 
 /// The state of following Redis as a whole.
@@ -50,16 +50,17 @@ pub struct RedisStatus {
     lacks_some: AtomicBool,
     /// Messages that announced that a key may have changed.
     pub notifications: Counter,
-    /// Whole tables read.
+    /// Reads of whole tables that were begun, also those that fail later.
     pub resyncs: Counter,
-    /// Connections made after the first.
+    /// Watching connections for pools of which at least one had a connection before.
     pub reconnects: Counter,
-    /// The time from the arrival of a notification to the swap.
+    /// The time from the moment a pool is marked for reading, whatever the cause, to its new snapshot.
+    /// Observed only where the read changes the table.
     pub propagation: Histogram,
 }
 
 impl RedisStatus {
-    /// Adds a watching connection, which counts until the result is dropped.
+    /// Adds a watching connection. It counts until the returned value is dropped.
     pub(super) fn watch(self: &Arc<Self>) -> Watching {
         let mode = Arc::new(Mode::default());
         self.modes().push(Arc::clone(&mode));
@@ -71,7 +72,8 @@ impl RedisStatus {
         self.lacks_some.store(lacks_some, Relaxed);
     }
 
-    /// The watch mode. Of several connections, the mode of the one that notices changes worst.
+    /// Returns the watch mode. With several connections it is the weakest of their modes;
+    /// [`WatchMode::None`] if a pool has no server.
     #[must_use]
     pub fn mode(&self) -> WatchMode {
         if self.lacks_some.load(Relaxed) {
@@ -83,15 +85,16 @@ impl RedisStatus {
         worst_first.into_iter().find(is_in_use).unwrap_or(WatchMode::None)
     }
 
-    /// True where all watching connections are up.
+    /// Returns true if there is a watching connection, all of them are up, and each pool has a server.
     #[must_use]
     pub fn is_connected(&self) -> bool {
         self.mode() != WatchMode::None
     }
 
-    /// Ready when the task of a watching connection has begun no round for `limit`, which is a hang.
+    /// Waits until the task of a watching connection hangs: it has begun no round for `limit`.
     ///
-    /// Counts looks, so that a process that was stopped for a while does not seem to hang.
+    /// The time is measured by `HANG_LOOKS` looks, so a process that was stopped (SIGSTOP) does not count
+    /// as hung.
     pub async fn hangs(&self, limit: Duration) {
         let mut seen: Vec<(Arc<Mode>, u64, u32)> = Vec::new();
         loop {
@@ -117,7 +120,7 @@ impl RedisStatus {
     }
 }
 
-/// The mode of one connection, and when its task ran last.
+/// The watch mode of one connection, and how many rounds its task has begun.
 #[derive(Debug, Default)]
 pub(super) struct Mode {
     mode: AtomicU8,
@@ -139,12 +142,12 @@ pub(super) struct Watching {
 }
 
 impl Watching {
-    /// Sets the mode. [`WatchMode::None`] says that the connection is down.
+    /// Sets the watch mode. [`WatchMode::None`] means that the connection is down.
     pub(super) fn set(&self, mode: WatchMode) {
         self.mode.mode.store(mode as u8, Relaxed);
     }
 
-    /// A round of the task that watches begins: it has not hung.
+    /// Counts a round of the connection's task, which shows that the task does not hang.
     pub(super) fn begins_round(&self) {
         self.mode.rounds.fetch_add(1, Relaxed);
     }
@@ -153,7 +156,7 @@ impl Watching {
         self.mode.get() != WatchMode::None
     }
 
-    /// The mode, for a reader that outlives this borrow.
+    /// Returns a shared handle to the mode, for the handler of the connection's messages.
     pub(super) fn mode(&self) -> Arc<Mode> {
         Arc::clone(&self.mode)
     }
@@ -168,9 +171,9 @@ impl Drop for Watching {
 /// The state of one pool's table.
 #[derive(Debug, Default)]
 pub struct TableStatus {
-    /// Members that the last read left out.
+    /// Members that were left out when a table was last decoded. A failed read does not change it.
     pub rejected_members: AtomicU64,
-    /// Reads that failed or were refused.
+    /// Reads whose answer was refused, too large or not decodable. A lost connection does not count.
     pub failed_reads: Counter,
     /// Redis holds no weights, and the last table is kept (`redis.on_empty`).
     pub is_kept: AtomicBool,

@@ -42,8 +42,8 @@ pub struct IdleClock {
     entries: RefCell<Vec<Entry>>,
     /// The indices of entries without a session.
     free: RefCell<Vec<u32>>,
-    /// The indices of entries whose sessions have moved to lower ones. They are not used before the next
-    /// check of the memory, so that the end of the table can become free.
+    /// The indices of entries whose sessions have moved to lower entries. These entries are not used before
+    /// the next check of the memory, so that the end of the table can become free.
     vacated: RefCell<Vec<u32>>,
     entered: Notify,
     /// Sessions whose requested end was delayed since the last call of [`IdleClock::end_sessions`].
@@ -53,11 +53,11 @@ pub struct IdleClock {
 /// Why the clock woke a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Due {
-    /// It was silent for its limit, as far as the clock knows.
+    /// The session was silent for its limit, as far as the clock knows.
     Silent,
-    /// [`IdleClock::end_sessions`] has chosen it.
+    /// [`IdleClock::end_sessions`] has chosen the session.
     EndRequested,
-    /// Bytes were passed on some time ago: its peers' acknowledgements are to be checked.
+    /// The session has moved bytes, and the acknowledgements of its peers are to be checked.
     Check,
 }
 
@@ -124,8 +124,8 @@ impl IdleClock {
         free.append(&mut self.vacated.take());
         if is_mostly_free(entries.len(), free.len()) {
             shrink_table(&mut entries, &mut free);
-            // Sessions far behind in the table move to lower entries, so that its end becomes free. They do
-            // it themselves, when they are woken, because their handles hold the index.
+            // Sessions far behind in the table move to lower entries, so that its end becomes free. Each
+            // moves when it is woken, because its handle holds the index.
             let most = 2 * (entries.len() - free.len());
             for entry in entries.iter_mut().skip(most) {
                 if let Some(waker) = &entry.waker {
@@ -145,8 +145,8 @@ impl IdleClock {
         Tick::try_from(ticks).unwrap_or(NO_LIMIT).min(NO_LIMIT)
     }
 
-    /// A mask of low bits, whose period is the largest power of two ticks that is not longer than
-    /// `interval`.
+    /// Returns a mask of low bits. Its period is the largest power of two ticks that is not longer than
+    /// `interval`; at least 1 tick and at most 256.
     fn check_mask(&self, interval: Duration) -> u8 {
         let ticks = (interval.as_nanos() / self.tick.as_nanos()).max(1);
         u8::try_from((1u128 << ticks.ilog2()) - 1).unwrap_or(u8::MAX)
@@ -155,9 +155,9 @@ impl IdleClock {
     /// Requests the end of sessions of `backends` (sorted keys), of those first that were silent for
     /// longest.
     ///
-    /// Only sessions count that began at least `age` ago (to a tick); `settle_time` is theirs. `most` gets
-    /// the number of such sessions and returns how many of them to end. Returns the number of those that are
-    /// left.
+    /// Only sessions that began at least `age` ago (to a tick) can be chosen. `settle_time` is the settle
+    /// time of these sessions. `most` gets their number and returns how many of them to end. Returns how
+    /// many are left.
     pub fn end_sessions(
         &self,
         backends: &[u64],
@@ -239,8 +239,8 @@ impl IdleHandle<'_> {
         entry.state.set(State::UNCONFIRMED, true);
     }
 
-    /// Records that bytes moved on the wire `ago`. Returns false if that is not later than what the clock
-    /// knew.
+    /// Records that bytes moved on the wire `ago`. Returns false if the clock has recorded an activity that
+    /// is not earlier.
     pub(super) fn record_move(&mut self, ago: Duration) -> bool {
         let now = self.clock.now.get();
         let ticks = ago.as_nanos() / self.clock.tick.as_nanos();
@@ -288,11 +288,13 @@ impl IdleHandle<'_> {
         Poll::Pending
     }
 
-    /// Moves the session to the lowest free entry, if that is lower than its own.
+    /// Moves the session to the free entry that is next in the list, if its index is lower than the
+    /// session's.
     fn move_to_lower_index(&mut self) {
         let (mut entries, mut free) = (self.clock.entries.borrow_mut(), self.clock.free.borrow_mut());
         entries[self.index as usize].state.set(State::MOVE_REQUESTED, false);
-        // `shrink_table` has sorted the list: the lowest index is popped first.
+        // `shrink_table` has sorted the list. So the lowest index is popped first, unless a session has
+        // ended since.
         if let Some(lower) = free.pop_if(|lower| *lower < self.index) {
             entries.swap(lower as usize, self.index as usize);
             self.clock.vacated.borrow_mut().push(std::mem::replace(&mut self.index, lower));
@@ -305,13 +307,14 @@ impl IdleHandle<'_> {
         limit.is_none_or(|limit| silent < self.clock.ticks(limit))
     }
 
-    /// Records that the peers have all bytes. They are not checked again before other bytes have moved.
+    /// Records that the peers have all bytes. The peers are not checked again before further bytes have
+    /// moved.
     pub(super) fn confirm(&mut self) {
         self.entry().state.set(State::UNCONFIRMED, false);
     }
 
-    /// Delays the requested end of a session once, because bytes still move. Returns false if it was delayed
-    /// before. The end is requested again when the session is among the longest silent ones by then.
+    /// Delays the requested end of a session once, because bytes still move. Returns false if it was
+    /// delayed before. A later call of [`IdleClock::end_sessions`] may request the end again.
     pub(super) fn defer(&mut self) -> bool {
         let mut entry = self.entry();
         if entry.state.has_any(State::DEFERRED) {

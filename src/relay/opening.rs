@@ -35,9 +35,9 @@ pub enum Opening {
 impl Opening {
     /// Prepares a TCP socket that is about to connect.
     ///
-    /// A busy worker holds the handshake's last packet: its clients waited in the accept queue, so their
-    /// first bytes have arrived and can carry it. One packet less saves 3 % of a session's cost. A
-    /// worker that is not busy would only pay for the system call.
+    /// A busy worker holds the handshake's last packet: its clients have waited in the accept queue, so
+    /// their first bytes have probably arrived and can carry that packet. One packet less saves 3 % of a
+    /// session's cost. A worker that is not busy would only pay for the system call.
     #[must_use]
     pub fn before_connect(socket: &Socket) -> Self {
         if reactor::is_busy() { Self::hold_handshake(socket) } else { Self::Unused }

@@ -49,8 +49,9 @@ impl Pair<'_> {
         }
     }
 
-    /// Moves bytes to `target_side`, and shuts that stream down once its source has ended. `Some`: the
-    /// session is over. `broken` gets the errno of a socket that broke.
+    /// Moves bytes to `target_side`. Once the source has ended, shuts the target down, unless the other
+    /// direction is done already. Returns `Some` if the source broke, which ends the session. `broken` gets
+    /// the errno of the first socket that broke.
     fn poll_towards(
         &mut self,
         target_side: Side,
@@ -84,7 +85,8 @@ impl Pair<'_> {
                 // reads it.
                 direction.abandon();
             }
-            // Both sources have ended. Closing the sockets sends the FIN, too, and saves the system call.
+            // The other direction is done, too, so the session is over: closing the sockets ends this half,
+            // and saves the system call.
             Poll::Ready(Ok(())) if opposite.is_done() => {}
             Poll::Ready(Ok(())) => {
                 if let Err(error) = target.shutdown() {
@@ -98,8 +100,8 @@ impl Pair<'_> {
         None
     }
 
-    /// The side that broke when it was written to; the client if both did. What that side had sent before
-    /// was passed on.
+    /// Returns the side that broke when it was written to; the client if both did. Call it when both
+    /// directions are done: then all that the other direction could move was passed on.
     fn broken_target(&self) -> Option<Side> {
         if self.to_client.is_abandoned() {
             Some(Side::Client)
@@ -118,14 +120,15 @@ impl Pair<'_> {
         self.to_backend.holds_bytes() || self.to_client.holds_bytes()
     }
 
-    /// Lets the next move try to write refused bytes where that may work without an event. True if there are
-    /// such.
+    /// Makes the next move try again to write refused bytes, where that may work without an event (unix
+    /// sockets). Returns false if there are none.
     pub(super) fn retry_writes(&self) -> bool {
         (self.to_client.holds_bytes() && self.client.retry_write())
             | (self.to_backend.holds_bytes() && self.backend.retry_write())
     }
 
-    /// A side that was reset while it is not read, because its last bytes still wait for the other side.
+    /// Returns a side that was reset and is not read, because bytes that it sent still wait for the other
+    /// side.
     pub(super) fn broken_source(&self) -> Option<Side> {
         if self.to_backend.holds_bytes() && self.client.is_broken() {
             Some(Side::Client)
@@ -142,7 +145,7 @@ impl Pair<'_> {
         stream.error().as_ref().map_or(0, errno)
     }
 
-    /// The side whose end a half-closed session still waits for.
+    /// Returns the side that has not yet ended its half in a half-closed session.
     pub(super) fn awaited(&self) -> Side {
         if self.to_backend.is_done() { Side::Backend } else { Side::Client }
     }

@@ -15,10 +15,10 @@ use crate::net::descriptors::{User, is_reserved};
 /// cost 0.51, 0.43 and 0.36 CPU seconds per gigabyte. 1 MiB is the kernel's limit for unprivileged processes
 /// (`fs.pipe-max-size`).
 const CAPACITY_BYTES: usize = 1024 * 1024;
-/// A smaller pipe is no better than the worker's buffer. The kernel gives smaller ones to a user that has 64
-/// MiB of pipes already (`fs.pipe-user-pages-soft`).
+/// A smaller pipe is no better than the worker's buffer. A user that has 64 MiB of pipes already gets only
+/// smaller pipes from the kernel (`fs.pipe-user-pages-soft`).
 const MIN_CAPACITY_BYTES: usize = 64 * 1024;
-/// The most pipes of a worker. A worker with more bulk flows at once copies the others.
+/// The most pipes of a worker. While all of them are in use, other directions peek.
 const MAX_PIPES: usize = 32;
 
 /// The pipes of one worker.
@@ -35,13 +35,14 @@ pub(super) struct Pipe {
     pub(super) reader: OwnedFd,
     pub(super) writer: OwnedFd,
     pub(super) capacity_bytes: usize,
-    /// The bytes that are in the pipe.
+    /// The number of bytes in the pipe.
     pub(super) held_bytes: usize,
     open: Rc<Cell<usize>>,
 }
 
 impl Pipes {
-    /// An empty pipe. `None` if the limit is reached, or if no descriptor or no large pipe can be had.
+    /// Returns an empty pipe. `None` if the limit is reached, or if no descriptor or no large pipe can be
+    /// had.
     pub(super) fn take(&self) -> Option<Pipe> {
         if let Some(pipe) = self.idle.borrow_mut().pop() {
             return Some(pipe);
@@ -62,7 +63,7 @@ impl Pipes {
         Some(Pipe { reader, writer, capacity_bytes, held_bytes: 0, open: Rc::clone(&self.open) })
     }
 
-    /// Puts a pipe back into the pool. One that is not empty is closed.
+    /// Keeps an empty pipe for the next use. Closes a pipe that is not empty.
     pub(super) fn put_back(&self, pipe: Pipe) {
         if pipe.held_bytes == 0 {
             self.idle.borrow_mut().push(pipe);

@@ -45,7 +45,7 @@ const STALE_ANSWERS_MAX: usize = 8;
 #[derive(Debug)]
 pub(super) struct SockDiag {
     netlink: OwnedFd,
-    /// The number of the last query. Its answer repeats it.
+    /// The number of the last query. The kernel repeats it in the answer.
     sequence: Cell<u32>,
 }
 
@@ -67,8 +67,8 @@ impl SockDiag {
         }
     }
 
-    /// The state of a TCP connection. `None` if the kernel does not know it: the connection is gone, or
-    /// belongs to another network namespace.
+    /// Returns the state of a TCP connection. `None` if the query fails, or if the kernel does not know the
+    /// connection: it is gone, or belongs to another network namespace.
     pub(super) fn wire(&self, socket: &Socket) -> Option<Wire> {
         let local = socket.local_addr().ok()?.as_socket()?;
         let peer = socket.peer_addr().ok()?.as_socket()?;

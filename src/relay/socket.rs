@@ -1,10 +1,10 @@
 //! The system calls of a stream socket that this thread's reactor watches: read, peek, write, splice.
 //!
-//! A read that does not fill the buffer has emptied the socket, so the readiness to read is cleared without
-//! a last read that returns EAGAIN. That saves a system call each time. There is one exception: a read also
-//! ends before an urgent byte (MSG_OOB, as telnet, FTP and Oracle's break use it). Bytes behind it would
-//! wait for ever, because no event follows for them. So urgent bytes are watched for, too, and readiness is
-//! kept after them.
+//! A read from a TCP socket that does not fill the buffer has emptied the socket, so the readiness to read
+//! is cleared without a last read that returns EAGAIN. That saves a system call each time. Readiness is
+//! kept in two cases. A read also ends before an urgent byte (MSG_OOB, as telnet, FTP and Oracle's break
+//! use it), and no event follows for the bytes behind it; so urgent bytes are watched for, too. And no
+//! event follows after the one that reports the end.
 //!
 //! When to read, peek or splice is decided in `direction.rs`, and how a socket is closed in `stream.rs`.
 
@@ -70,8 +70,7 @@ impl StreamSocket {
 
     /// Waits for the end of a connect.
     ///
-    /// The event itself says whether the connect failed. Only then the error is read, which saves a system
-    /// call per session.
+    /// The error is read only if the event reports a failure, which saves a system call per session.
     ///
     /// # Errors
     /// Why the connect failed.
@@ -209,8 +208,8 @@ impl StreamSocket {
                     pipe.held_bytes = read;
                     return Poll::Ready(Ok(read));
                 }
-                // At an urgent byte, and after the end's event, no further event would follow. A read
-                // decides.
+                // At an urgent byte, and after the event of the end, no further event follows. 0 makes the
+                // caller read, which tells what there is.
                 Err(Errno::AGAIN) if may_end_short(ready) => return Poll::Ready(Ok(0)),
                 Err(Errno::AGAIN) => self.watched.clear(Ready::READ),
                 Err(Errno::INTR) => {}
@@ -258,8 +257,8 @@ fn may_end_short(ready: Ready) -> bool {
 
 fn watch(socket: Socket) -> io::Result<Watched<Socket>> {
     Watched::new(socket, EVENTS).map_err(|(socket, error)| {
-        // A reset, so that the peer does not take it for a complete session. The call fails if the
-        // connection is gone already, or on a unix socket.
+        // A reset, so that the peer does not take the connection for a complete session. On a unix socket
+        // the option has no effect.
         let _ = socket.set_linger(Some(Duration::ZERO));
         error
     })

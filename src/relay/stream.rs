@@ -20,7 +20,7 @@ use crate::reactor::sleep;
 
 /// The longest pause between two checks whether written bytes were acknowledged.
 const MAX_POLL_INTERVAL: Duration = Duration::from_millis(50);
-/// The time between two checks whether the peer of such a socket has vanished.
+/// The time between two checks whether the peer has vanished, while a stream waits for acknowledgements.
 const LOSS_CHECK_INTERVAL: Duration = Duration::from_millis(500);
 
 /// A connected or connecting socket.
@@ -55,7 +55,7 @@ impl Stream {
         self.opening
     }
 
-    /// Completes a held handshake if that is due. To be called when there was nothing to write.
+    /// Completes a held handshake if it was held long enough. Call it when there was nothing to write.
     pub(super) fn poll_opening(&mut self, cx: &mut Context<'_>) {
         self.opening.release_if_late(self.socket.socket(), cx);
     }
@@ -133,7 +133,8 @@ impl Stream {
         self.socket.poll_writable(cx)
     }
 
-    /// True if the connection was reset or broke, even if bytes are still to be read. Makes a system call.
+    /// True if a TCP connection was reset or broke, even if bytes are still to be read; always false for a
+    /// unix socket. Makes a system call.
     pub(super) fn is_broken(&self) -> bool {
         let mut watched = [PollFd::new(&self.socket, PollFlags::empty())];
         self.socket.is_tcp()
@@ -192,9 +193,10 @@ impl Stream {
         self.socket.shutdown()
     }
 
-    /// Waits until the peer's kernel has acknowledged what was written, for up to `limit`. A reset discards
-    /// bytes that are still under way, and with them the end of an answer that gives the reason. Ends early
-    /// when `is_lost`, which is called now and then, says that the peer has vanished.
+    /// Waits until the peer's kernel has acknowledged what was written (but for two small packets), for up
+    /// to `limit`. Without this wait, the reset of the connection would discard bytes that are still under
+    /// way, such as an error message at the end of an answer. Returns early when `is_lost`, which is called
+    /// now and then, says that the peer has vanished. Returns at once for a unix socket.
     ///
     /// # Cancel safety
     /// Dropping the future has no effect on what was written.
@@ -202,10 +204,10 @@ impl Stream {
         if !self.socket.is_tcp() {
             return;
         }
-        // How much is unacknowledged can be read only by an unsafe call (SIOCOUTQ). So the send buffer,
-        // which gets no more bytes, is made as small as possible. Then the socket is writable only when
-        // nothing is unsent and at most two small packets are unacknowledged. No event reports that, so it
-        // is polled.
+        // SIOCOUTQ would report the number of unacknowledged bytes, but no safe call for it exists, and
+        // `sock_diag.rs` may be unavailable. So the send buffer, which gets no more bytes, is made as small
+        // as possible. Then the socket is writable only when nothing is unsent and at most two small
+        // packets are unacknowledged. No event reports that, so the socket is polled.
         let watched = self.socket.socket();
         if watched.set_tcp_notsent_lowat(1).and(watched.set_send_buffer_size(0)).is_err() {
             return;

@@ -4,11 +4,11 @@
 //! The relay sees only reads from and writes to its sockets' buffers. Behind them, two things happen without
 //! an event. Megabytes may leave the send buffer for a slow reader: epoll reports a socket as writable only
 //! when about a third of the buffer is free. And bytes may wait for the acknowledgement of a machine that
-//! has lost its power: keepalive sends no probes while bytes are unacknowledged. TCP_USER_TIMEOUT would work
-//! then, but it also cuts a live peer whose window has been closed for that long (measured on 6.18: after
-//! 3.3 s of 3).
+//! has lost its power: keepalive sends no probes while bytes are unacknowledged. TCP_USER_TIMEOUT would
+//! work then, but it also cuts a live peer whose window has been closed for that long (measured on 6.18:
+//! with a timeout of 3 s, after 3.3 s).
 //!
-//! Pure: `sock_diag.rs` queries the kernel, `mod.rs` acts.
+//! This file makes no system calls: `sock_diag.rs` queries the kernel, `mod.rs` acts.
 
 use std::time::Duration;
 
@@ -58,7 +58,7 @@ impl Wire {
             // No probes are sent while bytes are in flight, so an acknowledgement is one of bytes.
             self.last_data_sent.min(self.last_ack)
         } else {
-            // What was sent last was a retransmission. The timeouts before it take a known time at least.
+            // The last packet sent was a retransmission. The timeouts before it take at least a known time.
             self.last_ack.max(self.last_data_sent + time_of_timeouts(timeouts))
         };
         sent.min(self.last_data_received)
@@ -76,7 +76,8 @@ impl Wire {
     }
 }
 
-/// The least time that `count` timeouts in a row take, each twice as long as the one before.
+/// Returns the shortest time that `count` timeouts in a row take. Each is twice as long as the one before,
+/// up to [`LONGEST_TIMEOUT`].
 fn time_of_timeouts(count: u8) -> Duration {
     let timeouts = (0..u32::from(count)).map(|doublings| {
         let factor = 1u32.checked_shl(doublings).unwrap_or(u32::MAX);

@@ -1,7 +1,7 @@
 //! The access log: one line per session, written when the session has ended.
 //!
-//! Each worker collects its lines in a buffer of its own and hands them to the log's thread a few times a
-//! second. So a line costs a session no system call and no lock.
+//! Each worker collects its lines in a buffer of its own and hands them to the log's thread after 50 ms, or
+//! when 60 KiB are full. So most lines cost a session no system call and no lock.
 
 use std::cell::{Cell, RefCell};
 use std::fmt::Write as _;
@@ -28,7 +28,7 @@ const CHUNK_BYTES: usize = 60 * 1024;
 /// copied each time.
 const BUFFER_BYTES: usize = 64 * 1024;
 
-/// The fields of a line. Their names and order are the contract's.
+/// The fields of a line. Programs rely on their names and order (docs/reference/access-log.md).
 #[derive(Debug)]
 pub struct AccessLine<'a> {
     /// When the connection was accepted: UTC, RFC 3339 with milliseconds.
@@ -47,9 +47,9 @@ pub struct AccessLine<'a> {
     pub weight: Option<f64>,
     /// The number of backends tried before the last one.
     pub retries: u32,
-    /// The time until a backend was picked, with waits in the queue and for Redis. In whole microseconds.
+    /// The time that all picks took, with waits in the queue and for Redis. In whole microseconds.
     pub queue_ms: f64,
-    /// The time from the first attempt to connect until one succeeded or the last one failed. In whole
+    /// The time from the accept to the end of the last attempt to connect, less the queue time. In whole
     /// microseconds.
     pub connect_ms: f64,
     /// The time from accept to close.
@@ -130,7 +130,7 @@ impl AccessLog {
         }
     }
 
-    /// Hands over the buffered lines a few times a second. Never ends.
+    /// Hands over the buffered lines 50 ms after the first of them. Never ends.
     pub async fn run(&self) {
         loop {
             self.waiting.notified().await;

@@ -38,11 +38,11 @@ pub(super) enum ConnectError {
     Failed(io::Error),
     #[error("the kernel connected the socket to itself: nothing listens on that port of this machine")]
     ToItself,
-    /// A shortage of ours, but only towards this address: each destination has local ports of its own, and
-    /// IPv4 may have a local address where IPv6 has none.
+    /// This machine lacks something, but only for connections to this address: each destination has local
+    /// ports of its own, and IPv4 may have a local address where IPv6 has none.
     #[error("no local port or address for a connection there: {0}")]
     NoLocalPort(io::Error),
-    /// A shortage of ours that affects every backend.
+    /// This machine lacks something that a connection to any backend needs.
     #[error("no descriptor or memory left: {0}")]
     Exhausted(io::Error),
 }
@@ -104,10 +104,11 @@ async fn connect_to_name(
     Err(error)
 }
 
-/// Connects to one address, within `limit` from `now`. `now` becomes the time at which the attempt ended.
+/// Connects to one address, within `limit` from `now`. After a failed attempt, `now` is the time at which
+/// it ended.
 ///
-/// A failure that is the address's fault is reported. If no descriptor is left, the session waits for one
-/// until `deadline`, because another backend would need one, too.
+/// Reports a failure that is the fault of the address. If no descriptor is left, waits for one until
+/// `deadline`, because another backend would need one, too.
 async fn connect_once(
     report: &mut Report,
     destination: Destination<'_>,
@@ -140,8 +141,8 @@ async fn connect_once(
             Err(Elapsed) => ConnectError::TimedOut,
         };
         let ended = Instant::now();
-        // Two failures are no fault of the address: it had less time than `limit`, or no local port was
-        // left.
+        // Two failures are not the fault of the address: a timeout after less than `limit`, and a lack of
+        // local ports.
         let is_fault = match error {
             ConnectError::NoLocalPort(_) => false,
             ConnectError::TimedOut => ended - *now >= limit,
@@ -179,7 +180,8 @@ async fn open_tcp(address: &SocketAddr, congestion: Option<&Congestion>) -> Resu
         .map_err(classify)?;
     check_not_reserved(&socket)?;
     if let Some(congestion) = congestion {
-        // The kernel had it at the start. If it was removed since, the session only loses speed.
+        // The kernel had this congestion control at the start. If it was removed since, the session only
+        // loses speed.
         let _ = socket
             .set_tcp_congestion(congestion.name().as_bytes())
             .inspect_err(|error| debug!(%error, name = congestion.name(), "tcp_congestion cannot be set"));
@@ -190,8 +192,8 @@ async fn open_tcp(address: &SocketAddr, congestion: Option<&Congestion>) -> Resu
     {
         return Err(classify(error));
     }
-    // From here on, dropping the stream resets the connection. It may be established when the client is
-    // reset.
+    // From here on, dropping the stream resets the connection, which may be established by the time the
+    // client is reset.
     let mut stream = Stream::opened(StreamSocket::tcp(socket).map_err(classify)?, opening);
     if let Err(error) = stream.connected().await {
         stream.finish();
@@ -205,8 +207,8 @@ async fn open_tcp(address: &SocketAddr, congestion: Option<&Congestion>) -> Resu
     Ok(stream)
 }
 
-/// Fails if `socket` has one of the last descriptors, which are reserved for the control plane, with the
-/// error that the kernel would return without any.
+/// Fails like the kernel without a free descriptor (EMFILE), if the descriptor of `socket` is reserved for
+/// the control plane.
 fn check_not_reserved(socket: &Socket) -> Result<(), ConnectError> {
     if is_reserved(socket, User::Sessions) {
         return Err(ConnectError::Exhausted(Errno::MFILE.into()));
@@ -214,8 +216,8 @@ fn check_not_reserved(socket: &Socket) -> Result<(), ConnectError> {
     Ok(())
 }
 
-/// Opens a connection to the unix socket at `path`. If its queue is full, connect fails at once, where TCP
-/// would repeat its handshake. So it is repeated here.
+/// Opens a connection to the unix socket at `path`. While the socket's queue is full, connect fails at
+/// once, where TCP would repeat its handshake. So this function repeats the connect.
 async fn open_unix(path: &Path) -> Result<Stream, ConnectError> {
     let address = SockAddr::unix(path).map_err(classify)?;
     let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None).map_err(classify)?;

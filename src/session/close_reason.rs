@@ -13,7 +13,7 @@ pub enum CloseReason {
     ConnectFailed,
     /// The last backend tried did not answer in time, or the deadline for all attempts passed.
     ConnectTimeout,
-    /// No local port or descriptor was left.
+    /// No local port, descriptor or memory was left.
     Exhausted,
     /// All backends and the queue were full.
     QueueFull,
@@ -21,7 +21,7 @@ pub enum CloseReason {
     QueueTimeout,
     /// The client left while it waited in the queue.
     QueueLeft,
-    /// The process ended.
+    /// The session was closed by force, because the process ended.
     Shutdown,
     /// The client reset its connection before a backend was connected.
     ConnectLeft,
@@ -57,9 +57,9 @@ impl CloseReason {
         self.describe().1
     }
 
-    /// HAProxy's two letters. The first says which side ended it (C client, S server, P proxy, R resources,
-    /// K killed, I internal error; lower case for a timeout), the second at which stage (Q queue, C connect,
-    /// D relay).
+    /// HAProxy's two letters: `--` for a normal end. Otherwise the first says why or by which side the
+    /// session was ended (C client, S server, P proxy, R resources, K killed, I internal error; lower case
+    /// for a timeout), the second at which stage (Q queue, C connect, D relay).
     #[must_use]
     pub fn term(self) -> &'static str {
         self.describe().2

@@ -1,9 +1,9 @@
 //! Closes the sessions of backends that have been draining for `drain.timeout`.
 //!
-//! Each worker closes its own sessions, those first that were silent for longest. It spreads them over a
-//! tenth of the timeout, and over a second at least, because their clients will come back at once. A session
-//! that began when its backend was already draining (Redis picked it, without a fresh snapshot) gets the
-//! same time from its own begin.
+//! Each worker closes its own sessions, beginning with those that were silent for longest. It spreads the
+//! closes over a tenth of the timeout, and over a second at least, because the clients will connect again
+//! at once. A session that began when its backend was already draining (Redis picked the backend, without a
+//! fresh snapshot) gets the same time from its own beginning.
 //!
 //! Which backends are draining is in `balance/pool/draining.rs`; how a session is ended, in `relay/idle.rs`.
 
@@ -18,19 +18,19 @@ use crate::balance::backend::{Backend, BackendKey};
 use crate::balance::pool::Pool;
 use crate::reactor::timeout_at;
 
-/// The mean pause between two steps. A pause takes between half of it and half as much again.
+/// The mean pause between two steps. A pause lasts from half of this to one and a half times this.
 const STEP: Duration = Duration::from_millis(20);
 /// The most sessions that a step closes on one worker: 5,000 a second, whatever the timeout. A close takes
 /// some 10 µs.
 const MAX_PER_STEP: usize = 100;
 /// The shortest time over which sessions are spread.
 const MIN_SPREAD: Duration = Duration::from_secs(1);
-/// The pause after a step that found no more sessions. Others may be about to begin, or be left on other
-/// workers.
+/// The pause after a step that found no more sessions. Other sessions may be about to begin, or other
+/// workers may still have some.
 const RECHECK_INTERVAL: Duration = Duration::from_millis(250);
 
-/// Closes the sessions of draining backends of `pool` on this worker. `settle_time` is that of its sessions.
-/// Returns at once if `drain.timeout` is zero, else when the pool is gone.
+/// Closes the sessions of draining backends of `pool` on this worker. `settle_time` is that of its
+/// sessions. Returns at once if `drain.timeout` is zero, else never.
 pub async fn close_sessions(worker: Rc<Worker>, pool: Arc<Pool>, settle_time: Duration) {
     let timeout = pool.cell.policy().drain_timeout;
     if timeout.is_zero() {
@@ -38,7 +38,8 @@ pub async fn close_sessions(worker: Rc<Worker>, pool: Arc<Pool>, settle_time: Du
     }
     let spread = (timeout / 10).max(MIN_SPREAD);
     let mut draining = pool.cell.draining_backends().watch();
-    // The sessions that a step closes. It never falls while backends are due, so that the spread is kept.
+    // The number of sessions that a step closes. It never falls while backends are due, so that the spread
+    // is kept.
     let mut step_limit = 0;
     let mut next_step: Option<Instant> = None;
     loop {
@@ -69,7 +70,7 @@ pub async fn close_sessions(worker: Rc<Worker>, pool: Arc<Pool>, settle_time: Du
             Some(next) => timeout_at(next, changed).await.is_ok_and(|changed| changed.is_err()),
             None => changed.await.is_err(),
         };
-        // The pool lives as long as its workers, so this is not reached in practice.
+        // Not reached in practice, because this future holds the pool.
         if pool_is_gone {
             return;
         }
@@ -98,7 +99,8 @@ fn due(draining: &[(BackendKey, Weak<Backend>)], timeout: Duration, now: Instant
     due
 }
 
-/// The number of sessions that a step closes, so that `found` sessions are closed within `spread`.
+/// Returns the number of sessions that a step closes, so that `found` sessions are closed within `spread`;
+/// at most [`MAX_PER_STEP`].
 fn step_size(found: usize, spread: Duration) -> usize {
     let steps = usize::try_from(spread.as_millis() / STEP.as_millis()).unwrap_or(usize::MAX);
     found.div_ceil(steps).min(MAX_PER_STEP)

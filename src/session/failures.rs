@@ -6,7 +6,8 @@ use crate::balance::backend::Cause;
 /// The most attempts that the log line names. `retries` counts all of them.
 const MAX_NAMED: usize = 8;
 
-/// The failed attempts of one session. Allocated with the first one; other sessions pay for a pointer.
+/// The failed attempts of one session. The first failed attempt allocates memory; a session without any has
+/// only an empty pointer.
 #[derive(Debug, Default)]
 pub(super) struct Failures(Option<Box<Attempts>>);
 
@@ -32,7 +33,8 @@ impl Failures {
         }
     }
 
-    /// All failed attempts: for a session that has reached a backend, or that has none at all.
+    /// Returns the failed attempts, at most [`MAX_NAMED`]: for a session that has reached a backend, or
+    /// that has none at all. Call it once: each call adds the last attempt to the list.
     pub(super) fn all(&mut self) -> &[(BackendId, Cause)] {
         let Some(attempts) = &mut self.0 else { return &[] };
         // If there are too many, the last one is named rather than the one before.
@@ -41,7 +43,8 @@ impl Failures {
         &attempts.earlier
     }
 
-    /// The failed attempts before the last one: for a session whose backend is the one that failed last.
+    /// Returns the failed attempts before the last one, at most [`MAX_NAMED`]: for a session whose backend
+    /// is the one that failed last.
     pub(super) fn earlier(&self) -> &[(BackendId, Cause)] {
         self.0.as_ref().map_or(&[], |attempts| &attempts.earlier)
     }

@@ -1,8 +1,8 @@
 //! Waits for a slot at a backend while all backends of the pool are full.
 //!
-//! The queue itself, with the order of its waiters, is in `balance/queue`. Here is what a session does
-//! while it waits: it ends after `queue.timeout`, and when its client leaves, so that it does not take a
-//! slot from another waiter.
+//! The queue itself, with the order of its waiters, is in `balance/queue`. This file has what a session
+//! does while it waits: it gives up after `queue.timeout`, and when its client leaves, so that it does not
+//! take a slot from another waiter.
 
 use std::future::poll_fn;
 use std::task::Poll;
@@ -27,7 +27,7 @@ use crate::relay::Stream;
 /// The queue is full, the timeout is over, the client has left, or no backend is left.
 ///
 /// # Cancel safety
-/// Dropping the future leaves the queue.
+/// Dropping the future takes the session out of the queue.
 pub(super) async fn wait(
     report: &Report,
     client: &Stream,
@@ -54,7 +54,8 @@ pub(super) async fn wait(
                 return Ok(pick);
             }
             Err(NoPick::NoBackend) => return Err(no_backend),
-            // The queue may wake the waiter again at once, each time before the timeout is noticed.
+            // Checked here, too, because the queue may wake the waiter again and again before the timeout
+            // is polled.
             Err(NoPick::Full) if now >= until => return Err(CloseReason::QueueTimeout),
             Err(NoPick::Full) => waiter.found_none(!tried.is_empty()),
         }

@@ -27,7 +27,7 @@ use crate::session::access_log::{AccessLine, millis};
 #[repr(align(128))]
 pub struct SessionCounters {
     opened: Counter,
-    /// Sessions of which a half was closed. One that ends without is counted at its end.
+    /// Sessions of which a half was closed. A session that ends without a half-close is counted at its end.
     half_closed: Counter,
     closed: [Counter; CloseReason::ALL.len()],
     panicked: Counter,
@@ -70,8 +70,8 @@ impl From<Micros> for Duration {
     }
 }
 
-/// A client's address in three quarters of the space, without an IPv6 flow label. The rest pays for
-/// [`Failures`].
+/// A client's address without an IPv6 flow label, in 24 bytes instead of 32. The 8 bytes that it saves are
+/// used for [`Failures`].
 #[derive(Clone, Copy, Debug)]
 struct Client {
     address: IpAddr,
@@ -185,7 +185,7 @@ impl Report {
         (self.backend, self.address, self.trial) = (None, None, None);
     }
 
-    /// Records how many backends failed. None has been reached.
+    /// Records how many backends failed, and that none has been reached yet.
     pub(super) fn set_retries(&mut self, retries: u32) {
         self.progress = Progress(u8::try_from(retries).unwrap_or(u8::MAX) & !Progress::CONNECTED);
     }
@@ -218,7 +218,7 @@ impl Report {
         self.connect_time = since_accept.saturating_sub(self.queue_time.into()).into();
     }
 
-    /// Records that the backend picked last was reached.
+    /// Records that the backend picked last was reached, in an attempt that took `attempt`.
     pub(super) fn connected(&mut self, attempt: Duration) {
         if let Some(backend) = &self.backend {
             let counters = backend.counters.of(self.context.worker.id);
@@ -269,8 +269,8 @@ impl Report {
         &self.context
     }
 
-    /// What the relay needs: limits, the worker's part, and the counters. They stay in the report, so a
-    /// session that is cut is counted, too.
+    /// Returns what the relay needs: limits, the worker's part, the backend's key, and the counters. The
+    /// counters stay in the report, so a session that is cut is counted, too.
     pub(super) fn relay_parts(&mut self) -> (&Limits, &Shared, u64, Meter<'_>) {
         let Context { worker, settings, .. } = &*self.context;
         let backend = self.backend.as_ref().expect("only a session that reached a backend is relayed");
@@ -279,7 +279,7 @@ impl Report {
         (&settings.limits, &worker.relay, key, Meter { backend, half_closed, session: &mut self.tally })
     }
 
-    /// What broke the connection, if a side of the relay was reset.
+    /// Returns what broke the connection, if a side of the relay was reset.
     fn relay_error(&self) -> Option<Cause> {
         let is_reset = matches!(self.reason, CloseReason::Relayed(Ended::Reset(_)));
         Cause::of_errno(self.tally.errno).filter(|_| is_reset)
@@ -297,7 +297,7 @@ impl Report {
         self.reason = reason;
     }
 
-    /// Why the session is dropped before it has ended.
+    /// Returns why the session is dropped before it has ended. Counts and logs a panic of its task.
     #[cold]
     fn why_dropped(&self) -> CloseReason {
         match reactor::panicked() {
@@ -408,7 +408,8 @@ impl Drop for Report {
     }
 }
 
-/// Counts the session as ended, also where its report panics: else its worker would wait for it for ever.
+/// Counts the session as ended when it is dropped, even if the report panics. Otherwise the worker would
+/// wait for the session for ever.
 struct Ends<'a>(&'a Worker);
 
 impl Drop for Ends<'_> {

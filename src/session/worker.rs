@@ -70,7 +70,7 @@ impl Starvation {
 
     /// True for [`STARVED_TIME`] after a session lacked a descriptor.
     fn is_on(&self) -> bool {
-        // Without a lack in the process's life, the clock is not read.
+        // The clock is not read before the first lack of descriptors.
         let until = self.until.load(Relaxed);
         until > 0 && self.epoch.elapsed() < Duration::from_millis(until)
     }
@@ -159,8 +159,8 @@ impl Worker {
         }
     }
 
-    /// Counts a session that begins. True in a flood of clients that are reset at once: this one probably
-    /// is, too.
+    /// Counts a session that begins. Returns true in a flood of clients that are reset at once: the client
+    /// of this session probably is, too.
     pub(super) fn expects_reset(&self) -> bool {
         self.resets.begin_session()
     }

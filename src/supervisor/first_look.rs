@@ -1,4 +1,4 @@
-//! Waits, not for long, for what new pools need before sessions should begin: Redis's first answer, and the
+//! Waits, at most a second, for what new pools need before sessions begin: Redis's first answer, and the
 //! addresses of names.
 
 use std::time::Duration;
@@ -12,7 +12,7 @@ use crate::names::resolve::{self, Names};
 
 /// How long accepting waits. Clients that connect meanwhile wait in the kernel's queue.
 const FIRST_LOOK: Duration = Duration::from_secs(1);
-/// Unresolved names in one line.
+/// How many unresolved names the log line lists.
 const MOST_NAMED: usize = 10;
 
 /// Looks the names up, and waits for `redis_read`, which is `None` where no Redis is configured.
@@ -25,14 +25,14 @@ pub(super) async fn wait(
     let first_look = async {
         let redis = async {
             if let Some(redis_read) = redis_read {
-                // An error says that the sender was dropped, which is how it tells.
+                // Always an error: nothing is sent, and the sender is dropped after the first read.
                 let _ = redis_read.await;
                 is_read = true;
             }
         };
         // The configured names are looked up at once, so that a Redis that hangs does not use up their time.
         tokio::join!(redis, resolve::settle(names));
-        // Those that came with Redis's answer.
+        // Then the names that came with Redis's answer.
         resolve::settle(names).await;
     };
     if timeout(FIRST_LOOK, first_look).await.is_err() {

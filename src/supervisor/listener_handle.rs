@@ -18,13 +18,13 @@ use crate::session::{Listener, Settings};
 /// One entry of `listeners` that runs.
 #[derive(Debug)]
 pub(super) struct ListenerHandle {
-    /// Names it in commands to the workers.
+    /// Identifies the listener in commands to the workers.
     pub(super) id: ListenerId,
-    /// Its name and its counters.
+    /// The name and the counters of the listener.
     pub(super) listener: Arc<Listener>,
-    /// The addresses that it really has: a port 0 is replaced.
+    /// The bound addresses: a port 0 is replaced by the port that the kernel chose.
     pub(super) addresses: Vec<SocketAddr>,
-    /// Duplicates of the parts of all workers, in their order.
+    /// A duplicate of each worker's part, in the order of the workers. Empty once the listener is closed.
     parts: Vec<BoundListener>,
 }
 
@@ -60,7 +60,7 @@ impl ListenerHandle {
         Ok((Self { id, listener, addresses, parts }, of_workers))
     }
 
-    /// The part of a worker, for its replacement. `None`: the listener is closed.
+    /// Duplicates the part of `worker` for its replacement. Returns `None` if the listener is closed.
     ///
     /// # Errors
     /// The system gives no descriptor.
@@ -68,7 +68,7 @@ impl ListenerHandle {
         self.parts.get(worker.0).map(BoundListener::duplicate)
     }
 
-    /// Lets the sockets close when the workers close them.
+    /// Drops the duplicates, so that a socket is closed as soon as its worker closes it.
     pub(super) fn release(&mut self) {
         self.parts.clear();
     }

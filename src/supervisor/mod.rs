@@ -1,13 +1,12 @@
 //! The supervisor: owns what runs, by name, and leads the proxy from its start to its end.
 //!
 //! It compares what runs with what is to run (`reconcile.rs`), prepares the change and applies it
-//! (`plan.rs`). A start and a shutdown are such changes. This folder is the only one that knows all others;
-//! ARCHITECTURE.md lists what they share.
+//! (`plan.rs`). A start and a shutdown are such changes. This folder may use all others except `cli`.
 //!
 //! - `life.rs`: start, serve, drain, end, on one screen. `phases.rs`: the waits between them.
 //! - `pool_handle.rs`, `listener_handle.rs`: what runs. `workers.rs`: the threads of the data plane.
-//! - `tasks.rs`: spawns the control plane's tasks, and runs one that ends again. `services.rs`: those that
-//!   belong to no pool.
+//! - `tasks.rs`: spawns the control plane's tasks and restarts a task that ends. `services.rs`: the tasks
+//!   that belong to no pool.
 //! - `first_look.rs`: what a new pool waits for before sessions begin.
 
 mod first_look;
@@ -40,7 +39,7 @@ use crate::metrics::Observed;
 use crate::observe::counters::PerWorker;
 use crate::observe::log_sink::LogSink;
 
-/// The proxy cannot start.
+/// Why the proxy cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// A listener's address is taken, forbidden or not ours.
@@ -72,17 +71,17 @@ pub struct Summary {
 }
 
 impl Summary {
-    /// A worker ended, after it cut so many sessions; `None`: it died.
+    /// Counts the end of a worker that cut `cut` sessions. `None` if the worker died.
     fn worker_ended(&mut self, cut: Option<u64>) {
         self.failed |= cut.is_none();
         self.cut += cut.unwrap_or(0);
     }
 }
 
-/// A proxy that runs. Dropped, it is stopped at once.
+/// A proxy that runs. Dropping it stops the proxy at once and waits for its end.
 #[derive(Debug)]
 pub struct Running {
-    /// Each listener's name and the addresses that it really has (a port 0 is replaced).
+    /// Each listener's name and bound addresses. A port 0 is replaced by the port that the kernel chose.
     pub addresses: Vec<(Arc<str>, Vec<SocketAddr>)>,
     /// The admin server's address.
     pub admin: Option<SocketAddr>,
@@ -145,7 +144,7 @@ fn run(config: Arc<Config>, observed: Observed, started: &TellStarted, stops: &S
         }
     };
     let summary = runtime.block_on(life);
-    // A resolver that hangs in the system's library must not hold back the end.
+    // Returns at once. Work that blocks runs on threads that are not the runtime's (`control/blocking.rs`).
     runtime.shutdown_background();
     summary
 }

@@ -1,7 +1,6 @@
-//! The phases that lead from serving to the end, each a wait: for the stop, for the delay, for the last
-//! session.
+//! The waits between serving and the end: for the request to stop, for the delay, for the last session.
 //!
-//! `mod.rs` puts them in order and says between them what changes.
+//! `life.rs` puts the waits in order and changes what runs between them.
 
 use std::time::Duration;
 
@@ -21,25 +20,25 @@ pub(super) enum Stop {
     Now,
 }
 
-/// Hears how to stop.
+/// The receiver of requests to stop.
 #[derive(Clone, Debug)]
 pub(super) struct Stops(watch::Receiver<Stop>);
 
-/// How to stop, from those that run the proxy, and how they are heard.
+/// Makes the channel by which [`super::Running`] tells the control thread how to stop.
 pub(super) fn stops() -> (watch::Sender<Stop>, Stops) {
     let (stop, stops) = watch::channel(Stop::NotYet);
     (stop, Stops(stops))
 }
 
 impl Stops {
-    /// Waits until the proxy is told to stop at least like this. Cancel safe.
+    /// Waits until the proxy is told to stop in the way of `least` or a faster way. Cancel safe.
     pub(super) async fn told(&self, least: Stop) {
-        // Without a sender nothing can be told any more, and nothing is waited for.
+        // If the sender is gone, no request can come, so the wait ends.
         let _ = self.0.clone().wait_for(|stop| *stop >= least).await;
     }
 }
 
-/// Not ready, but still accepting, for `delay`.
+/// Waits for `delay`, while the proxy is not ready but still accepts. [`Stop::Now`] ends the wait.
 pub(super) async fn leave(delay: Duration, stops: &Stops) {
     if delay.is_zero() {
         return;
@@ -51,7 +50,7 @@ pub(super) async fn leave(delay: Duration, stops: &Stops) {
     }
 }
 
-/// Waits until the last session has ended and the workers with it, for `timeout`. Then sessions are cut.
+/// Waits until all sessions and workers have ended. After `timeout` or [`Stop::Now`] the sessions are cut.
 pub(super) async fn finish_sessions(
     timeout: Duration,
     stops: &Stops,

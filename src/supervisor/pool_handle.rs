@@ -1,6 +1,6 @@
-//! A pool that runs: the pool itself, what is counted of it, and its tasks, which end with the handle.
+//! A pool that runs: the pool itself, its counters and statuses, and its tasks, which end with the handle.
 //!
-//! Sessions hold the pool, too, and may outlive the handle.
+//! Sessions refer to the pool, too, and may outlive the handle.
 
 use std::sync::Arc;
 
@@ -24,16 +24,16 @@ use crate::state::keeper::StateDir;
 #[derive(Debug)]
 pub(super) struct PoolHandle {
     pub(super) settings: config::Pool,
-    /// The pool, the status of its table and that of its file.
+    /// The pool, the status of its table in Redis and the status of its saved table.
     pub(super) observed: ObservedPool,
-    /// Names it in requests for Lua picks.
+    /// Identifies the pool in requests for Lua picks.
     id: PoolId,
     tasks: Tasks,
 }
 
 impl PoolHandle {
-    /// A pool with its configured backends, and without tasks. `picker` asks Redis to pick, where that is
-    /// wanted.
+    /// Makes a pool with its configured backends and without tasks. `picker` asks Redis to pick; `None` if
+    /// Lua picks are off.
     pub(super) fn new(
         settings: &config::Pool,
         config: &Config,
@@ -60,7 +60,7 @@ impl PoolHandle {
         &self.observed.pool
     }
 
-    /// What Redis is followed for.
+    /// Returns what a task that follows Redis needs to know of the pool.
     pub(super) fn followed(&self) -> Followed {
         Followed {
             id: self.id,
@@ -71,7 +71,7 @@ impl PoolHandle {
         }
     }
 
-    /// What is saved of it, if anything is.
+    /// Returns what is saved of the pool; `None` if its tables are not saved.
     pub(super) fn kept(&self) -> Option<SavedPool> {
         self.observed.saves.as_ref().map(|status| SavedPool {
             pool: Arc::clone(self.name()),
@@ -81,7 +81,7 @@ impl PoolHandle {
         })
     }
 
-    /// Saves each new table from now on.
+    /// Starts the task that saves each new table. Does nothing if tables are not saved.
     pub(super) fn save_tables(&mut self, state_dir: &Arc<StateDir>) {
         let Some(kept) = self.kept() else { return };
         let (state_dir, mut is_first) = (Arc::clone(state_dir), true);
@@ -92,7 +92,8 @@ impl PoolHandle {
         });
     }
 
-    /// Keeps the addresses of its names up to date, beginning with what is known to `names`.
+    /// Starts the task that keeps the addresses of the pool's names up to date. `names` has the results so
+    /// far.
     pub(super) fn resolve(&mut self, names: Names) {
         let (pool, mut names) = (Arc::clone(self.pool()), Some(names));
         self.tasks.spawn(Task::ResolveNames, move || {
@@ -100,8 +101,8 @@ impl PoolHandle {
         });
     }
 
-    /// Watches the health of its backends, and says what comes of it. `checks` runs health checks, where the
-    /// pool has some.
+    /// Starts the tasks that keep the health of the backends up to date and log its effects. `checks` runs
+    /// the pool's health checks, if it has any.
     pub(super) fn watch_health(&mut self, checks: &CheckRunner) {
         self.spawn(Task::WatchFailOpen, fail_open::watch);
         self.spawn(Task::WatchUsable, usable::watch);

@@ -1,7 +1,7 @@
 //! Compares what runs with what is to run, by name.
 //!
-//! Pure: it opens and ends nothing. A start is the difference to nothing that runs, a shutdown the
-//! difference to nothing that is wanted. Next: `plan.rs` prepares and applies what is found here.
+//! Pure: it opens and ends nothing. At a start nothing runs; at a shutdown nothing is desired. Next:
+//! `plan.rs` prepares and applies the difference that is found here.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -22,7 +22,7 @@ impl<'a> Desired<'a> {
         Self { pools: &config.pools, listeners: &config.listeners }
     }
 
-    /// The same pools, without an entry to them: their sessions may finish.
+    /// Returns the same pools without listeners: no sessions begin, and open sessions may finish.
     pub(super) fn without_listeners(self) -> Self {
         Self { listeners: &[], ..self }
     }
@@ -50,7 +50,7 @@ pub(super) struct Difference<'a> {
     pub(super) gone: Names,
 }
 
-/// Finds what is to be added and what is to be removed. What runs and is desired is left alone.
+/// Finds what is to be added and what is to be removed. What runs and is desired is in neither list.
 pub(super) fn difference<'a>(running: &Names, desired: Desired<'a>) -> Difference<'a> {
     let (pools, listeners) = (set(&running.pools), set(&running.listeners));
     let wanted_pools: HashSet<&str> = desired.pools.iter().map(|pool| &*pool.name).collect();

@@ -1,5 +1,5 @@
-//! Starts the tasks of the control plane that belong to no pool: the admin server, and those that have
-//! connections to Redis, which all pools share.
+//! Starts the tasks of the control plane that belong to no pool: the admin server, and the tasks with
+//! connections to Redis. All pools share these connections.
 
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ use crate::observe::tasks::Task;
 use crate::redis::status::RedisStatus;
 use crate::redis::{self, Followed, Shards};
 
-/// Answers on the admin server's socket.
+/// Starts the task that answers on the admin server's socket.
 pub(super) fn serve_admin(tasks: &mut Tasks, socket: TcpListener, state: AdminState) {
     let (socket, state) = (Arc::new(socket), Arc::new(state));
     tasks.spawn(Task::Admin, move || admin::serve(Arc::clone(&socket), Arc::clone(&state)));
@@ -32,7 +32,7 @@ pub(super) struct Following {
 }
 
 impl Following {
-    /// Follows `followed`, and reports until `drain` begins.
+    /// Prepares to follow the pools in `followed`. Starts no task. Reports end when `drain` begins.
     pub(super) fn new(
         settings: &Redis,
         status: Arc<RedisStatus>,
@@ -44,8 +44,8 @@ impl Following {
         Self { settings, status, followed, shards, drain }
     }
 
-    /// Reads the tables, again whenever they change. The receiver hears when the first read of each has
-    /// ended.
+    /// Starts the task that reads each table, and reads it again whenever it changes. The returned receiver
+    /// completes when the first read of each table has ended.
     pub(super) fn watch(&self, tasks: &mut Tasks) -> oneshot::Receiver<()> {
         let (first_try, is_over) = oneshot::channel();
         let (shared, mut first_try) = (self.clone(), Some(first_try));
@@ -53,14 +53,14 @@ impl Following {
             let (shared, first_try) = (shared.clone(), first_try.take());
             async move {
                 let Self { settings, status, followed, shards, .. } = &shared;
-                // The receiver hears that the sender is dropped.
+                // Dropping the sender wakes the receiver.
                 redis::watch::run(settings, followed, shards, status, || drop(first_try)).await
             }
         });
         is_over
     }
 
-    /// Reports to Redis which tables are applied.
+    /// Starts the task that reports to Redis which tables are applied.
     pub(super) fn report(&self, tasks: &mut Tasks) {
         let shared = self.clone();
         tasks.spawn(Task::ReportApplied, move || {
@@ -72,9 +72,9 @@ impl Following {
         });
     }
 
-    /// Lets Redis pick for sessions that ask by `requests`.
+    /// Starts the task that lets Redis pick for the sessions that send `requests`.
     pub(super) fn pick(&self, tasks: &mut Tasks, limits: &LuaPick, requests: LuaRequests) {
-        // Held by the one task that runs. If it is made anew, it goes on with the same requests.
+        // The task locks the requests while it runs. A restarted task goes on with the same requests.
         let requests = Arc::new(Mutex::new(requests));
         let (shared, limits) = (self.clone(), limits.clone());
         tasks.spawn(Task::LuaPick, move || {

@@ -1,8 +1,8 @@
-//! Spawns the tasks of the control plane, each under a name. One that ends is run again
+//! Spawns the tasks of the control plane, each under a name. A task that ends is restarted
 //! (`control/supervised.rs`).
 //!
-//! The only place that spawns them. A task is given as a function that makes its future, so that it can be
-//! made anew.
+//! All tasks that are restarted are spawned here; such a task may spawn others. The caller passes a function
+//! that makes the task's future, so that the task can be restarted.
 
 use std::convert::Infallible;
 use std::fmt::Display;
@@ -15,7 +15,7 @@ use crate::control::watchdog::{Pulse, Watchdog};
 use crate::drain::{Drain, Phase};
 use crate::observe::tasks::{Restarts, Task};
 
-/// What watches over the tasks of one proxy. Clones share it.
+/// What restarts and watches the tasks of one proxy. Clones share the same counts and pulses.
 #[derive(Clone, Debug)]
 pub(super) struct Supervision {
     pub(super) defects: Arc<Defects>,
@@ -27,7 +27,7 @@ pub(super) struct Supervision {
 }
 
 impl Supervision {
-    /// Counts in `restarts`. To be made on the control thread.
+    /// Makes the supervision of one proxy, which counts in `restarts`, and the pulse of the control thread.
     pub(super) fn new(restarts: &Arc<Restarts>, drain: Drain) -> Self {
         let watchdog = Arc::new(Watchdog::default());
         let pulse = watchdog.pulse("statera-control");
@@ -35,7 +35,7 @@ impl Supervision {
     }
 }
 
-/// The tasks of one pool, or those of no pool. Dropped, they end.
+/// The tasks of one pool, or the tasks that belong to no pool. Dropping this ends the tasks.
 #[derive(Debug)]
 pub(super) struct Tasks {
     running: JoinSet<()>,
@@ -44,7 +44,7 @@ pub(super) struct Tasks {
 }
 
 impl Tasks {
-    /// Without tasks. Those that are spawned belong to `pool`.
+    /// Makes an empty set. Tasks that are spawned in it belong to `pool`.
     pub(super) fn new(pool: Option<Arc<str>>, supervision: Supervision) -> Self {
         Self { running: JoinSet::new(), pool, supervision }
     }
@@ -64,7 +64,7 @@ impl Tasks {
         });
     }
 
-    /// The same with futures that can fail.
+    /// Like [`Tasks::spawn`], with futures that can fail.
     pub(super) fn spawn_fallible<F, E>(&mut self, task: Task, make: impl FnMut() -> F + Send + 'static)
     where
         F: Future<Output = Result<(), E>> + Send + 'static,
@@ -75,13 +75,13 @@ impl Tasks {
         self.running.spawn(supervised::run(task, self.pool.clone(), (defects, pulse), is_over, make));
     }
 
-    /// Watches, on a thread of its own, that the tasks of this thread return.
+    /// Starts the watchdog, which notices any blocked thread of the control plane.
     pub(super) fn spawn_watchdog(&mut self) {
         let Supervision { watchdog, pulse, .. } = self.supervision.clone();
         self.spawn_fallible(Task::Watchdog, move || Arc::clone(&watchdog).run(Arc::clone(&pulse)));
     }
 
-    /// Ends the tasks, and waits until they have.
+    /// Ends the tasks and waits for their ends.
     pub(super) async fn end(&mut self) {
         self.running.shutdown().await;
     }

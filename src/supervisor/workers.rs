@@ -1,8 +1,8 @@
 //! The threads of the data plane, as the supervisor starts, commands, replaces and ends them.
 //!
-//! A worker that dies is replaced by one with the same number, which goes on with its counters, its listening
-//! sockets and its inbox. Its sessions have ended, reported as a defect. Only one in so many clients waits
-//! meanwhile: the kernel still gives each worker its share of the new connections.
+//! A worker that dies is replaced by a worker with the same number, which takes over the counters, the
+//! listening sockets and the inbox. The sessions of the dead worker end and are reported as a defect.
+//! Until the replacement runs, the dead worker's share of the new connections waits in the kernel.
 
 use std::io;
 use std::thread::JoinHandle;
@@ -23,7 +23,7 @@ use crate::observe::tasks::Task;
 /// The longest pause before a worker is replaced: clients wait in the queues of its sockets.
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-/// All workers. Each is told of a listener by a command of its own.
+/// All workers. Each worker gets a command of its own for each change of a listener.
 #[derive(Debug)]
 pub(super) struct Workers {
     workers: Vec<Worker>,
@@ -38,19 +38,19 @@ pub(super) struct Workers {
 struct Worker {
     id: WorkerId,
     thread: Option<JoinHandle<()>>,
-    /// `None` once it was told that no command comes any more. Likewise the next one.
+    /// Sends commands to the thread. `None`, like `neighbours`, once the worker is dismissed.
     commands: Option<mpsc::UnboundedSender<Command>>,
     neighbours: Option<Neighbours>,
     inbox: Inbox,
-    /// Of a replacement: the listeners that it accepts at.
+    /// The listeners that a replacement accepts at. Not kept for the first thread.
     accepts_at: Vec<ListenerId>,
     pauses: Pauses,
-    /// When it is to be replaced, or given the listeners that it lacks.
+    /// When to replace the thread, or to give it the listeners that it lacks. `None`: there is no need.
     replaced_at: Option<Instant>,
 }
 
 impl Workers {
-    /// Starts so many workers, without listeners.
+    /// Starts `count` workers without listeners.
     ///
     /// # Errors
     /// The system gives no thread or no descriptor. Those that were started have ended.
@@ -115,20 +115,20 @@ impl Workers {
         }
     }
 
-    /// Waits for the end of a worker: how many sessions it cut, or `None` inside if it died. `None`: all
-    /// have ended. Cancel safe.
+    /// Waits for the end of a worker. Returns `Some(Some(cut))` with the number of sessions that it cut,
+    /// `Some(None)` if it died, and `None` if all have ended. Cancel safe.
     pub(super) async fn ended(&mut self) -> Option<Option<u64>> {
         self.ends.recv().await.map(|end| end.cut)
     }
 
-    /// Waits until a worker has died and the pause after that is over. Cancel safe.
+    /// Waits until a worker has died and the pause after that is over. Returns its number. Cancel safe.
     pub(super) async fn next_to_replace(&mut self) -> WorkerId {
         loop {
             let waiting = self.workers.iter().filter_map(|worker| Some((worker.replaced_at?, worker.id.0)));
             let next = waiting.min();
             let at = next.map_or_else(Instant::now, |(at, _)| at);
             tokio::select! {
-                // This has a sender, so it never ends.
+                // `recv` never returns `None`, since `tell` is a sender of the channel.
                 Some(end) = self.ends.recv() => self.workers[end.worker.0].has_died(&self.shared),
                 () = sleep_until(at), if next.is_some() => {
                     return WorkerId(next.map_or(0, |(_, id)| id));
@@ -137,8 +137,8 @@ impl Workers {
         }
     }
 
-    /// Replaces a worker that has died, and lets it accept at `listeners`. Where that fails, it is tried
-    /// again after a pause.
+    /// Replaces the worker `id`, which has died, and lets its replacement accept at `listeners`. After a
+    /// failure, sets the time of the next try.
     pub(super) async fn replace(&mut self, id: WorkerId, listeners: &[ListenerHandle]) {
         let Some(tell) = &self.tell else { return };
         let worker = &mut self.workers[id.0];
@@ -160,7 +160,7 @@ impl Workers {
         }
     }
 
-    /// Replaces those that have died, without the pause.
+    /// Replaces the workers that have died, without a pause.
     pub(super) async fn replace_dead(&mut self, listeners: &[ListenerHandle]) {
         while let Ok(end) = self.ends.try_recv() {
             self.workers[end.worker.0].has_died(&self.shared);
@@ -176,7 +176,7 @@ impl Workers {
         self.dismiss();
         for worker in self.workers {
             if let Some(thread) = worker.thread {
-                // How it ended was told by `ended`.
+                // `ended` has returned how the worker ended.
                 let _ = thread.join();
             }
             let connections = worker.inbox.waiting();
@@ -189,7 +189,7 @@ impl Workers {
 }
 
 impl Worker {
-    /// Commands for a new thread.
+    /// Makes the channel of commands for a new thread, and returns the receiver.
     fn new_commands(&mut self) -> Commands {
         let (commands, received) = mpsc::unbounded_channel();
         self.commands = Some(commands);
@@ -197,7 +197,7 @@ impl Worker {
         received
     }
 
-    /// Starts the thread, which obeys the commands that are `received`.
+    /// Starts the thread, which gets its commands from `received`.
     fn start(
         &mut self,
         received: Commands,
@@ -215,21 +215,21 @@ impl Worker {
 
     fn tell(&self, command: Command) {
         if let Some(commands) = &self.commands {
-            // The end of a worker is heard from `ends`.
+            // Fails if the worker has ended, which `ends` reports.
             let _ = commands.send(command);
         }
     }
 
-    /// The receiver's sender is dropped where the worker has died.
+    /// Tells the worker to watch `part`. The receiver gets the answer, or an error if the worker has died.
     fn watch(&self, part: BoundListener) -> oneshot::Receiver<io::Result<()>> {
         let (answer, answered) = oneshot::channel();
         self.tell(Command::Watch(Box::new(part), answer));
         answered
     }
 
-    /// It has ended, though it was not told to.
+    /// Sets the time of the replacement, and counts and logs that the worker has ended without a command.
     fn has_died(&mut self, shared: &Shared) {
-        // A replacement that cannot start says so, too, and is tried again anyway.
+        // A replacement that could not start is reported here, too; `replace` has set its next try.
         if self.replaced_at.is_some() {
             return;
         }
@@ -253,7 +253,7 @@ impl Worker {
         }
     }
 
-    /// Starts the thread where it does not run, and lets it accept at those of `listeners` that it lacks.
+    /// Starts the thread if it does not run, and lets the worker accept at the `listeners` that it lacks.
     async fn run_again(
         &mut self,
         shared: &Shared,
@@ -269,7 +269,8 @@ impl Worker {
             answers.push((listener.id, part.map(|part| self.watch(part))));
             self.tell(Command::Open(listener.id));
         }
-        // The thread starts with all commands: only then it knows the listeners of connections in its inbox.
+        // All commands are sent before the thread starts, so that it knows the listeners of the connections
+        // in its inbox.
         if let Some(received) = received {
             self.start(received, shared, tell)?;
         }

@@ -7,12 +7,15 @@ use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use super::backend::Backend;
 use super::slots::Slots;
 
-/// Holds one slot of a backend. Dropping it frees the slot. A retry at another backend takes another one.
+/// Holds one slot of a backend. Dropping it frees the slot. A retry at another backend takes a slot there.
 #[derive(Debug)]
 pub struct Active(Arc<Backend>);
 
 impl Active {
-    /// Takes a slot, at the cost of one atomic add where slots are unlimited. `None`: all slots are taken.
+    /// Takes a slot. `None`: all slots are taken.
+    ///
+    /// # Cost
+    /// One atomic add if the backend has no limit.
     #[inline]
     #[must_use]
     pub fn take(backend: &Arc<Backend>) -> Option<Self> {

@@ -1,7 +1,7 @@
 //! The addresses of a backend: its own, or those that its DNS name resolved to.
 //!
-//! The addresses of one name fail and recover independently, so each has a [`Condition`] of its own. It
-//! keeps the condition for as long as lookups return the address, and for some minutes after. A backend
+//! The addresses of one name fail and recover independently, so each has a [`Condition`] of its own. An
+//! address keeps its condition for as long as lookups return it, and for some minutes after. A backend
 //! without a name has one address, whose condition is the backend's.
 
 use std::net::SocketAddr;
@@ -28,8 +28,8 @@ pub enum Endpoint {
     Unix(PathBuf),
 }
 
-/// Identifies one address of a backend's name for as long as it is known. Two bytes, since a session has no
-/// room for more.
+/// Identifies one address of a backend's name for as long as the address is remembered. Two bytes, since a
+/// session has no room for more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AddressNumber(NonZeroU16);
 
@@ -96,7 +96,7 @@ impl NamedAddress {
     }
 }
 
-/// The addresses of one name, in the order of the last lookup. The control plane replaces it as a whole.
+/// The addresses of one name. The control plane replaces this value as a whole.
 #[derive(Debug, Default)]
 pub(in crate::balance) struct Addresses {
     current: Box<[Arc<NamedAddress>]>,
@@ -150,8 +150,8 @@ impl Addresses {
         Self { current: current.into(), removed, last_number }
     }
 
-    /// A number that no known address has. One is always free: an answer of a name server has room for fewer
-    /// addresses than there are numbers.
+    /// Returns a number that no known address has. A number is always free: an answer of a name server has
+    /// room for fewer addresses than there are numbers.
     fn free_number(&self, last: &mut u16) -> AddressNumber {
         loop {
             let next =

@@ -51,10 +51,10 @@ pub struct Backend {
     rotation: AtomicUsize,
     slots: Slots,
     presence: Presence,
-    /// Its health and its ejection. Those of a DNS name are kept with each of its addresses: see
-    /// [`Backend::is_usable`].
+    /// The health, the ejection and the slow start of the backend. A DNS name has a health and an ejection
+    /// for each of its addresses instead: see [`Backend::is_usable`].
     pub condition: Condition,
-    /// Since when its sessions may be closed.
+    /// Since when the backend is draining.
     pub draining: DrainingSince,
     /// What each worker counts of this backend.
     pub counters: PerWorker<BackendCounters>,
@@ -88,7 +88,7 @@ impl Backend {
         &self.id
     }
 
-    /// The sessions that hold a slot, including those that are still connecting.
+    /// The number of sessions that have a slot, including those that are still connecting.
     #[must_use]
     pub fn active(&self) -> u32 {
         self.slots.active()
@@ -145,7 +145,8 @@ impl Backend {
         addresses.current().is_empty() || addresses.current().iter().any(|known| known.condition.is_usable())
     }
 
-    /// True if the backend gets one trial session and no others.
+    /// True if the backend is on trial and its checks do not fail. A DNS name is on trial if none of its
+    /// addresses is usable and one of them is on trial.
     pub(in crate::balance) fn is_on_trial(&self) -> bool {
         if !self.is_name() {
             return self.condition.ejection() == Ejection::Trial && !self.condition.fails_checks();
@@ -172,8 +173,8 @@ impl Backend {
         !addresses.current().iter().any(waits)
     }
 
-    /// Notes how far the trial session with this permit has come. `Wanted`: the session is over. Returns
-    /// false if its trial has ended already.
+    /// Records the progress of the trial session that has `permit`. `Wanted`: the session is over. Returns
+    /// false if `to` is another progress and the trial has ended already.
     pub(in crate::balance) fn move_trial(&self, permit: TrialPermit, to: TrialProgress) -> bool {
         let moved = |condition: &Condition| match to {
             TrialProgress::Wanted => {
@@ -188,7 +189,8 @@ impl Backend {
         }
     }
 
-    /// Calls `what` with this address of its name. `None`: the name does not have the address any more.
+    /// Calls `what` with one address of the backend's name, which lookups may have ceased to return.
+    /// `None`: no address with this number is remembered.
     pub(in crate::balance) fn at_address<T>(
         &self,
         number: AddressNumber,
@@ -197,12 +199,13 @@ impl Backend {
         self.addresses.load().find(number).map(|known| what(known))
     }
 
-    /// Counts a session that connected to this address of its name.
+    /// Counts a session that connected to this address of the backend's name.
     pub fn count_connected_at(&self, number: AddressNumber) {
         self.at_address(number, NamedAddress::count_connected);
     }
 
-    /// Counts a session that was answered at this address of its name, when it ends.
+    /// Counts a session that was answered at this address of the backend's name. Called when the session
+    /// ends.
     pub fn count_answered_at(&self, number: AddressNumber) {
         self.at_address(number, NamedAddress::count_answered);
     }
@@ -213,8 +216,8 @@ impl Backend {
         !self.is_name() || !self.addresses.load().current().is_empty()
     }
 
-    /// Replaces the addresses of its name. An empty answer changes nothing. Returns true if the addresses
-    /// differ from those before.
+    /// Replaces the addresses of the backend's name, unless `addresses` is empty. Returns true if the
+    /// addresses have changed.
     pub fn set_resolved(&self, mut addresses: Vec<SocketAddr>) -> bool {
         // Resolvers rotate their answers. Sorted, two answers with the same addresses are equal.
         addresses.sort_unstable();

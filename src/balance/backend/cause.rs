@@ -28,7 +28,7 @@ impl Cause {
     /// An error without an errno.
     pub const OTHER: Self = Self::own(6);
 
-    /// Linux has no errno above 4095.
+    /// Causes without an errno are numbered from here. Linux has no errno above 4095.
     const FIRST_OWN: u16 = 0x8000;
 
     const fn own(number: u16) -> Self {
@@ -52,7 +52,8 @@ impl From<&io::Error> for Cause {
     }
 }
 
-/// The text of the kernel without the number and in lower case: `connection refused`.
+/// A text of ours, or the kernel's text without the number and with a lower-case first letter: `connection
+/// refused`.
 impl fmt::Display for Cause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match *self {

@@ -2,8 +2,8 @@
 //!
 //! A tool that rewrites its table (`DEL`, then one `ZADD` for each member) makes each member leave and
 //! return within milliseconds. What is known of a backend (health, ejection, slow start, counters, resolved
-//! addresses) is kept in the backend, so it is enough to hold a reference to it. A remembered backend is not
-//! checked, not picked and has no metrics.
+//! addresses) is kept in the backend, so a reference to the backend is enough. A remembered backend is not
+//! checked and not picked. It has metrics only while it has sessions.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -14,8 +14,8 @@ use tokio::time::Instant;
 use super::backend::Backend;
 use super::presence::REMEMBERED_FOR;
 
-/// The number of departed backends that are remembered: at least this many, or [`REMEMBERED_PER_MEMBER`]
-/// times the members of the largest recent table. One takes about 2 kB with two workers.
+/// The most departed backends that are remembered: this many, or [`REMEMBERED_PER_MEMBER`] times the
+/// members of the largest recent table, whichever is more. A backend takes about 2 kB with two workers.
 const LEAST_REMEMBERED: usize = 1_024;
 const REMEMBERED_PER_MEMBER: usize = 2;
 
@@ -31,7 +31,7 @@ pub(in crate::balance) struct Departed {
 struct Departure {
     backend: Arc<Backend>,
     at: Instant,
-    /// It was neither in drain nor in maint.
+    /// The backend was neither in drain nor in maint when it left.
     was_ready: bool,
 }
 
@@ -42,8 +42,9 @@ impl Default for Departed {
 }
 
 impl Departed {
-    /// Notes the change to snapshot `version`: backends in `before` alone are remembered from now on,
-    /// backends in `now` are not departed any more. `before` has with each backend whether it was ready.
+    /// Records the change to snapshot `version`: backends that are only in `before` are remembered from
+    /// now on, and backends in `now` are not departed any more. `before` has with each backend whether it
+    /// was ready.
     pub(in crate::balance) fn follow<'a>(
         &mut self,
         version: u64,
@@ -62,7 +63,7 @@ impl Departed {
         let at = Instant::now();
         let most = REMEMBERED_PER_MEMBER * self.largest.with(members, at);
         for (backend, was_ready) in before {
-            // A stand-in may occur twice in `before`.
+            // A backend of the new snapshot has not left. One with a departure is remembered already.
             let is_here = backend.presence().snapshot.load(Relaxed) == version;
             if is_here || backend.presence().departure.load(Relaxed) != 0 {
                 continue;
@@ -112,7 +113,7 @@ impl LargestTable {
         Self { now: 0, before: 0, period_began: Instant::now() }
     }
 
-    /// Takes in a table with this number of `members`, and returns the number of the largest recent one.
+    /// Takes in a table with this number of `members`, and returns that of the largest recent table.
     fn with(&mut self, members: usize, now: Instant) -> usize {
         if now.saturating_duration_since(self.period_began) >= REMEMBERED_FOR {
             // The largest size of the period that ends counts for the next one too, since its table may have

@@ -1,4 +1,4 @@
-//! A backend and what is known of it: its sessions, its health, its addresses. All of it outlives snapshots.
+//! A backend with its sessions, its health and its addresses, all of which outlive snapshots.
 //!
 //! `backend.rs` has the backend itself, `registry.rs` finds it by name, `condition.rs` has its health.
 //! Nothing here decides which backend a session gets; that is `snapshot/` and `pool/`.

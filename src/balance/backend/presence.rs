@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// How long a backend, or an address of a name, is remembered after it left. Returning later, it is new.
+/// How long a backend, or an address of a name, is remembered after it left. A later return makes a new
+/// one.
 pub(super) const REMEMBERED_FOR: Duration = Duration::from_secs(300);
 
 /// Whether a backend is in the newest snapshot. Written by the control plane.
@@ -15,7 +16,7 @@ pub(super) const REMEMBERED_FOR: Duration = Duration::from_secs(300);
 pub(in crate::balance) struct Presence {
     /// The version of the newest snapshot that has the backend.
     pub(super) snapshot: AtomicU64,
-    /// The key in `Departed`, or 0 if the backend is not in there.
+    /// The key of the backend in `Departed`, or 0 if the backend is not departed.
     pub(super) departure: AtomicU64,
 }
 
@@ -33,7 +34,7 @@ static EPOCH: LazyLock<Instant> = LazyLock::new(Instant::now);
 pub struct DrainingSince(AtomicU64);
 
 impl DrainingSince {
-    /// `None`: the backend is not draining.
+    /// Returns the time at which the backend began to drain. `None`: it is not draining.
     #[must_use]
     pub fn since(&self) -> Option<Instant> {
         let millis = self.0.load(Relaxed);

@@ -1,7 +1,7 @@
 //! Finds the living backends of one pool by name, and makes those that do not exist yet.
 //!
-//! It holds them weakly: a backend lives as long as a snapshot, a session or the memory of departed backends
-//! (`departed.rs`) refers to it.
+//! The registry holds weak references: a backend lives as long as a snapshot, a session or the memory of
+//! departed backends (`departed.rs`) refers to it.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -28,12 +28,13 @@ struct Known {
     backends: HashMap<BackendId, Weak<Backend>>,
     /// The backends that left the table and are remembered.
     departed: Departed,
-    /// Dead entries are removed when there are more entries than this. The number doubles with the living
-    /// ones, so each new backend pays for a few entries on average.
+    /// Dead entries are removed when there are more entries than this. It is more than twice the entries
+    /// that the last sweep left, so each new backend pays for a few entries on average.
     sweep_above: usize,
 }
 
-/// The least room between two sweeps, so that a small pool is not swept for each new backend.
+/// At least this many backends are added between two sweeps, so that a small pool is not swept for each
+/// one.
 const SWEEP_LEAST: usize = 64;
 
 impl Known {
@@ -75,8 +76,7 @@ impl Registry {
         backend
     }
 
-    /// Notes the change to snapshot `version`, from the backends `before` (each with whether it was ready)
-    /// to the backends `now`.
+    /// Records the change to snapshot `version`: see [`Departed::follow`].
     pub(in crate::balance) fn follow<'a>(
         &self,
         version: u64,
@@ -86,7 +86,7 @@ impl Registry {
         self.lock().departed.follow(version, before, now);
     }
 
-    /// Forgets the backends that left the table too long ago.
+    /// Forgets the backends that left the table too long ago: see [`Departed::forget_old`].
     pub(in crate::balance) fn forget_old(&self, now: Instant) {
         self.lock().departed.forget_old(now);
     }

@@ -8,9 +8,9 @@ use super::addresses::{AddressNumber, Addresses, Endpoint, NamedAddress, TrialPe
 #[derive(Debug)]
 pub struct Route {
     first: Option<Endpoint>,
-    /// The addresses of a name, the next one last; `first` is among them.
+    /// The addresses of a name that are left, in reverse order: the last one is that in `first`.
     named: Vec<Arc<NamedAddress>>,
-    /// The session is the trial session of the first address.
+    /// The permit of the trial session, if this session is that of the first address.
     permit: Option<TrialPermit>,
 }
 
@@ -19,9 +19,10 @@ impl Route {
         Self { first: Some(endpoint), named: Vec::new(), permit: None }
     }
 
-    /// A route over the usable ones of `addresses`, of which `rotation` chooses the first. The address on
-    /// trial comes before them: the one that the permit `given` is for, else one that waits for a trial
-    /// session. Without any of these, health is ignored and all addresses are tried.
+    /// A route over the usable ones of `addresses`, of which `rotation` chooses the first. An address on
+    /// trial comes before the usable ones: the one that the permit `given` is for, or else one that waits
+    /// for a trial session. If no address is usable or on trial, health is ignored and all addresses are
+    /// tried.
     pub(in crate::balance) fn named(
         addresses: &Addresses,
         rotation: usize,
@@ -53,7 +54,7 @@ impl Route {
         if self.named.is_empty() { usize::from(self.first.is_some()) } else { self.named.len() }
     }
 
-    /// True for a name that has not been resolved, and at the end.
+    /// True if no address is left, or the name has not been resolved.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.first.is_none()
@@ -65,7 +66,7 @@ impl Route {
         self.first.as_ref()
     }
 
-    /// The number of that address among those of the backend's name.
+    /// The number of the address to try now. `None`: the backend is not a DNS name, or no address is left.
     #[must_use]
     pub fn address(&self) -> Option<AddressNumber> {
         self.named.last().map(|known| known.number)

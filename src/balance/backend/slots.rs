@@ -10,14 +10,14 @@ use std::sync::atomic::{
 
 use crate::balance::queue::Queue;
 
-/// The slots of one backend. All workers write them at the begin and the end of each session, so they share
-/// no cache line with what is read at each pick.
+/// The slots of one backend. All workers write the count at the start and the end of each session, so it
+/// shares no cache line with the fields of the backend that each pick reads.
 #[derive(Debug)]
 #[repr(align(128))]
 pub(in crate::balance) struct Slots {
     pub(super) active: AtomicU32,
-    /// 0: no limit. A copy of the policy's `max_connections`: reading it there would cost each session
-    /// another load.
+    /// The number of slots; 0: no limit. A copy of the policy's `max_connections`, which saves each
+    /// session a load.
     pub(super) limit: u32,
     /// The queue of the pool, which is notified of each freed slot.
     pub(super) queue: Arc<Queue>,

@@ -55,7 +55,7 @@ impl Target {
         }
     }
 
-    /// The address, if it is one of a name. `None`: the backend's own.
+    /// The address, if it belongs to a DNS name. `None`: the backend is not a DNS name.
     #[must_use]
     pub fn named_address(&self) -> Option<SocketAddr> {
         self.named.as_ref().map(|named| named.address)
@@ -65,7 +65,7 @@ impl Target {
         self.named.as_ref().is_some_and(|named| named.number == number)
     }
 
-    /// The address, if its name has several: then a log line names the one that it is about.
+    /// The address, if its name has several addresses. Log lines then name the address.
     #[must_use]
     pub fn address_of_several(&self) -> Option<SocketAddr> {
         self.named_address().filter(|_| self.is_one_of_several)
@@ -84,7 +84,7 @@ impl Target {
         }
     }
 
-    /// False for an address that its name does not have any more.
+    /// False if the last lookup of the backend's name did not return the address.
     #[must_use]
     pub fn is_current(&self) -> bool {
         self.named.as_ref().is_none_or(|named| {

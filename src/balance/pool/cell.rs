@@ -1,9 +1,9 @@
 //! The snapshot cell: the control plane publishes the newest snapshot here, and the data plane reads it
 //! without waiting.
 //!
-//! Beside the snapshot is the moment at which it was last known to equal its source, since that moves on
-//! while the snapshot stays the same. It is the moment at which the source was asked, not at which it
-//! answered, so that a slow answer does not make the snapshot look younger than it is.
+//! The cell also holds the time at which the snapshot was last confirmed, which changes while the snapshot
+//! stays the same. It is the time at which Redis was asked, not at which Redis answered, so that a slow
+//! answer does not make the snapshot look younger than it is.
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -37,15 +37,15 @@ pub struct SnapshotStatus {
 #[derive(Debug)]
 pub struct Cell {
     newest: ArcSwap<Snapshot>,
-    /// The table of the newest snapshot, from which it is made again when a backend changes. Only publishers
-    /// lock it.
+    /// The table of the newest snapshot. The next snapshot is made from it when a backend changes. Only the
+    /// control plane locks it.
     table: Mutex<Table>,
     policy: Arc<Policy>,
     registry: Arc<Registry>,
     queue: Arc<Queue>,
     /// Sends when the newest table was published.
     published: watch::Sender<SystemTime>,
-    /// Sends that names have other addresses.
+    /// Sends a notice when names have other addresses.
     readdressed: watch::Sender<()>,
     /// Sends the status of the newest snapshot, when it changes.
     status: watch::Sender<SnapshotStatus>,
@@ -66,8 +66,8 @@ impl Cell {
         Self::of_pool(configured, policy, registry, queue)
     }
 
-    /// Starts with the table of config.yaml, which no source has confirmed. Each new snapshot takes its
-    /// backends from `registry` and wakes the waiters of `queue`.
+    /// A cell that starts with the table of config.yaml, which no source has confirmed. Each new snapshot
+    /// takes its backends from `registry` and wakes the waiters of `queue`.
     #[must_use]
     pub fn of_pool(
         configured: Table,
@@ -92,8 +92,8 @@ impl Cell {
         }
     }
 
-    /// The newest snapshot. Do not keep it across an `.await`: a guard that is held makes every other reader
-    /// slower.
+    /// The newest snapshot. Do not keep the guard across an `.await`: a thread has few fast guards, and
+    /// further loads on that thread get slower.
     #[inline]
     pub fn load(&self) -> Guard<Arc<Snapshot>> {
         self.newest.load()
@@ -110,8 +110,8 @@ impl Cell {
         self.publish_as_of(table, Instant::now())
     }
 
-    /// Publishes a table that Redis returned when it was asked at `asked`, and confirms it as of then.
-    /// Returns true if that made a new snapshot; an unchanged table makes none.
+    /// Publishes a table that Redis returned for a question at `asked`, and confirms the snapshot as of
+    /// `asked`. Returns true if there is a new snapshot; an unchanged table from Redis makes none.
     pub fn publish_as_of(&self, table: Table, asked: Instant) -> bool {
         let mut current = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         let newest = self.newest.load();
@@ -129,8 +129,8 @@ impl Cell {
         changed
     }
 
-    /// Publishes what Redis held before this process began, unless Redis has answered meanwhile. The table
-    /// is not confirmed.
+    /// Publishes a table that Redis held before this process began, unless a table from Redis has been
+    /// published meanwhile. Does not confirm it.
     pub fn restore(&self, table: Table) {
         let mut current = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         let newest = self.newest.load();
@@ -165,8 +165,8 @@ impl Cell {
         }
     }
 
-    /// A receiver for the time at which each new table came, from now on. A slow reader sees only the
-    /// newest. It works as long as the cell lives.
+    /// A receiver for the times at which new tables are published. A slow reader sees only the newest
+    /// time. The receiver works as long as the cell lives.
     #[must_use]
     pub fn published(&self) -> watch::Receiver<SystemTime> {
         self.published.subscribe()
@@ -185,20 +185,20 @@ impl Cell {
         self.readdressed.send_replace(());
     }
 
-    /// A receiver that changes whenever names have other addresses. It works as long as the cell lives.
+    /// A receiver that is notified when names have other addresses. It works as long as the cell lives.
     #[must_use]
     pub fn readdressed(&self) -> watch::Receiver<()> {
         self.readdressed.subscribe()
     }
 
-    /// A receiver for the status of the newest snapshot. It changes only with the status, and works as long
-    /// as the cell lives.
+    /// A receiver for the status of the newest snapshot. It is notified only when the status changes, and
+    /// works as long as the cell lives.
     #[must_use]
     pub fn status(&self) -> watch::Receiver<SnapshotStatus> {
         self.status.subscribe()
     }
 
-    /// The draining backends. None if `drain.timeout` is zero.
+    /// The draining backends. The list stays empty if `drain.timeout` is zero.
     #[must_use]
     pub fn draining_backends(&self) -> &DrainingBackends {
         &self.draining_backends
@@ -224,8 +224,8 @@ impl Cell {
         self.status.send_if_modified(|before| std::mem::replace(before, status) != status);
     }
 
-    /// The backends in drain or maint, and those with sessions that are to get no new ones (at weight 0, or
-    /// no members any more); each with the number of its sessions.
+    /// Returns the backends in drain or maint, and the backends with sessions that have the weight 0 or
+    /// are not members. Each comes with the number of its sessions.
     #[must_use]
     pub fn draining(&self) -> Vec<(BackendId, u32)> {
         let newest = self.load();
@@ -265,8 +265,7 @@ impl Cell {
         self.confirmed.store(u64::try_from(millis).unwrap_or(NEVER - 1), Relaxed);
     }
 
-    /// The longest time since the newest snapshot was known to be what Redis holds. `None`: it was never
-    /// confirmed.
+    /// The time since the newest snapshot was last confirmed. `None`: it was never confirmed.
     #[must_use]
     pub fn age(&self) -> Option<Duration> {
         match self.confirmed.load(Relaxed) {
@@ -275,9 +274,9 @@ impl Cell {
         }
     }
 
-    /// True if the newest snapshot was known to be what Redis holds at most `max_stale` before `now`.
+    /// True if the newest snapshot was last confirmed at most `max_stale` before `now`.
     ///
-    /// The caller passes the time: reading the clock costs more than a pick.
+    /// The caller passes the time, because reading the clock costs more than a pick.
     #[inline]
     #[must_use]
     pub fn is_fresh_at(&self, now: Instant, max_stale: Duration) -> bool {

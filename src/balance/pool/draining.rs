@@ -1,9 +1,9 @@
 //! Which backends of a pool are draining: they get no new sessions, and the sessions that they have may be
 //! closed after `drain.timeout`.
 //!
-//! A backend is draining if the table does not name it any more, names it with the weight 0, or has it in
-//! drain or maint. An unhealthy backend is not: it may recover in a moment, and its sessions may still work.
-//! `session/draining.rs` closes the sessions.
+//! A backend is draining if the table does not name it, names it with the weight 0, or has it in drain or
+//! maint. A stand-in is not draining. Nor is an unhealthy backend: it may recover in a moment, and its
+//! sessions may still work. `session/draining.rs` closes the sessions.
 
 use std::collections::HashSet;
 use std::sync::{Arc, Weak};

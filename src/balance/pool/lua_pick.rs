@@ -1,7 +1,7 @@
 //! The sessions' end of the Lua-pick channel: asks the control plane to let Redis pick.
 //!
-//! Bounded: at most `max_in_flight` sessions wait at once, each for at most `timeout`. Other sessions are
-//! refused at once, and so are all while Redis is known not to answer. `redis/lua_pick.rs` has the other
+//! At most `max_in_flight` sessions wait at once, each for at most `timeout`. Other sessions get no pick at
+//! once, and so do all sessions while Redis is known not to answer. `redis/pick/lua_pick.rs` has the other
 //! end.
 
 use std::sync::Arc;
@@ -62,12 +62,12 @@ pub struct LuaPicker {
 pub struct LuaRequests {
     /// The requests, at most `max_in_flight`.
     pub queue: mpsc::Receiver<LuaRequest>,
-    /// Set while Redis answers; sessions do not ask otherwise.
+    /// Set while Redis answers. While it is not set, sessions do not ask.
     pub answering: Arc<AtomicBool>,
 }
 
-/// Makes the channel. Each request is refused until the control plane sets `answering`. The picker is for a
-/// pool with an id of its own; [`LuaPicker::for_pool`] makes those of other pools.
+/// Makes the channel. No session gets a pick until the control plane sets `answering`. The picker has a
+/// pool id that no pool has; [`LuaPicker::for_pool`] makes the picker of a pool.
 #[must_use]
 pub fn channel(max_in_flight: usize, timeout: Duration) -> (LuaPicker, LuaRequests) {
     let (requests, queue) = mpsc::channel(max_in_flight);

@@ -7,7 +7,7 @@ use crate::observe::counters::Counter;
 /// Where a pick came from. Log and metrics use [`Source::name`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
-    /// A snapshot that is known to equal Redis.
+    /// A fresh snapshot of a table from Redis.
     Snapshot,
     /// Redis, by the Lua script.
     Lua,

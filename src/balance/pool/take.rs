@@ -1,22 +1,23 @@
-//! Takes a slot for a session: at the backend that was chosen, or at another one if that refuses.
+//! Takes a slot for a session: at the chosen backend, or at another one if the chosen one refuses.
 //!
-//! A backend with weight refuses a session for two reasons alone, and both are checked here: all its
+//! A backend with weight refuses a session for only two reasons, and both are checked here: all its
 //! `max_connections` slots are taken, or it is on trial and has its trial session. After a refusal other
-//! backends are drawn. A pick that returns `Full` has asked each of them.
+//! backends are drawn. A pick that returns `Full` has asked each backend that the session had not tried.
 
 use crate::balance::backend::{Active, TrialPermit, TrialProgress};
 use crate::balance::snapshot::{Member, Snapshot, TrialMode, mix};
 use crate::balance::values::BackendId;
 
-/// Draws before all backends are asked. If half of the weight is full, one pick in sixteen gets that far.
+/// The number of further draws before all backends are looked at. If half of the weight is full, one pick
+/// in sixteen looks at all.
 const REDRAWS: u32 = 3;
 
 /// Why a backend with weight refuses a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::balance) enum Refusal {
-    /// All its slots are taken.
+    /// All slots of the backend are taken.
     Full,
-    /// It is on trial and has its trial session.
+    /// The backend is on trial and has its trial session.
     OnTrial,
 }
 
@@ -39,12 +40,12 @@ pub(in crate::balance) fn take(member: &Member) -> Result<Taken, Refusal> {
     Ok((active, Some(permit)))
 }
 
-/// Takes a slot at another backend, after the one that was chosen first has refused. A few more are drawn by
-/// `draw`, then one is drawn by weight among those that do not seem to refuse, and then each is asked. If
-/// all refuse and none of them is full, a backend on trial gets a second session.
+/// Takes a slot at another backend, after the chosen one has refused. First `draw` draws a few backends.
+/// Then one is drawn by weight among the backends that do not seem to refuse, and at last each backend is
+/// asked. If all refuse and none of them is full, a backend on trial gets a second session.
 ///
-/// # Errors
-/// `Full`, after each backend was full at some moment of the call.
+/// # Errors `Full`: each backend refused at some moment of the call, and at least one of them was full.
+/// `OnTrial`: all refused since they are on trial, and `draw` returned no backend.
 #[cold]
 pub(in crate::balance) fn take_another<'a>(
     snapshot: &'a Snapshot,
@@ -54,8 +55,8 @@ pub(in crate::balance) fn take_another<'a>(
 ) -> Result<(&'a Member, Taken), Refusal> {
     let mut point = point;
     for _ in 0..REDRAWS {
-        // Twice, as in all versions: in a fleet with two versions, a client of `source_hash` must get the
-        // same backend.
+        // `mix` is applied twice, as in all versions of Statera: in a fleet with two versions, a client of
+        // `source_hash` must get the same backend.
         point = mix(mix(point));
         if let Some(member) = draw(point)
             && let Ok(taken) = take(member)

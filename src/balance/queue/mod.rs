@@ -2,12 +2,12 @@
 //!
 //! The queue does not hand over slots. It wakes a waiter, which then picks like any other session: by the
 //! pool's balance, from the newest snapshot. `backend/active.rs` reports a slot that became free;
-//! `pool/cell.rs` reports a new snapshot, which may have freed any number of them.
+//! `pool/cell.rs` reports a new snapshot, which may have freed any number of slots.
 //!
 //! The order is first in, first out: while sessions wait, a new session goes to the end of the queue
-//! (`pool/pool.rs`). The lock is taken only then; without waiters, freeing a slot costs one atomic load.
-//! What keeps wake-ups from being lost is written at `Waiters`. `session/queue.rs` has the session's side:
-//! its timeout, and a client that leaves.
+//! (`pool/pool.rs`). Without waiters, freeing a slot takes no lock and costs two atomic loads. `Waiters`
+//! explains why no wake-up is lost. `session/queue.rs` has the session's side: the timeout, and a client
+//! that leaves.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
@@ -63,8 +63,8 @@ impl Waiters {
         self.entries.binary_search_by_key(&number, |entry| entry.number).expect("only its ticket removes it")
     }
 
-    /// Wakes the first waiter at or behind `start` that is not woken yet. Without one, `more` lets the next
-    /// session that enters pick at once.
+    /// Marks the first waiter at or behind `start` that is not woken yet as woken, and returns its waker.
+    /// Without such a waiter, sets `more`, so that the next session that enters picks at once.
     fn wake_from(&mut self, start: usize) -> Option<Waker> {
         let Some(entry) = self.entries.range_mut(start..).find(|entry| !entry.woken) else {
             self.more = true;
@@ -75,9 +75,9 @@ impl Waiters {
         entry.waker.take()
     }
 
-    /// Notes that slots may have become free. While `more` is set their number is unknown, so waiters are
-    /// woken one after the other and the oldest picks first; otherwise each call wakes one waiter for one
-    /// slot.
+    /// Notes that slots may have become free, and returns the waker of the waiter to wake. While `more` is
+    /// set, the number of free slots is unknown, so waiters are woken one after the other and the oldest
+    /// picks first. Otherwise each call is for one slot and one waiter.
     fn changed(&mut self) -> Option<Waker> {
         self.changes += 1;
         if self.more && self.woken > 0 { None } else { self.wake_from(0) }
@@ -97,7 +97,7 @@ impl Queue {
         self.waiting.load(SeqCst)
     }
 
-    /// Frees one slot by calling `give_back`, and wakes the oldest waiter.
+    /// Frees one slot by calling `give_back`, and wakes the oldest waiter that is not woken yet.
     #[inline]
     pub(in crate::balance) fn free(&self, give_back: impl FnOnce()) {
         if self.waiting() > 0 {
@@ -109,8 +109,8 @@ impl Queue {
         self.renewed();
     }
 
-    /// Frees the slot and wakes a waiter under one lock. Otherwise a waiter that was woken for another
-    /// reason could take the slot in between, and the wake-up for it would be a second one.
+    /// Frees the slot and chooses the waiter to wake under one lock. Otherwise a waiter that is woken
+    /// already could take the slot in between, and the wake-up would be for a slot that is taken.
     #[cold]
     fn free_for_waiters(&self, give_back: impl FnOnce()) {
         let mut waiters = self.lock();
@@ -119,8 +119,8 @@ impl Queue {
         wake(waiters, waker);
     }
 
-    /// Any number of slots may have become free: wakes the waiters one after the other, until one of them
-    /// finds no slot.
+    /// Wakes the waiters one after the other until one finds no slot, since any number of slots may have
+    /// become free.
     pub(in crate::balance) fn renewed(&self) {
         if self.waiting() > 0 {
             self.change();
@@ -162,7 +162,8 @@ impl Queue {
         let woken = entry.as_ref().is_some_and(|entry| entry.woken);
         waiters.woken -= usize::from(woken);
         self.waiting.store(u32::try_from(waiters.entries.len()).unwrap_or(u32::MAX), SeqCst);
-        // A woken waiter that leaves without a slot passes its wake-up to the next one.
+        // A woken waiter passes its wake-up to the next one if it leaves without a slot, or if more slots
+        // may be free.
         let next = woken && (waiters.more || !served);
         let waker = if next { waiters.wake_from(0) } else { None };
         wake(waiters, waker);
@@ -196,7 +197,7 @@ pub struct Ticket {
 
 impl Ticket {
     /// Ready once the queue has woken this session to pick. The caller then picks, and calls
-    /// [`Ticket::found_none`] or drops the ticket.
+    /// [`Ticket::found_none`] or [`Ticket::served`], or drops the ticket.
     pub fn poll_woken(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let mut waiters = self.queue.lock();
         let position = waiters.position(self.number);
@@ -211,8 +212,8 @@ impl Ticket {
         Poll::Pending
     }
 
-    /// The session was woken and found no slot. With `has_tried`, its pick left out the backends that it had
-    /// tried, so the waiters behind it may still find one.
+    /// Reports that the session was woken and found no slot. With `has_tried`, its pick left out the
+    /// backends that it had tried, so the waiters behind it may still find a slot.
     pub fn found_none(&mut self, has_tried: bool) {
         let mut waiters = self.queue.lock();
         if waiters.changes != self.seen {
@@ -231,7 +232,7 @@ impl Ticket {
         wake(waiters, waker);
     }
 
-    /// The session has a slot: leaves the queue without passing the wake-up on.
+    /// Leaves the queue with a slot. The next waiter is woken only if more slots may be free.
     pub fn served(mut self) {
         self.served = true;
     }

@@ -4,19 +4,19 @@
 //! larger pools it is the least loaded of [`DRAWS`] that are drawn by weight. Backends that would refuse the
 //! session (all slots taken, or a trial session under way) are skipped in both cases.
 //!
-//! The session count of a backend includes all workers, and the slot is taken with the choice
-//! (`pool/take.rs`), before the session connects. Workers that choose at the same moment may still see the
-//! same counts: a backend is chosen too often by at most the number of workers.
+//! The session count of a backend includes the sessions of all workers. A session takes its slot right
+//! after the choice (`pool/take.rs`), before it connects. Workers that choose at the same moment may still
+//! see the same counts, so a backend may get too many sessions: at most as many as there are workers.
 //!
-//! No allocation and no lock. Draws and ties go by `shares.rs`.
+//! A choice makes no allocation and takes no lock. `shares.rs` draws backends and breaks ties, by weight.
 
 use super::maglev::mix;
 use super::member::{Member, TrialMode};
 use super::shares::Shares;
 use crate::balance::values::BackendId;
 
-/// The number of bits in a word of marks. Each backend costs a read of its count, which another worker may
-/// have changed.
+/// Up to this many backends, each one is looked at. Backends with equal loads are the bits of one `u64`.
+/// Each backend costs a read of its session count, which may be in another core's cache.
 const EXACT_MAX: usize = 64;
 
 /// The number of loads that are computed before they are compared with the least. Divides [`EXACT_MAX`].
@@ -39,7 +39,7 @@ pub(in crate::balance) struct LeastConn {
 }
 
 impl LeastConn {
-    /// `members` have effective weights > 0. [`LeastConn::pick`] is given the same members.
+    /// Computes the costs of `members`, whose effective weights are > 0.
     pub(in crate::balance) fn new(members: &[Member]) -> Self {
         let weights = || members.iter().map(|member| member.effective_weight.get());
         let largest = weights().fold(0.0, f64::max);
@@ -51,9 +51,10 @@ impl LeastConn {
         }
     }
 
-    /// The index of the backend to take, without those in `tried`. Ties are broken by weight, with `point`
-    /// as the random number. `members` and `shares` are those that this was made from. `None`: no backend is
-    /// left that would take a session.
+    /// Returns the index of the backend to take, leaving out those in `tried`. Ties are broken by weight,
+    /// with `point` as the random number. `members` begins with the members that [`LeastConn::new`] got,
+    /// and `shares` has their intervals. `None`: each backend that was looked at is in `tried` or would
+    /// refuse.
     #[inline]
     pub(in crate::balance) fn pick(
         &self,
@@ -118,7 +119,8 @@ impl LeastConn {
         if least.load.is_finite() { least.ties } else { 0 }
     }
 
-    /// May draw the same backend twice: checking for that would cost more than the one draw that it wastes.
+    /// Returns the least loaded of [`DRAWS`] backends that are drawn by weight. A backend may be drawn
+    /// twice: a check for that would cost more than the wasted draw.
     fn least_of_some(
         &self,
         members: &[Member],
@@ -135,7 +137,7 @@ impl LeastConn {
             {
                 chosen = Some((load, index));
             }
-            // Not from `point` itself: the draws after a refusal (`pool/take.rs`) are made from that.
+            // The further draws derive from `!point`, since `pool/take.rs` derives its draws from `point`.
             (drawn, next) = (next, mix(next));
         }
         chosen.map(|(_, index)| index)
@@ -171,14 +173,14 @@ impl Least {
     }
 }
 
-/// Includes the session that is to come. Otherwise the lighter backends of an empty pool would get sessions
-/// as often as the heavy ones.
+/// Returns the load of a backend, including the session that is to come. Without that session, a light
+/// backend with no sessions would always come before a heavy one with a single session.
 #[inline]
 fn load(active: u32, cost: f64) -> f64 {
     (f64::from(active) + 1.0) * cost
 }
 
-/// The load of a backend. `None`: it was tried, or would refuse the session.
+/// Returns the load of a backend. `None`: the backend was tried, or would refuse the session.
 #[inline]
 fn load_of(member: &Member, cost: f64, tried: &[BackendId]) -> Option<f64> {
     let active = member.backend.slots().active_unless_full()?;

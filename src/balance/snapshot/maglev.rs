@@ -1,4 +1,4 @@
-//! Finds the backend of a client: the same one on every proxy of a fleet that has the same table.
+//! Finds the backend of a client: the same one on every proxy that has the same effective weights.
 //!
 //! Maglev hashing (Eisenbud and others, NSDI 2016): each backend has a permutation of the entries of a
 //! table, made from its name. The backends fill the table step by step, each taking the first free entry of
@@ -6,8 +6,8 @@
 //! backend leaves, the others take over its entries and keep nearly all of their own; the same holds for a
 //! changed weight.
 //!
-//! The hashes must never change: in a fleet with two versions, two proxies would send a client to two
-//! backends.
+//! The hashes must never change: in a fleet with two versions of Statera, two proxies would send one client
+//! to different backends.
 
 use std::cmp::{Ordering, Reverse};
 use std::collections::BinaryHeap;
@@ -15,7 +15,7 @@ use std::net::IpAddr;
 
 use sha1_smol::Sha1;
 
-/// The number of entries. A prime, so that each step width visits all of them. A share is exact to 1 ÷
+/// The number of entries. A prime, so that each step width visits all of them. A share is exact to 2 ÷
 /// 65,537.
 const ENTRIES: usize = 65_537;
 
@@ -23,10 +23,11 @@ const ENTRIES: usize = 65_537;
 #[derive(Debug)]
 pub(in crate::balance) struct Maglev(Box<[u32]>);
 
-/// A backend that has yet to take its next entry. The one that is least far ahead of its share comes first.
+/// A backend that may take the next entry. The candidate with the least `progress` takes it.
 #[derive(Debug, PartialEq)]
 struct Candidate {
-    /// Its number of entries, including the next one, divided by its weight.
+    /// The backend's number of entries, including the next one, divided by its weight relative to the
+    /// heaviest.
     progress: f64,
     index: u32,
 }
@@ -64,8 +65,9 @@ impl Permutation {
 }
 
 impl Maglev {
-    /// Builds the table from names and their weights, which are finite and > 0, in an order that all proxies
-    /// share. There are at most `u32::MAX` of them. With more than 65,537, the lightest get no entry.
+    /// Builds the Maglev table from names and weights, at most `u32::MAX` of them, in an order that all
+    /// proxies share. Weights are finite and > 0. A backend with less than 1 ÷ 65,537 of the sum may get
+    /// no entry.
     ///
     /// # Cost
     /// A few milliseconds: the control plane builds it.
@@ -147,7 +149,7 @@ mod tests {
         shares
     }
 
-    /// The part of the entries that another backend has.
+    /// The part of the entries that have another backend in `b` than in `a`.
     fn moved(a: &Maglev, b: &Maglev, name_of_b: impl Fn(u32) -> u32) -> f64 {
         let moved = a.0.iter().zip(&b.0).filter(|(a, b)| **a != name_of_b(**b)).count();
         moved as f64 / ENTRIES as f64

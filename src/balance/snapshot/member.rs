@@ -1,5 +1,4 @@
-//! Computes effective weights: weight × admin state × health × slow start. No other file decides what a
-//! weight is worth.
+//! Computes effective weights: weight × admin state × health × slow start. No other file does.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -17,10 +16,10 @@ pub struct Member {
     pub backend: Arc<Backend>,
     /// The weight in the table.
     pub weight: Weight,
-    /// The weight that picks use: 0 while the backend is not ready, unhealthy or unresolved, and a part of
-    /// `weight` in its slow start.
+    /// The weight that picks use. It is 0 while the backend is not ready or is unresolved, and while it is
+    /// unhealthy or ejected, unless the pool fails open. It is a part of `weight` in a slow start.
     pub effective_weight: Weight,
-    /// The state that the operator set. The effective weight is 0 unless it is ready.
+    /// The admin state. The effective weight is 0 unless the state is `Ready`.
     pub state: AdminState,
     /// Whether the backend gets a trial session.
     pub trial: TrialMode,
@@ -39,7 +38,7 @@ pub enum TrialMode {
 }
 
 impl Member {
-    /// True if the table wants sessions for it: it has a weight and is ready.
+    /// True if the table gives the backend a weight and has it as ready.
     #[must_use]
     pub fn wants_sessions(&self) -> bool {
         !self.weight.is_zero() && self.state == AdminState::Ready
@@ -91,7 +90,8 @@ pub(in crate::balance) fn weigh(members: &mut [Member], policy: &Policy) -> Weig
     Weighed { fails_open, ramps }
 }
 
-/// True if health is to be ignored. Not if no backend has a weight: then there is none to send sessions to.
+/// True if health is to be ignored. False if no reachable backend has a weight: no backend could get
+/// sessions.
 fn fails_open(members: &[Member], policy: &Policy) -> bool {
     let in_use = || members.iter().filter(|member| member.wants_sessions() && member.backend.is_reachable());
     let largest = in_use().map(|member| member.weight.get()).fold(0.0, f64::max);
@@ -110,12 +110,13 @@ fn fails_open(members: &[Member], policy: &Policy) -> bool {
     all > 0.0 && (!any_healthy || healthy < policy.fail_open * all)
 }
 
-/// Begins the slow start of the backends that were not members `before`, or not ready. A backend that left a
-/// short time ago and returns continues its slow start.
+/// Begins the slow start of the backends that were not members `before`, or were not ready. A backend that
+/// left a short time ago and returns continues its slow start.
 ///
-/// A backend starts slowly only if another one can carry its part: one that gets sessions, and has done so
-/// for `slow_start`. In a new pool, also one that is written member by member, all backends have their whole
-/// weight at once.
+/// A backend starts slowly only if another backend can carry its part: a usable one that joined or
+/// recovered at least `slow_start` ago. Without such a backend, all have their whole weight at once, and
+/// slow starts that have begun end. So no backend of a new pool starts slowly, even if its table is
+/// written one member after the other.
 pub(in crate::balance) fn begin_ramps(
     before: &[Member],
     members: &[Member],

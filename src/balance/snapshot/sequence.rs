@@ -113,8 +113,8 @@ mod tests {
         above + below
     }
 
-    /// The same for each `n` up to `most`, by Faure's theorem: a sum over the digits of how far the points
-    /// of the permutation deviate (ψ⁺ and ψ⁻ in the paper).
+    /// The largest deviation for each `n` up to `most`, by Faure's theorem: a sum over the digits of how
+    /// far the points of the permutation deviate (ψ⁺ and ψ⁻ in the paper).
     fn worst_deviations(most: u32) -> impl Iterator<Item = f64> {
         // For each count k of points of the permutation and each border h: how many of the first k are below
         // h.

@@ -1,5 +1,5 @@
-//! Weights as intervals of the numbers from 0 to 2⁶⁴. A point is one such number; it names the backend with
-//! the interval that it is in.
+//! Weights as intervals of the numbers from 0 to 2⁶⁴. A point is one of these numbers. Its backend is the
+//! one whose interval contains the point.
 //!
 //! A lookup costs the same with 10 and with 10,000 backends. The lookup table (Chen and Asau, 1974) gives
 //! the first interval to search, by the top bits of the point. It has at least as many cells as there are
@@ -21,7 +21,7 @@ pub(in crate::balance) struct Shares {
 const WALK_MAX: usize = 8;
 
 impl Shares {
-    /// `weights` are finite and > 0; there are at most `u32::MAX` of them.
+    /// Makes the intervals of `weights`, which are finite and > 0, and at most `u32::MAX` in number.
     pub(in crate::balance) fn new(weights: &[f64]) -> Self {
         if weights.is_empty() {
             return Self::default();
@@ -75,12 +75,12 @@ impl Shares {
         Some(index)
     }
 
-    /// The interval at `point` among those of the first 64 whose bit in `among` is set, in proportion to
-    /// their widths. At least one bit is set, and none beyond the last interval.
+    /// Chooses one of the intervals whose bit in `among` is set, by `point` and in proportion to their
+    /// widths. Bit `i` means interval `i`. At least one bit is set, and none beyond the last interval.
     #[inline]
     pub(in crate::balance) fn at_among(&self, point: u64, among: u64) -> usize {
         let width = |i: usize| self.ends[i] - if i == 0 { 0 } else { self.ends[i - 1] };
-        // Their sum is at most the width of all intervals, which fits.
+        // The sum is at most the width of all intervals, which fits into a `u64`.
         let total: u64 = set_bits(among).map(width).sum();
         let mut target = ((u128::from(point) * u128::from(total)) >> 64) as u64;
         for i in set_bits(among) {
@@ -93,8 +93,8 @@ impl Shares {
         among.trailing_zeros() as usize
     }
 
-    /// The interval at `point` without those for which `excluded` is true, whose widths the others share in
-    /// proportion. Visits all intervals: for retries.
+    /// Chooses one of the intervals for which `excluded` is false, by `point` and in proportion to their
+    /// widths. `None`: no such interval. Visits all intervals, so it is only for retries.
     pub(in crate::balance) fn at_excluding(
         &self,
         point: u64,

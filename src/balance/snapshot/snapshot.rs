@@ -1,7 +1,8 @@
 //! An immutable, pick-ready form of a table.
 //!
-//! A pick is one point and one lookup, without allocation and without a lock. Points come from the caller,
-//! so a seed replays a run. `pool/cell.rs` publishes snapshots. `member.rs` decides what a weight is worth.
+//! A pick takes a point and finds its backend, without allocation and without a lock. The caller passes the
+//! point, a random number or a hash; `weighted_round_robin` gets it from [`Snapshot::next_point`].
+//! `pool/cell.rs` publishes snapshots. `member.rs` computes effective weights.
 
 use std::sync::Arc;
 
@@ -50,17 +51,17 @@ pub struct Snapshot {
     pub ramps: bool,
     /// Members that may be picked come first, so that an interval of `shares` is an index here.
     members: Box<[Member]>,
-    /// The backends of the snapshot before, while no member with a weight can be reached; otherwise empty.
-    /// Weighed and ordered like members.
+    /// Backends of the snapshot before that serve while all members with a weight are unresolved names.
+    /// Otherwise empty. Ordered like members, with effective weights of their own.
     stand_ins: Box<[Member]>,
-    /// Over the stand-ins if there are any, else over the members.
+    /// The intervals of the stand-ins if there are any, else of the members.
     shares: Shares,
     /// The sequence of `weighted_round_robin`. All snapshots of a pool share it, so that a change of weights
     /// does not restart the spread.
     sequence: Arc<Sequence>,
-    /// Over the same backends as `shares`, for `source_hash` alone.
+    /// The Maglev table of the backends in `shares`. `None` unless the balance is `source_hash`.
     maglev: Option<Maglev>,
-    /// Over the same backends as `shares`, for `least_conn` alone.
+    /// The costs of the backends in `shares`. `None` unless the balance is `least_conn`.
     least_conn: Option<LeastConn>,
 }
 
@@ -84,9 +85,9 @@ impl Snapshot {
     /// Backends that are new, or were not ready, begin their slow start if another backend can carry their
     /// part (`member.rs`).
     ///
-    /// If `table` gives weight to DNS names alone and none of them is resolved yet, the backends that this
-    /// snapshot picks from stand in for them. Resolving takes a moment, and replacing a backend by a name is
-    /// to lose no session. Backends that `table` itself names do not stand in, as it may give them the
+    /// If all ready members with a weight are DNS names, and none of the names is resolved yet, the
+    /// backends that this snapshot picks from stand in. So no session is lost when a backend is replaced
+    /// by a name. Backends that `table` itself names do not stand in, since `table` may give them the
     /// weight 0.
     #[must_use]
     pub fn next(
@@ -100,8 +101,8 @@ impl Snapshot {
         self.next_or_first(origin, table, policy, registry, is_first)
     }
 
-    /// As [`Snapshot::next`], for a caller that knows whether the table is the first one that this process
-    /// reads from its source. Then its backends may have been in use for long, and none starts slowly.
+    /// As [`Snapshot::next`]. With `is_first`, the table is the first one that this process reads from its
+    /// source. Its backends may have been in use for long, so no backend starts slowly.
     pub(in crate::balance) fn next_or_first(
         &self,
         origin: Origin,
@@ -212,9 +213,10 @@ impl Snapshot {
         self.members_and_stand_ins().filter(|member| member.wants_sessions())
     }
 
-    /// The backend with the fewest active sessions for its weight: of all, or in a large pool of some that
-    /// `point` draws. Backends in `tried` and those that would refuse the session are left out; if all that
-    /// are left would refuse it, one of them is returned. `None`: none is left.
+    /// Returns the backend with the fewest active sessions for its weight: of all backends, or in a large
+    /// pool of some that `point` draws. Leaves out the backends in `tried`, and those that would refuse
+    /// the session. If only these were found, returns the backend at `point` that is not in `tried`.
+    /// `None`: all backends are in `tried`.
     #[inline]
     #[must_use]
     pub fn pick_least_busy(&self, point: u64, tried: &[BackendId]) -> Option<&Member> {
@@ -223,8 +225,8 @@ impl Snapshot {
         least.map(|index| &members[index]).or_else(|| self.pick(point, tried))
     }
 
-    /// The backend of a client with this hash. If that is in `tried`, another one by weight, the same each
-    /// time. `None`: none is left.
+    /// Returns the backend of a client with this hash. If that backend is in `tried`, returns another one
+    /// by weight, the same one each time. `None`: no backend is left.
     #[inline]
     #[must_use]
     pub fn pick_for(&self, client: u64, tried: &[BackendId]) -> Option<&Member> {
@@ -232,8 +234,8 @@ impl Snapshot {
         if tried.contains(own.backend.id()) { self.pick(mix(client), tried) } else { Some(own) }
     }
 
-    /// The members that have a weight and are not picked: they are not ready, or they are unhealthy and
-    /// health is not ignored.
+    /// The members that have a weight, but are not ready, or are unhealthy or ejected while health counts.
+    /// Unresolved names are not among them.
     pub fn unusable(&self) -> impl Iterator<Item = &Member> {
         let is_out =
             |member: &&Member| !member.wants_sessions() || !self.fails_open && !member.backend.is_usable();

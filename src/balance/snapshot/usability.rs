@@ -13,7 +13,7 @@ use crate::balance::values::{AdminState, BackendId};
 pub enum Usable {
     /// None: sessions are refused.
     None,
-    /// One: if it fails too, health is ignored or sessions fail.
+    /// One: if this backend fails too, health is ignored or sessions fail.
     One,
     /// Two or more, or health is ignored.
     #[default]
@@ -23,19 +23,20 @@ pub enum Usable {
 /// One reason why a backend gets no sessions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reason {
-    /// Its checks fail. The cause is that of the last failure.
+    /// The backend's checks fail. The cause is that of the last check that failed.
     Unhealthy(Option<Cause>),
-    /// It is ejected. The cause is that of the last session that failed.
+    /// The backend is ejected. The cause is that of the last session that failed.
     Ejected(Option<Cause>),
-    /// It is on trial after an ejection: it gets one session. The cause is as with `Ejected`.
+    /// The backend is on trial after an ejection and gets one session. The cause is that of the last
+    /// session that failed.
     Trial(Option<Cause>),
-    /// Its name has no address yet.
+    /// The backend's name has no address yet.
     Unresolved,
-    /// It is in drain.
+    /// The backend is in drain.
     Drain,
-    /// It is in maint.
+    /// The backend is in maint.
     Maint,
-    /// Its weight is 0.
+    /// The backend's weight is 0.
     WeightZero,
 }
 
@@ -79,8 +80,8 @@ impl Reasons {
             AdminState::Drain => Some(Reason::Drain),
             AdminState::Maint => Some(Reason::Maint),
         };
-        // A name is unusable if all of its addresses are. Each reason is that of the first address that has
-        // it.
+        // A name is unusable if all of its addresses are. For each reason, the first address that has it
+        // gives the cause.
         let health_counts = !fails_open && !backend.is_usable();
         let of_address = |reason: fn(&Condition) -> Option<Reason>| {
             let mut targets = Target::all_of(backend).filter(|_| health_counts);
@@ -120,9 +121,10 @@ impl Reasons {
 /// The backends that get no sessions from this proxy.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Unusable {
-    /// Backends with a reason that this proxy has found out first; each group sorted by name.
+    /// First the backends with a reason that this proxy has found out, then the others. Each of the two
+    /// groups is sorted by name.
     pub backends: Vec<(BackendId, Reasons)>,
-    /// The number of further backends.
+    /// The number of unusable backends that are not in `backends`.
     pub more: usize,
     /// Health is ignored, since too little of the pool is healthy.
     pub fails_open: bool,

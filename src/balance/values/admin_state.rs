@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-/// A backend without an entry is ready.
+/// The admin state of a backend. A backend without an entry in Redis is ready.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum AdminState {
     /// The backend gets sessions by its weight and health.
@@ -10,7 +10,7 @@ pub enum AdminState {
     Ready,
     /// No new sessions; existing ones finish. The backend is still checked.
     Drain,
-    /// As `Drain`, and the backend is not checked: it may be switched off.
+    /// As `Drain`, and the backend is not checked, so that it can be switched off.
     Maint,
 }
 

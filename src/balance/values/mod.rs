@@ -1,6 +1,6 @@
 //! What people write about a pool, as plain values: names, weights, states, tables and settings.
 //!
-//! They do not change once they are made, and know nothing of sessions, sockets or health.
+//! These values do not change once they are made. This folder uses no sessions, sockets or health.
 
 mod address;
 mod admin_state;

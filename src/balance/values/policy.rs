@@ -28,9 +28,11 @@ pub struct Policy {
 pub struct Outlier {
     /// The number of failures in a row that ejects.
     pub consecutive_failures: NonZeroU32,
-    /// How long the first ejection lasts. Each further one lasts longer by as much.
+    /// How long the first ejection lasts. The second in succession lasts twice as long, the third three
+    /// times, and so on up to 30 times.
     pub ejection: Duration,
-    /// At most this part of the pool's backends, counted by number, is ejected at once.
+    /// Nothing is ejected while at least this part of the pool's addresses, in percent, is unusable for any
+    /// reason. A DNS name counts once for each of its addresses.
     pub max_ejected_percent: u32,
 }
 
@@ -71,7 +73,8 @@ pub enum Balance {
     /// The backend with the fewest active sessions for its weight is picked: of all backends, or in large
     /// pools of some that are drawn by weight.
     LeastConn,
-    /// The address of a client always leads to the same backend, on every proxy of the fleet.
+    /// The address of a client leads to the same backend on every proxy of the fleet, as long as the
+    /// effective weights are the same.
     SourceHash,
 }
 

@@ -33,7 +33,7 @@ impl Table {
         Self { members: members.into(), states: Arc::default() }
     }
 
-    /// The same members with these states; each backend occurs at most once.
+    /// Returns a table with the same members and these states. `states` has each backend at most once.
     #[must_use]
     pub fn with_states(self, mut states: Vec<(BackendId, AdminState)>) -> Self {
         states.retain(|(_, state)| *state != AdminState::Ready);
@@ -41,7 +41,7 @@ impl Table {
         Self { states: states.into(), ..self }
     }
 
-    /// True if one is a clone of the other, which is cheaper to find out than equality. If false, they may
+    /// True if one table is a clone of the other. Cheaper than `==`, but two tables that are no clones may
     /// still be equal.
     #[must_use]
     pub fn is_clone_of(&self, other: &Self) -> bool {

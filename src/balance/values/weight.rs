@@ -17,8 +17,10 @@ impl Weight {
     /// The weight that asks for no new sessions.
     pub const ZERO: Self = Self(0.0);
 
+    /// Makes a weight of `value`.
+    ///
     /// # Errors
-    /// Negative, infinite and not-a-number are refused.
+    /// `value` is negative, infinite or NaN.
     pub fn new(value: f64) -> Result<Self, InvalidWeight> {
         if value.is_finite() && value >= 0.0 {
             // `-0.0 >= 0.0` is true. Adding 0.0 turns -0.0 into 0.0, which prints as "0".
@@ -34,7 +36,7 @@ impl Weight {
         self.0
     }
 
-    /// The weight times `factor`, which is above 0 and at most 1. The result is zero only if the weight is.
+    /// Returns the weight times `factor`, which is above 0 and at most 1. Only a weight of zero gives zero.
     #[must_use]
     pub fn scaled(self, factor: f64) -> Self {
         if self.is_zero() { self } else { Self((self.0 * factor).max(f64::from_bits(1))) }

@@ -6,7 +6,7 @@ use super::{Failure, json, show, wait};
 use crate::cli::print;
 use crate::redis::weights::{Author, Ledger, Order};
 
-/// The longest reason. The history may have a thousand of them.
+/// The longest reason of a change. The history may have a thousand reasons.
 const REASON_MAX_BYTES: usize = 500;
 
 pub(super) async fn change(target: &Target, order: &Order, writing: &Writing) -> Result<(), Failure> {
@@ -38,7 +38,7 @@ pub(super) async fn change(target: &Target, order: &Order, writing: &Writing) ->
     Ok(())
 }
 
-/// `user@host` from the environment. It helps people to find each other, and proves nothing.
+/// Returns `user@host`, with the user from the environment. It is for information only: it can be forged.
 fn author_name() -> String {
     let named = ["USER", "LOGNAME"].iter().filter_map(|name| std::env::var(name).ok());
     let user = named

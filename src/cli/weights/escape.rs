@@ -7,7 +7,7 @@ use serde_json::Value;
 /// In characters. A host name has 253 at most, so a longer text is no backend.
 const LONGEST_WORD: usize = 300;
 
-/// `text` with every character escaped that does not print as itself.
+/// Returns `text` with every character escaped that does not print as itself. Line ends stay.
 pub(super) fn printable(text: &str) -> String {
     let mut safe = String::with_capacity(text.len());
     for character in text.chars() {

@@ -22,8 +22,8 @@ pub(super) fn settings(target: &Target) -> Result<Settings, Failure> {
     Ok(Settings { redis, pool })
 }
 
-/// The path of the config, the pool that `target` names, and the Redis of the config. Without Redis, a
-/// pool uses only its `backends`.
+/// Returns the path of the config, the pool that `target` names, and the Redis of the config, if it has one.
+/// Without Redis, a pool uses only its `backends`.
 pub(super) fn find_pool(target: &Target) -> Result<(PathBuf, Pool, Option<Redis>), Failure> {
     let (path, config) = target.config.load().map_err(Failure::Invalid)?;
     let Some(pool) = config.pools.iter().find(|pool| *pool.name == *target.pool) else {

@@ -75,15 +75,15 @@ pub(super) fn table(
     text
 }
 
-/// The state of a member that is not ready; `None` where it is ready or unknown.
+/// Returns the admin state of a member; `None` if the member is ready or its state is unknown.
 pub(super) fn state_of<'a>(states: Option<&'a [(String, String)]>, member: &str) -> Option<&'a str> {
     let states = states?;
     let position = states.binary_search_by(|(name, _)| name.as_str().cmp(member)).ok()?;
     Some(states[position].1.as_str()).filter(|state| *state != "ready")
 }
 
-/// The share of each member in percent. Members in drain or maint have none. Weights are divided by the
-/// largest one, so that the sum of huge weights stays finite.
+/// Returns the share of each member in percent, which is 0 for members in drain or maint. Weights are
+/// divided by the largest one, so that the sum of huge weights stays finite.
 pub(super) fn shares(seen: &Seen, states: Option<&[(String, String)]>) -> impl Iterator<Item = f64> {
     let weights = || {
         seen.table.members().iter().map(move |(id, weight)| {

@@ -132,7 +132,7 @@ fn forecast(
     active: Option<u32>,
 ) -> Answer {
     let before = now.as_ref().map_or(&[][..], |now| now.table.members());
-    // Members in drain or maint stay in it.
+    // Members in drain or maint keep their admin state.
     let states = now.as_ref().map_or(&[][..], |now| now.table.states());
     let then = Table::new(before.iter().cloned().chain(written).collect()).with_states(states.to_vec());
     let weighty = then.members().iter().filter(|(_, weight)| !weight.is_zero()).count();

@@ -55,7 +55,7 @@ pub(super) async fn drain(arguments: &DrainArguments) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Sets the state, and prints the state before.
+/// Sets the admin state of the members to `state`, and prints the state that each of them had before.
 pub(super) async fn put(
     arguments: &StateArguments,
     state: AdminState,
@@ -85,7 +85,7 @@ pub(super) async fn put(
     Ok((ledger, members))
 }
 
-/// Waits until no proxy has a session there, and returns the number of proxies.
+/// Waits until no proxy has a session on `members`, and returns the number of proxies.
 async fn wait_for(ledger: &mut Ledger, members: &[BackendId], limit: Duration) -> Result<usize, Failure> {
     let (begun, mut printed) = (Instant::now(), Instant::now());
     loop {
@@ -112,11 +112,11 @@ async fn wait_for(ledger: &mut Ledger, members: &[BackendId], limit: Duration) -
     }
 }
 
-/// The backends that are no members of the table any more.
+/// The drained backends that are not in the table any more.
 #[derive(Debug, Default)]
 struct Left {
     members: HashSet<BackendId>,
-    /// The hash that a proxy reports once it has read that table.
+    /// The hash of the table without them. A proxy reports this hash once it has read the table.
     hash: ContentHash,
 }
 
@@ -132,8 +132,8 @@ fn sessions(report: &Report, member: &BackendId) -> Option<u32> {
     of_it.map(|(_, sessions)| *sessions)
 }
 
-/// Why the proxy is waited for: its sessions there, or why they are unknown. `None`: it has none.
-/// `written` is the time since the state was written.
+/// Returns why to wait for the proxy of `report`: it has sessions on `members`, or the number is unknown.
+/// `None`: it has no such sessions. `written` is the time since the admin state was written.
 fn busy(report: &Report, members: &[BackendId], left: &Left, written: Duration) -> Option<String> {
     let (proxy, mut count) = (&report.proxy, 0);
     for member in members {

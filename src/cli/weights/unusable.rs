@@ -20,11 +20,11 @@ pub(super) struct Unusable<'a> {
     members: HashMap<&'a str, BTreeMap<&'a [ReportedReason], usize>>,
     /// How many proxies report which members get no sessions.
     reporting: usize,
-    /// How many proxies do not, since they are of an older version.
+    /// How many proxies do not report this, since they are of an older version.
     not_reporting: usize,
     /// How many proxies ignore health.
     fails_open: usize,
-    /// How many proxies report only some of such members.
+    /// How many proxies report only some of the members that get no sessions.
     cut_short: usize,
 }
 

@@ -28,7 +28,7 @@ const PORT_MAX: u64 = 65_535;
 const BYTES_MAX: usize = 4096;
 const BYTES_CURE: &str = "a text, or {hex: \"0a0b\"}, of 1 to 4096 bytes is needed";
 
-/// The section under `key`, unless it is `off`.
+/// Returns the section under `key`; `None` if it is `off`, or was refused.
 fn section_or_off<'a>(pool: &Section<'a>, key: &str, keys: Keys) -> Option<Section<'a>> {
     if let Some(field) = pool.field(key) {
         if field.is_text("off") {

@@ -90,7 +90,7 @@ fn unmapped(address: SocketAddr, field: &Field<'_>) -> Option<SocketAddr> {
     Some(address)
 }
 
-/// The names of the pools, also of those with mistakes: a listener may still name them.
+/// Returns the names of all pools. A pool with mistakes is among them, since a listener may still name it.
 fn pool_names<'a>(root: &Section<'a>) -> Vec<&'a str> {
     let Some(field) = root.field("pools").filter(Field::is_map) else { return Vec::new() };
     field.keys().collect()

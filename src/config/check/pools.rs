@@ -128,7 +128,7 @@ fn pool(name: &str, section: &Section<'_>, has_redis: bool, least_deadline: Opti
     }
 }
 
-/// Redis accepts any bytes, but control characters would be written to every log that names the key.
+/// Reads `weights_key`. Redis accepts any bytes, but control characters are refused, since logs show the key.
 fn weights_key(name: &str, section: &Section<'_>) -> String {
     let default = || format!("statera:{{{name}}}:weights");
     let Some(field) = section.field("weights_key") else { return default() };

@@ -107,8 +107,8 @@ fn server(section: &Section<'_>) -> RedisUrl {
     })
 }
 
-/// The user of the key or of the URL. An empty text, as `${REDIS_USER:-}` may give, means that there is
-/// none.
+/// Returns the user of the key `username` or of the URL. An empty text, as `${REDIS_USER:-}` may give, means
+/// that there is no user.
 fn username_beside(section: &Section<'_>, from_url: Option<String>) -> Option<String> {
     let Some(field) = section.field("username") else { return from_url };
     let username = field.text().filter(|text| !text.is_empty()).map(str::to_owned);

@@ -168,7 +168,7 @@ fn state_dir(root: &Section<'_>, config: &Config) {
     }
 }
 
-/// Whether this user can write to `folder`, or can create it.
+/// Checks that this user can write to `folder`, or can create it. The error is the reason.
 fn can_be_made(folder: &Path) -> Result<(), String> {
     for there in folder.ancestors() {
         let shown = || crate::config::decode::escaped(&there.to_string_lossy(), 200);
@@ -187,7 +187,7 @@ fn can_be_made(folder: &Path) -> Result<(), String> {
                 return Err(format!("{} is a link to nothing", shown()));
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            // The folder above it has the reason.
+            // A parent is no directory: a later round of the loop reports it.
             Err(error) if error.kind() == io::ErrorKind::NotADirectory => {}
             Err(error) => return Err(format!("{}: {error}", shown())),
         }

@@ -226,12 +226,12 @@ impl Section<'_> {
         self.field(key).and_then(|field| field.integer(&range)).unwrap_or(default)
     }
 
-    /// Reads a duration that is longer than zero.
+    /// Reads a duration of at least 1 ms.
     pub(in crate::config) fn interval(&self, key: &str, default: Duration) -> Duration {
         self.interval_up_to(DURATION_MAX, key, default)
     }
 
-    /// Reads a duration that is longer than zero, and at most `most`.
+    /// Reads a duration from 1 ms to `most`.
     pub(in crate::config) fn interval_up_to(&self, most: Duration, key: &str, default: Duration) -> Duration {
         let range = Duration::from_millis(1)..=most;
         self.field(key).and_then(|field| field.duration(&range)).unwrap_or(default)
@@ -243,7 +243,7 @@ impl Section<'_> {
         self.field(key).and_then(|field| field.duration(&range)).unwrap_or(default)
     }
 
-    /// Reads a duration of which zero means that there is no limit.
+    /// Reads a duration and returns it as a limit. Zero is no limit: `None`.
     pub(in crate::config) fn limit(&self, key: &str, default: Duration) -> Option<Duration> {
         Some(self.duration(key, default)).filter(|limit| !limit.is_zero())
     }

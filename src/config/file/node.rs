@@ -10,8 +10,8 @@ use serde::de::{DeserializeSeed, Deserializer, EnumAccess, Error as _, MapAccess
 
 use super::FILE_MAX_BYTES;
 
-/// The limit for what aliases expand to. A text counts its bytes, any other value counts one. The parser
-/// limits only the number of aliases, so 100,000 aliases of a list of 100,000 items would take all
+/// The limit for what aliases expand to. Each value counts one; a text or a key counts its bytes, too. The
+/// parser limits only the number of aliases, so 100,000 aliases of a list of 100,000 items would take all
 /// memory.
 const EXPANDED_MAX: usize = 8 * FILE_MAX_BYTES;
 
@@ -37,8 +37,10 @@ pub(in crate::config) enum Node {
 }
 
 impl Node {
+    /// Builds the tree of a document.
+    ///
     /// # Errors
-    /// What the parser refuses, tags, and aliases beyond the budget.
+    /// The parser refuses the document, a value has a tag, or aliases expand beyond [`EXPANDED_MAX`].
     pub(super) fn from_document<'de, D: Deserializer<'de>>(document: D) -> Result<Self, D::Error> {
         NodeSeed(&Cell::new(EXPANDED_MAX)).deserialize(document)
     }

@@ -1,8 +1,8 @@
 //! Reports, under a lease, which table this proxy has applied. `reports.rs` reads what all proxies have
 //! reported.
 //!
-//! Reports have a connection and a pace of their own: however fast weights change, a pool is reported
-//! four times a second at most. A missing right is logged once; nothing else depends on these reports.
+//! Reports have a connection of their own. However fast weights change, a pool is reported four times a
+//! second at most. A missing right is logged once, and sessions never depend on the reports.
 //! The report of a proxy that dies is gone when its lease ends; a proxy that drains deletes its reports.
 
 use std::collections::HashMap;
@@ -37,11 +37,11 @@ const SCRIPT: &str = include_str!("applied.lua");
 const LOOK: Duration = Duration::from_millis(50);
 /// The shortest pause between two reports of one pool.
 const REST: Duration = Duration::from_millis(250);
-/// A report that took long is followed by a rest of this many times its duration, at most until the lease
-/// is to be renewed. So whatever makes reports slow, one proxy takes a twentieth of the server's time at
-/// most.
+/// A report is followed by a rest of its pool of this many times the report's duration, at least [`REST`]
+/// and at most [`RENEWAL`]. So the reports of one pool take a twentieth of the server's time at most,
+/// unless a report takes longer than 250 ms.
 const REST_PER_REPORT: u32 = 20;
-/// The pause between two reports of what has not changed. A lease survives two lost reports.
+/// The pause between two reports if nothing has changed. A lease survives two lost reports.
 const RENEWAL: Duration = Duration::from_secs(5);
 pub(super) const LEASE: Duration = Duration::from_secs(15);
 /// The pause between two looks for draining backends, which go over all backends.
@@ -49,10 +49,11 @@ const LEAVING_LOOK: Duration = Duration::from_millis(500);
 /// A change among the draining backends is reported again after this time. An operator's command that
 /// waits for the last session does not count a report made earlier than [`LANDING`] after its own write.
 const REPEAT: Duration = Duration::from_millis(1500);
-/// The time after which the picks that were under way when a backend began to drain are counted as
-/// sessions of it. A worker picks at once, and Redis within `lua_pick.timeout` (50 ms by default).
+/// The longest time until a pick that was under way when a backend began to drain counts as a session of
+/// that backend. A worker picks at once, and Redis within `lua_pick.timeout` (50 ms by default).
 pub const LANDING: Duration = Duration::from_secs(1);
-/// Stands before each draining backend in a report.
+/// Separates the entries of a report: it stands before each draining backend, [`UNNAMED`] and each entry of
+/// `unusable.rs`.
 pub(super) const LEAVING: char = ';';
 /// Stands before the number of draining backends that are not named.
 pub(super) const UNNAMED: char = '+';
@@ -89,7 +90,7 @@ pub async fn run(
                 () = reporter.report_for_ever() => {}
                 _ = leaves.wait_for(|leaves| *leaves) => {}
             }
-            // Where Redis does not answer any more, the leases end.
+            // If Redis does not answer, the reports stay until their leases end.
             let _ = timeout(LEAVING_TIME, reporter.leave()).await;
         }
     })
@@ -118,7 +119,7 @@ struct Reporter<'a> {
     followed: &'a [Followed],
     primary: &'a Primary,
     proxy: String,
-    /// A missing right was logged.
+    /// A refusal that needs an operator was logged.
     is_logged: &'a AtomicBool,
     /// Whether each pool was reported before, over this connection or another.
     has_reported: &'a HashMap<PoolId, AtomicBool>,
@@ -163,7 +164,8 @@ impl Reporter<'_> {
                             }
                             jittered(RENEWAL)
                         }
-                        // No longer than a renewal: the proxy is missed as soon as the others report again.
+                        // The pause is no longer than a renewal, so that this proxy reports again as soon as
+                        // the others do.
                         Some(Refusal::IsLogged | Refusal::Other) => jittered(RENEWAL),
                         None => backoff.pause(),
                     }
@@ -192,7 +194,7 @@ impl Reporter<'_> {
         );
     }
 
-    /// Returns the error after which this connection is of no use any more.
+    /// Reports over `connection` until a report fails, and returns the error.
     async fn report(&mut self, connection: RoutedConnection) -> RedisError {
         let followed = self.followed;
         let connection = self.connection.insert(connection);
@@ -243,7 +245,7 @@ enum Refusal {
 }
 
 impl Refusal {
-    /// `None`: it is no refusal, or one that ends with a failover.
+    /// Returns `None` if `error` is no refusal, or a refusal that ends with a failover.
     fn of(error: &RedisError) -> Option<Self> {
         use ServerErrorKind::{Ask, ClusterDown, Moved, ReadOnly};
         match error.server_kind() {
@@ -259,7 +261,7 @@ impl Refusal {
 }
 
 impl Reported {
-    /// Returns what is to be reported now, if anything.
+    /// Returns the content of the report to send now, or `None` if none is due.
     fn news(&mut self, cell: &Cell, now: Instant) -> Option<String> {
         if self.rests_until.is_some_and(|rested| now < rested) {
             return None;
@@ -296,11 +298,11 @@ impl Reported {
         Some(content)
     }
 
-    /// Rests after a report that took so long.
+    /// Sets the rest after a report that took `took`.
     fn rest_after(&mut self, took: Duration) {
         let rest = (took * REST_PER_REPORT).clamp(REST, RENEWAL);
         self.rests_until = Some(Instant::now() + rest);
-        // What has not changed is not reported earlier either.
+        // The renewal must not come before the rest ends.
         self.renewal = self.renewal.max(self.rests_until);
     }
 }
@@ -311,8 +313,8 @@ fn applied(cell: &Cell) -> (u64, ContentHash) {
     (snapshot.version, ContentHash::of(members))
 }
 
-/// The draining backends as a part of a report. A name that cannot stand in it (a socket's path may hold
-/// anything) is left out.
+/// Returns the draining backends as a part of a report. A name with a space or [`LEAVING`] in it (a socket's
+/// path may have both) is left out.
 fn leaving(cell: &Cell) -> String {
     let mut leaving = cell.draining();
     leaving.retain(|(id, _)| !id.as_str().contains(|c: char| c.is_whitespace() || c == LEAVING));

@@ -1,9 +1,10 @@
-//! The hash of a table's content: a proxy reports by it which table it has applied, and a command knows
-//! by it the table that it wrote.
+//! The hash of a table's content. A proxy reports the hash of the table that it has applied, and a command
+//! compares it with the hash of the table that it wrote.
 //!
 //! `weights.lua` computes the same hash for the history: SHA-1 over the members, by ascending weight and
 //! then by name, which is the order that Redis keeps them in. Each member counts as its name, a zero
-//! byte, and its weight as a big-endian double. The hash tells tables apart and is no protection.
+//! byte, and its weight as a big-endian double. The hash tells tables apart; it does not protect against
+//! forged reports.
 
 use std::fmt;
 

@@ -1,5 +1,5 @@
-//! What the proxies of a fleet tell each other through Redis: which table each has applied, and which
-//! backends it does not use.
+//! What each proxy of a fleet reports in Redis, for the operator's commands: which table it has applied, and
+//! which backends get no sessions from it.
 
 pub mod applied;
 pub(in crate::redis) mod content;

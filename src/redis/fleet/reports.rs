@@ -9,8 +9,8 @@ use crate::redis::fleet::content::ContentHash;
 use crate::redis::fleet::unusable::{self, UnusableReport};
 use crate::redis::schema::companion::Companions;
 
-/// A proxy that is alive and reaches Redis has reported again within this time: a renewal, and the round
-/// trip.
+/// The time within which a live proxy that reaches Redis reports again: the pause between two renewals, and
+/// the round trip.
 const PATIENCE: Duration = Duration::from_secs(6);
 /// The most proxies that are read at once, which is more than a fleet has.
 const MOST_PROXIES: usize = 10_000;
@@ -25,11 +25,12 @@ pub struct Report {
     /// The backends that are in drain or maint, and others that get no new sessions but still have some;
     /// each with its number of sessions.
     pub leaving: Vec<(String, u32)>,
-    /// How many more there are. Each has at most as many sessions as the last of `leaving`.
+    /// The number of draining backends that are not in `leaving`. Each of them has at most as many sessions
+    /// as the last entry of `leaving`.
     pub unnamed: usize,
-    /// The backends that get no sessions from it. `None` for an older proxy, which does not report them.
+    /// The backends that get no sessions from this proxy. `None` if an older version of Statera reported.
     pub unusable: Option<UnusableReport>,
-    /// How long ago it was made, by the clock of Redis.
+    /// How long ago the report was made, by the clock of Redis.
     pub age: Duration,
 }
 
@@ -38,12 +39,13 @@ pub struct Report {
 pub struct Reports {
     /// The proxies whose lease has not ended, in the order of their names.
     pub live: Vec<Report>,
-    /// More than zero after Redis has lost reports, or was away: other proxies may be alive, and will
-    /// have reported after this time.
+    /// The time until all live proxies have reported. It is more than zero if Redis has lost reports or was
+    /// away: proxies that are not in `live` may then be alive.
     pub are_all_in: Duration,
 }
 
-/// Asks which table each proxy has applied, by EVAL or EVAL_RO. [`reports`] reads the answer.
+/// Returns the command that asks which table each proxy has applied; `eval` is EVAL or EVAL_RO. [`reports`]
+/// reads the answer.
 pub(in crate::redis) fn question(eval: &str, companions: &Companions) -> redis::Cmd {
     let mut question = command(eval, &companions.applied);
     question.arg("live").arg(MOST_PROXIES).arg(LEASE.as_millis() as u64).arg(PATIENCE.as_millis() as u64);

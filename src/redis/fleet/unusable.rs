@@ -10,7 +10,7 @@ use std::fmt::Write as _;
 use crate::balance::pool::Cell;
 use crate::balance::snapshot::{Reason, Unusable};
 
-/// Begins each entry, after the sign that separates the entries of a report.
+/// Stands before each entry of this part, after the separator of the report's entries.
 const MARK: char = '!';
 /// The first entry where the pool fails open.
 const FAILS_OPEN: &str = "fail_open";
@@ -25,7 +25,7 @@ pub struct UnusableReport {
     pub fails_open: bool,
     /// The backends, each with its reasons.
     pub backends: Vec<(String, Vec<ReportedReason>)>,
-    /// How many more there are.
+    /// The number of unusable backends that are not in `backends`.
     pub more: usize,
 }
 
@@ -34,11 +34,12 @@ pub struct UnusableReport {
 pub struct ReportedReason {
     /// The reason's name.
     pub name: String,
-    /// The last error.
+    /// The cause of the last failure of a check or a session.
     pub cause: Option<String>,
 }
 
-/// The part of a report. A name with a space or `separator` in it, which cannot stand there, is left out.
+/// Returns the part of a report about the unusable backends of `cell`. A backend with a space or `separator`
+/// in its name is left out.
 pub(in crate::redis) fn report(cell: &Cell, separator: char) -> String {
     let Unusable { backends, more, fails_open } = cell.unusable(MOST_NAMED);
     let mut text = format!("{separator}{MARK}{}", if fails_open { FAILS_OPEN } else { "" });
@@ -63,7 +64,7 @@ fn word(reason: Reason) -> String {
     }
 }
 
-/// Takes in one entry of a report. Returns false where the entry is of another kind.
+/// Adds one entry of a report to `known`. Returns false if the entry is of another part of the report.
 pub(in crate::redis) fn take(known: &mut Option<UnusableReport>, entry: &str) -> bool {
     let Some(entry) = entry.strip_prefix(MARK) else { return false };
     let known = known.get_or_insert_default();

@@ -1,4 +1,5 @@
-//! Which pools may have changed: marks, set by messages and taken by the reader.
+//! Which pools are to be read, and why: marks, set by Redis's messages, by timers and after refused reads,
+//! and taken by the reader.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -15,18 +16,20 @@ use crate::redis::schema::followed::Followed;
 pub(super) enum Cause {
     /// A keyspace notification came.
     Notified = 1,
-    /// The server no longer tracks a key that was read.
+    /// The server sent an invalidation (client tracking) for a key that was read.
     Invalidated = 2,
-    /// The server says that all keys are gone: FLUSHALL, FLUSHDB, or a replica that is filled anew.
+    /// The server sent an invalidation of all keys: FLUSHALL, FLUSHDB, or a full resync of a replica.
     Flushed = 4,
-    /// Events may have been missed: the connection is new, or the server was not ready.
+    /// Events may have been missed: the connection is new, the server was not ready, or the watch mode has
+    /// changed.
     Missed = 8,
-    /// It is time to read it again, whether or not anything changed.
+    /// The pool is to be read again whether or not it changed: a poll, a full read, or a retry of a refused
+    /// read.
     Due = 16,
 }
 
 impl Cause {
-    /// What the server sends by itself. It may be an echo of a read.
+    /// The causes that the server's messages set. Such a message may itself be caused by a read.
     pub(super) const EVENTS: [Self; 3] = [Self::Notified, Self::Invalidated, Self::Flushed];
 }
 
@@ -59,7 +62,7 @@ pub(super) struct Mark {
     pub(super) causes: Causes,
 }
 
-/// The marks of the pools that share a connection. Set where the connection's messages arrive.
+/// The marks of the pools that share a connection.
 #[derive(Debug)]
 pub(super) struct Changes {
     pools: Vec<PoolId>,
@@ -68,7 +71,7 @@ pub(super) struct Changes {
     /// The channels of admin states, among `channels`: a user may have no right to subscribe to them.
     of_states: HashSet<Vec<u8>>,
     marks: Mutex<HashMap<PoolId, Mark>>,
-    /// Wakes the reader.
+    /// Wakes the reader when a pool is marked or the connection is lost.
     pub(super) noticed: Notify,
 }
 
@@ -86,12 +89,12 @@ impl Changes {
         Self { pools, channels, of_states, marks: Mutex::default(), noticed: Notify::new() }
     }
 
-    /// The channels of all weights keys, each once.
+    /// Returns the channels of all weights keys, each once.
     pub(super) fn channels(&self) -> impl Iterator<Item = &[u8]> {
         self.channels.keys().map(Vec::as_slice).filter(|channel| !self.of_states.contains(*channel))
     }
 
-    /// The channels of all admin states, each once.
+    /// Returns the channels of all admin states, each once.
     pub(super) fn channels_of_states(&self) -> impl Iterator<Item = &[u8]> {
         self.of_states.iter().map(Vec::as_slice)
     }
@@ -117,7 +120,7 @@ impl Changes {
             mark.causes = mark.causes.with(cause);
         }
         drop(marks);
-        // A flood of events about a pool that rests wakes the reader once.
+        // A flood of events about a pool that rests wakes the reader once for each cause.
         if is_news {
             self.noticed.notify_one();
         }
@@ -127,7 +130,7 @@ impl Changes {
         self.marks().remove(&pool)
     }
 
-    /// The pools that are marked now.
+    /// Returns the marks of all pools that are marked now.
     pub(super) fn marked(&self) -> HashMap<PoolId, Mark> {
         self.marks().clone()
     }
@@ -141,8 +144,8 @@ fn channel(database: u32, key: &str) -> String {
     format!("__keyspace@{database}__:{key}")
 }
 
-/// Waits for a change, until `rest_ends` at most, when a pool that was marked before has rested. Cancel
-/// safe.
+/// Waits until a pool is marked or the connection is lost, and until `rest_ends` at most, the end of a
+/// marked pool's rest. Cancel safe.
 pub(super) async fn changed(changes: &Changes, rest_ends: Option<Instant>) {
     match rest_ends {
         Some(rest_ends) => drop(timeout_at(rest_ends, changes.noticed.notified()).await),

@@ -3,8 +3,9 @@
 //! An event may be caused by a read: Redis publishes `keymiss` where it is told to, and a full tracking
 //! table invalidates keys that were just read. A tool may also write the same values again and again. So
 //! each read that an event caused and that found nothing new doubles the rest before the next event of
-//! that kind is answered, and every loop "event, read, event" dies out. A read that finds something new
-//! ends the rest, and quiet time lets it fade. The first change after a quiet time is read at once.
+//! that kind is answered, up to a limit. A loop "event, read, event" then costs no more than polling. A read
+//! that finds something new ends the rest, and the rest gets shorter while no events come. The first change
+//! after a quiet time is read at once.
 //!
 //! Each kind of event has a rest of its own: a full tracking table must not delay what a notification
 //! announces.
@@ -20,7 +21,8 @@ use crate::redis::status::WatchMode;
 /// The rest after the first read that found nothing new. It is short, since two events of one change may
 /// arrive apart.
 const FIRST: Duration = Duration::from_millis(1);
-/// The longest rest: then a loop costs what polling costs with the default `poll_interval`.
+/// The longest rest, except for invalidations in the mode `Notifications`. With it, a loop costs what
+/// polling costs with the default `poll_interval`.
 const LONGEST: Duration = Duration::from_secs(1);
 
 /// The longest rest of each kind of event, which depends on the watch mode.
@@ -32,15 +34,15 @@ pub(super) struct Longest {
 }
 
 impl Longest {
-    /// The intervals are those of the config. A pool that rests is not confirmed by heartbeats, so it
-    /// rests no longer than one of them.
+    /// Takes the intervals of the config. Heartbeats do not confirm a pool that rests with a sign of a
+    /// change, so such a rest is at most `heartbeat_interval`.
     pub(super) fn new(heartbeat_interval: Duration, resync_interval: Duration) -> Self {
         let heartbeat = heartbeat_interval.min(LONGEST);
         Self { heartbeat, resync: resync_interval.max(heartbeat), mode: WatchMode::None }
     }
 
-    /// Where notifications work, tracking is needed only for changes that were made after they were
-    /// switched off, and the next full read finds those too.
+    /// Returns the longest rest for `cause`. While notifications work, tracking is needed only for changes
+    /// made after notifications were switched off, and the next full read finds these changes too.
     fn of(self, cause: Cause) -> Duration {
         let longest = match cause {
             Cause::Invalidated if self.mode == WatchMode::Notifications => self.resync,
@@ -49,18 +51,18 @@ impl Longest {
         longest.max(FIRST)
     }
 
-    /// Returns true where the mode is another one than before.
+    /// Sets the watch mode. Returns true if it has changed.
     pub(super) fn set_mode(&mut self, mode: WatchMode) -> bool {
         std::mem::replace(&mut self.mode, mode) != mode
     }
 
-    /// The interval of full reads.
+    /// Returns the interval of full reads, or `heartbeat` if that is longer.
     pub(super) fn resync(self) -> Duration {
         self.resync
     }
 
-    /// True where a table with these marks may differ from what Redis holds, by what the watch mode
-    /// announces.
+    /// Returns true if one of `causes` is a sign that the table has changed in Redis. An invalidation is
+    /// none while notifications work, and `Due` is none.
     pub(super) fn tells_of_a_change(self, causes: Causes) -> bool {
         let told =
             [Cause::Missed, Cause::Notified, Cause::Flushed].into_iter().any(|cause| causes.has(cause));
@@ -77,7 +79,7 @@ pub(super) struct EventRests {
 }
 
 impl EventRests {
-    /// When a pool with these marks may be read, as far as events rest. `None`: now.
+    /// Returns when the event rests permit to read a pool that is marked for `causes`. `None` means now.
     pub(super) fn end_for(&self, causes: Causes) -> Option<Instant> {
         if causes.has(Cause::Missed) || causes.has(Cause::Due) {
             return None;
@@ -87,11 +89,11 @@ impl EventRests {
             Cause::Invalidated => self.invalidated.ends,
             _ => self.flushed.ends,
         });
-        // `None` is less than any moment.
+        // `None` is less than any time, so one cause without a rest is enough.
         ends.min().flatten()
     }
 
-    /// The read that `causes` led to found nothing new.
+    /// Lengthens the rests of `causes`, after a read that found nothing new.
     pub(super) fn found_nothing(&mut self, causes: Causes, longest: Longest) {
         let now = Instant::now();
         for (cause, rest) in self.each() {
@@ -101,8 +103,8 @@ impl EventRests {
         }
     }
 
-    /// The read that `causes` led to found something new. Where a notification announced it, the
-    /// invalidation that came with it is no proof that other invalidations announce something.
+    /// Ends the rests of `causes`, after a read that found something new. If a notification announced the
+    /// change, the rest of invalidations stays: they may still be a loop.
     pub(super) fn found_news(&mut self, causes: Causes) {
         for (cause, rest) in self.each() {
             let has_told = causes.has(cause) && (cause != Cause::Invalidated || !causes.has(Cause::Notified));
@@ -128,7 +130,8 @@ struct EventRest {
 }
 
 impl EventRest {
-    /// Doubles the last rest, of which half has faded for each `longest` of quiet since it ended.
+    /// Begins a rest of twice the last one. For each `longest` that has passed since the last rest ended,
+    /// the last rest counts half.
     fn grow(&mut self, now: Instant, longest: Duration) {
         let quiet = self.ends.map_or(Duration::ZERO, |ends| now.saturating_duration_since(ends));
         let left = 0.5_f64.powf(quiet.as_secs_f64() / longest.as_secs_f64());

@@ -1,4 +1,4 @@
-//! Remembers which pools were read and connected once, whatever connection they were on.
+//! Remembers which pools have finished their first read or had a connection, across all connections.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -6,7 +6,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use crate::balance::pool::lua_pick::PoolId;
 use crate::redis::schema::followed::Followed;
 
-/// Tells the start when each pool's first read is over, and the metrics which connections are reconnects.
+/// The first read and the first connection of each pool. The startup waits for the first reads; the metrics
+/// count each later connection as a reconnect.
 pub(super) struct FirstReads {
     inner: Mutex<Inner>,
 }
@@ -18,7 +19,7 @@ struct Inner {
 
 #[derive(Default)]
 struct Pool {
-    /// Its first read succeeded or failed.
+    /// The pool's first read succeeded or failed, or its connection failed.
     is_over: bool,
     was_connected: bool,
 }
@@ -30,7 +31,7 @@ impl FirstReads {
         Self { inner: Mutex::new(Inner { pools, when_all_over: Some(Box::new(when_all_over)) }) }
     }
 
-    /// The first read of each of `pools` succeeded or failed.
+    /// Records that the first read of each of `pools` is over: it succeeded, or it or the connection failed.
     pub(super) fn over(&self, pools: &[Followed]) {
         let mut inner = self.inner();
         for pool in pools {
@@ -43,7 +44,7 @@ impl FirstReads {
         }
     }
 
-    /// A connection for `pools` was made; returns true where one of them had a connection before.
+    /// Records a new connection for `pools`. Returns true if one of these pools had a connection before.
     pub(super) fn connected(&self, pools: &[Followed]) -> bool {
         let mut inner = self.inner();
         let mut again = false;

@@ -1,10 +1,10 @@
 //! Which keyspace events a server sends, by its `notify-keyspace-events`.
 
-/// The flags for all events of a weights key: K (keyspace channels) and the classes z (sorted sets), g
-/// (del, expire, rename, move, copy, restore), $ s l (a SET, SUNIONSTORE or SORT … STORE over the key), x
-/// and e (expired, evicted).
+/// The flags for all events of a weights key. K sends events to keyspace channels. The others are classes of
+/// events: z (sorted sets), g (del, expire, rename, move, copy, restore), $ s l (a SET, SUNIONSTORE or
+/// SORT … STORE that overwrites the key), x (expired) and e (evicted).
 const NEEDED: &str = "Kgz$lsxe";
-/// The classes among them that `A` stands for.
+/// The classes of [`NEEDED`] that the flag `A` includes.
 const ALL_CLASSES: &str = "gz$lsxe";
 
 /// Returns the flags that `set` lacks.

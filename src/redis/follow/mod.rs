@@ -1,6 +1,7 @@
 //! Follows the tables of all pools: notices changes, reads whole tables, and publishes them as snapshots.
 //!
-//! Start with `watch.rs` (the life of a connection), then `sync.rs` (read, decode, publish).
+//! Start with `watch.rs` (connects and reconnects), then `subscription.rs` (the life of one connection) and
+//! `sync.rs` (reads and publishes).
 
 mod changes;
 mod event_rest;

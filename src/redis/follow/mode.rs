@@ -1,14 +1,15 @@
-//! Proves which watch mode works on one connection: what the server agreed to, and what its settings are.
+//! Finds out which watch mode works on one connection, by the server's answers and its settings.
 //!
 //! `auto` asks for notifications *and* tracking where both are available. Either alone announces every
-//! write. Together they also announce FLUSHALL, FLUSHDB and a replica's full resync, for which there are
-//! no notifications, and the changes after another client has switched notifications off, until the next
-//! look at the flags. Both messages come in the same packet, so they cost one read. SWAPDB alone is not
-//! announced.
+//! write. Tracking also announces FLUSHALL, FLUSHDB and a replica's full resync, for which there are no
+//! notifications. If another client switches notifications off, tracking still announces changes until the
+//! next look at the flags. Both messages come in the same packet, so they cost one read. SWAPDB is announced
+//! by neither.
 //!
-//! Tracking is the default kind, not BCAST: the server remembers what this connection read, and announces
-//! once that it has changed, whereupon it is read again. BCAST works by prefixes, which may not overlap
-//! (pools `web` and `web2`), and announces every key of other programs with the same prefix.
+//! Tracking is used in its default mode, not in BCAST mode. The server remembers which keys this connection
+//! has read and announces the first change of each key; the read that follows makes it remember the key
+//! again. BCAST works by prefixes, which may not overlap (pools `web` and `web2`), and announces every key
+//! of other programs with the same prefix.
 
 use redis::Value;
 use tracing::{info, warn};
@@ -32,7 +33,7 @@ pub(super) struct Warned {
     states: bool,
 }
 
-/// What one connection has subscribed to.
+/// What one connection has asked the server for, and what the server agreed to.
 #[derive(Debug)]
 pub(super) struct Armed<'a> {
     settings: &'a Redis,
@@ -48,9 +49,9 @@ pub(super) struct Armed<'a> {
 enum Mechanism {
     /// The config does not ask for it.
     Unused,
-    /// It was not asked for yet.
+    /// The server was not asked yet.
     Wanted,
-    /// The server agreed. That holds as long as the connection.
+    /// The server agreed. The agreement lasts until the connection ends.
     Agreed,
     Refused(RedisError),
 }
@@ -76,7 +77,7 @@ impl Mechanism {
 }
 
 impl<'a> Armed<'a> {
-    /// Asks for nothing before [`Armed::prove`].
+    /// Notes what the config asks for. [`Armed::prove`] asks the server.
     pub(super) fn new(settings: &'a Redis, changes: &'a Changes) -> Self {
         Self {
             settings,
@@ -89,7 +90,7 @@ impl<'a> Armed<'a> {
     }
 
     /// Asks for what the config wants and the server has not agreed to yet, waits for the answers, and
-    /// finds out how changes are noticed from now on. The caller has to read all tables after it.
+    /// returns the watch mode from now on. The caller has to read all tables afterwards.
     ///
     /// # Errors
     /// The connection is of no use: it broke, or the config demands notifications and the user may not
@@ -129,8 +130,8 @@ impl<'a> Armed<'a> {
         Ok(mode.unwrap_or(WatchMode::Poll))
     }
 
-    /// Subscribes to the admin states, which have channels of their own. Without the right to these, and
-    /// without tracking, a change of a state takes effect with the next full read.
+    /// Subscribes to the admin states, which have channels of their own. Without the right to these
+    /// channels, and without tracking, a change of a state takes effect with the next full read.
     async fn subscribe_to_states(
         &mut self,
         connection: &mut RoutedConnection,
@@ -157,9 +158,9 @@ impl<'a> Armed<'a> {
         Ok(())
     }
 
-    /// The mode that can be relied on for the weights and the admin states together. A user without a
-    /// right to the channels of admin states learns of them by tracking alone, even where notifications
-    /// announce the weights.
+    /// Returns the mode by which changes of weights *and* admin states are noticed. A user without a right
+    /// to the channels of admin states is told of their changes by tracking, even if notifications announce
+    /// the weights. If tracking is refused too, only full reads find them.
     pub(super) fn reliable_mode(&self, mode: WatchMode) -> WatchMode {
         match mode {
             WatchMode::Notifications if !matches!(self.states, Mechanism::Agreed) => WatchMode::Tracking,
@@ -167,7 +168,7 @@ impl<'a> Armed<'a> {
         }
     }
 
-    /// The error says why tracking does not work, with a cure.
+    /// Returns an error if tracking was refused: why it does not work, with a cure.
     fn tracks(&self) -> Result<(), String> {
         match &self.tracking {
             Mechanism::Refused(error) => {
@@ -177,8 +178,8 @@ impl<'a> Armed<'a> {
         }
     }
 
-    /// Switches notifications on where the config allows that. The inner error says why they do not work,
-    /// with a cure.
+    /// Checks that notifications work, after switching them on where the config allows that. The inner error
+    /// says why notifications do not work, with a cure.
     async fn is_notified(&self, connection: &mut RoutedConnection) -> Result<Result<(), String>, RedisError> {
         let is_demanded = self.settings.watch == Watch::Notifications;
         if let Mechanism::Refused(error) = &self.subscription {
@@ -223,8 +224,8 @@ impl<'a> Armed<'a> {
     }
 }
 
-/// Subscribes to `channels` and waits for the confirmations. Many at once: nothing counts as proved
-/// before all are confirmed, so the time must not grow with pools × round trip.
+/// Subscribes to `channels` and waits for the confirmations. One command has many channels, because the
+/// watch mode is proved only when all are confirmed, and one round trip for each pool would take too long.
 async fn subscribe(
     connection: &mut RoutedConnection,
     channels: impl Iterator<Item = &[u8]>,

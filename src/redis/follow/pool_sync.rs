@@ -22,15 +22,14 @@ use crate::redis::schema::decode::{self, Decoded, Rejected};
 use crate::redis::schema::followed::Followed;
 use crate::redis::wire::error::RedisError;
 
-/// The rest between two attempts to read a key that is refused.
+/// The rest after a read that was refused.
 pub(super) const REST_AFTER_REFUSAL: Duration = Duration::from_secs(1);
 /// The longest rest after an answer that is too large: Redis computes the whole answer each time, for each
 /// proxy.
 const LONGEST_REST_AFTER_TOO_LARGE: Duration = Duration::from_secs(30);
 /// Reports of ignored members in one window, of up to 11 lines each.
 const MOST_REPORTS: u32 = 1;
-/// Lines in one window that say how a key can be read: enough to see a fault, its cure and one more of both
-/// at once.
+/// Lines in one window about whether a key can be read: enough for two faults and the end of each.
 const MOST_READABILITY_LINES: u32 = 4;
 /// Members named in one report.
 const MOST_NAMED: usize = 10;
@@ -39,9 +38,9 @@ const MOST_NAMED: usize = 10;
 pub(super) struct PoolSync<'a> {
     followed: &'a Followed,
     on_empty: OnEmpty,
-    /// The time from a notification to the swap.
+    /// The time from the mark that led to a read to the new snapshot.
     propagation: &'a Histogram,
-    /// The newest snapshot is what Redis held when it was last read.
+    /// The last read published or confirmed the snapshot, so heartbeats may confirm the snapshot too.
     in_step: bool,
     /// What was logged last about reading the key, so that a repeat is not logged.
     last_logged: Option<LastLogged>,
@@ -51,24 +50,24 @@ pub(super) struct PoolSync<'a> {
     reports: LogLimiter,
     /// A fingerprint of the members that the last read ignored, whether or not they were logged.
     ignored: u64,
-    /// The table had more than [`MAX_MEMBERS`] when it was last read: they are counted before it is read
-    /// again.
+    /// The table had more than [`MAX_MEMBERS`] at the last read, so the next read counts the members first.
     had_too_many: bool,
     too_large: Backoff,
-    /// Why the last read ended with the connection.
+    /// How the connection ended during the last read (closed or too slow). `None` after a table was read.
     ended_by: Option<Discriminant<RedisError>>,
     admin: States,
     log: TableLog,
 }
 
-/// What came of a read.
+/// The result of a read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Read {
     /// A table.
     Members {
         /// How many members Redis sent.
         count: usize,
-        /// The table, or the admin states beside it, hold something else than before.
+        /// The admin states or the ignored entries have changed. A changed table shows by the snapshot's
+        /// version.
         is_new: bool,
     },
     /// Redis refused, or what it sent is no table.
@@ -78,14 +77,14 @@ pub(super) enum Read {
 /// How the end of a refusal is noticed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum RefusalEnd {
-    /// The key has to be written, which is noticed like any other change.
+    /// A write to the key ends the refusal. Such a write is noticed like any other change.
     Announced,
-    /// No event announces a right that is granted, or a script that ends: the key is tried again. So is one
-    /// with too many members, which costs no more than to count them.
+    /// No event announces a right that is granted, or a script that ends, so the key is read again. A key
+    /// with too many members is also tried again, since counting the members is cheap.
     Unannounced,
 }
 
-/// A line about reading the key. No such line stands for a table that can be read.
+/// What a log line said about reading the key. `None` instead of it means that the table can be read.
 #[derive(Clone, Debug, PartialEq)]
 enum LastLogged {
     Empty,
@@ -112,12 +111,12 @@ impl<'a> PoolSync<'a> {
         }
     }
 
-    /// The version of the newest snapshot.
+    /// Returns the version of the newest snapshot.
     pub(super) fn version(&self) -> u64 {
         self.followed.cell.load().version
     }
 
-    /// What to ask Redis for.
+    /// Returns what the next read asks Redis for.
     pub(super) fn question(&self) -> Question {
         Question {
             followed: self.followed.clone(),
@@ -126,9 +125,10 @@ impl<'a> PoolSync<'a> {
         }
     }
 
-    /// Takes an answer in. `is_alone`: no other table was read at the same time.
+    /// Decodes and publishes an answer. `is_alone`: no other table was read at the same time.
     ///
-    /// A panic counts as a refusal: a table that meets a defect must not hold back those of other pools.
+    /// A panic counts as a refusal: a table that meets a defect must not hold back the tables of other
+    /// pools.
     ///
     /// # Errors
     /// The connection is of no use any more.
@@ -152,7 +152,7 @@ impl<'a> PoolSync<'a> {
         is_alone: bool,
     ) -> Result<Read, RedisError> {
         let Asked { at: asked, table: answer, states: admin, .. } = answered;
-        // Where both answers end the connection, the table's says why.
+        // If both answers are errors of the connection, the error of the table's answer is returned.
         let answer = match answer {
             Err(error) if !error.is_refusal() => return Err(error),
             Ok(Answer::TooMany) => {
@@ -207,7 +207,8 @@ impl<'a> PoolSync<'a> {
         }
     }
 
-    /// Names the error that ended the connection for the second time in a row.
+    /// Returns the error to report for `error`, which ended the connection during a read of this table. The
+    /// second time in a row it names the table as the cause: closed during the read, or too slow.
     pub(super) fn repeated(&mut self, error: RedisError) -> RedisError {
         let repeated = match error {
             _ if error.is_closed() => RedisError::ClosedDuringRead,
@@ -218,7 +219,8 @@ impl<'a> PoolSync<'a> {
         if self.ended_by.replace(cause) == Some(cause) { repeated } else { error }
     }
 
-    /// The answer was too large, which has ended the connection. Returns how long the pool is to rest.
+    /// Logs and counts an answer that was too large and ended the connection. Returns how long the pool is
+    /// to rest.
     pub(super) fn refuse_too_large(&mut self, error: &RedisError) -> Duration {
         self.refuse(format!("{error}: {}", error.cure()));
         self.too_large.pause()
@@ -243,7 +245,7 @@ impl<'a> PoolSync<'a> {
         }
     }
 
-    /// The table cannot be read, which says nothing about its content.
+    /// Logs and counts a read that failed and says nothing about the table, so the last table stays.
     fn refuse(&mut self, reason: String) {
         self.log_refused(reason, "keeping the last table");
     }
@@ -308,8 +310,8 @@ impl<'a> PoolSync<'a> {
         status.is_kept.store(self.on_empty == OnEmpty::KeepLast, Relaxed);
         match self.on_empty {
             OnEmpty::KeepLast => {
-                // What emptied the table may have deleted the states too, so only states that are there take
-                // effect.
+                // The same command may have deleted the admin states, so an empty hash does not replace the
+                // states in use.
                 if !empty.states().is_empty() {
                     cell.set_states(empty.states().to_vec());
                 }
@@ -335,8 +337,8 @@ impl<'a> PoolSync<'a> {
         }
     }
 
-    /// Asks to log a line about reading the key. `Some` if it is news and may be logged now, with what was
-    /// logged before.
+    /// Asks to log `line` about reading the key. Returns `Some` if `line` differs from the last one and the
+    /// limiter permits it, with the last line and the number of lines held back.
     fn permit_line(&mut self, line: Option<LastLogged>) -> Option<(Option<LastLogged>, HeldBack)> {
         if self.last_logged == line {
             return None;

@@ -3,18 +3,20 @@
 
 use std::time::Duration;
 
-/// The rest for each member that a read returned. A read costs Redis 0.5 µs a member, so one proxy takes
-/// a twentieth of its time at most.
+/// The rest for each member that a read returned. A read costs Redis 0.5 µs a member, so with up to 10,000
+/// members the reads of one pool by one proxy take a twentieth of Redis's time at most. Above that,
+/// [`LONGEST_REST`] limits the rest.
 const REST_PER_MEMBER: Duration = Duration::from_micros(10);
 const LONGEST_REST: Duration = Duration::from_millis(100);
 /// A read that took long, because Redis was busy with the reads of a fleet, is followed by a rest of this
-/// many times its duration. So all proxies together, however many, take a fifth of Redis's time.
+/// many times its duration. So all proxies together take a fifth of Redis's time, as long as a read takes
+/// 100 ms at most. Above that, [`LONGEST_REST_OF_A_FLEET`] limits the rest.
 const REST_PER_READ: u32 = 4;
-/// A read that took no longer did not wait for the read of another proxy.
+/// A read that takes at most this long counts as one that did not wait for other proxies' reads.
 const QUICK_READ: Duration = Duration::from_micros(200);
 const LONGEST_REST_OF_A_FLEET: Duration = Duration::from_millis(400);
 
-/// Returns how long to rest after a read of `members` that took `took`.
+/// Returns how long a pool rests after a read that returned `members` and took `took`.
 pub(super) fn rest_after(members: usize, took: Duration) -> Duration {
     let of_members = REST_PER_MEMBER * u32::try_from(members).unwrap_or(u32::MAX);
     let of_fleet = if took > QUICK_READ { took * REST_PER_READ } else { Duration::ZERO };

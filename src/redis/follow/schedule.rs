@@ -1,4 +1,5 @@
-//! When each pool is read, how many pools at once, and which need no read to be known as unchanged.
+//! Decides when each pool is read, how many pools are read at once, and which pools are known to be
+//! unchanged without a read.
 //!
 //! `rest.rs` and `event_rest.rs` compute how long a pool rests; `sync.rs` reads.
 
@@ -12,36 +13,36 @@ use super::event_rest::{EventRests, Longest};
 use crate::balance::pool::lua_pick::PoolId;
 use crate::redis::status::WatchMode;
 
-/// Pools that are read at once. Redis answers so many small tables in less than a millisecond.
+/// The most pools that are read at once. Redis answers so many small tables in less than a millisecond.
 const MOST_AT_ONCE: usize = 32;
-/// Members that the tables read at once are expected to have together, unless one table alone has more: some
-/// 100 kB.
+/// The most members that the tables read at once are expected to have together: some 100 kB. A table with
+/// more members is read alone.
 const MOST_MEMBERS_AT_ONCE: usize = 2_000;
-/// Members that a table is expected to have before it was read for the first time.
+/// The number of members expected of a table that was not read yet.
 const EXPECTED_MEMBERS: usize = MOST_MEMBERS_AT_ONCE / 8;
-/// How long fewer tables are read at once, after a connection ended while several were read.
+/// For how long fewer tables are read at once after a connection ended while several tables were read.
 const READS_FEWER: Duration = Duration::from_secs(60);
-/// The number of tables is divided by this. It is not reduced to 1 at once: after a server that only
-/// restarted, the next reads would run one table at a time.
+/// After a connection ended, the number of tables read at once is divided by this. It is not set to 1,
+/// because the server may only have restarted, and one table at a time would be slow.
 const FEWER: usize = 4;
 
 /// When the pools of one connection are read.
 #[derive(Debug)]
 pub(super) struct Schedule {
     longest: Longest,
-    /// In the order of the config.
+    /// The pools in the order of the config.
     order: Vec<PoolId>,
     pools: HashMap<PoolId, Pool>,
-    /// The most tables at once, and until when.
+    /// The lowered number of tables read at once, and until when it holds.
     fewer: Option<(usize, Instant)>,
 }
 
-/// See [`Schedule::next`].
+/// What to do next, by [`Schedule::next`].
 #[derive(Debug)]
 pub(super) enum Next {
     /// Read these pools now: at least one, and not too many at once.
     Read(Vec<PoolId>),
-    /// Wait until then, or until a pool is marked.
+    /// Wait until this time, when a rest ends, or until a pool is marked. `None`: no marked pool rests.
     Wait(Option<Instant>),
 }
 
@@ -49,9 +50,9 @@ pub(super) enum Next {
 struct Pool {
     rests_until: Option<Instant>,
     event_rests: EventRests,
-    /// Redis has answered for it once, or refused to.
+    /// Redis has answered a read of the pool, or refused it.
     was_tried: bool,
-    /// When the last full read was sent.
+    /// When the last read that returned the table was sent, whatever its cause.
     read_at: Option<Instant>,
     /// The table's size when it was last read.
     members: usize,
@@ -79,17 +80,18 @@ impl Schedule {
     /// Changes are noticed by `mode` from now on.
     pub(super) fn watch_by(&mut self, mode: WatchMode) {
         if self.longest.set_mode(mode) {
-            // A rest of another mode may be longer than any of this one.
+            // The rests of the mode before may be longer than any rest of the new mode.
             self.pools.values_mut().for_each(|pool| pool.event_rests = EventRests::default());
         }
     }
 
-    /// True where Redis has answered for each pool, or refused to.
+    /// Returns true if Redis has answered or refused a read of each pool.
     pub(super) fn has_tried_all(&self) -> bool {
         self.pools.values().all(|pool| pool.was_tried)
     }
 
-    /// What to do next. Of the pools that may be read, those that have changed come first.
+    /// Returns what to do next. Of the pools that may be read, pools with a sign of a change come before
+    /// pools that are only due.
     pub(super) fn next(&self, changes: &Changes) -> Next {
         let (now, marked) = (Instant::now(), changes.marked());
         let (mut ready, mut next) = (Vec::new(), None::<Instant>);
@@ -115,20 +117,21 @@ impl Schedule {
         Next::Read(ready.into_iter().take_while(fits).map(|(_, _, id, _)| id).collect())
     }
 
-    /// A connection ended while `at_once` tables were read. Any of them, or their sum, may be too large for
-    /// it, so fewer are read at once, and in the end one alone.
+    /// Reads fewer tables at once for a while, since a connection ended while `at_once` tables were read.
+    /// One table or their sum may be too large. After some more such ends, tables are read one by one.
     pub(super) fn read_fewer(&mut self, at_once: usize) {
         self.fewer = Some(((at_once / FEWER).max(1), Instant::now() + READS_FEWER));
     }
 
-    /// The table of `pool` was read, as of the moment `asked`.
+    /// Records that the table of `pool` was read, with a command sent at `asked`.
     pub(super) fn was_read(&mut self, pool: PoolId, members: usize, asked: Instant) {
         if let Some(pool) = self.pools.get_mut(&pool) {
             (pool.members, pool.read_at) = (members, Some(asked));
         }
     }
 
-    /// The read that `causes` led to was answered or refused, with something new or not. The pool rests.
+    /// Records a read that was answered or refused, and lets the pool rest for `rest`. `is_news`: the read
+    /// found something new, which ends the event rests of `causes`; otherwise they get longer.
     pub(super) fn was_tried(&mut self, pool: PoolId, causes: Causes, is_news: bool, rest: Duration) {
         let Some(pool) = self.pools.get_mut(&pool) else { return };
         pool.was_tried = true;
@@ -140,16 +143,16 @@ impl Schedule {
         }
     }
 
-    /// The pool rests, after an answer that ended the connection.
+    /// Lets the pool rest for `rest`, after an answer that ended the connection.
     pub(super) fn rest(&mut self, pool: PoolId, rest: Duration) {
         if let Some(pool) = self.pools.get_mut(&pool) {
             pool.rests_until = Some(Instant::now() + rest);
         }
     }
 
-    /// True where a heartbeat of the moment `asked`, which was answered after every event before it, shows
-    /// that the table has not changed: the pool is not marked, or its mark is no sign of a change and its
-    /// last full read is recent.
+    /// Returns true if the answer to a heartbeat that was sent at `asked` shows that the table has not
+    /// changed: the pool is not marked, or its mark is no sign of a change and its last read is recent. The
+    /// answer comes after all earlier events.
     pub(super) fn is_unchanged(&self, pool: PoolId, mark: Option<&Mark>, asked: Instant) -> bool {
         let Some(mark) = mark else { return true };
         let read_at = self.pools.get(&pool).and_then(|pool| pool.read_at);

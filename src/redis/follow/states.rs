@@ -1,7 +1,7 @@
 //! Reads the admin states beside a table: `{servers}:states`, a hash of backends that are not ready.
 //!
-//! They are read right after the weights, in the same round, so that they are never older than these. A
-//! fault in them does not affect the weights: the last known states stay, and the fault is logged once.
+//! The states are read right after the weights, so that they are never older than the weights. A fault in
+//! the states does not affect the weights: the last known states stay, and the fault is logged once.
 
 use std::time::Duration;
 
@@ -20,33 +20,33 @@ use crate::redis::wire::error::RedisError;
 
 /// The most states that are read: as many as a table has members at most.
 const MAX_STATES: i64 = 100_000;
-/// The rest after an answer that was too large to be taken in, which ends the connection.
+/// The rest after an answer that was too large and ended the connection.
 const REST_AFTER_TOO_LARGE: Duration = Duration::from_secs(30);
 /// Fields named in one report.
 const MOST_NAMED: usize = 10;
 /// Reports of ignored fields in one window.
 const MOST_REPORTS: u32 = 1;
-/// Lines in one window that say how the key can be read.
+/// Lines in one window about whether the key can be read.
 const MOST_FAULT_LINES: u32 = 4;
 
 /// The admin states of one pool.
 #[derive(Clone, Debug)]
 pub(super) struct States {
-    /// Backends that are not ready. `None` before the first read.
+    /// Backends that are not ready. `None` before the first read that succeeded.
     written: Option<Vec<(BackendId, AdminState)>>,
     /// The fault of the key that was logged last.
     last_logged: Option<String>,
     fault_lines: LogLimiter,
     ignored: Option<String>,
     reports: LogLimiter,
-    /// The fault when it was last read, whether or not it was logged.
+    /// The key's fault or its ignored fields at the last read, whether or not they were logged.
     last_fault: Option<String>,
     rests_until: Option<Instant>,
-    /// How many connections in a row ended when it was read.
+    /// How many connections have ended during a read of the states, since the last read that succeeded.
     cut_offs: u32,
 }
 
-/// What a read gave. The inner error does not affect the weights.
+/// The result of a read. The inner error does not affect the weights, the outer one ends the connection.
 pub(super) type Read = Result<Result<Written, Fault>, RedisError>;
 
 /// What the key holds.
@@ -60,9 +60,9 @@ pub(super) struct Written {
 /// Why the last known states stay.
 #[derive(Debug)]
 pub(super) enum Fault {
-    /// A fault for an operator.
+    /// A fault of the key, which an operator has to remove.
     OfKey(String),
-    /// The node does not have the key just now.
+    /// The cluster node does not have the key, for example because its hash slot migrates.
     Elsewhere,
 }
 
@@ -80,13 +80,13 @@ impl States {
         }
     }
 
-    /// The states to publish with the table of `cell`: those read last, or else those that the cell began
-    /// with.
+    /// Returns the states to publish with the table of `cell`: the states read last, or the cell's own
+    /// states if none were read.
     pub(super) fn known(&self, cell: &Cell) -> Vec<(BackendId, AdminState)> {
         self.written.clone().unwrap_or_else(|| cell.states())
     }
 
-    /// True while the key is not read.
+    /// Returns true while the key rests after an answer that was too large.
     pub(super) fn rest(&self) -> bool {
         self.rests_until.is_some_and(|until| until > Instant::now())
     }
@@ -115,8 +115,8 @@ impl States {
             // The answer of another pool may have ended the connection.
             Err(error) if !is_alone => return Err(error),
             Err(error) => {
-                // The table had arrived. The first time, Redis may just have ended; the second time, the
-                // states are too large.
+                // The table had arrived. Redis may have ended at that moment; if it happens twice, the
+                // states are taken to be too large.
                 self.cut_offs += 1;
                 if error.is_too_large() || self.cut_offs > 1 {
                     self.rests_until = Some(Instant::now() + REST_AFTER_TOO_LARGE);
@@ -182,7 +182,7 @@ impl States {
 /// some.
 pub(super) async fn read(mut connection: RoutedConnection, followed: &Followed) -> Read {
     let key = Companions::of(&followed.key).states;
-    // A slot that migrates may have moved the table already, and not yet this key.
+    // While a hash slot migrates, the table may have moved already and this key not yet.
     if connection.is_importing() {
         return Ok(Err(Fault::Elsewhere));
     }
@@ -214,8 +214,8 @@ pub(super) async fn read(mut connection: RoutedConnection, followed: &Followed) 
     }
 }
 
-/// Decodes the fields. One that is no backend, or whose value is no state, is ignored: that backend is
-/// ready.
+/// Decodes the fields. A field that is no backend, or whose value is no state, is ignored, so its backend
+/// stays ready.
 fn decode(fields: Value) -> Written {
     let pairs: Vec<(Value, Value)> = match fields {
         Value::Map(pairs) => pairs,

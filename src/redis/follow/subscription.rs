@@ -25,8 +25,8 @@ use crate::redis::topology::shards::Shard;
 use crate::redis::wire::connection::Server;
 use crate::redis::wire::error::RedisError;
 
-/// The longest pause between two attempts to read from a server that loads its data. When it has, the whole
-/// fleet reads.
+/// The longest pause between two attempts to read from a server that loads its data. The pause is random,
+/// because the whole fleet reads as soon as the data is loaded.
 const LONGEST_LOADING_PAUSE: Duration = Duration::from_millis(400);
 
 /// What all watching connections of one shard have in common.
@@ -42,12 +42,12 @@ pub(super) struct Subscriber<'a> {
     pub(super) watcher: Watcher<'a>,
     pub(super) address: &'a RedisAddress,
     pub(super) watching: &'a Watching,
-    /// Logs that it is connected. False after a connection that ended over a table that is too large, which
-    /// is logged already.
+    /// Whether the new connection is logged. False if the last connection ended because a table is too
+    /// large, which has been logged.
     pub(super) logs_connect: bool,
 }
 
-/// A connection that answers.
+/// A connection that has answered HELLO, to a server that is a primary where it has to be one.
 pub(super) struct Opened {
     connection: RoutedConnection,
     changes: Arc<Changes>,
@@ -71,7 +71,7 @@ impl Subscriber<'_> {
                 }
                 (PushKind::Invalidate, Some(Value::Array(keys))) => {
                     for key in keys {
-                        // Where a notification tells of the same change, it is counted once.
+                        // In the mode `Notifications`, a notification counts the same change already.
                         if let Value::BulkString(key) = key
                             && changes.notice(&channel_of(key), Cause::Invalidated)
                             && mode.get() == WatchMode::Tracking
@@ -80,7 +80,7 @@ impl Subscriber<'_> {
                         }
                     }
                 }
-                // No keys are named: FLUSHALL, FLUSHDB, or a replica that is filled anew.
+                // An invalidation without keys: FLUSHALL, FLUSHDB, or a full resync of a replica.
                 (PushKind::Invalidate, _) => changes.notice_all(Cause::Flushed),
                 (PushKind::Disconnection, _) => {
                     lost.store(true, Relaxed);
@@ -152,7 +152,7 @@ impl Subscriber<'_> {
                 }
                 Err(error) => return Err(error),
             };
-            // Whatever the first reads found: a key that is refused now may be refused for hours.
+            // The startup does not wait for a success: a key that is refused now may be refused for hours.
             if syncer.has_tried_all()
                 && let Some(over) = first_try_over.take()
             {
@@ -167,7 +167,7 @@ impl Subscriber<'_> {
                 () = sleep_until(heartbeat) => {
                     let asked = Instant::now();
                     shard.primary.check(&connection.hello().await?)?;
-                    // An event that was sent before this answer has come before it.
+                    // All events that Redis sent before this answer have arrived.
                     if mode != WatchMode::Poll {
                         syncer.confirm(&changes, asked);
                     }
@@ -197,15 +197,16 @@ impl Subscriber<'_> {
     }
 }
 
-/// True where a keyspace notification tells of a read that found no key, which changes nothing. The server
-/// sends it where `notify-keyspace-events` has the flag `m`, also for the proxy's own reads. Every other
-/// event only means that the key is to be read.
+/// Returns true for the event `keymiss`: a read found no key, which changes nothing. The server sends it if
+/// `notify-keyspace-events` has the flag `m`, also for the proxy's own reads. After any other event the key
+/// is read.
 fn is_keymiss(message: &[Value]) -> bool {
     matches!(message.get(1), Some(Value::BulkString(event)) if event == b"keymiss")
 }
 
-/// The notification channel of a key, which is what [`Changes`] knows it by. Tracking does not say in which
-/// database a key changed: the same key in another one costs a read.
+/// Returns a function from a key to its notification channel, by which [`Changes`] finds the key's pools.
+/// Tracking does not say in which database a key changed, so a change of the same key in another database
+/// costs a read.
 fn channels_of(database: u32) -> impl Fn(&[u8]) -> Vec<u8> {
     let prefix = format!("__keyspace@{database}__:").into_bytes();
     move |key| [&prefix, key].concat()

@@ -1,8 +1,9 @@
 //! Logs what has changed in one pool's table: weights, members, and which of them are in drain or maint.
 //!
-//! One line a read at most, and few in each [`LOG_WINDOW`](crate::control::log_limiter::LOG_WINDOW). Each
-//! line compares the table with the one that was logged last. So a later line includes what was held
-//! back, and a member that changed twice in between is named once.
+//! A change is logged in one line for weights and members, and one for drain and maint. The number of
+//! changes logged in each [`LOG_WINDOW`](crate::control::log_limiter::LOG_WINDOW) is limited. Each line
+//! compares the table with the table that was logged last. So a later line includes what was held back, and
+//! a member that changed twice in between is named once.
 
 use std::cmp::Ordering;
 use std::fmt::Display;
@@ -14,7 +15,7 @@ use crate::balance::{AdminState, BackendId, Table};
 use crate::control::log_limiter::{HeldBack, LogLimiter};
 use crate::redis::schema::followed::Followed;
 
-/// Lines in one window.
+/// Changes logged in one window, each in one or two lines.
 const MOST_LINES: u32 = 10;
 /// Backends named for each kind of change.
 const MOST_NAMED: usize = 10;
@@ -22,7 +23,7 @@ const MOST_NAMED: usize = 10;
 /// The log of one pool's table.
 #[derive(Clone, Debug)]
 pub(super) struct TableLog {
-    /// The table as of the last line. `None` before the first read.
+    /// The table that the last line described. `None` before the first read.
     logged: Option<Table>,
     lines: LogLimiter,
     /// A read changed the table, and the line about it was held back.
@@ -34,11 +35,11 @@ pub(super) struct TableLog {
 /// How a table with members is logged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Next {
-    /// As the first that this process reads.
+    /// As the first table that this process has read.
     First,
-    /// As one that came after Redis was empty.
+    /// As the first table after a logged time without weights.
     Again,
-    /// By what has changed.
+    /// By its changes alone.
     Other,
 }
 
@@ -47,19 +48,20 @@ impl TableLog {
         Self { logged: None, lines: LogLimiter::new(MOST_LINES), holds_back: false, next: Next::First }
     }
 
-    /// Redis was empty, which was logged. So the next table with members is logged as the end of that.
+    /// Has the next table with members logged as the end of a time without weights. The caller has logged
+    /// that time's begin.
     pub(super) fn was_empty(&mut self) {
         if self.next == Next::Other {
             self.next = Next::Again;
         }
     }
 
-    /// Redis has sent a table with members.
+    /// Logs a table with members if it is the first one, or the first one after a time without weights.
     pub(super) fn loaded(&mut self, followed: &Followed, backends: usize, held_back: HeldBack) {
         let Followed { pool, key, cell, .. } = followed;
         let what = match std::mem::replace(&mut self.next, Next::Other) {
             Next::First => {
-                // The line names its size. The next line says what has changed since.
+                // This line gives the table's size. The next line gives the changes since then.
                 self.logged = Some(cell.table());
                 "weights loaded from redis"
             }
@@ -70,8 +72,8 @@ impl TableLog {
         info!(pool = %pool, key, backends, held_back, "{what}: {backends} backend{plural}");
     }
 
-    /// Logs what has changed since the last line, if the limiter permits. Called after each read and
-    /// heartbeat.
+    /// Logs what has changed since the last line, if the limiter permits. Called after each read, and after
+    /// a heartbeat while a line is held back.
     pub(super) fn look(&mut self, followed: &Followed) {
         let table = followed.cell.table();
         let logged = self.logged.get_or_insert_with(|| table.clone());
@@ -90,7 +92,7 @@ impl TableLog {
         (*logged, self.holds_back) = (table, false);
     }
 
-    /// True where a line was held back.
+    /// Returns true while a line is held back.
     pub(super) fn holds_back(&self) -> bool {
         self.holds_back
     }
@@ -172,7 +174,8 @@ impl Changes {
     }
 }
 
-/// Walks two lists in the order of their names, and pairs what has the same name.
+/// Pairs the entries of two lists, both in the order of backend names, that have the same name. An entry of
+/// one list only is paired with `None`.
 fn merged<'a, T>(
     old: &'a [(BackendId, T)],
     new: &'a [(BackendId, T)],

@@ -17,7 +17,7 @@ use crate::redis::wire::error::RedisError;
 #[derive(Clone, Debug)]
 pub(super) struct Question {
     pub(super) followed: Followed,
-    /// The table had more than [`MAX_MEMBERS`] when it was last read: they are counted first.
+    /// The table had more than [`MAX_MEMBERS`] at the last read, so its members are counted first.
     pub(super) counts_first: bool,
     /// The admin states rest, and are not read.
     pub(super) skips_states: bool,
@@ -26,12 +26,12 @@ pub(super) struct Question {
 /// What was read for one pool.
 #[derive(Debug)]
 pub(super) struct Asked {
-    /// When the command was sent.
+    /// The time just before ZRANGE (or ZCARD, if its answer ended the read) was sent.
     pub(super) at: Instant,
-    /// The time until all was answered.
+    /// The time from the first command to the last answer.
     pub(super) took: Duration,
     pub(super) table: Result<Answer, RedisError>,
-    /// `None` where they were not read.
+    /// The admin states. `None` if they were not read.
     pub(super) states: Option<states::Read>,
 }
 
@@ -80,7 +80,7 @@ impl Question {
         let mut zrange = redis::cmd("ZRANGE");
         zrange.arg(&followed.key).arg(0).arg(MAX_MEMBERS).arg("WITHSCORES");
         let beside = connection.clone();
-        // Both are sent at once, in this order.
+        // The commands for the table and for the states are sent at once, in this order.
         let (mut table, states): (Result<Value, RedisError>, _) =
             tokio::join!(connection.query(&zrange), async {
                 if skips_states { None } else { Some(states::read(beside, &followed).await) }
@@ -94,11 +94,12 @@ impl Question {
     }
 }
 
-/// Counts the members, which costs Redis nothing. To read that many would block it for 50 ms each time.
+/// Returns true if the key has more than [`MAX_MEMBERS`]. ZCARD takes constant time; reading so many members
+/// would block Redis for 50 ms each time.
 async fn has_too_many(connection: &mut RoutedConnection, key: &str) -> Result<bool, RedisError> {
     match connection.query::<usize>(redis::cmd("ZCARD").arg(key)).await {
         Ok(members) => Ok(members > MAX_MEMBERS),
-        // The key has another type now, or this user may not count: the read shows which.
+        // The key has another type now, or the user has no right to ZCARD. The read that follows finds out.
         Err(error) if error.is_refusal() => Ok(false),
         Err(error) => Err(error),
     }

@@ -1,7 +1,8 @@
-//! Follows the tables in Redis for as long as the process lives, over one connection after the other.
+//! Follows the tables in Redis until it is dropped, and reconnects whenever a connection ends.
 //!
-//! Each shard has a connection: one Redis, the primary that sentinels name, or each node of a cluster that
-//! serves a pool's key. Where sentinels name another primary, the connection to the old one is left at once.
+//! Each shard has one connection: to the one Redis, to the primary that sentinels name, or to a node of a
+//! cluster that serves a pool's key. If sentinels name another primary, the connection to the old one is
+//! closed at once.
 //! What happens on one connection is in `subscription.rs`.
 
 use std::sync::Arc;
@@ -26,16 +27,16 @@ use crate::redis::topology::{cluster, sentinel};
 use crate::redis::wire::error::RedisError;
 use crate::redis::wire::reconnect::{FIRST_PAUSE, LONGEST_MOVE, LONGEST_PAUSE};
 
-/// The watch has hung, which is a defect.
+/// The task of a watching connection has hung, which is a defect.
 #[derive(Debug, thiserror::Error)]
 #[error("it hung: it waited for longer than {0:?} for a connection, a table or a heartbeat")]
 pub struct Hung(Duration);
 
-/// Follows the tables of `followed` until it is dropped. `first_try_over` is called when the first
-/// connection of each pool has read its table, or failed to.
+/// Follows the tables of `followed` until it is dropped. `first_try_over` is called once, when the first
+/// attempt to read the table of each pool has succeeded or failed.
 ///
 /// # Errors
-/// It hangs.
+/// [`Hung`] if a watching connection's task has begun no round for the time limit.
 pub async fn run(
     settings: &Arc<Redis>,
     followed: &Arc<[Followed]>,
@@ -43,7 +44,7 @@ pub async fn run(
     status: &Arc<RedisStatus>,
     first_try_over: impl FnOnce() + Send + 'static,
 ) -> Result<(), Hung> {
-    // A round waits for a few of these at most.
+    // A round waits for a connection, an answer or a heartbeat a few times at most.
     let limit = 10 * (settings.connect_timeout + settings.response_timeout + settings.heartbeat_interval);
     tokio::select! {
         () = follow(settings, followed, shards, status, first_try_over) => Ok(()),
@@ -99,7 +100,7 @@ async fn follow_tables(watcher: Watcher<'_>, mut syncer: Syncer<'_>, first_reads
         let address = known(settings, primary).await;
         let redis = address.as_ref().unwrap_or(&settings.address);
         let subscriber = Subscriber { watcher, address: redis, watching: &watching, logs_connect };
-        // Heard in the middle of any other wait: the old primary may be frozen.
+        // A new primary ends the waits for the old one, which may be frozen.
         let moved = || async {
             primary.moved_from(redis).await;
             RedisError::PrimaryMoved
@@ -124,8 +125,8 @@ async fn follow_tables(watcher: Watcher<'_>, mut syncer: Syncer<'_>, first_reads
                     error = moved() => error,
                     error = subscriber.follow(opened, &mut syncer, &mut warned, &mut first_try_over) => error,
                 };
-                // A server that accepts connections and drops them at once is not asked twenty times a
-                // second.
+                // The backoff is reset only after a connection that lasted, so that a server which drops its
+                // connections at once is not asked twenty times a second.
                 if begun.elapsed() > LONGEST_PAUSE {
                     backoff.reset();
                 }
@@ -149,8 +150,8 @@ async fn follow_tables(watcher: Watcher<'_>, mut syncer: Syncer<'_>, first_reads
         }
         watching.set(WatchMode::None);
         primary.report_lost();
-        // The task that follows the cluster assigns the pools anew. Only a second redirection in a row is
-        // worth a warning.
+        // The task that follows the cluster assigns the pools anew. So the first redirection of this shard
+        // is not warned of; any later one is.
         if matches!(error, RedisError::Redirected(_)) && !std::mem::replace(&mut was_redirected, true) {
             debug!(left = %redis, %error, "cluster node redirected us");
             sleep(backoff.pause()).await;
@@ -181,14 +182,14 @@ async fn follow_tables(watcher: Watcher<'_>, mut syncer: Syncer<'_>, first_reads
     }
 }
 
-/// True where another line says it: of a move and a redirection the caller logs it, of an answer that is too
-/// large the syncer.
+/// Returns true for an error that has a log line of its own: the caller logs a move of the primary and a
+/// redirection, and the syncer logs an answer that is too large.
 fn is_logged_elsewhere(error: &RedisError) -> bool {
     matches!(error, RedisError::PrimaryMoved | RedisError::Redirected(_)) || error.is_too_large()
 }
 
-/// The address of the primary. `None`: the sentinels were asked for as long as a connection may take and one
-/// heartbeat longer, and named none.
+/// Returns the address of the primary, which sentinels may still have to name. Returns `None` if it is not
+/// known after the time limits of a connection and an answer, and one heartbeat interval.
 async fn known(settings: &Redis, primary: &Primary) -> Option<RedisAddress> {
     let patience = settings.connect_timeout + settings.response_timeout + settings.heartbeat_interval;
     timeout(patience, primary.known()).await.ok()

@@ -30,8 +30,7 @@ impl Dispatcher {
         Self { shards: Mutex::default(), answering: AtomicUsize::new(0), is_any_answering }
     }
 
-    /// A queue for the requests of one shard's pools. At most `most` wait in it, which is how many may be
-    /// asked at once.
+    /// Creates the queue for the requests of one shard's pools. At most `most` requests wait in it.
     pub(super) fn queue(self: &Arc<Self>, pools: impl Iterator<Item = PoolId>, most: usize) -> ShardQueue {
         let (sender, requests) = mpsc::channel(most);
         let shard = ShardSender { requests: sender, is_answering: Arc::default() };
@@ -41,7 +40,8 @@ impl Dispatcher {
         ShardQueue { requests, is_answering: shard.is_answering, dispatcher: Arc::clone(self) }
     }
 
-    /// Drops the request where its shard does not answer, which tells its session so at once.
+    /// Puts the request into the queue of its shard. Drops it if the shard does not answer or its queue is
+    /// full; the session then knows at once that there is no pick.
     pub(super) fn dispatch(&self, request: LuaRequest) {
         let shards = self.shards.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(shard) = shards.get(&request.pool)
@@ -60,7 +60,7 @@ pub(super) struct ShardQueue {
 }
 
 impl ShardQueue {
-    /// Takes requests from now on.
+    /// Lets the queue take requests from now on.
     pub(super) fn start(&self) {
         if !self.is_answering.swap(true, Relaxed) {
             self.dispatcher.answering.fetch_add(1, Relaxed);
@@ -68,7 +68,7 @@ impl ShardQueue {
         }
     }
 
-    /// Takes no requests from now on. Sessions that have asked already are told now, not when Redis is back.
+    /// Refuses requests from now on, and drops those in the queue, so that their sessions wait no longer.
     pub(super) fn stop(&mut self) {
         if self.is_answering.swap(false, Relaxed) && self.dispatcher.answering.fetch_sub(1, Relaxed) == 1 {
             self.dispatcher.is_any_answering.store(false, Relaxed);

@@ -1,10 +1,10 @@
 //! Lets Redis pick backends by a script, on a connection of its own, so that no pick waits behind a table
 //! that is being read. `balance/pool/lua_pick.rs` is the sessions' end of the channel.
 //!
-//! Requests are taken only while Redis answers. The first pick that is not answered in time refuses the
-//! picks of all sessions at once, until a new connection has proved itself. Nor is Redis asked about a
-//! table whose members are so long that reading them blocks it: after the first answer that says so, that
-//! pool's picks are refused for a while.
+//! Requests are taken only while Redis answers. After the first pick that is not answered in time, all picks
+//! of the same shard are refused until a new connection works. Redis is also not asked about a table whose
+//! members are so long that reading them blocks Redis: after the first answer that says so, the picks of
+//! that pool are refused for a while.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -36,16 +36,17 @@ const SCRIPT: &str = include_str!("pick.lua");
 const LARGEST_WHOLE: usize = 500;
 /// Of a larger set only the heaviest members are read: some 0.1 ms.
 const HEAVIEST: usize = 100;
-/// The script cannot tell all invalid names from good ones. A member with an invalid name is excluded,
-/// and the script is asked again.
+/// How often the script is run for one pick. The script cannot recognize all invalid names, so a member with
+/// an invalid name is excluded and the script is run again.
 const MOST_ATTEMPTS: usize = 4;
-/// Pools that a new connection tries to prove itself by.
+/// The most pools whose keys a new connection tries, to find out whether the script can run.
 const MOST_CANDIDATES: usize = 4;
 /// The command for a user without the right to write.
 const READ_ONLY: &str = "EVALSHA_RO";
 /// The script's error code where members are so long that reading them blocks Redis.
 const TOO_LARGE: &str = "TOOLARGE";
-/// The longest rest before such a table is asked about again: 100 MB block Redis for a tenth of a second.
+/// The shortest rest of a pool after [`TOO_LARGE`]: 100 MB block Redis for a tenth of a second. A random
+/// time is added, up to this time at first and up to [`LONGEST_REST`] after more such answers.
 const FIRST_REST: Duration = Duration::from_secs(5);
 const LONGEST_REST: Duration = Duration::from_secs(60);
 
@@ -72,11 +73,11 @@ pub async fn run(settings: &Arc<Redis>, limits: &LuaPick, shards: &Shards, reque
     }
 }
 
-/// Which pools' tables may be asked about.
+/// The rests of a shard's pools, and what is known for the next connection.
 struct Rests {
-    /// For each pool of the shard.
+    /// The rest of each pool of the shard.
     rests: HashMap<PoolId, Rest>,
-    /// The pool that the next connection proves itself by: the last one whose pick did not come in time.
+    /// The pool whose pick was not answered in time last. The next connection tries its key first.
     suspect: Option<PoolId>,
     /// The command that the server has and this user may run, as far as is known.
     command: &'static str,
@@ -104,7 +105,8 @@ impl Rests {
         }
     }
 
-    /// The pools that a new connection may be asked about, the suspect first. Empty where all rest.
+    /// Returns up to [`MOST_CANDIDATES`] pools whose keys a new connection tries, the suspect first. Empty
+    /// if all pools rest.
     fn candidates<'a>(&self, followed: &'a [Followed]) -> Vec<&'a Followed> {
         let (suspect, others): (Vec<_>, Vec<_>) =
             followed.iter().partition(|followed| Some(followed.id) == self.suspect);
@@ -177,7 +179,7 @@ impl Session {
         }
     }
 
-    /// Returns `Ok(None)` where there is nothing to pick.
+    /// Returns `Ok(None)` if there is nothing to pick, or after [`MOST_ATTEMPTS`] invalid names.
     async fn pick(
         &mut self,
         key: &str,
@@ -206,14 +208,15 @@ impl Session {
     }
 }
 
-/// What came of one question to the server.
+/// The result of one question to the server.
 enum Outcome {
     Heartbeat(Server),
     Picked(PoolId),
     TooLarge(PoolId),
     /// No answer came in time.
     NoAnswer(PoolId),
-    /// The key has another type, or the user no right to it. The connection works.
+    /// The server refused, for example because the key has another type or the user has no right to it. The
+    /// connection works.
     Refused,
 }
 
@@ -284,7 +287,10 @@ impl Picker<'_> {
         Ok(session)
     }
 
-    /// Ends with an error when Redis does not answer in time, and with `Ok` when the sessions' end is gone.
+    /// Answers requests until the sessions' end of the channel is gone.
+    ///
+    /// # Errors
+    /// Redis does not answer in time, the connection is lost, or the server is no longer the primary.
     async fn serve(
         &self,
         session: Session,
@@ -299,8 +305,8 @@ impl Picker<'_> {
             tokio::select! {
                 biased;
                 Some(done) = answers.join_next() => match done {
-                    // An answer in time: the next pause begins anew. A server that only accepts
-                    // connections never answers.
+                    // An answer in time resets the backoff. A new connection does not, since a server may
+                    // accept connections and never answer.
                     Ok(outcome) => {
                         match outcome? {
                             Outcome::Heartbeat(server) => self.shard.primary.check(&server)?,

@@ -1,8 +1,8 @@
 //! The companion keys of a weights key: version, history, known table, reports and admin states.
 //!
-//! They share its slot (`config/weights_key.rs`), so that one script may use them all in a Redis Cluster.
-//! Where braces in the weights key make that impossible, a Cluster refuses the script, and
-//! `weights/refusal.rs` says why.
+//! The companion keys are in the hash slot of the weights key (`config/weights_key.rs`), so that one script
+//! may use all of them in a Redis Cluster. If braces in the weights key make that impossible, the cluster
+//! refuses the script, and `weights/refusal.rs` says why.
 
 use crate::config::companion_stem;
 
@@ -22,7 +22,8 @@ pub(in crate::redis) struct Companions {
 }
 
 impl Companions {
-    /// `statera:{web}:weights` → `statera:{web}:version`; `servers` → `{servers}:version`.
+    /// Returns the companions of a weights key. For example, the version of `statera:{web}:weights` is
+    /// `statera:{web}:version`, and that of `servers` is `{servers}:version`.
     pub(in crate::redis) fn of(weights_key: &str) -> Self {
         let stem = companion_stem(weights_key);
         let companion = |name: &str| format!("{stem}:{name}");
@@ -35,7 +36,7 @@ impl Companions {
         }
     }
 
-    /// The key pattern that an ACL user needs beside the weights key itself.
+    /// Returns the key pattern of all companions, which an ACL user needs beside the weights key itself.
     pub(in crate::redis) fn pattern(&self) -> String {
         format!("~{}*", self.version.trim_end_matches("version"))
     }

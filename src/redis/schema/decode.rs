@@ -15,7 +15,7 @@ pub(in crate::redis) struct Decoded {
 }
 
 impl Decoded {
-    /// A fingerprint of the rejected members, which tells two lists apart without keeping them.
+    /// Returns a hash of the names of the rejected members, to notice a changed list without keeping it.
     pub(in crate::redis) fn fingerprint_of_rejected(&self) -> u64 {
         let mut hasher = DefaultHasher::new();
         self.rejected.iter().for_each(|rejected| rejected.member.hash(&mut hasher));
@@ -26,7 +26,7 @@ impl Decoded {
 /// A member that is not a valid backend, or has no valid weight.
 #[derive(Clone, Debug, PartialEq)]
 pub(in crate::redis) struct Rejected {
-    /// Its name, escaped and shortened.
+    /// The member's name, escaped and shortened.
     pub(in crate::redis) member: String,
     pub(in crate::redis) reason: Reason,
 }
@@ -53,7 +53,7 @@ pub(in crate::redis) struct Malformed;
 /// Characters of a member that are shown. Names have 253 bytes at most, members up to 512 MB.
 const SHOWN_CHARS: usize = 80;
 
-/// The number of members in an answer that is not decoded yet. 0 where it is no list.
+/// Returns the number of members in an answer that is not decoded yet, or 0 if it is no list.
 pub(in crate::redis) fn members(answer: &Value) -> usize {
     match answer {
         Value::Array(items) if matches!(items.first(), Some(Value::Array(_))) => items.len(),
@@ -109,7 +109,7 @@ pub(in crate::redis) fn number(score: &Value) -> Result<f64, Malformed> {
     }
 }
 
-/// Makes a text fit for a terminal and for one line of a log.
+/// Returns a member's name shortened and escaped, fit for a terminal and for one line of a log.
 pub(in crate::redis) fn printable(member: &[u8]) -> String {
     let shown = &member[..member.len().min(4 * SHOWN_CHARS)];
     let text: String = String::from_utf8_lossy(shown).chars().take(SHOWN_CHARS).collect();

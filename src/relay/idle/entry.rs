@@ -15,7 +15,7 @@ pub(super) struct Entry {
     pub(super) last_activity: Tick,
     /// The ticks of silence after which the session ends, or [`NO_LIMIT`].
     pub(super) limit: Tick,
-    /// The tick at which the session has lived for its settle time. It is woken then.
+    /// The tick at which the session has lived for its settle time. The session is woken at this tick.
     pub(super) settles_at: Tick,
     pub(super) state: State,
     /// For a settled session: its peers are checked at ticks at which these bits of (tick + index) are all
@@ -32,8 +32,8 @@ pub(super) struct State(u8);
 impl State {
     /// The session has lived for its settle time.
     pub(super) const SETTLED: Self = Self(1);
-    /// Bytes wait for one socket, so the other one is not read. The clock wakes the session now and then to
-    /// check that one.
+    /// Bytes wait for one socket, so the other socket is not read. The clock wakes the session now and then
+    /// to check whether the unread socket was reset.
     pub(super) const STALLED: Self = Self(2);
     /// The session's end was requested.
     pub(super) const END_REQUESTED: Self = Self(4);

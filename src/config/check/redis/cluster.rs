@@ -4,7 +4,7 @@ use super::nodes;
 use crate::config::Cluster;
 use crate::config::decode::{Keys, Kind, Section};
 
-/// `database` is here so that its message can say that a cluster has only one.
+/// `database` is a known key, so that the message about it can say that a cluster has only database 0.
 const CLUSTER: Keys = Keys {
     now: &["nodes", "database"],
     later: &[],

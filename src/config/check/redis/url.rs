@@ -70,8 +70,8 @@ fn parse_authority(authority: &str, secure: bool) -> Result<RedisAddress, &'stat
     host_and_port(authority, PORT).map(|(host, port)| address(host, port, secure)).ok_or(cure)
 }
 
-/// Whether the number after the last colon is no possible port. IPv6 addresses without brackets have no
-/// port.
+/// Returns true if the number after the last colon is out of the range of ports. IPv6 addresses without
+/// brackets have no port.
 fn has_impossible_port(authority: &str) -> bool {
     let Some((host, port)) = authority.rsplit_once(':') else { return false };
     let is_number = !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit());
@@ -124,7 +124,7 @@ pub(super) fn refusal(url: &str, cure: &str) -> String {
     if url.contains("://") || url.is_empty() {
         return format!("{}: {cure}", shown(url));
     }
-    // An IP address or localhost is no password.
+    // An IP address or localhost may be shown, since it is no password.
     let (server, database) = url.split_once('/').unwrap_or((url, ""));
     let is_server = host_and_port(server, PORT)
         .is_some_and(|(host, _)| host == "localhost" || host.parse::<IpAddr>().is_ok());
