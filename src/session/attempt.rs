@@ -130,6 +130,8 @@ async fn connect_once(
             Ok(Ok(stream)) => return Ok(stream),
             Ok(Err(ConnectError::Exhausted(error))) => {
                 context.worker.begin_starvation();
+                // Now and not only at the deadline: meanwhile no worker accepts.
+                report.warn_exhausted(&error);
                 if Instant::now() + RETRY_PAUSE >= deadline {
                     return Err(ConnectError::Exhausted(error));
                 }

@@ -1,5 +1,6 @@
 //! The report of a session: counted and logged when it is dropped, so that no path forgets it.
 
+use std::io;
 use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
@@ -283,6 +284,13 @@ impl Report {
     fn relay_error(&self) -> Option<Cause> {
         let is_reset = matches!(self.reason, CloseReason::Relayed(Ended::Reset(_)));
         Cause::of_errno(self.tally.errno).filter(|_| is_reset)
+    }
+
+    /// Warns that the picked backend cannot be connected to for lack of a descriptor or of memory.
+    pub(super) fn warn_exhausted(&self, error: &io::Error) {
+        if let Some(backend) = &self.backend {
+            self.context.worker.warn_exhausted(backend, error);
+        }
     }
 
     fn term(&self) -> &'static str {
