@@ -39,7 +39,8 @@ pub struct Pool {
     pub slow_start: Duration,
     /// How many sessions a backend may have, and how many may wait for a slot.
     pub capacity: Capacity,
-    /// How long sessions of a backend that was removed, or has weight 0, may go on; zero is no limit.
+    /// How long sessions of a draining backend may go on; zero is no limit. A backend drains when it was
+    /// removed, has weight 0, or is in drain or maint.
     pub drain_timeout: Duration,
 }
 

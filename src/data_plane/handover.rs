@@ -63,7 +63,8 @@ impl Drop for Connection {
     }
 }
 
-/// The connections handed to a worker. It outlives the worker: its replacement serves what waits in it.
+/// The connections handed to a worker by other workers. The inbox outlives the worker: the worker that
+/// replaces it serves the waiting connections.
 #[derive(Clone, Debug)]
 pub struct Inbox(Arc<Mutex<mpsc::Receiver<Connection>>>);
 

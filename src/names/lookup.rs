@@ -25,7 +25,7 @@ pub async fn start(permits: &'static Semaphore, host: Arc<str>, port: u16) -> Lo
     blocking::start(permits, move || (&*host, port).to_socket_addrs().map(Iterator::collect)).await
 }
 
-/// The address that `host` is, if it is written as an IP address and needs no lookup.
+/// Returns the address that `host` is, if `host` is an IP address, which needs no lookup.
 #[must_use]
 pub fn literal(host: &str, port: u16) -> Option<SocketAddr> {
     host.parse::<IpAddr>().ok().map(|address| SocketAddr::new(address, port))

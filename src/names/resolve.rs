@@ -28,14 +28,15 @@ use crate::net::descriptors;
 
 /// The time between two lookups of a name. Container platforms move a name within seconds of a restart.
 const INTERVAL: Duration = Duration::from_secs(5);
-/// The longest pause after the first failure; it doubles up to `INTERVAL`. New tables do not shorten the
-/// pause: a table that changes a thousand times a second must not cause a thousand lookups of an unknown
-/// name.
+/// The longest pause after the first failure; each failure doubles it, up to `INTERVAL`. New tables do not
+/// shorten the pause: a table that changes a thousand times a second must not cause a thousand lookups of
+/// an unknown name.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// How long a lookup may take. The system's resolver gives up after 5 s a server by default.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(6);
-/// The shortest time between two searches for due names, and between two snapshots made for names that
-/// resolved: each takes up to half a millisecond in a table of 10,000.
+/// The shortest time until the timer searches for due names again (a new table does so at once), and
+/// between two snapshots made for names that resolved: each takes up to half a millisecond in a table of
+/// 10,000.
 const PACE: Duration = Duration::from_millis(50);
 
 /// Permits for lookups, for the whole process. Each lookup occupies a thread until the system's library
@@ -43,8 +44,8 @@ const PACE: Duration = Duration::from_millis(50);
 static PERMITS: Semaphore = Semaphore::const_new(96);
 /// Permits for names whose last lookup failed. They have their own, because their lookups take longest.
 static PERMITS_OF_FAILING: Semaphore = Semaphore::const_new(32);
-/// Permits while clients use all descriptors that they may have: a lookup takes up to three from the
-/// reserve.
+/// Permits while clients use all descriptors that they may have: a lookup takes up to three descriptors
+/// from the reserve.
 static PERMITS_IN_SHORTAGE: Semaphore = Semaphore::const_new(4);
 
 /// Resolves the names of one pool.
@@ -54,14 +55,14 @@ pub struct Names {
     published: watch::Receiver<SystemTime>,
     states: HashMap<BackendId, NameState>,
     lookups: JoinSet<(Arc<Backend>, Answer)>,
-    /// When the first name is due that is not being looked up.
+    /// When the next name is due, of the names without a lookup under way.
     next_due: Option<Instant>,
     /// When to make a new snapshot. `None` while the snapshot has the newest addresses.
     refresh_at: Option<Instant>,
     refreshed: Instant,
 }
 
-/// Addresses, or why there are none.
+/// The addresses of a name, or why it has none.
 type Answer = Result<Vec<SocketAddr>, String>;
 
 /// The state of one name.
@@ -78,10 +79,10 @@ struct NameState {
     backoff: Backoff,
 }
 
-/// Looks up the names of all pools until each has an answer, and those of tables that come meanwhile.
+/// Looks up the names of all pools, and of tables that come meanwhile, until no lookup is under way.
 ///
 /// # Cancel safety
-/// [`Names::run`] goes on with the lookups that are under way.
+/// A lookup that is under way goes on: [`Names::run`] applies its result.
 pub async fn settle(pools: &mut [Names]) {
     let mut open: Vec<_> = pools.iter_mut().map(|names| Box::pin(names.settle())).collect();
     poll_fn(|context| {
@@ -92,7 +93,7 @@ pub async fn settle(pools: &mut [Names]) {
 }
 
 impl Names {
-    /// For the names of `pool`, none of which is looked up yet.
+    /// Makes the object for the names of `pool`. Looks up none of them yet.
     #[must_use]
     pub fn new(pool: Arc<Pool>) -> Self {
         Self {
@@ -106,7 +107,7 @@ impl Names {
         }
     }
 
-    /// Keeps the names resolved. Never ends.
+    /// Keeps the names of the pool resolved. Never ends.
     pub async fn run(mut self) {
         self.look_up_due();
         loop {
@@ -171,7 +172,6 @@ impl Names {
         self.states.extend(absent);
     }
 
-    /// Applies the result of a lookup.
     fn apply(&mut self, backend: &Backend, result: Answer) {
         let now = Instant::now();
         let Some(state) = self.states.get_mut(backend.id()) else { return };
@@ -243,7 +243,7 @@ fn is_name(backend: &Backend) -> bool {
 async fn look_up(backend: Arc<Backend>, permits: &'static Semaphore) -> (Arc<Backend>, Answer) {
     let Address::Name { host, port } = backend.id().address() else { return (backend, Ok(Vec::new())) };
     let permits = if descriptors::are_short() { &PERMITS_IN_SHORTAGE } else { permits };
-    // Outside of the timeout: a wait for a permit or a thread says nothing about the name.
+    // The wait for a permit and a thread is not part of the timeout: it says nothing about the name.
     let lookup = lookup::start(permits, Arc::clone(host), *port).await;
     let result = match timeout(LOOKUP_TIMEOUT, lookup).await {
         Ok(Ok(Ok(addresses))) if addresses.is_empty() => Err("the name has no address".to_owned()),
@@ -267,7 +267,8 @@ mod tests {
         Names::new(Arc::new(pool))
     }
 
-    /// The number of lookups begun since the last call. It drops them before they ask the resolver.
+    /// Returns the number of lookups begun since the last call, and drops them before they ask the
+    /// resolver.
     async fn begun(names: &mut Names) -> usize {
         let lookups = std::mem::take(&mut names.lookups);
         let count = lookups.len();
@@ -295,7 +296,7 @@ mod tests {
             while begun(&mut names).await == 0 {
                 advance(Duration::from_millis(10)).await;
                 weight += 1.0;
-                // Out of the table, and into it again.
+                // The name leaves the table and comes back.
                 names.pool.cell.publish(Table::of(&[("10.0.0.1:80", weight)]));
                 names.look_up_due();
                 names.pool.cell.publish(Table::of(&[("10.0.0.1:80", weight), ("dead.test:80", 1.0)]));

@@ -133,7 +133,7 @@ pub struct Tally {
     pub to_client: u64,
     /// The session was counted as half-closed.
     pub half_closed: bool,
-    /// The errno of the socket that broke first, for the log. 0: none broke, or the kernel gave no reason.
+    /// The errno of a socket that broke, for the log. 0: none broke, or the kernel gave no reason.
     pub errno: u16,
 }
 

@@ -51,7 +51,7 @@ impl Pair<'_> {
 
     /// Moves bytes to `target_side`. Once the source has ended, shuts the target down, unless the other
     /// direction is done already. Returns `Some` if the source broke, which ends the session. `broken` gets
-    /// the errno of the first socket that broke.
+    /// the errno of the socket that broke.
     fn poll_towards(
         &mut self,
         target_side: Side,

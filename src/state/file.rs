@@ -15,15 +15,16 @@ use rustix::io::Errno;
 
 use super::Unusable;
 
-/// The largest file that is read. A table of 100,000 members with the longest names has half of this.
+/// The largest file that is read. A table of 100,000 members with the longest names has less than half of
+/// this.
 pub(super) const MAX_BYTES: u64 = 64 * 1024 * 1024;
 const SUFFIX: &str = ".table";
 const TEMPORARY_SUFFIX: &str = ".tmp";
 const RANDOM_DIGITS: usize = 16;
 /// A file name may have 255 bytes; the temporary one has 22 more than this and `SUFFIX`.
 const NAME_MAX_BYTES: usize = 200;
-/// Tries to create a temporary file, which fail if the name is taken or another process removes the file at
-/// once.
+/// The most attempts to create a temporary file. An attempt fails if the name is taken, or if another
+/// process removes the file at once.
 const CREATE_ATTEMPTS: usize = 10;
 const GROUP_AND_OTHERS_WRITE: u32 = 0o022;
 
@@ -54,7 +55,8 @@ impl WriteError {
     }
 }
 
-/// The name of a pool's file. Characters with a meaning for file systems are written as `%` and two digits.
+/// Returns the name of a pool's file. Bytes other than ASCII letters, digits, `_`, `-` and `.` (not as the
+/// first byte) are written as `%` and two hexadecimal digits.
 pub(super) fn name_of(pool: &str) -> String {
     let mut name = String::new();
     for (at, byte) in pool.bytes().enumerate() {
@@ -74,13 +76,13 @@ pub(super) fn name_of(pool: &str) -> String {
     name + SUFFIX
 }
 
-/// The content of a file; `None` if it does not exist.
+/// Returns the content of a file, `None` if the file does not exist.
 pub(super) fn read(path: &Path) -> Result<Option<Vec<u8>>, Unusable> {
     // Without NONBLOCK, opening a named pipe would wait for ever.
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let file = match rustix::fs::open(path, flags, Mode::empty()) {
         Ok(descriptor) => File::from(descriptor),
-        // If the folder is not a folder, the first write reports it.
+        // If `state_dir` itself is not a folder, `prepare` reports it.
         Err(Errno::NOENT | Errno::NOTDIR) => return Ok(None),
         Err(Errno::LOOP) => return Err(Unusable::NotPlain("a symbolic link")),
         Err(error) => return Err(Unusable::Unreadable(error.into())),
@@ -104,12 +106,13 @@ pub(super) fn read(path: &Path) -> Result<Option<Vec<u8>>, Unusable> {
     Ok(Some(bytes))
 }
 
-/// Replaces the content of `name` by `bytes`. If that fails, the old file stays as it was.
+/// Replaces the content of `name` by `bytes`. If a step before or at the rename fails, the old file stays
+/// as it was. If only the sync of the folder fails, the new file is there, but may not outlast a crash.
 pub(super) fn write(folder: &Path, name: &str, bytes: &[u8]) -> Result<(), WriteError> {
     let mut temporary = Temporary::create(folder, name)?;
     temporary.fill(bytes)?;
     fs::rename(&temporary.path, folder.join(name)).map_err(WriteError::at("rename the new file"))?;
-    // Only this makes the rename durable. Some file systems cannot sync a folder and answer EINVAL.
+    // Only this sync makes the rename durable. Some file systems cannot sync a folder and answer EINVAL.
     match File::open(folder).and_then(|folder| folder.sync_all()) {
         Err(error) if error.kind() != ErrorKind::InvalidInput => {
             Err(WriteError { step: "sync the folder", error })

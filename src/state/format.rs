@@ -13,9 +13,9 @@
 //!
 //! A member in drain or maint has that word before its weight: `drain 100.0 10.0.0.1:80`.
 //!
-//! It is text, so that an operator can read it. A file may be cut off, damaged or written by another
-//! program, so everything in it is checked, and a file with any mistake is refused as a whole. Pure: no
-//! file, no clock.
+//! The format is text, so that an operator can read it. A file may be cut off, damaged or written by
+//! another program, so everything in it is checked, and a file with any mistake is refused as a whole.
+//! This module uses no file and no clock.
 
 use std::fmt::Write as _;
 use std::str::SplitTerminator;
@@ -30,7 +30,7 @@ const MAGIC: &str = "statera table ";
 /// format needs a new one.
 pub(super) const VERSION: &str = "1";
 const CHECKSUM: &str = "crc32 ";
-/// The length of the last line: the name, eight digits and the end of the line.
+/// The length of the last line: `crc32 `, eight digits and the end of the line.
 const CHECKSUM_LINE_BYTES: usize = CHECKSUM.len() + 8 + 1;
 /// How many characters of a file's content a log line shows.
 const SHOWN_CHARS: usize = 80;
@@ -43,7 +43,7 @@ pub(super) struct Saved {
     pub(super) time: SystemTime,
 }
 
-/// The text of a file.
+/// Returns the text of a file.
 pub(super) fn encode(pool: &str, key: &str, time: SystemTime, members: &[Member]) -> String {
     // The formatter panics on times before 1970, which only a wrong clock gives.
     let time = humantime::format_rfc3339_millis(time.max(UNIX_EPOCH));
@@ -54,8 +54,8 @@ pub(super) fn encode(pool: &str, key: &str, time: SystemTime, members: &[Member]
         if member.state != AdminState::Ready {
             write!(text, "{} ", member.state).expect("memory takes all");
         }
-        // `{:?}` writes the shortest text that is read as the same number, with an exponent if the number is
-        // very large.
+        // `{:?}` writes the shortest text that is read as the same number, with an exponent if the number
+        // is very large or very small.
         writeln!(text, "{:?} {}", member.weight.get(), member.backend.id()).expect("memory takes all");
     }
     let checksum = crc32fast::hash(text.as_bytes());
@@ -101,7 +101,7 @@ pub(super) fn decode(bytes: &[u8], pool: &str, key: &str) -> Result<Saved, Unusa
     Ok(Saved { table, time })
 }
 
-/// The content without the line of the checksum, if the checksum is right.
+/// Returns the content without the line of the checksum, if the checksum is right.
 fn checked(bytes: &[u8]) -> Result<&[u8], Unusable> {
     let at = bytes.len().checked_sub(CHECKSUM_LINE_BYTES).ok_or(Unusable::CutShort)?;
     let (content, last) = bytes.split_at(at);
@@ -145,8 +145,8 @@ fn member(line: &str) -> Result<(AdminState, (BackendId, Weight)), String> {
     Ok((state, (id, weight)))
 }
 
-/// The beginning of `text`, with control characters escaped for the log. Backslashes stay, because the file
-/// has escaped text.
+/// Returns the beginning of `text`, with control characters escaped for the log. Quotes and backslashes
+/// stay, because the text in the file is escaped already.
 fn shown(text: &str) -> String {
     let mut shown = String::new();
     for character in text.chars().take(SHOWN_CHARS) {

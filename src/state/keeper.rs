@@ -1,9 +1,10 @@
 //! Restores the saved tables at the start and saves new ones, with one task for each pool.
 //!
-//! The tasks run on the control plane. Threads that may wait do all work on the disk, so a disk that hangs
-//! delays neither the start nor Redis. One write runs at a time, and each pool pauses after a write; of the
-//! tables that come meanwhile, only the newest is saved. A failed write is retried until it works. At the
-//! end of the process the newest tables are written once more.
+//! The tasks run on the control plane. All work on the disk runs on threads that may wait, so a disk that
+//! hangs delays Redis not at all and the start by a limited time. One write runs at a time, and each pool
+//! pauses after a write; of the tables that come meanwhile, only the newest is saved. A failed write is
+//! retried until it works. At the end of the process each keeper tries once to write a table that is not
+//! saved yet.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -22,7 +23,7 @@ use crate::config::OnEmpty;
 use crate::control::backoff::Backoff;
 use crate::control::blocking::{self, Panicked};
 
-/// How long the start waits for the saved tables.
+/// How long the start waits for a thread, and then for its work on the disk.
 const READ_TIME: Duration = Duration::from_secs(1);
 /// A write that takes longer is logged and counted as failed, but still awaited.
 const WRITE_TIME: Duration = Duration::from_secs(10);
@@ -31,15 +32,15 @@ const REST: Duration = Duration::from_millis(100);
 /// The pauses after failed writes.
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
-/// After this long without a failure, the pauses begin with the first one again. So a disk that is full
-/// every other moment keeps its long pauses.
+/// After this long without a failure, the pauses begin with the first one again. A disk that is full every
+/// other moment fails more often, so its pauses stay long.
 const CALM: Duration = Duration::from_secs(60);
 
-/// Permits for threads that touch the disk, for the whole process. A thread that hangs keeps its permit, so
-/// there are some to spare.
+/// Permits for threads that touch the disk, for the whole process. A thread that hangs keeps its permit,
+/// so there are more than one write needs.
 static THREADS: Semaphore = Semaphore::const_new(8);
 
-/// How long the end waits for the newest tables to be written.
+/// How long the end of the process waits for the newest tables to be written.
 const LAST_WRITES: Duration = Duration::from_secs(1);
 
 /// Saves the tables of pools in one folder. When this is dropped, its keepers stop, and the newest tables
@@ -47,7 +48,7 @@ const LAST_WRITES: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub struct StateDir {
     shared: Arc<Shared>,
-    /// True when the process ends. Each keeper has a receiver until it has ended.
+    /// True when the process ends. Each keeper keeps a receiver until the keeper has ended.
     ends: watch::Sender<bool>,
 }
 
@@ -69,7 +70,7 @@ struct Shared {
 }
 
 impl StateDir {
-    /// For the files in `folder`. Reads and writes nothing yet.
+    /// Makes the object for the files in `folder`. Reads and writes nothing yet.
     #[must_use]
     pub fn new(folder: &Path) -> Self {
         let (write_permit, failures) = (Semaphore::new(1), Mutex::default());
@@ -78,15 +79,16 @@ impl StateDir {
     }
 
     /// Restores the saved tables of the pools and prepares the folder for writes. Problems with the folder
-    /// or a file are logged. Takes at most about two seconds.
+    /// or a file are logged. A disk that hangs delays this by two seconds, four if threads are short too.
     ///
-    /// Call this before Redis is followed, whose tables are newer.
+    /// Call this before Redis is followed, because the tables from Redis are newer.
     pub async fn restore(&self, on_empty: OnEmpty, kept: &[SavedPool]) {
         self.shared.restore(on_empty, kept).await;
         self.shared.prepare().await;
     }
 
-    /// The keeper of one pool. It saves the tables published from now on; a restored table is saved already.
+    /// Returns the keeper of one pool. It saves the tables published from now on; a restored table is
+    /// saved already.
     #[must_use]
     pub fn keeper(&self, kept: SavedPool) -> Keeper {
         let (published, ends) = (kept.cell.published(), self.ends.subscribe());
@@ -126,7 +128,7 @@ impl Shared {
             match result {
                 Ok(None) => {}
                 Ok(Some(saved)) if saved.table.is_empty() && on_empty == OnEmpty::KeepLast => {
-                    // It was saved under `on_empty: refuse`, and the config has changed since.
+                    // The table was saved under `on_empty: refuse`, and the config has changed since.
                     info!(pool, %file, "the saved table has no members: starting with the configured backends");
                 }
                 Ok(Some(Saved { table, time })) => {
@@ -204,19 +206,18 @@ fn write(folder: &Path, kept: &SavedPool, time: SystemTime, snapshot: &Snapshot)
 }
 
 impl Keeper {
-    /// Saves the present table first, which may not be saved yet.
+    /// Makes [`Keeper::run`] begin with the present table, which may not be saved yet.
     #[must_use]
     pub fn behind(mut self) -> Self {
         self.published.mark_changed();
         self
     }
 
-    /// Saves each new table from Redis, or the newest of those that came during the last write, until the
-    /// process ends.
+    /// Saves each new table, or the newest of those that came during the last write, until the process
+    /// ends.
     ///
     /// # Cancel safety
-    /// If the future is dropped, a write that is under way goes on. Whether or not it ends, the file is
-    /// complete.
+    /// If the future is dropped, a write that is under way goes on. The file is complete at any moment.
     pub async fn run(mut self) {
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
         let mut failed: Option<Instant> = None;
@@ -248,14 +249,15 @@ impl Keeper {
         let _ = timeout(pause, self.ends.wait_for(|ends| *ends)).await;
     }
 
-    /// Returns true if the newest table was saved.
+    /// Saves the newest table, and waits until the write has ended. Returns true if it worked.
     async fn save(&mut self) -> bool {
-        // Held until the write has ended, however long that takes. The semaphore is never closed.
+        // The permit is held until the write has ended, however long that takes. The semaphore is never
+        // closed.
         let _permit = self.shared.write_permit.acquire().await;
         let time = *self.published.borrow_and_update();
         let snapshot = Arc::clone(&self.kept.cell.load());
         let (shared, kept) = (Arc::clone(&self.shared), self.kept.clone());
-        // Waits for a thread as long as the system gives none.
+        // Waits for a thread without a limit.
         let mut write =
             blocking::start(&THREADS, move || write(&shared.folder, &kept, time, &snapshot)).await;
         let ended = match timeout(WRITE_TIME, &mut write).await {

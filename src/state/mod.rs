@@ -2,8 +2,8 @@
 //! answer.
 //!
 //! `format` is the text of a file, `file` reads and writes it safely, and [`keeper`] decides when to save.
-//! They work on threads that may wait for a disk, and nothing here can prevent a proxy from starting or
-//! serving. The data plane sees a restored table as a snapshot with an origin of its own.
+//! All work on files runs on threads that may wait for a disk, and nothing here can prevent a proxy from
+//! starting or serving. The data plane sees a restored table as a snapshot with an origin of its own.
 
 mod failures;
 mod file;
@@ -21,11 +21,12 @@ use crate::observe::counters::Counter;
 pub struct SavedPool {
     /// The pool's name.
     pub pool: Arc<str>,
-    /// The key in Redis that its tables come from. A file that was saved from another key is ignored.
+    /// The key in Redis that the pool's tables come from. A file that was saved from another key is
+    /// ignored.
     pub key: String,
-    /// Where its tables are published.
+    /// The cell that publishes the pool's tables.
     pub cell: Arc<Cell>,
-    /// The counters of its file.
+    /// The counters of the pool's file.
     pub status: Arc<SaveStatus>,
 }
 
@@ -36,7 +37,7 @@ pub struct SaveStatus {
     pub failed_writes: Counter,
 }
 
-/// Why a file is not used. Each is logged, and the pool starts without a saved table.
+/// Why a file is not used. The reason is logged, and the pool starts without a saved table.
 #[derive(Debug, thiserror::Error)]
 enum Unusable {
     #[error("it cannot be read: {0}")]

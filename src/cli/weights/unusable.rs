@@ -1,7 +1,7 @@
 //! The members that get no sessions, with the reasons, as the proxies report them.
 //!
-//! `redis/unusable.rs` reads the reports. Any client of Redis may have written them, so their texts are
-//! escaped.
+//! `redis/fleet/unusable.rs` reads the reports. Any client of Redis may have written a report, so the texts
+//! in it are escaped.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -67,8 +67,8 @@ impl<'a> Unusable<'a> {
         text
     }
 
-    /// The text behind a member's weight and state, which it does not repeat. Empty where every proxy
-    /// sends it sessions.
+    /// Returns the text behind a member's weight and state. The text does not repeat these two, and is empty
+    /// if no proxy reports another reason.
     pub(super) fn text(&self, member: &str, is_zero: bool, state: Option<&str>) -> String {
         let is_shown = |reason: &ReportedReason| match reason.name.as_str() {
             "weight_0" => is_zero,

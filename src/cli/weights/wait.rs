@@ -20,18 +20,19 @@ const MOST_NAMED: usize = 20;
 pub(super) struct Fleet {
     pub(super) have: Vec<String>,
     pub(super) have_not: Vec<String>,
-    /// How long it takes until every running proxy is known. Zero: all are.
+    /// How long it takes until every running proxy is known. Zero: every running proxy is known.
     pub(super) are_all_in: Duration,
     limit: Duration,
 }
 
 impl Fleet {
-    /// Whether every proxy uses the version. False where no proxy reports, since nothing is known then.
+    /// Returns true if every proxy uses the version, and false if no proxy reports: nothing is known then.
     pub(super) fn has_converged(&self) -> bool {
         self.have_not.is_empty() && !self.have.is_empty() && self.are_all_in.is_zero()
     }
 
-    /// The message where some do not. It says that the change itself was made.
+    /// Returns the message for a fleet in which not every proxy is known to use the version. The message
+    /// says that the change itself was made.
     pub(super) fn not_converged(&self, version: u64) -> String {
         let limit = humantime::format_duration(self.limit);
         if self.have.is_empty() && self.have_not.is_empty() {
@@ -60,7 +61,7 @@ impl Fleet {
     }
 }
 
-/// Waits until every proxy uses the table that was `done`, at most for `limit`.
+/// Waits at most `limit` until every proxy uses the table that the change `done` has written.
 pub(super) async fn for_fleet(ledger: &mut Ledger, done: &Done, limit: Duration) -> Result<Fleet, Failure> {
     let (begun, hash) = (Instant::now(), done.hash());
     loop {
@@ -83,7 +84,7 @@ pub(super) async fn for_fleet(ledger: &mut Ledger, done: &Done, limit: Duration)
     }
 }
 
-/// How long to wait after a read that `took` this long. Fast reads are `shortest` apart.
+/// Returns how long to wait after a read that took the time `took`. After a fast read this is `shortest`.
 pub(super) fn rest_after(took: Duration, shortest: Duration) -> Duration {
     took.saturating_mul(REST_PER_READ).clamp(shortest, LONGEST_REST)
 }

@@ -1,8 +1,8 @@
-//! How soon one question may follow another, where messages announce that something may have changed.
+//! How soon a server is asked again when it announces that something may have changed.
 //!
-//! A message usually means news, so the question follows at once. Where messages keep coming and bring
-//! none (a sentinel that watches a thousand masters, a slot that no node serves), the rest grows until
-//! questions are as rare as without messages.
+//! A message usually means news, so the question follows at once. Where messages keep coming without news
+//! (from a sentinel that watches a thousand masters, or about a slot that no node serves), the rest grows
+//! until questions are as rare as without messages.
 
 use std::time::Duration;
 
@@ -20,13 +20,13 @@ pub(super) struct NoticePace {
 }
 
 impl NoticePace {
-    /// Messages without news lead to one question in each `longest` at most.
+    /// The rest between questions grows up to `longest` while messages come without news.
     pub(super) fn new(longest: Duration) -> Self {
         Self { rest: SHORTEST_REST.min(longest), longest }
     }
 
-    /// Rests after a question, then waits for a message, until `next` at most. `is_news`: the answer
-    /// differed from the one before.
+    /// Rests after a question, then waits for a message, until `next` at the latest. `is_news`: the last
+    /// answer differed from the one before.
     pub(super) async fn wait(&mut self, is_news: bool, next: Instant, messages: &Notify) {
         if is_news {
             self.rest = SHORTEST_REST.min(self.longest);

@@ -1,8 +1,9 @@
 //! The server that tables are read from: the one in the config, the one that sentinels name, or a node of a
 //! cluster.
 //!
-//! All connections to it share one [`Primary`], so that they leave it together. `sentinel.rs` sets its
-//! address. The node of a cluster stays the same for as long as its shard exists (`shards.rs`).
+//! All connections to the server share one [`Primary`], so that all leave it when its address changes.
+//! `sentinel.rs` sets the address. In a cluster the address of a `Primary` never changes: another node is
+//! another shard (`shards.rs`).
 
 use std::sync::Arc;
 
@@ -17,16 +18,16 @@ use crate::redis::wire::error::RedisError;
 /// The server that tables are read from.
 #[derive(Debug)]
 pub(in crate::redis) struct Primary {
-    /// `None` until sentinels have named it.
+    /// `None` until sentinels have named the server.
     address: watch::Sender<Option<RedisAddress>>,
-    /// Sentinels or a cluster name the server, so it has to be a primary.
+    /// True where sentinels or a cluster name the server, which then has to be a primary.
     is_named: bool,
     /// `None` outside of a cluster.
     route: Option<Arc<Route>>,
 }
 
 impl Primary {
-    /// Its address is known at once, unless sentinels have to be asked.
+    /// The server that `settings` names. Its address is known at once, unless sentinels have to be asked.
     pub(super) fn of(settings: &Redis) -> Self {
         let is_named = matches!(settings.address, RedisAddress::Sentinel(_));
         let address = (!is_named).then(|| settings.address.clone());
@@ -43,7 +44,8 @@ impl Primary {
         self.route.as_ref().is_some_and(|route| route.node == *node)
     }
 
-    /// Connects to it at `address`, its last known one. Pushed messages go to `on_push`.
+    /// Connects to the server at `address`, its last known address. Pushed messages go to `on_push`, which
+    /// must not wait.
     pub(in crate::redis) async fn open(
         &self,
         settings: &Redis,
@@ -53,7 +55,8 @@ impl Primary {
         RoutedConnection::open(settings, address, self.route.clone(), on_push).await
     }
 
-    /// Reports that it does not answer, or not as a primary: in a cluster another node may have taken over.
+    /// Reports that the server does not answer, or is no primary: in a cluster another node may have taken
+    /// over. Does nothing outside of a cluster.
     pub(in crate::redis) fn report_lost(&self) {
         if let Some(route) = &self.route {
             route.report_lost();
@@ -64,7 +67,7 @@ impl Primary {
         self.address.send_replace(Some(address));
     }
 
-    /// Waits until its address is known. Cancel safe.
+    /// Waits until the server's address is known, and returns it. Cancel safe.
     pub(in crate::redis) async fn known(&self) -> RedisAddress {
         let mut addresses = self.address.subscribe();
         match addresses.wait_for(Option::is_some).await.map(|address| address.clone()) {
@@ -74,7 +77,7 @@ impl Primary {
         }
     }
 
-    /// Waits until its address is another one than `address`. Cancel safe.
+    /// Waits until the server's address differs from `address`. Cancel safe.
     pub(in crate::redis) async fn moved_from(&self, address: &RedisAddress) {
         let mut addresses = self.address.subscribe();
         if addresses.wait_for(|now| now.as_ref().is_some_and(|now| now != address)).await.is_err() {
@@ -82,11 +85,12 @@ impl Primary {
         }
     }
 
-    /// Checks that a server which sentinels or a cluster name is a primary: a replica is not yet one, or not
-    /// any more.
+    /// Checks that a server named by sentinels or by a cluster is a primary: it may be a replica that is
+    /// not promoted yet, or an old primary that was demoted. Accepts every server that the config names
+    /// itself.
     ///
     /// # Errors
-    /// It has to be the primary, and says that it is not.
+    /// The server has to be a primary and is not.
     pub(in crate::redis) fn check(&self, server: &Server) -> Result<(), RedisError> {
         if self.is_named && !server.is_primary() {
             return Err(RedisError::NotPrimary(server.role.clone()));

@@ -1,8 +1,8 @@
-//! Decides which server is the primary, where several were asked and some may be wrong: sentinels, or nodes
-//! of a cluster.
+//! Decides which server is the primary, where several sentinels or cluster nodes were asked and some may
+//! be wrong.
 //!
-//! Each failover, and each move of a slot, raises an epoch. So a report with an older epoch comes from a
-//! sentinel or node that was cut off meanwhile.
+//! Each failover, and each move of a slot, raises an epoch. So a sentinel or node that reports an older
+//! epoch has not heard of the change, for example because it was cut off.
 
 use std::time::Duration;
 
@@ -17,19 +17,19 @@ pub(super) struct PrimaryReport {
     /// The epoch of the configuration: each failover raises it.
     pub(super) epoch: u64,
     pub(super) address: RedisAddress,
-    /// It considers that server down.
+    /// The sentinel considers the server down. Always false in a report of a cluster node.
     pub(super) is_down: bool,
 }
 
-/// The primary by what a majority reports.
+/// The primary that the reports lead to: see [`choose`].
 #[derive(Debug, Default)]
 pub(super) struct QuorumView {
     current: Option<PrimaryReport>,
 }
 
 impl QuorumView {
-    /// Takes the last reports of all that are asked, `None` for those without one. Returns the primary if it
-    /// is another one than before.
+    /// Updates the primary from the last report of each sentinel or node that is asked; `None` stands for
+    /// one without a report. Returns the primary if its address has changed.
     pub(super) fn update(&mut self, reports: &[Option<PrimaryReport>]) -> Option<&RedisAddress> {
         let chosen = choose(reports, self.current.as_ref())?.clone();
         let before = self.current.replace(chosen);
@@ -46,11 +46,12 @@ impl QuorumView {
     }
 }
 
-/// The report to follow: one with the newest epoch whose server is not down. `None`: stay with `current`.
+/// Returns the report to follow: one with the newest epoch whose server is not down. `None`: keep
+/// `current`.
 ///
-/// An epoch older than `current`'s counts only where a majority answers and no answer has a newer one: then
-/// the sentinels or nodes were set up anew. Without that rule, one that was cut off during a failover would
-/// lead back to the old primary.
+/// If the newest epoch is older than `current`'s, it counts only where a majority answers: then the
+/// sentinels or nodes were set up anew. Without that rule, a sentinel or node that was cut off during a
+/// failover would lead back to the old primary.
 pub(super) fn choose<'a>(
     reports: &'a [Option<PrimaryReport>],
     current: Option<&PrimaryReport>,
@@ -70,8 +71,8 @@ pub(super) fn is_majority(some: usize, all: usize) -> bool {
     some * 2 > all
 }
 
-/// Gives the first answers to `hear` until that returns true, and for `limit` at most: the first to answer
-/// may be the one that was cut off.
+/// Passes answers to `hear` until `hear` returns true, for at most `limit`. One answer is not enough,
+/// because it may come from a sentinel or node that was cut off.
 pub(super) async fn first_answers<T>(
     answers: &mut mpsc::Receiver<T>,
     limit: Duration,
@@ -88,12 +89,12 @@ pub(super) async fn first_answers<T>(
     let _ = timeout(limit, enough).await;
 }
 
-/// A condition of which only the changes are logged.
+/// A condition whose changes are logged.
 #[derive(Debug, Default)]
 pub(super) struct Condition(bool);
 
 impl Condition {
-    /// True where `is` is another value than the last one. It begins with false.
+    /// Returns true if `is` differs from the last value. The first value is compared with false.
     pub(super) fn changes_to(&mut self, is: bool) -> bool {
         std::mem::replace(&mut self.0, is) != is
     }

@@ -1,12 +1,12 @@
-//! Reads the redirections of a cluster's nodes, MOVED and ASK, and the addresses that they name each other
-//! by.
+//! Reads the redirections (MOVED, ASK) of a cluster's nodes, and the addresses that a node gives for other
+//! nodes.
 
 use redis::ServerErrorKind;
 
 use crate::config::RedisAddress;
 use crate::redis::wire::error::RedisError;
 
-/// The node that an error reply sends a command to.
+/// The node that a MOVED or ASK reply names for a command.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Redirect {
     pub(super) to: RedisAddress,
@@ -15,18 +15,19 @@ pub(super) struct Redirect {
 }
 
 impl Redirect {
-    /// `None`: it is no redirection, or one without a usable address.
+    /// Reads the redirection in an `error` of `node`. Returns `None` if there is none, or none with a
+    /// usable address.
     pub(super) fn of(error: &RedisError, node: &RedisAddress) -> Option<Self> {
         let (address, _) = error.redirect_node()?;
-        // The last colon: an IPv6 address comes without brackets.
+        // The last colon, because an IPv6 address comes without brackets.
         let (host, port) = address.rsplit_once(':')?;
         let to = address_beside(node, Some(host), port.parse().ok()?)?;
         Some(Self { to, is_ask: error.server_kind() == Some(ServerErrorKind::Ask) })
     }
 }
 
-/// The address that `node` gives for another node. Without a host it means the host that `node` was reached
-/// by; `?` stands for a node that should have a name and has none.
+/// Returns the address that `node` gives for another node. Without a `host` it is the host at which `node`
+/// itself was reached. Returns `None` for the host `?`: that node should have a name and has none.
 pub(super) fn address_beside(node: &RedisAddress, host: Option<&str>, port: u16) -> Option<RedisAddress> {
     let named = match host {
         Some("?") => return None,
@@ -62,7 +63,7 @@ mod tests {
         let moved = |to| Some(Redirect { to, is_ask: false });
         assert_eq!(redirect(b"-MOVED 3999 10.0.0.2:6381\r\n"), moved(tcp("10.0.0.2", 6381)));
         assert_eq!(redirect(b"-MOVED 1 ::1:7001\r\n"), moved(tcp("::1", 7001)));
-        // A node that does not know its own name: it is reached by the name that it was asked by.
+        // A node that names no host is reached by the host that the asked node was reached by.
         assert_eq!(redirect(b"-MOVED 1 :7001\r\n"), moved(tcp("10.0.0.1", 7001)));
         let ask = Redirect { to: tcp("b", 7002), is_ask: true };
         assert_eq!(redirect(b"-ASK 2 b:7002\r\n"), Some(ask));

@@ -1,11 +1,11 @@
-//! A connection to the server that has a pool's key. Where that is a node of a cluster, it handles the
-//! node's redirections.
+//! A connection to the server that has a pool's key. If the server is a node of a cluster, the connection
+//! handles the node's redirections.
 //!
-//! A node that does not own a key's slot answers MOVED. One that is migrating a slot answers ASK for the
-//! keys that have left it already, and the node that imports them serves those only after an ASKING. A
-//! connection that follows tables is then left, since `cluster.rs` finds out where the key is. A connection
-//! for single commands goes to the named node itself, once for each command, so that no command goes round
-//! in circles.
+//! A node that does not own a key's slot answers MOVED. A node that is migrating a slot answers ASK for
+//! the keys that have left it already; the importing node serves these keys only after an ASKING. A
+//! connection that follows tables ends after a redirection, and `cluster.rs` finds out where the key is. A
+//! connection for single commands sends a redirected command once more, to the named node. A second
+//! redirection is an error, so no command is redirected endlessly.
 
 use std::sync::Arc;
 
@@ -19,14 +19,14 @@ use crate::config::{Redis, RedisAddress};
 use crate::redis::wire::connection::{self, Connection, Server};
 use crate::redis::wire::error::RedisError;
 
-/// What a connection has learned about the cluster.
+/// What a connection reports about the cluster.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum ClusterEvent {
-    /// An owner has changed, is away, is no primary, or says that the cluster is down.
+    /// A slot's owner has changed, does not answer, is no primary, or says that the cluster is down.
     OwnersChanged,
     /// `key` has migrated to another node before the rest of its slot.
     KeyMigrated { key: String, to: RedisAddress },
-    /// The importing `node` does not have these keys any more, or is away.
+    /// The importing `node` does not have these keys any more, or does not answer.
     NotMigrated { keys: Vec<String>, node: RedisAddress },
 }
 
@@ -34,7 +34,7 @@ pub(super) enum ClusterEvent {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct KeyNode {
     pub(super) address: RedisAddress,
-    /// The owner of the slot, where the node is only importing it: each command needs an ASKING.
+    /// The owner of the slot while this node imports it: then each command needs an ASKING.
     pub(super) importing_from: Option<RedisAddress>,
 }
 
@@ -52,7 +52,7 @@ pub(super) struct Route {
 }
 
 impl Route {
-    /// Reports that the node does not answer, or not as the one that has the keys.
+    /// Reports that the node does not answer, or does not serve the keys.
     pub(super) fn report_lost(&self) {
         self.report_wrong_node(&self.keys);
     }
@@ -64,21 +64,23 @@ impl Route {
         });
     }
 
-    /// Where the queue is full the event is dropped: the next attempt on this connection reports it again.
+    /// Sends `event` to `cluster.rs`. Where the queue is full the event is dropped: the next attempt
+    /// reports it again.
     fn report(&self, event: ClusterEvent) {
         if let Some(events) = &self.events {
             let _ = events.try_send(event);
         }
     }
 
-    /// Sends `command`, and follows a redirection if this route does.
+    /// Sends `command` and returns the answer. Follows one redirection if `follows_redirects` is true.
     async fn answer(&self, connection: &mut Connection, command: &Cmd) -> Result<Value, RedisError> {
         let error = match send(connection, command, self.node.importing_from.is_some()).await {
             Ok(answer) => return Ok(answer),
             Err(error) => error,
         };
         let Some(Redirect { to, is_ask }) = Redirect::of(&error, &self.node.address) else {
-            // A slot that is not served is known already: each session's pick would report it.
+            // An unserved slot is not reported: `cluster.rs` knows it already, and each pick would report
+            // it again.
             let is_down = error.server_kind() == Some(ServerErrorKind::ClusterDown);
             if is_down && error.is_not_ready() {
                 self.report_lost();
@@ -89,7 +91,7 @@ impl Route {
             Some(key) if is_ask => {
                 self.report(ClusterEvent::KeyMigrated { key: key.clone(), to: to.clone() })
             }
-            // A key beside the table has migrated, which does not say where the table is.
+            // A companion key has migrated, which does not tell where the table is.
             None if is_ask => {}
             key => self.report_wrong_node(key.map(std::slice::from_ref).unwrap_or_default()),
         }
@@ -103,8 +105,8 @@ impl Route {
         })
     }
 
-    /// Asks the slot's owner about a key that is empty on the importing node. The owner answers ASK only
-    /// where it does not have the key either.
+    /// Asks the slot's owner whether `key`, which is empty on the importing node, is empty there too: the
+    /// owner answers ASK only for a key that it does not have.
     async fn confirm_empty(&self, key: &str) -> Result<(), RedisError> {
         let Some(owner) = &self.node.importing_from else { return Ok(()) };
         let mut connection = connection::open(&self.settings, owner, |_| {}).await?;
@@ -116,8 +118,8 @@ impl Route {
         }
     }
 
-    /// The key that `command` reads: the first argument that is one of the keys, since members come after
-    /// it.
+    /// Returns the weights key that `command` reads: the first argument that is one of `keys`. Members
+    /// come after the key, so a member with the name of a key does no harm.
     fn key_of(&self, command: &Cmd) -> Option<&String> {
         command.args_iter().find_map(|argument| match argument {
             Arg::Simple(argument) => self.keys.iter().find(|key| key.as_bytes() == argument),
@@ -130,7 +132,7 @@ async fn send(connection: &mut Connection, command: &Cmd, with_asking: bool) -> 
     if !with_asking {
         return connection.query(command).await;
     }
-    // Sent in one piece: the ASKING counts for the next command alone.
+    // Sent in one piece, because ASKING counts for the next command alone.
     let mut both = Pipeline::with_capacity(2);
     both.cmd("ASKING").add_command(command.clone());
     let answers = connection.answers(&both).await?;
@@ -141,7 +143,7 @@ async fn send(connection: &mut Connection, command: &Cmd, with_asking: bool) -> 
     Ok(answer.extract_error()?)
 }
 
-/// A connection to the server that has some keys.
+/// A connection to the server that has the keys of some pools.
 #[derive(Clone, Debug)]
 pub(in crate::redis) struct RoutedConnection {
     connection: Connection,
@@ -182,17 +184,17 @@ impl RoutedConnection {
         self.connection.hello().await
     }
 
-    /// True where the node is only importing the slot: what it does not have of a key's companions, the
-    /// owner may have.
+    /// True where the node only imports the slot: companion keys that it lacks may still be on the slot's
+    /// owner.
     pub(in crate::redis) fn is_importing(&self) -> bool {
         self.route.as_ref().is_some_and(|route| route.node.importing_from.is_some())
     }
 
-    /// Confirms that `key`, which the server says is empty, is empty.
+    /// Confirms that `key` is empty, after the server has answered so.
     ///
     /// # Errors
-    /// The key may be on another node: an importing node does not know a key that has come back to the
-    /// slot's owner.
+    /// The slot's owner may have the key: an importing node does not know a key that has come back to the
+    /// owner. Or the owner cannot be asked.
     pub(in crate::redis) async fn confirm_empty(&self, key: &str) -> Result<(), RedisError> {
         match &self.route {
             Some(route) => route.confirm_empty(key).await,

@@ -1,8 +1,8 @@
 //! Asks sentinels which server is the primary, and follows their answers.
 //!
-//! All sentinels are asked, each over a connection of its own: at every heartbeat, and at once when one of
-//! them announces a failover. The configuration with the newest epoch wins. So neither a sentinel that is
-//! cut off, nor an old primary that was frozen, misleads the proxy. The redis crate's own client asks one
+//! All sentinels are asked, each over a connection of its own: at every heartbeat, and at once when the
+//! sentinel announces a failover. The report with the newest epoch wins, so neither a sentinel that was
+//! cut off nor an old primary that was frozen misleads the proxy. The redis crate's own client asks one
 //! sentinel and does not subscribe.
 
 use std::collections::HashMap;
@@ -22,14 +22,16 @@ use crate::control::backoff::{jittered, spread};
 use crate::redis::wire::connection::{self, Connection};
 use crate::redis::wire::error::RedisError;
 
-/// The events of a failover: the new primary has taken over; all sentinels know it. The second may come
-/// seconds after the first.
+/// The events of a failover. `+promoted-slave` comes from the sentinel that leads it, when the new primary
+/// has taken over. `+switch-master` comes from each sentinel that follows the new primary, perhaps seconds
+/// later.
 const EVENTS: [&str; 2] = ["+promoted-slave", "+switch-master"];
 
 /// What a sentinel reports, or why it does not answer.
 type Answer = Result<PrimaryReport, RedisError>;
 
-/// Asks each sentinel once, within the time of one connection and one answer.
+/// Asks each sentinel once and waits for all answers: for at most the time of a connection and two
+/// answers.
 ///
 /// # Errors
 /// No sentinel names a primary that is up.
@@ -50,7 +52,7 @@ pub(super) async fn find(settings: &Redis, sentinel: &Arc<Sentinel>) -> Result<R
     }
 }
 
-/// Keeps the address of `primary` what the sentinels report, until it is dropped.
+/// Sets the address of `primary` to what the sentinels report, until the future is dropped.
 pub(in crate::redis) async fn follow(settings: &Redis, sentinel: &Arc<Sentinel>, primary: &Primary) {
     let settings = Arc::new(settings.clone());
     let (heard, mut answers) = mpsc::channel(sentinel.nodes.len());
@@ -104,7 +106,7 @@ impl Sentinels {
         self.answers.iter().all(Option::is_some)
     }
 
-    /// The address of the primary, if it is another one than before.
+    /// Returns the address of the primary if it has changed.
     fn new_primary(&mut self) -> Option<RedisAddress> {
         let report = |answer: &Option<Answer>| answer.as_ref()?.as_ref().ok().cloned();
         let reports: Vec<_> = self.answers.iter().map(report).collect();
@@ -139,7 +141,7 @@ impl Sentinels {
     }
 }
 
-/// Asks one sentinel for as long as it runs.
+/// Asks one sentinel again and again, until the future is dropped.
 struct Listener {
     settings: Arc<Redis>,
     sentinel: Arc<Sentinel>,
@@ -166,21 +168,22 @@ impl Listener {
         let pushed = Arc::new(Notify::new());
         let on_push = {
             let pushed = Arc::clone(&pushed);
-            // Any message, even the end of the connection: the next question shows what it means.
+            // Any message leads to a question, even the end of the connection: the answer shows what has
+            // changed.
             move |_| pushed.notify_one()
         };
         let node = &sentinel.nodes[*index];
         let mut connection = connection::open_sentinel(settings, sentinel, node, on_push).await?;
         for event in EVENTS {
             match connection.subscribe(event).await {
-                // Then the failover is found later, at the next heartbeat.
+                // Without the event, the failover is found at the next heartbeat.
                 Err(error) if error.is_refusal() => {
                     debug!(sentinel = %node, %error, event, "a sentinel refuses to announce failovers");
                 }
                 result => result?,
             }
         }
-        // It announces the failovers of all masters that it watches, not only of this one.
+        // A sentinel announces the failovers of all masters that it watches, not only of this one.
         let (mut pace, mut last) = (NoticePace::new(settings.heartbeat_interval), None);
         loop {
             let asked = Instant::now();
@@ -194,9 +197,11 @@ impl Listener {
     }
 }
 
-/// The address comes from GET-MASTER-ADDR-BY-NAME: in a failover it names the new primary as soon as that
-/// has taken over, while MASTER still names the old one under the new epoch. It is asked last, so that it is
-/// never older than the epoch.
+/// Asks a sentinel for the primary, its epoch and its flags.
+///
+/// The address comes from GET-MASTER-ADDR-BY-NAME: in a failover this names the new primary as soon as it
+/// has taken over, while MASTER still names the old one under the new epoch. It is asked last, so that the
+/// address is never older than the epoch.
 async fn ask(connection: &mut Connection, settings: &Redis, master: &str) -> Answer {
     let question = |what: &str| redis::cmd("SENTINEL").arg(what).arg(master).to_owned();
     let fields: Result<HashMap<String, String>, RedisError> = connection.query(&question("MASTER")).await;

@@ -1,9 +1,9 @@
-//! Which pools share a server, and a task for each such shard.
+//! Divides the pools into shards by server, and runs a task for each shard.
 //!
-//! One server, or one that sentinels name, has the keys of all pools: a single shard that never changes. In
-//! a cluster each node that serves a pool's key has a shard, and `cluster.rs` assigns the pools anew when a
-//! slot moves; a shard that stays the same keeps its connections. So there are as many connections as nodes
-//! that serve keys, not as pools.
+//! A server from the config, or one that sentinels name, has the keys of all pools: a single shard that
+//! never changes. In a cluster each node that serves a pool's key has a shard, and `cluster.rs` assigns
+//! the pools again when a slot moves; a shard with the same node and pools keeps its connections. So the
+//! number of connections grows with the nodes, not with the pools.
 
 use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -16,7 +16,7 @@ use super::routed::{ClusterEvent, KeyNode, Route};
 use crate::config::{Redis, RedisAddress};
 use crate::redis::schema::followed::Followed;
 
-/// Events that may wait: more than there are owners, even while a slot moves.
+/// The most events that wait. Further events are dropped, and reported again (`routed.rs`).
 const MOST_EVENTS: usize = 64;
 
 /// Pools whose keys one server has.
@@ -47,7 +47,7 @@ pub(super) struct Assignment {
     pub(super) owner: Option<KeyNode>,
 }
 
-/// How the pools are divided among the servers. Shared by all tasks that connect to these.
+/// How the pools are divided among the servers. All tasks that connect to the servers share it.
 #[derive(Debug)]
 pub struct Shards {
     settings: Arc<Redis>,
@@ -58,7 +58,7 @@ pub struct Shards {
 }
 
 impl Shards {
-    /// For these pools. In a cluster there are no shards before its nodes have answered.
+    /// Divides `followed`. In a cluster there are no shards before its nodes have answered.
     #[must_use]
     pub fn of(settings: &Arc<Redis>, followed: &[Followed]) -> Self {
         let division = match &settings.address {
@@ -85,13 +85,13 @@ impl Shards {
         self.written.subscribe()
     }
 
-    /// What connections learn about the cluster. `None` while another task holds it.
+    /// Takes the receiver of what connections report about the cluster. `None` while another task has it.
     pub(super) fn events(&self) -> Option<ClusterEvents<'_>> {
         let events = self.received.lock().unwrap_or_else(PoisonError::into_inner).take();
         events.map(|events| ClusterEvents { events: Some(events), shards: self })
     }
 
-    /// Divides the pools anew.
+    /// Divides the pools again by `assignments`.
     pub(super) fn assign(&self, assignments: &[Assignment]) {
         type NodeOf = fn(&Assignment) -> &Option<KeyNode>;
         let read: NodeOf = |assignment| &assignment.reader;
@@ -140,10 +140,11 @@ impl Shards {
     }
 }
 
-/// The events of a cluster. Dropping it gives them back, so that a task that is restarted receives them too.
+/// The receiver of cluster events. A drop returns it to [`Shards`], so that a restarted task receives the
+/// events.
 #[derive(Debug)]
 pub(super) struct ClusterEvents<'a> {
-    /// `None` only while it is dropped.
+    /// `None` only during the drop.
     events: Option<mpsc::Receiver<ClusterEvent>>,
     shards: &'a Shards,
 }
@@ -160,8 +161,8 @@ impl Drop for ClusterEvents<'_> {
     }
 }
 
-/// Runs a task for each shard. The task of a shard that is gone is dropped at once, in the middle of what it
-/// waits for. When `over` is ready, starts no more tasks, and waits until those that run have ended by
+/// Runs a task for each shard. When a shard is gone, its task is aborted in the middle of what it waits
+/// for. When `over` is ready, starts no more tasks and waits until the running tasks have ended by
 /// themselves.
 pub(in crate::redis) async fn each<T: Future<Output = ()> + Send + 'static>(
     mut shards: watch::Receiver<Division>,
@@ -198,7 +199,7 @@ pub(in crate::redis) async fn each<T: Future<Output = ()> + Send + 'static>(
     }
 }
 
-/// A panic is a defect, and ends the caller as it would without a task in between.
+/// Passes a task's panic, which is a defect, on to the caller.
 fn propagate(ended: Result<(), tokio::task::JoinError>) {
     if let Err(error) = ended
         && let Ok(panic) = error.try_into_panic()

@@ -1,5 +1,5 @@
 //! Reads what `weights.lua` answers, and the entries of the history. Any client of Redis may have written
-//! their content: a text in them is not trusted, and not fit for a terminal.
+//! these: their texts are not trusted, and not fit for a terminal.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -11,13 +11,14 @@ use crate::balance::Table;
 use crate::redis::fleet::content::ContentHash;
 use crate::redis::schema::decode;
 
-/// The change of one member. Weights are texts, since they need not be valid (`inf`). `None` stands for a
-/// member that was or is not in the table.
+/// The change of one member. Weights are texts, since they need not be valid (`inf`). A weight of `None`:
+/// the member was not, or is not, in the table.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Change {
-    /// Its name. Bytes that are not UTF-8 are replaced.
+    /// The member's name. Bytes that are not UTF-8 are replaced.
     pub member: String,
-    /// The length of its name, where that is too long for a backend: then `member` is its beginning.
+    /// The length of the name, where it is too long for a backend: then `member` is the beginning of the
+    /// name.
     pub bytes: Option<u64>,
     /// The weight before.
     pub old: Option<String>,
@@ -46,11 +47,11 @@ pub struct LeftOut {
 /// The current table.
 #[derive(Clone, Debug)]
 pub struct Seen {
-    /// Its version. 0 before the first command.
+    /// The table's version. 0 before the first command.
     pub version: u64,
     /// The members that proxies use.
     pub table: Table,
-    /// The members that they leave out.
+    /// The members that proxies leave out.
     pub left_out: Vec<LeftOut>,
     /// Changes by other programs since the newest entry.
     pub outside: Changes,
@@ -69,18 +70,18 @@ pub struct Done {
     pub table: Table,
     /// The changes of this command.
     pub changes: Changes,
-    /// Members that other programs had changed before, which were entered into the history now.
+    /// Members that other programs had changed before. Their changes are in the history now.
     pub outside: u64,
     /// The version that a rollback has brought back.
     pub back_to: Option<u64>,
-    /// Members that still differ from that version, since their names are too long for a backend.
+    /// Members that still differ from the version `back_to`, since their names are too long for a backend.
     pub passed_over: u64,
 }
 
 /// One entry of the history.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
-    /// The version that it led to. For an outside change, the version at which it was noticed.
+    /// The version that the change led to. For an outside change, the version at which it was noticed.
     pub version: u64,
     /// `set`, `remove`, `rollback` or `outside`.
     pub what: String,
@@ -92,9 +93,9 @@ pub struct Entry {
     pub who: String,
     /// The reason that was given. May be empty.
     pub why: String,
-    /// Its changes.
+    /// The changes of this entry.
     pub changes: Changes,
-    /// The hash of the table after it.
+    /// The hash of the table after the change.
     pub hash: String,
 }
 
@@ -103,9 +104,9 @@ pub struct Entry {
 pub struct History {
     /// The entries, newest first.
     pub entries: Vec<Entry>,
-    /// The number of entries in the stream that statera did not write. They are not among `entries`.
+    /// The number of entries that were read and that statera did not write. They are not among `entries`.
     pub left_out: usize,
-    /// A change by other programs that this user has no right to enter.
+    /// Changes by other programs that could not be entered: this user lacks a right, or Redis refused it.
     pub unsaved: Option<Changes>,
 }
 
@@ -219,13 +220,13 @@ fn printable(value: &Value) -> String {
     }
 }
 
-/// The id of a stream's entry.
+/// Returns the id of a stream's entry.
 pub(super) fn id(entry: &Value) -> Option<String> {
     let Value::Array(parts) = entry else { return None };
     parts.first().cloned().map(text)
 }
 
-/// A stream's entry. `None` where statera did not write it.
+/// Reads a stream's entry. Returns `None` where statera did not write it.
 pub(super) fn entry(value: Value) -> Option<Entry> {
     let Value::Array(parts) = value else { return None };
     let [id, fields] = <[Value; 2]>::try_from(parts).ok()?;
@@ -248,7 +249,7 @@ pub(super) fn entry(value: Value) -> Option<Entry> {
     })
 }
 
-/// The first part of an entry's id is the server's time in milliseconds.
+/// Returns the time in an entry's id, whose first part is the server's time in milliseconds.
 fn time_of(id: &str) -> Option<SystemTime> {
     /// The end of the year 9999: a later time has no common format.
     const LAST: u64 = 253_402_300_799_999;

@@ -30,7 +30,7 @@ pub struct Author {
 /// A change of a table.
 #[derive(Clone, Debug)]
 pub enum Order {
-    /// Gives members these weights, and adds those that are not there.
+    /// Gives members these weights, and adds backends that are no members yet.
     Set(Vec<(BackendId, Weight)>),
     /// Removes members. They need not be valid backends.
     Remove(Vec<Vec<u8>>),
@@ -77,11 +77,10 @@ impl Ledger {
         answer::seen(answer, &self.key)
     }
 
-    /// Makes the change `order`. Where a version is `expected`, the table has to be at it.
+    /// Makes the change `order`. With `expected`, only if the table is at that version.
     ///
     /// # Errors
-    /// Nothing was changed, unless the message says that it may have been: the connection broke before the
-    /// answer came.
+    /// Nothing was changed, unless the message says that it may have been: then no answer came.
     pub async fn change(
         &mut self,
         order: &Order,
@@ -158,8 +157,8 @@ impl Ledger {
         answer.map(applied::reports).map_err(|error| self.refused(&error, refusal::Asked::Reports))
     }
 
-    /// Runs a script that writes nothing. Redis 6.2 has no EVAL_RO, and an ACL made for it does not grant
-    /// it.
+    /// Runs a script that writes nothing, by EVAL_RO, or by EVAL where EVAL_RO is refused: Redis 6.2 does
+    /// not know EVAL_RO, and an ACL made for Redis 6.2 does not grant it.
     async fn read(&mut self, command: impl Fn(&Self, &str) -> Cmd) -> Result<Vec<Value>, RedisError> {
         let question = command(self, "EVAL_RO");
         let answer = self.connection.query(&question).await;

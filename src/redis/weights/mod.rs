@@ -1,9 +1,9 @@
 //! A pool's weights as an operator changes them: whole or not at all, with a version and a history.
 //!
-//! All writes are made by one script (`weights.lua`), so that no other client ever sees half of a change. A
-//! weights key works without any of this: a change that another program makes is noticed, and the history
-//! names it as such. `ledger.rs` runs the commands, `answer.rs` reads what Redis answers, `refusal.rs` says
-//! what it refuses and what helps.
+//! All changes of weights are made by one script (`weights.lua`), so that no other client ever sees half
+//! of a change; states are changed by `states.lua`. Other programs may write a weights key too: the next
+//! command notices their changes, and the history names them as such. `ledger.rs` runs the commands,
+//! `answer.rs` reads what Redis answers, `refusal.rs` makes the messages for commands that fail.
 
 mod answer;
 mod ledger;

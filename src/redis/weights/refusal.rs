@@ -30,7 +30,7 @@ pub(super) enum Asked {
 }
 
 impl Asked {
-    /// The companion key that is read.
+    /// Returns the companion key that is read.
     fn key(self, companions: &Companions) -> &str {
         match self {
             Self::Table | Self::Change => &companions.history,
@@ -40,7 +40,7 @@ impl Asked {
     }
 }
 
-/// No server told where the key is. `written` is the address in the config.
+/// Returns the error for a key whose server was not found. `written` is the address in the config.
 pub(super) fn not_found(written: &RedisAddress, error: &RedisError) -> WeightsError {
     match written {
         // The error may be of any of the nodes, so all are named.
@@ -53,7 +53,8 @@ pub(super) fn not_found(written: &RedisAddress, error: &RedisError) -> WeightsEr
     }
 }
 
-/// `found` is the server that has the key, `written` the address in the config.
+/// Returns the error for a server that cannot be connected to. `found` is the server that has the key,
+/// `written` the address in the config.
 pub(super) fn not_connected(
     found: &RedisAddress,
     written: &RedisAddress,
@@ -75,7 +76,7 @@ fn not_opened(text: &str, error: &RedisError, written: &RedisAddress) -> Weights
     }
 }
 
-/// The error of the command itself.
+/// Returns the error for a command that failed on an open connection.
 pub(super) fn of_redis(
     address: &str,
     key: &str,
@@ -137,8 +138,8 @@ pub(super) fn of_redis(
     WeightsError::Refused(format!("redis at {address} refuses: {error}: {cure}"))
 }
 
-/// The script was refused `command` on `key`, for the `reason` in Redis's own words. `table` is the weights
-/// key.
+/// Returns the error for a script that was refused `command` on `key`, for the `reason` in Redis's own
+/// words. `table` is the weights key.
 pub(super) fn of_script(table: &str, command: &str, key: &str, reason: &str) -> WeightsError {
     let lower = command.to_lowercase();
     let has = |part: &str| reason.contains(part);
@@ -177,12 +178,13 @@ fn holds_another_kind(key: &str, kind: &str) -> String {
     format!("{key} holds something else than {kind}: rename or delete it")
 }
 
-/// For a companion key that other programs have written too.
+/// Returns the message for a companion key that other programs have written too.
 fn holds_too_much(key: &str) -> String {
     format!("{key} holds more than statera writes there: delete it (the weights stay) and try again")
 }
 
-/// The longest name in the table has `longest` bytes. A name that cannot be typed is removed by its length.
+/// Returns the message for a table that is too large, whose longest name has `longest` bytes. A name that
+/// cannot be typed is removed by its length.
 fn too_large(key: &str, longest: usize) -> String {
     if longest <= LONGEST_NAME {
         return format!(

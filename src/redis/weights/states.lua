@@ -6,7 +6,7 @@
 -- "refused", a command, its key and why Redis refuses it. For Redis 6.2 and later, also as a Cluster.
 
 local key, states, state = KEYS[1], KEYS[2], ARGV[1]
--- Other clients can write a value of 512 MB. A longer value is no state.
+-- A longer value is no state: other clients can write 512 MB.
 local LONGEST_STATE = 32
 
 -- Ends the script, and returns the command and the key, which Redis's own messages lack.
@@ -16,7 +16,8 @@ local function call(command, target, ...)
     return answer
 end
 
--- Returns nil where it has none. Users with the rights that an earlier version needed may only HGET.
+-- Returns the state of `member`, nil where it has none. Users with the rights of an earlier version may
+-- only HGET.
 local function state_of(member)
     local length = redis.pcall('HSTRLEN', states, member)
     if type(length) == 'number' and length > LONGEST_STATE then return 'unknown' end

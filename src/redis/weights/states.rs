@@ -8,14 +8,14 @@ use crate::balance::{AdminState, BackendId};
 use crate::redis::schema::decode::printable;
 
 const SCRIPT: &str = include_str!("states.lua");
-/// States that are read at once.
+/// The most states that are read.
 const MOST_STATES: usize = 10_000;
 
 impl Ledger {
-    /// Puts members into `state`; returns the state that each was in.
+    /// Puts members into `state`, and returns the previous state of each.
     ///
     /// # Errors
-    /// One of them is not a member, and nothing was changed. Redis does not answer, or refuses.
+    /// A backend is not a member, and nothing was changed. Redis does not answer, or refuses.
     pub async fn put(
         &mut self,
         members: &[BackendId],
@@ -47,7 +47,7 @@ impl Ledger {
         }
     }
 
-    /// Reads all states as they are written, in the order of the names, of members and of other backends.
+    /// Reads all states as they are written, sorted by name. Backends that are no members are included.
     ///
     /// # Errors
     /// Redis does not answer, or refuses; or there are more than can be shown.

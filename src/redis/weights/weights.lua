@@ -25,7 +25,7 @@ local AROUND = 20
 -- Members that are read at once, so that a table of long names is refused soon after it is known to be too
 -- large.
 local PER_READ = 500
--- The largest versions that a double holds exactly, with room for more of them.
+-- 2^53, the largest integer that a double holds exactly, less some room for later versions.
 local MOST_VERSION = 9007199254000000
 -- Entries that one rollback goes through: other clients can add a million entries.
 local MOST_STEPS, MOST_STEP_BYTES = 2 * tonumber(longest_history), 32000000
@@ -41,7 +41,8 @@ local function call(command, target, ...)
     return answer
 end
 
--- Refused where the answer would not be taken in. Other clients can write members of 512 MB.
+-- Returns the members of a sorted set by name, and as a list. Refuses a set that is too large for an
+-- answer: other clients can write members of 512 MB.
 local function read(from)
     local list, held, count, bytes, longest = {}, {}, 0, 0, 0
     repeat
@@ -66,8 +67,8 @@ local function version_of(text)
     return version and version <= MOST_VERSION and version or nil
 end
 
--- Reads only its beginning: other clients can write 512 MB. Users with the rights that an earlier version
--- needed may GET.
+-- Returns the version, 0 where there is none. Reads only the beginning of the key: other clients can write
+-- 512 MB. Users with the rights of an earlier version may only GET.
 local function present_version()
     local text = redis.pcall('GETRANGE', version_key, 0, 31)
     if type(text) == 'table' then
@@ -79,7 +80,7 @@ local function present_version()
     return version_of(text) or refuse('GETRANGE', version_key, 'FOREIGN')
 end
 
--- A number that ZADD takes, as Redis or cjson writes it.
+-- Returns true for a number that ZADD takes, as Redis or cjson writes it.
 local function is_weight(text)
     if type(text) ~= 'string' or #text > 40 then return false end
     if text == 'inf' or text == '-inf' then return true end
@@ -106,7 +107,7 @@ local function decoded(text)
     return count == #changes and changes or nil
 end
 
--- Servers before and after an upgrade write the same number differently.
+-- Compares weights as numbers: servers before and after an upgrade write the same number differently.
 local function is_same(a, b)
     return a == b or (a and b and tonumber(a) ~= nil and tonumber(a) == tonumber(b))
 end
@@ -179,8 +180,8 @@ local function record(what, version, by, reason, back_to, changes, list, text)
         hash(list))
 end
 
--- An id below all others is refused, unless there is no stream, where nothing is made of it. A stream that
--- is empty, or whose ids are used up, was not made by statera.
+-- Proves that XADD works, without an entry: Redis refuses the id 0-1, which is below all others, and
+-- NOMKSTREAM makes no stream. A stream that is empty, or whose ids are used up, was not made by statera.
 local function prove_history()
     local answer = redis.pcall('XADD', history, 'NOMKSTREAM', '0-1', 'a', 'b')
     local reason = type(answer) == 'table' and answer.err or answer
@@ -201,7 +202,7 @@ local function prove(version, held)
     prove_history()
 end
 
--- In pieces that fit on the stack.
+-- Calls `command` on the weights, in pieces that fit on Lua's stack.
 local function in_pieces(command, words)
     for from = 1, #words, ARGUMENTS do
         call(command, key, unpack(words, from, math.min(from + ARGUMENTS - 1, #words)))
@@ -222,7 +223,7 @@ local function write(changes)
     in_pieces('ZREM', removed)
 end
 
--- A larger table could not be read, or made smaller again.
+-- Refuses a table that is too large: it could not be read, or made smaller again.
 local function check(target)
     local members, bytes, longest = 0, 0, 0
     for member, weight in pairs(target) do
@@ -291,8 +292,8 @@ local function run()
     local held, list = read(key)
     local known, known_list = read(known_key)
     local outside = difference(known, held)
-    -- Deleted, or changed by other programs: then the table as of the newest entry is not known, and nothing
-    -- before it can be undone.
+    -- If the known table was deleted, or changed by other programs, the table as of the newest entry is
+    -- not known, and nothing before it can be undone.
     local left = newest and fields(newest).hash
     local is_lost = left and left ~= hash(known_list)
     local outside_text = is_lost and '' or encode(outside)

@@ -28,8 +28,8 @@ use crate::names::lookup;
 
 /// Silence on the wire before the kernel probes whether the peer is still there.
 const KEEPALIVE: Duration = Duration::from_secs(30);
-/// Permits for lookups of servers' names, of the whole process. A connection that is being opened has one
-/// lookup at most; where the resolver hangs, its permit is taken until the system's library gives up.
+/// Permits for lookups of servers' names, for the whole process. A connection that is being opened needs
+/// one at most. A lookup keeps its permit until the system's library returns, even if the resolver hangs.
 static LOOKUPS: Semaphore = Semaphore::const_new(32);
 
 /// What a server says of itself in answer to HELLO.
@@ -49,10 +49,10 @@ impl Server {
 #[derive(Clone, Debug)]
 pub(in crate::redis) struct Connection {
     multiplexed: MultiplexedConnection,
-    /// Why its stream failed, if it did.
+    /// Why the connection's stream failed, if it did.
     first_error: FirstError,
-    /// The crate's task that reads and writes. On its own it would wait for the answers of a server that is
-    /// frozen.
+    /// The crate's task that reads and writes. It is aborted with the last clone: without that, it would
+    /// wait for the answers of a frozen server.
     _driver: Arc<JoinSet<()>>,
 }
 
@@ -88,7 +88,8 @@ impl Connection {
         subscribed.map_err(|error| self.explain(error))
     }
 
-    /// Asks the server what it is. Any user with `+@connection` may ask, so this is the heartbeat too.
+    /// Asks the server what it is. Every user may send HELLO, whatever its ACL, so this is the heartbeat
+    /// too.
     pub(in crate::redis) async fn hello(&mut self) -> Result<Server, RedisError> {
         let Value::Map(fields) = self.query(&redis::cmd("HELLO")).await? else {
             return Err(RedisError::unexpected_reply("HELLO was not answered by a map"));
@@ -110,8 +111,8 @@ impl Connection {
     }
 }
 
-/// Only the stream knows that a reply was refused, or that TLS failed. An error reply was received before
-/// that.
+/// Replaces the crate's `error` by the stream's first error: only the stream knows that a reply was
+/// refused, or that TLS failed. An error reply stays, since it was received before the stream failed.
 fn explain(error: redis::RedisError, of_stream: &FirstError) -> RedisError {
     match of_stream.get() {
         Some(first) if error.code().is_none() => first.clone().into(),
@@ -213,7 +214,8 @@ async fn stream(
                     Err(_) => Err(RedisError::NoHandshake),
                 }
             }
-            // Sentinels or a cluster name the server; the caller passes that one's address.
+            // Sentinels or a cluster name the server: the caller passes the address of the server that
+            // they named.
             RedisAddress::Sentinel(_) | RedisAddress::Cluster(_) => Err(RedisError::NoPrimary),
         }
     };
@@ -237,7 +239,7 @@ async fn tcp(settings: &Redis, host: &str, port: u16) -> Result<TcpStream, Redis
     };
     let stream = stream.map_err(|_| RedisError::NoAnswer)??;
     stream.set_nodelay(true)?;
-    // The heartbeat notices a peer that vanished without closing; this frees its socket.
+    // The heartbeat notices a peer that vanished without closing; these options free its socket.
     let socket = SockRef::from(&stream);
     socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEPALIVE))?;
     socket.set_tcp_user_timeout(Some(settings.response_timeout + settings.heartbeat_interval))?;
@@ -250,7 +252,7 @@ async fn secured(tcp: TcpStream, host: &str, tls: Option<&Tls>) -> io::Result<im
     TlsConnector::from(tls.client_config()).connect(name, tcp).await
 }
 
-/// A value that is a text, as such.
+/// Returns the text of a bulk or simple string in UTF-8; `None` for any other value.
 pub(in crate::redis) fn text(value: Value) -> Option<String> {
     match value {
         Value::BulkString(bytes) => String::from_utf8(bytes).ok(),

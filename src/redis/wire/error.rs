@@ -8,7 +8,7 @@ use rustls::{AlertDescription, CertificateError};
 
 use super::reply_limit::{LARGEST_REPLY_BYTES, MOST_VALUES, StreamError, tls_error};
 
-/// Why Redis could not be asked, or refused.
+/// Why Redis could not be asked, or what it refused.
 #[derive(Clone, Debug, thiserror::Error)]
 pub(in crate::redis) enum RedisError {
     /// An error reply of the server, or a failure that the redis crate found: I/O, a time limit, an
@@ -36,18 +36,18 @@ pub(in crate::redis) enum RedisError {
     UnknownMaster,
     #[error("the server says that it is a {0}, and not the primary")]
     NotPrimary(String),
-    /// The server works, but it is not the one to follow any more.
+    /// The server works, but another server is to be followed now.
     #[error("another server is the primary now")]
     PrimaryMoved,
     #[error("an answer of more than {} MiB or {MOST_VALUES} values, which is not taken in", LARGEST_REPLY_BYTES >> 20)]
     ReplyTooLarge,
     #[error("the answer is not valid RESP")]
     InvalidReply,
-    /// Found by the second time in a row. Redis closes a connection that is owed too many bytes, and says
-    /// why in its own log alone.
+    /// The connection was closed during a read of the table, twice in a row. Redis closes a connection
+    /// with too many unsent bytes, and tells the reason only in its own log.
     #[error("the connection is closed whenever the table is asked for")]
     ClosedDuringRead,
-    /// Found by the second time in a row.
+    /// A read of the table ran into the time limit, twice in a row.
     #[error("the table did not arrive in time, twice")]
     TableTooSlow,
     /// A node of a cluster answered MOVED or ASK.
@@ -105,7 +105,7 @@ impl RedisError {
         }
     }
 
-    /// Where a MOVED or ASK leads to: an address and a slot.
+    /// Returns the address and the slot in a MOVED or ASK.
     pub(in crate::redis) fn redirect_node(&self) -> Option<(&str, u16)> {
         self.client()?.redirect_node()
     }
@@ -137,8 +137,9 @@ impl RedisError {
         }
     }
 
-    /// True where an answer is larger than is taken in, than Redis sends, or than arrives in time. The
-    /// connection is of no use any more, since the rest of the answer would have to be read.
+    /// True where an answer is too large: for this process, for Redis's output buffer, or for the time
+    /// limit. The connection cannot be used any more, since the rest of the answer would have to be read
+    /// first.
     pub(in crate::redis) fn is_too_large(&self) -> bool {
         matches!(self, Self::ReplyTooLarge | Self::ClosedDuringRead | Self::TableTooSlow)
     }
@@ -166,7 +167,7 @@ impl RedisError {
         matches!(self, Self::NotACluster | Self::SlotUnserved)
     }
 
-    /// What an operator can do about it.
+    /// Returns what an operator can do about the error.
     pub(in crate::redis) fn cure(&self) -> &'static str {
         match self {
             Self::Client(error) => cure_of_client(error),
@@ -185,7 +186,7 @@ impl RedisError {
                  them), or \
                  split the pool"
             }
-            // Redis closes a subscribed connection that is owed more than 32 MB, by default.
+            // By default Redis closes a subscribed connection with more than 32 MB of unsent replies.
             Self::ClosedDuringRead => {
                 "redis's log says why; if it is the output buffer limit, remove the members that are no \
                  addresses \
@@ -212,8 +213,8 @@ pub(in crate::redis) fn tells_of_missing_right(text: &str) -> bool {
     ["NOPERM", "ACL failure", "can't run this command"].iter().any(|part| text.contains(part))
 }
 
-/// An error reply as the server sent it, `WRONGPASS invalid username-password pair`; the crate quotes the
-/// code.
+/// Returns an error reply as the server sent it: `WRONGPASS invalid username-password pair`. The text of
+/// the crate's error has quotes around the code.
 fn in_redis_words(error: &redis::RedisError) -> String {
     match (error.code(), error.detail()) {
         (Some(code), Some(detail)) => format!("{code} {detail}"),
@@ -249,13 +250,14 @@ fn cure_of_client(error: &redis::RedisError) -> &'static str {
     }
 }
 
-/// Redis 6 puts the command between other quotes than Redis 7.
+/// True where the server does not know SENTINEL. Redis 6 and Redis 7 put the command between different
+/// quotes.
 fn is_sentinel_unknown(error: &redis::RedisError) -> bool {
     let text = error.to_string();
     ["unknown command 'SENTINEL'", "unknown command `SENTINEL`"].iter().any(|words| text.contains(words))
 }
 
-/// The crate reports it with this text and without the code of Redis.
+/// True where the server refused the database. The crate reports that by this text, without Redis's code.
 fn is_database_refused(error: &redis::RedisError) -> bool {
     error.to_string().contains("refused to switch database")
 }

@@ -1,10 +1,10 @@
-//! Bounds what a server's replies may take of this process's memory: between the socket and the redis
-//! crate's parser.
+//! Bounds the memory that a server's replies may take in this process. It sits between the socket and the
+//! redis crate's parser.
 //!
 //! The crate keeps a bulk string until its last byte is there, and a member of a sorted set may have 512 MB.
-//! [`Framing`] follows the protocol only as far as it says where a reply begins and ends and how large it
-//! will be. The connection fails as soon as a reply is too large or is not valid RESP. The content of a
-//! reply is not looked at.
+//! [`Framing`] follows the protocol only to find where a reply begins and ends and how large it will be.
+//! The connection fails as soon as a reply is too large or is not valid RESP. The content of a reply is
+//! not looked at.
 
 mod framing;
 
@@ -69,7 +69,7 @@ pub(super) fn tls_error(error: &io::Error) -> Option<&rustls::Error> {
 pub(super) struct Limited<S> {
     stream: S,
     replies: Framing,
-    /// Commands are arrays of bulk strings, so the same reader counts them.
+    /// Counts the commands that were sent: they are arrays of bulk strings, so [`Framing`] can read them.
     commands: Framing,
     refused: Option<Refused>,
     first_error: FirstError,
@@ -91,7 +91,7 @@ impl<S> Limited<S> {
         io::Error::other(error)
     }
 
-    /// Notes a TLS error. Any other one reaches the caller through the redis crate.
+    /// Keeps a TLS error in `first_error`. Any other error reaches the caller through the redis crate.
     fn note<T>(&self, result: io::Result<T>) -> io::Result<T> {
         result.inspect_err(|error| {
             if let Some(tls) = tls_error(error) {
@@ -132,7 +132,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Limited<S> {
     ) -> Poll<io::Result<usize>> {
         let written = ready!(Pin::new(&mut self.stream).poll_write(context, bytes));
         let written = self.note(written)?;
-        // A command is no larger than a reply may be; one that were would end its connection here.
+        // No command is as large as a reply may be. A larger command would end its connection here.
         if let Err(refused) = self.commands.pass(&bytes[..written], u64::MAX) {
             return Poll::Ready(Err(self.refuse(refused)));
         }
@@ -154,7 +154,8 @@ mod tests {
     use super::*;
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, duplex};
 
-    /// How many bytes are taken of `start` and then `piece` for ever, and why no more.
+    /// Returns how many bytes of `start` and of endlessly repeated `piece`s are taken, and the error after
+    /// them.
     async fn taken(commands: usize, start: &str, piece: &[u8]) -> (u64, String) {
         let (ours, mut theirs) = duplex(64 << 10);
         let mut limited = Limited::new(ours);

@@ -18,12 +18,12 @@ fn folder() -> TempDir {
     TempDir::new().expect("a folder")
 }
 
-/// The content that writer `number` writes. It is complete if all lines are there and equal.
+/// Returns the content that writer `number` writes. It is complete if all lines are there and equal.
 fn content(number: u64) -> Vec<u8> {
     format!("{number:09}\n").repeat(LINES).into_bytes()
 }
 
-/// The number of a complete content.
+/// Returns the number in a file's content, and fails the test if the content is not complete.
 fn number(bytes: &[u8]) -> u64 {
     let number = std::str::from_utf8(&bytes[..9]).expect("a text").parse().expect("a number");
     assert!(bytes == content(number), "a file that is not whole: {} bytes", bytes.len());
@@ -159,11 +159,11 @@ fn concurrent_writers_and_removers_leave_a_complete_file() {
     assert_eq!(names(folder.path()), only(NAME));
 }
 
-/// The variable that names the folder to write to in the child process.
+/// The environment variable that names the folder to the child process, which writes to it.
 const INSIDE: &str = "STATERA_TEST_KILLED_WRITER";
 const THIS: &str = "state::file::tests::a_writer_that_is_killed_at_any_moment_leaves_a_complete_file";
 
-/// Writes until the parent process kills this one, or for a minute.
+/// Writes again and again until the parent process kills this one, but not for ever.
 fn write_until_killed(folder: &Path) {
     let last = read(&folder.join(NAME)).expect("it is plain").map_or(0, |bytes| number(&bytes));
     for next in 1..100_000 {
@@ -171,7 +171,7 @@ fn write_until_killed(folder: &Path) {
     }
 }
 
-/// The child process that writes. It is killed when this is dropped.
+/// The child process that writes. Dropping this kills the process.
 struct Writer(Child);
 
 impl Drop for Writer {

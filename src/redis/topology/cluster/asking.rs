@@ -1,9 +1,9 @@
-//! Asks one node of a cluster for the owners of the pools' slots, for as long as it is wanted.
+//! Asks one node of a cluster for the owners of the pools' slots, again and again.
 //!
-//! A whole view names every range of slots: 16,384 of them make 2 MB, which the node has to write and the
-//! proxy to read. So after a large one the node is asked twice a heartbeat about the pools' own slots alone
-//! (`view::glance`). The whole view is asked for again only where one of these has another owner, or after a
-//! rest in proportion to the view's size.
+//! A whole view names every range of slots: 16,384 ranges make 2 MB, which the node has to write and the
+//! proxy to read. So after a large view the node is asked twice a heartbeat about the pools' own slots
+//! alone (`view::glance`). The whole view is asked for again only where a slot has another owner, or after
+//! a rest in proportion to the view's size.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -26,11 +26,13 @@ use crate::redis::wire::error::RedisError;
 /// less than 1/400 of a core.
 const REST_PER_RANGE: Duration = Duration::from_millis(15);
 const LONGEST_REST: Duration = Duration::from_secs(300);
-/// The rest after a glance, for each slot: a node is asked about a thousand slots a second at most.
+/// The rest after a glance, for each slot: without events a node is asked about some thousand slots a
+/// second.
 const REST_PER_SLOT: Duration = Duration::from_millis(1);
-/// Where slots change owners again and again, whole views take a fifth of the time.
+/// The rest after a whole view, as a multiple of the time it took: even if slots change owners again and
+/// again, whole views take about a fifth of the time.
 const REST_PER_WHOLE: u32 = 4;
-/// After an answer that was too large to be taken in, which ends the connection.
+/// The rest after an answer that was too large, which has ended the connection.
 const REST_AFTER_TOO_LARGE: Duration = Duration::from_secs(30);
 
 /// When a node is asked for the first time.
@@ -40,11 +42,11 @@ pub(super) enum FirstQuestion {
     AfterRest,
 }
 
-/// A node that is asked until this is dropped.
+/// A node that is asked until this value is dropped.
 #[derive(Debug)]
 pub(super) struct AskedNode {
     pub(super) address: RedisAddress,
-    /// `None` before its first answer.
+    /// `None` before the node's first answer.
     pub(super) answer: Option<Answer>,
     pub(super) ask_now: Arc<Notify>,
     _listener: JoinSet<()>,
@@ -70,18 +72,18 @@ pub(super) struct Asking {
 /// When the whole view of one node is asked for.
 #[derive(Debug, Default)]
 struct WholeView {
-    /// The glance just before the last whole view.
+    /// The glance taken just before the last whole view.
     glance: Option<Glance>,
-    /// When the next one is due, whatever a glance shows.
+    /// When the next whole view is due, whatever a glance shows.
     next: Option<Instant>,
-    /// It is not asked for before that.
+    /// No whole view is asked for before this time.
     not_before: Option<Instant>,
-    /// The last one was so small that it is asked for each time.
+    /// The last whole view was so small that a whole view is asked for each time.
     is_small: bool,
 }
 
 impl WholeView {
-    /// True where it is to be asked for now.
+    /// True where the whole view is to be asked for now.
     fn is_wanted(&self, glance: Option<&Glance>, now: Instant) -> bool {
         let is_due = self.next.is_none_or(|next| next <= now);
         // Without the right to a glance, every round may bring a change.
@@ -89,7 +91,8 @@ impl WholeView {
         self.not_before.is_none_or(|not_before| not_before <= now) && (self.is_small || is_due || is_changed)
     }
 
-    /// It came with so many ranges, after so long; `glance` was taken before it.
+    /// Records a whole view with so many `ranges`, which `took` so long. `glance` was taken before it;
+    /// `interval` is the time between two questions.
     fn came(&mut self, ranges: usize, took: Duration, glance: Option<Glance>, interval: Duration) {
         let ranges = u32::try_from(ranges).unwrap_or(u32::MAX);
         let rest = REST_PER_RANGE.saturating_mul(ranges).min(LONGEST_REST);
@@ -184,8 +187,9 @@ impl Asking {
         (self.settings.heartbeat_interval / 2).max(REST_PER_SLOT.saturating_mul(slots))
     }
 
-    /// Twice a heartbeat: a change that no event announces is known within one. Jittered, so that the
-    /// proxies of a fleet do not ask at the same moment.
+    /// Returns when to ask next: twice a heartbeat, so that a change without an event is known within one;
+    /// less often where there are more slots than [`REST_PER_SLOT`] allows. Jittered, so that the proxies
+    /// of a fleet do not ask at the same moment.
     fn next(&self, asked: Instant) -> Instant {
         asked + jittered(self.interval())
     }

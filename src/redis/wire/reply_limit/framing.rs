@@ -2,11 +2,11 @@
 //! RESP.
 //!
 //! The redis crate's parser (`redis::parser`, 1.8) reads the same bytes afterwards. Both must agree on
-//! where a reply ends: otherwise this one counts the bytes of a new reply while the crate still waits for
-//! the rest of an old one and keeps all of it. Nor does the crate refuse the same bytes in whatever
-//! pieces they arrive: after an `x` that arrives alone it forgets that it was wrong. So everything that
-//! the crate does not accept is refused here, by the same functions of the standard library. The test
-//! `both_parsers_agree_on_every_end` compares the two.
+//! where a reply ends. Otherwise `Framing` would count the bytes of a new reply while the crate still
+//! waits for the rest of an old one and keeps all of it. Whether the crate refuses wrong bytes also
+//! depends on the pieces in which they arrive: after an `x` that arrives alone, it forgets the error. So
+//! `Framing` refuses everything that the crate does not accept, with the same functions of the standard
+//! library. The test `both_parsers_agree_on_every_end` compares the two.
 
 use super::{LARGEST_REPLY_BYTES, MOST_VALUES};
 
@@ -15,8 +15,8 @@ use super::{LARGEST_REPLY_BYTES, MOST_VALUES};
 const LONGEST_NUMBER: usize = 64;
 /// The longest first part of a pushed message (`message`, `invalidate`), which the crate needs as a text.
 const LONGEST_PUSH_KIND: u64 = 64;
-/// The deepest nesting of aggregates. Redis's own replies have six levels (HELLO, CLUSTER SLOTS, XREAD).
-/// The crate refuses more than 100, but recurses for each level.
+/// The deepest nesting of aggregates. Replies of Redis have far fewer levels (HELLO and CLUSTER SLOTS have
+/// four). The crate refuses more than 100, but recurses for each level.
 const MOST_DEPTH: usize = 32;
 /// Bytes of a line that are kept. A longer line is checked piece by piece, so that it takes no memory
 /// here beside the crate's.
@@ -27,7 +27,7 @@ const LONGEST_KEPT_LINE: usize = 4 << 10;
 pub(in crate::redis::wire) enum Refused {
     /// The reply is too large, or the replies that no command asked for are too large together.
     TooLarge,
-    /// It is not valid RESP, or has a form that the crate does not accept.
+    /// The reply is not valid RESP, or has a form that the crate does not accept.
     NotUnderstood,
 }
 
@@ -37,13 +37,14 @@ pub(in crate::redis) struct Framing {
     within: Within,
     /// The open aggregates, the outermost first.
     open: Vec<Aggregate>,
-    /// Values that all of them together still announce.
+    /// The values that all open aggregates together still announce.
     announced: u64,
     /// The line that is read, or the text that names the kind of a pushed message.
     line: Vec<u8>,
     /// The beginning of the line was checked and dropped.
     line_is_cut: bool,
-    /// The size of the reply so far: values, and bytes with those of a text that is announced.
+    /// The size of the reply so far. `bytes` includes the bytes of a text that is announced and still to
+    /// come.
     values: u64,
     bytes: u64,
     is_push: bool,
@@ -92,7 +93,7 @@ impl Framing {
     /// Moves over `bytes`. `asked` is the number of commands that were sent.
     ///
     /// # Errors
-    /// The connection has to be ended: the position is lost.
+    /// The connection has to be closed: the position in the stream is lost.
     pub(in crate::redis) fn pass(&mut self, mut bytes: &[u8], asked: u64) -> Result<(), Refused> {
         while let Some((&byte, rest)) = bytes.split_first() {
             if let Within::Text { left, content } = self.within {
@@ -198,15 +199,15 @@ impl Framing {
         Ok(())
     }
 
-    /// Returns true where no part of the value follows.
+    /// Ends the line of a value of this `kind`. Returns true where no part of the value follows.
     fn ends_line(&mut self, kind: u8) -> Result<bool, Refused> {
-        // The last byte is the return.
+        // The last byte is the carriage return.
         self.line.pop();
         let line = std::str::from_utf8(&self.line).map_err(|_| Refused::NotUnderstood)?;
         let is_read = match kind {
             b'#' => line == "t" || line == "f",
             b',' => line.trim().parse::<f64>().is_ok(),
-            // The crate would take it for another kind of value.
+            // The crate reads `+OK` as another kind of value, which cannot name a pushed message.
             b'+' => self.line_is_cut || line != "OK" || !self.names_push(),
             _ => true,
         };
@@ -220,14 +221,15 @@ impl Framing {
         self.announces(kind, number)
     }
 
-    /// Takes a number. Returns true where no part of the value follows.
+    /// Handles the number at the beginning of a value. Returns true where no part of the value follows.
     fn announces(&mut self, kind: u8, number: i64) -> Result<bool, Refused> {
         let names_push = self.names_push();
         let parts = match (kind, u64::try_from(number)) {
             (b'$', Err(_)) if names_push => return Err(Refused::NotUnderstood),
             // A negative length means null.
             (b':', _) | (b'$' | b'*' | b'~' | b'>', Err(_)) => return Ok(true),
-            // The crate would wait for some 2^64 bytes of a text, and refuse the others.
+            // For a negative length the crate would wait for some 2^64 bytes (`!`, `=`) or fail (`%`,
+            // `|`).
             (_, Err(_)) => return Err(Refused::NotUnderstood),
             (b'$' | b'!' | b'=', Ok(bytes)) => {
                 if names_push && bytes > LONGEST_PUSH_KIND {
@@ -244,7 +246,7 @@ impl Framing {
                 return Ok(false);
             }
             (b'%', Ok(pairs)) => pairs.saturating_mul(2),
-            // Here attributes are parts of a value, together with the value that they describe.
+            // An attribute counts as an aggregate of its pairs and the value that they describe.
             (b'|', Ok(pairs)) => pairs.saturating_mul(2).saturating_add(1),
             (_, Ok(parts)) => parts,
         };

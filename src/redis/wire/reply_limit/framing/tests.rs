@@ -7,10 +7,10 @@ use redis::{ErrorKind, Parser};
 
 use super::*;
 
-/// As if a command had been sent for every reply.
+/// The number of commands, in tests in which every reply was asked for.
 const ALL: u64 = u64::MAX;
 
-/// Passes over `replies` in pieces of several lengths, which must give the same result.
+/// Passes `replies` in pieces of several lengths, checks that the result is the same, and returns it.
 fn pass(replies: &[u8]) -> Result<Framing, Refused> {
     let mut framings = Vec::new();
     for piece in [1, 2, 3, 7, replies.len().max(1)] {
@@ -175,7 +175,7 @@ impl Read for Pieces<'_> {
     }
 }
 
-/// How the crate reads a stream.
+/// What was read from a stream, by the crate or by [`Framing`].
 #[derive(Debug, PartialEq, Eq)]
 struct Parsed {
     /// Where each value ended, also of pushed messages; exact where the pieces have one byte.
@@ -195,7 +195,7 @@ fn parsed(bytes: &[u8], longest: usize, rng: &mut Rng) -> Parsed {
     }
 }
 
-/// Where each value ends for [`Framing`], and whether it has refused the rest.
+/// Reads `bytes` with [`Framing`], byte by byte and in random pieces.
 fn framed(bytes: &[u8], rng: &mut Rng) -> Parsed {
     let (mut framing, mut ends) = (Framing::default(), Vec::new());
     for (at, byte) in bytes.iter().enumerate() {
@@ -206,7 +206,7 @@ fn framed(bytes: &[u8], rng: &mut Rng) -> Parsed {
             ends.push(at + 1);
         }
     }
-    // Pieces make no difference.
+    // The pieces in which bytes arrive make no difference.
     let (mut whole, mut rest) = (Framing::default(), bytes);
     while !rest.is_empty() {
         let (piece, others) = rest.split_at(rng.usize(1..=rest.len()));
@@ -287,7 +287,7 @@ fn spoil(bytes: &mut Vec<u8>, rng: &mut Rng) {
     }
 }
 
-/// The crate has to read what [`Framing`] does not refuse, and find the same ends.
+/// Checks that the crate reads what [`Framing`] does not refuse, and finds the same ends.
 #[track_caller]
 fn compare(bytes: &[u8], rng: &mut Rng) {
     let shown = || bytes.escape_ascii().to_string();
@@ -336,7 +336,7 @@ fn both_parsers_agree_on_what_was_found_to_divide_them() {
     }
 }
 
-/// Replays a seed that is given in STATERA_SEED; STATERA_LONG=1 takes twenty times as many.
+/// Replays the seed in STATERA_SEED, if there is one. STATERA_LONG=1 makes twenty times as many rounds.
 #[test]
 fn both_parsers_agree_on_every_end() {
     let given = std::env::var("STATERA_SEED").ok().and_then(|text| text.parse().ok());
