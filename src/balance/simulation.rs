@@ -74,8 +74,7 @@ impl Simulation {
         Self { pool, balance: policy.balance }
     }
 
-    /// The number of runs, from 50 to 400: so many that all together make at most 4 million choices, if 50
-    /// do.
+    /// The number of runs: 4 million choices divided by `sessions`, but at least 50 and at most 400.
     #[must_use]
     pub fn runs(sessions: NonZeroU32) -> u32 {
         (MOST_CHOICES / sessions).clamp(*RUNS.start(), *RUNS.end())

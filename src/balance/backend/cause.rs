@@ -52,8 +52,8 @@ impl From<&io::Error> for Cause {
     }
 }
 
-/// A text of ours, or the kernel's text without the number and with a lower-case first letter: `connection
-/// refused`.
+/// A text of ours, or the kernel's text without its number and with a lower-case first letter, such as
+/// `connection refused`.
 impl fmt::Display for Cause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match *self {

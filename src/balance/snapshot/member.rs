@@ -90,8 +90,7 @@ pub(in crate::balance) fn weigh(members: &mut [Member], policy: &Policy) -> Weig
     Weighed { fails_open, ramps }
 }
 
-/// True if health is to be ignored. False if no reachable backend has a weight: no backend could get
-/// sessions.
+/// True if health is to be ignored. False if no ready and reachable backend has a weight.
 fn fails_open(members: &[Member], policy: &Policy) -> bool {
     let in_use = || members.iter().filter(|member| member.wants_sessions() && member.backend.is_reachable());
     let largest = in_use().map(|member| member.weight.get()).fold(0.0, f64::max);

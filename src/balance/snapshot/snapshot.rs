@@ -234,8 +234,8 @@ impl Snapshot {
         if tried.contains(own.backend.id()) { self.pick(mix(client), tried) } else { Some(own) }
     }
 
-    /// The members that have a weight, but are not ready, or are unhealthy or ejected while health counts.
-    /// Unresolved names are not among them.
+    /// The members that have a weight, but are not ready, or are unhealthy, ejected or on trial while
+    /// health counts. A ready name that is unresolved is not among them.
     pub fn unusable(&self) -> impl Iterator<Item = &Member> {
         let is_out =
             |member: &&Member| !member.wants_sessions() || !self.fails_open && !member.backend.is_usable();

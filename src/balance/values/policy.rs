@@ -31,8 +31,8 @@ pub struct Outlier {
     /// How long the first ejection lasts. The second in succession lasts twice as long, the third three
     /// times, and so on up to 30 times.
     pub ejection: Duration,
-    /// Nothing is ejected while at least this part of the pool's addresses, in percent, is unusable for any
-    /// reason. A DNS name counts once for each of its addresses.
+    /// An ejection must not make more than this part of the pool's addresses unusable. Addresses that are
+    /// unusable for another reason count too, and a DNS name counts with each of its addresses.
     pub max_ejected_percent: u32,
 }
 
