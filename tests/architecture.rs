@@ -411,22 +411,36 @@ fn circles(files: &[(&[String], &str)]) -> Vec<Vec<String>> {
     circles
 }
 
+/// A path that begins with `crate` or `super`.
+struct Start {
+    /// The number of `super`; `None` for `crate`.
+    supers: Option<usize>,
+    /// Where the token behind it is.
+    next: usize,
+}
+
+fn starts(tokens: &[(usize, String)]) -> impl Iterator<Item = Start> {
+    let word = |at: usize| tokens.get(at).map_or("", |token| token.1.as_str());
+    (0..tokens.len()).filter_map(move |at| {
+        let begins_path = at == 0 || !["::", "in", "."].contains(&word(at - 1));
+        if !["crate", "super"].contains(&word(at)) || !begins_path || word(at + 1) != "::" {
+            return None;
+        }
+        let (mut supers, mut next) = (usize::from(word(at) == "super"), at + 2);
+        while supers > 0 && word(next) == "super" {
+            (supers, next) = (supers + 1, next + 2);
+        }
+        Some(Start { supers: (supers > 0).then_some(supers), next })
+    })
+}
+
 /// All paths of the crate that the file of `module` names, as seen from the crate's root, each with its
 /// line.
 fn absolute_paths(tokens: &[(usize, String)], module: &[String]) -> Vec<(usize, String)> {
     let mut paths = Vec::new();
-    for (at, (_, word)) in tokens.iter().enumerate() {
-        let is_root = word == "crate" || word == "super";
-        let begins_path = at == 0 || !["::", "in", "."].contains(&tokens[at - 1].1.as_str());
-        if !is_root || !begins_path || tokens.get(at + 1).is_none_or(|token| token.1 != "::") {
-            continue;
-        }
-        let (mut supers, mut start) = (usize::from(word == "super"), at + 2);
-        while word == "super" && tokens.get(start).is_some_and(|token| token.1 == "super") {
-            (supers, start) = (supers + 1, start + 2);
-        }
-        let base = if word == "crate" { 0 } else { module.len().saturating_sub(supers) };
-        read_tree(tokens, start, module[..base].join("::"), &mut paths);
+    for Start { supers, next } in starts(tokens) {
+        let base = supers.map_or(0, |supers| module.len().saturating_sub(supers));
+        read_tree(tokens, next, module[..base].join("::"), &mut paths);
     }
     paths
 }
@@ -435,18 +449,9 @@ fn absolute_paths(tokens: &[(usize, String)], module: &[String]) -> Vec<(usize, 
 /// module lies.
 fn crate_paths(tokens: &[(usize, String)], depth: usize) -> Vec<(usize, String)> {
     let mut paths = Vec::new();
-    for (at, (_, word)) in tokens.iter().enumerate() {
-        let is_root = word == "crate" || word == "super";
-        let begins_path = at == 0 || !["::", "in", "."].contains(&tokens[at - 1].1.as_str());
-        if !is_root || !begins_path || tokens.get(at + 1).is_none_or(|token| token.1 != "::") {
-            continue;
-        }
-        let (mut supers, mut start) = (0, at + 2);
-        while word == "super" && tokens.get(start).is_some_and(|token| token.1 == "super") {
-            (supers, start) = (supers + 1, start + 2);
-        }
-        if word == "crate" || supers + 1 >= depth {
-            read_tree(tokens, start, String::new(), &mut paths);
+    for Start { supers, next } in starts(tokens) {
+        if supers.is_none_or(|supers| supers >= depth) {
+            read_tree(tokens, next, String::new(), &mut paths);
         }
     }
     paths
